@@ -1,0 +1,56 @@
+"""The command line: maps a verb to a module's `main(argv)` and imports only that one.
+
+`undertow VERB …`, `python -m undertow VERB …` and `torchrun … -m undertow VERB …` are the same program.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+VERBS = {
+    "train": (".examples.train", "train the byte-level language model, with checkpoints and resume"),
+    "demo": (".examples.demo", "train, kill a rank, restart, and show that the runs are bit-identical"),
+    "ckpt": (".checkpointing.cli", "list, verify, inspect and prune checkpoints"),
+    "probe": (".dist.probe", "measure this machine and write its JSON file"),
+    "simulate": (".comms.simulate_cli", "simulate a communication schedule and draw its timeline"),
+    "bench": (".benchmarks.cli", "run a benchmark against its rivals"),
+    "mpi": (".mpi_interpose.cli", "the MPI datatype interposer: run, doctor, measure, explain, build"),
+    "env": (".dist.environment", "print everything that a bug report needs"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    rows = "\n".join(f"  {verb:<{width}}  {text}" for verb, (_, text) in VERBS.items())
+    return f"usage: undertow VERB [options]\n\n{rows}\n\n'undertow VERB --help' shows a verb's options.\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        sys.stdout.write(usage())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        from .dist.version import __version__
+
+        sys.stdout.write(f"undertow {__version__}\n")
+        return 0
+    if argv[0] not in VERBS:
+        sys.stderr.write(f"undertow: '{argv[0]}' is not a verb; expected one of {', '.join(VERBS)}\n")
+        return 2
+    from .dist.errors import UndertowError
+
+    try:
+        module = importlib.import_module(VERBS[argv[0]][0], __package__)
+        return int(module.main(argv[1:]) or 0)
+    except UndertowError as error:
+        sys.stderr.write(f"undertow {argv[0]}: {error}\n")
+        return error.exit_code
+    except BrokenPipeError:  # `undertow … | head`
+        sys.stderr.close()
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

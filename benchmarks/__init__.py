@@ -1,0 +1,1 @@
+"""One program per claim, with its rivals in the same run."""

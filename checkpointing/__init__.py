@@ -1,0 +1,1 @@
+"""Lazy, asynchronous, multi-level checkpoints: state to tiers and back."""

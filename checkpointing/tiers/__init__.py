@@ -1,0 +1,1 @@
+"""Where checkpoint bytes can live; one file per tier."""

@@ -1,0 +1,1 @@
+"""Everything that chooses: the training loop, recipes, workloads, and programs that users can copy."""

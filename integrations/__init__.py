@@ -1,0 +1,1 @@
+"""Adapters that see several rooms at once: DeepSpeed, transformers, pytest, run report."""

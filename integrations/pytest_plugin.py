@@ -1,0 +1,105 @@
+"""A pytest fixture that runs a function on several gloo ranks from plain `pytest`.
+
+``def test_sum(ranks): assert ranks(4, lambda rank, world: …) == […]``. The ranks are forked from the test process
+(starting four takes well under a second, because torch is imported already), joined by a file store, and watched: the
+first rank that fails or dies ends the others, and a time-out ends all, so one failing rank never hangs the run. Each
+rank returns one picklable value. Use with ``pytest -p undertow.integrations.pytest_plugin``.
+
+Forking is safe only while the parent has not touched CUDA and runs torch on one thread, so the plugin sets that.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+
+class RankFailure(AssertionError):
+    """One rank raised, died or did not answer; the message carries that rank's traceback."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _child(rank: int, world: int, store: str, fn: Callable, args: tuple, timeout_s: float, pipe) -> None:
+    import torch.distributed as dist
+
+    try:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s)
+        )
+        pipe.send(("ok", fn(rank, world, *args)))
+        dist.barrier()  # nobody closes its connections while another rank still uses them
+    except BaseException:
+        pipe.send(("error", traceback.format_exc()))
+    finally:
+        pipe.close()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # skip the parent's atexit handlers, which this fork inherited
+
+
+def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
+    """Run `fn(rank, world, *args)` on `world` forked gloo ranks; return their values in rank order.
+
+    Raises `RankFailure` with the first failing rank's traceback; never waits longer than `timeout_s`.
+    """
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory(prefix="undertow-ranks-") as folder:
+        store = os.path.join(folder, "store")
+        pipes, processes = [], []
+        for rank in range(world):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(rank, world, store, fn, args, timeout_s, theirs))
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        try:
+            return _collect(world, pipes, timeout_s)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+
+
+def _collect(world: int, pipes: list, timeout_s: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout_s
+    while len(results) < world:
+        waiting = {pipes[rank]: rank for rank in range(world) if rank not in results}
+        ready = multiprocessing.connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise RankFailure(f"rank(s) {sorted(waiting.values())} of {world} gave no result within {timeout_s} s")
+        for pipe in ready:
+            rank = waiting[pipe]
+            try:
+                state, value = pipe.recv()
+            except EOFError:
+                raise RankFailure(f"rank {rank} of {world} died without a traceback") from None
+            if state == "error":
+                raise RankFailure(f"rank {rank} of {world} failed:\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in range(world)]
+
+
+@pytest.fixture
+def ranks() -> Callable[..., list[Any]]:
+    """`ranks(world, fn, *args, timeout_s=60)`: run `fn(rank, world, *args)` on forked gloo ranks."""
+    return run_ranks

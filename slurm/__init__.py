@@ -1,0 +1,1 @@
+"""sbatch templates; imports nothing."""

@@ -11,7 +11,6 @@ Forking is safe only while the parent has not touched CUDA and runs torch on one
 from __future__ import annotations
 
 import multiprocessing
-import multiprocessing.connection
 import os
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import pytest
@@ -79,15 +79,16 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout_s: float =
                 process.join()
 
 
-def _collect(world: int, pipes: list, timeout_s: float) -> list[Any]:
+def _collect(world: int, pipes: list[Connection], timeout_s: float) -> list[Any]:
     results: dict[int, Any] = {}
     deadline = time.monotonic() + timeout_s
     while len(results) < world:
         waiting = {pipes[rank]: rank for rank in range(world) if rank not in results}
-        ready = multiprocessing.connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             raise RankFailure(f"rank(s) {sorted(waiting.values())} of {world} gave no result within {timeout_s} s")
         for pipe in ready:
+            assert isinstance(pipe, Connection)
             rank = waiting[pipe]
             try:
                 state, value = pipe.recv()

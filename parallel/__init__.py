@@ -1,1 +1,1 @@
-"""Mathematics split over ranks or over time: sequence-parallel attention, overlapped layers, streamed backpropagation."""
+"""Mathematics split over ranks or over time: ring attention, overlapped layers, streamed backpropagation."""

@@ -6,11 +6,17 @@ and exits with its code. Anything else that escapes is a defect of ours and keep
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class UndertowError(Exception):
     """Base of all errors this package raises on purpose."""
 
     exit_code = 2
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle without calling `__init__` again, whose arguments are not the message; ranks send errors to parents."""
+        return _rebuild, (type(self), self.args, self.__dict__)
 
 
 class UserError(UndertowError):
@@ -24,9 +30,6 @@ class UserError(UndertowError):
         if remedy:
             parts.append(f"to mend it: {remedy}")
         super().__init__("; ".join(parts))
-
-    def __reduce__(self):
-        return _rebuild, (type(self), self.problem, self.expected, self.remedy)
 
 
 class MissingPackage(UserError):
@@ -45,7 +48,8 @@ class PeerLost(UndertowError):
     exit_code = 3
 
 
-def _rebuild(cls: type, problem: str, expected: str, remedy: str) -> UserError:
+def _rebuild(cls: type[UndertowError], args: tuple[Any, ...], state: dict[str, Any]) -> UndertowError:
     error = cls.__new__(cls)
-    UserError.__init__(error, problem, expected=expected, remedy=remedy)
+    error.args = args
+    error.__dict__.update(state)
     return error

@@ -1,0 +1,41 @@
+# Each target does all its own set-up, inside this folder (virtual environment .venv, everything else in build/).
+#   make demo    train, kill a rank, restart, and show that the two runs are bit-identical (about 5 minutes)
+#   make test    the whole test suite, on the installed wheel and on the checkout
+#   make quick   the tests that take less than ten seconds each
+#   make check   ruff, pyright and the import rules
+#   make wheel   build/wheels/undertow-*.whl
+#   make clean   remove what the targets above made
+# VENV=folder uses another virtual environment, PYTHON=python3.12 another interpreter, ARGS='-k ring -x' goes to pytest.
+
+VENV ?= .venv
+PYTHON ?=
+ARGS ?=
+export VENV PYTHON
+
+.PHONY: help demo test quick check wheel clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+demo:
+	@.ci/setup plots
+	@.ci/in-venv -m undertow demo $(ARGS)
+
+test:
+	@.ci/setup plots test mpi hf
+	@.ci/test $(ARGS)
+
+quick:
+	@.ci/setup plots test
+	@.ci/in-venv -m pytest -q -m "not slow" $(ARGS)
+
+check:
+	@.ci/setup plots test check
+	@.ci/check
+
+wheel:
+	@.ci/setup test
+	@.ci/wheel
+
+clean:
+	rm -rf build undertow.egg-info .venv

@@ -89,7 +89,7 @@ def causal_attention(
     scale: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """The plain `Attend`: torch's scaled_dot_product_attention; a T x T mask only where documents or a window need it."""
+    """The plain `Attend`: scaled_dot_product_attention, with a T x T mask only where documents or a window need it."""
     gqa = q_BHTD.shape[1] != k_BGTD.shape[1]
     documents = None if positions is None else documents_of(positions)
     if window is None and (documents is None or not bool(documents.any())):

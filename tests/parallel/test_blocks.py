@@ -1,0 +1,108 @@
+"""Block attention: every backend against the written-out definition in float64, and the log-sum-exp merge."""
+
+import itertools
+
+import pytest
+import torch
+
+from undertow.parallel.blocks import reference, select
+from undertow.parallel.blocks import tiled as tiled_module
+from undertow.parallel.merge import empty_like, merge
+
+NO_GPU = pytest.mark.skipif(torch.cuda.device_count() == 0, reason="no CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
+SHAPES = [  # B, H, G, Lq, Lk, D, E
+    (2, 4, 2, 7, 19, 8, 8),
+    (1, 4, 1, 13, 13, 24, 8),
+    (1, 2, 2, 1, 9, 8, 8),
+    (1, 6, 2, 6, 6, 8, 16),
+    (1, 8, 2, 160, 390, 64, 64),
+]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+
+def draw(shape, dtype, device):
+    b, h, g, lq, lk, d, e = shape
+    sizes = (b, h, lq, d), (b, g, lk, d), (b, g, lk, e), (b, h, lq, e)
+    return [torch.randn(*size, dtype=torch.float64).to(dtype).to(device) for size in sizes]
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", ["tiled", "cpu_flash", "flash2", "cudnn"])
+def test_backends_equal_the_definition(name, dtype, device, seed, monkeypatch):
+    monkeypatch.setattr(tiled_module, "ROWS", 64)
+    monkeypatch.setattr(tiled_module, "TILE_SCORES", 4096)
+    backend, calls = select.backend(name), 0
+    for shape, (causal, window) in itertools.product(SHAPES, [(False, None), (True, None), (True, 3), (True, 500)]):
+        q, k, v, dout = draw(shape, dtype, device)
+        if not backend.supports(q, k, v, causal=causal, window=window):
+            continue
+        calls += 1
+        how = {"scale": 0.3, "causal": causal, "window": window}
+        exact = [t.double() for t in (q, k, v, dout)]
+        out, lse = reference.forward(*exact[:3], **how)
+        grads = reference.backward(exact[3], *exact[:3], out, lse, **how)
+        mine, mine_lse = backend.forward(q, k, v, **how)
+        mine_grads = backend.backward(dout, q, k, v, mine, mine_lse, **how)
+        assert mine_lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        for mine_t, exact_t in zip((mine, mine_lse, *mine_grads), (out, lse, *grads)):
+            assert relative(mine_t, exact_t) <= TOLERANCE[dtype], (shape, how)
+    if not calls:
+        pytest.skip(f"{name} takes no {dtype} on {device}")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_split_keys_and_merged_backward_are_exact(device, seed):
+    """Gradients of each part, computed with the merged out and lse, are that part's share of the whole."""
+    q, k, v, dout = draw((1, 4, 2, 12, 30, 8, 8), torch.float64, device)
+    how = {"scale": 0.4, "causal": False, "window": None}
+    out, lse = reference.forward(q, k, v, **how)
+    dq, dk, dv = reference.backward(dout, q, k, v, out, lse, **how)
+    for name, cuts in itertools.product(["tiled", "cpu_flash"], [(0, 11, 30), (0, 1, 29, 30)]):
+        backend = select.backend(name)
+        spans = list(itertools.pairwise(cuts))
+        if not backend.supports(q, k, v, causal=False, window=None):
+            continue
+        total, total_lse = empty_like(q)
+        for a, b in spans:
+            total, total_lse = merge(total, total_lse, *backend.forward(q, k[:, :, a:b], v[:, :, a:b], **how))
+        parts = [
+            backend.backward(dout, q, k[:, :, a:b], v[:, :, a:b], total, total_lse, scale=0.4, causal=False)
+            for a, b in spans
+        ]
+        assert relative(total, out) < 1e-13 and relative(total_lse, lse) < 1e-13
+        assert relative(sum(p[0] for p in parts), dq) < 1e-12
+        assert relative(torch.cat([p[1] for p in parts], 2), dk) < 1e-12
+        assert relative(torch.cat([p[2] for p in parts], 2), dv) < 1e-12
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_in_place_equals_merge_and_keeps_empty_rows(dtype, device, seed):
+    from undertow.parallel.kernels.merge_rows import merge_into
+
+    # [B, T, H, D] memory seen as [B, H, T, D]: the layout of a layer's attention output
+    out, part = (torch.randn(2, 33, 3, 40, device=device).to(dtype).transpose(1, 2) for _ in range(2))
+    lse, part_lse = (torch.randn(2, 3, 33, device=device) * 3 for _ in range(2))
+    lse[:, :, 4:8] = float("-inf")
+    part_lse[:, :, 6:12] = float("-inf")
+    expected, expected_lse = merge(out, lse, part, part_lse)
+    assert not expected.isnan().any() and not expected_lse.isnan().any()
+    assert (expected[:, :, 6:8] == 0).all() and torch.isneginf(expected_lse[:, :, 6:8]).all()
+    torch.testing.assert_close(expected[:, :, 4:6], part[:, :, 4:6])
+    torch.testing.assert_close(expected[:, :, 8:12], out[:, :, 8:12])
+    merge_into(out, lse, part, part_lse)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
+
+
+def test_unknown_backend_is_a_user_error():
+    from undertow.dist.errors import UserError
+
+    with pytest.raises(UserError, match="no attention backend"):
+        select.backend("fast")

@@ -15,7 +15,7 @@ class UndertowError(Exception):
     exit_code = 2
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle without calling `__init__` again, whose arguments are not the message; ranks send errors to parents."""
+        """Pickle without a second `__init__`, whose arguments are not the message; ranks send errors to parents."""
         return _rebuild, (type(self), self.args, self.__dict__)
 
 

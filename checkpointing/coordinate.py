@@ -1,0 +1,68 @@
+"""How ranks agree about a checkpoint without touching the training job's collectives: a key-value store of their own.
+
+A vote that is late or missing must cost one checkpoint, not the job, so nothing here is a collective: rank 0 hosts a
+`TCPStore`, the others write their word into it, and every wait has a time-out that names the ranks that are missing.
+The store is used from background threads; the training threads never wait in it.
+"""
+
+from __future__ import annotations
+
+import pickle
+import secrets
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from ..dist import launch
+from ..dist.errors import PeerLost
+
+
+class Coordinator:
+    """Rank `rank` of `world`. Messages are keyed by a name that all ranks derive alike, such as 'save/12/vote'."""
+
+    def __init__(self, rank: int, world: int, store: dist.Store, token: str) -> None:
+        self.rank, self.world, self.store, self.token = rank, world, store, token
+        self.round = 0  # counts the restores of this run, alike on all ranks
+
+    @classmethod
+    def from_default_group(cls, *, timeout_s: float = 300.0) -> Coordinator:
+        """One for torch.distributed's default group (or for one process when there is none). Collective."""
+        token = secrets.token_hex(4)
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return cls(0, 1, dist.HashStore(), token)
+        rank, world = dist.get_rank(), dist.get_world_size()
+        host = launch.detect().master_addr
+        store = None
+        if rank == 0:
+            store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+        word = [(host, store.port, token) if store is not None else None]
+        dist.broadcast_object_list(word, src=0)
+        assert word[0] is not None
+        host, port, token = word[0]
+        if store is None:
+            store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
+        return cls(rank, world, store, token)
+
+    def say(self, name: str, value: Any) -> None:
+        """Publish this rank's word for `name`."""
+        self.store.set(f"{name}/{self.rank}", pickle.dumps(value))
+
+    def hear(self, name: str, rank: int, *, deadline_s: float) -> Any:
+        """The word of `rank`; waits until the monotonic time `deadline_s`, then raises `PeerLost`."""
+        key = f"{name}/{rank}"
+        try:
+            self.store.wait([key], timedelta(seconds=max(0.05, deadline_s - time.monotonic())))
+            return pickle.loads(self.store.get(key))
+        except (RuntimeError, dist.DistError) as error:
+            raise PeerLost(f"rank {rank} did not answer '{name}' in time ({str(error).splitlines()[0]})") from error
+
+    def hear_all(self, name: str, *, timeout_s: float) -> list[Any]:
+        """Every rank's word, in rank order."""
+        deadline_s = time.monotonic() + timeout_s
+        return [self.hear(name, rank, deadline_s=deadline_s) for rank in range(self.world)]
+
+    def forget(self, name: str) -> None:
+        """Delete this rank's word, so that a long run does not fill the store."""
+        self.store.delete_key(f"{name}/{self.rank}")

@@ -1,0 +1,87 @@
+"""From arena slots to files: each filled chunk is hashed, written and its slot given back, while later ones still fill.
+
+Writers take chunks in any order, since every chunk has its own offset. A failed write fails the save and nothing else:
+slots go on being given back, so that training never waits for a save that is lost.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+from ..dist.trace import Trace
+from .arena import Arena
+from .copies import HostCopier
+from .files import SECTOR, FileOps
+from .layout import Image
+from .manifest import FileRecord, checksum
+
+
+class ShardFile:
+    """One rank's shard file being written, with its folder; created by the first write. Thread-safe."""
+
+    def __init__(self, ops: FileOps, path: Path, image: Image) -> None:
+        self.ops, self.path, self.image = ops, path, image
+        self._handle = -1
+        self._sums: list[str] = [""] * image.chunks
+        self._issued = self._done = 0
+        self._changed = threading.Condition()
+
+    def _open(self) -> int:
+        with self._changed:
+            if self._handle < 0:
+                self.ops.mkdir(self.path.parent)
+                rounded = -(-self.image.size // SECTOR) * SECTOR
+                self._handle = self.ops.create(self.path, rounded)
+            return self._handle
+
+    def write(self, chunk: int, slot: int, arena: Arena) -> None:
+        """Hash and write a chunk from its slot."""
+        begin, end = self.image.chunk_range(chunk)
+        self._sums[chunk] = checksum(arena.view(slot, end - begin))
+        rounded = -(-(end - begin) // SECTOR) * SECTOR  # the last chunk's rest is cut off again by `finish`
+        self.ops.pwrite(self._open(), arena.view(slot, rounded), begin)
+
+    def issue(self) -> None:
+        """Count one chunk as given to a writer."""
+        with self._changed:
+            self._issued += 1
+
+    def done(self) -> None:
+        """Count one chunk as dealt with, written or not."""
+        with self._changed:
+            self._done += 1
+            self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Return when every chunk given to a writer has been dealt with."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._done == self._issued)
+
+    def finish(self) -> FileRecord:
+        """Make the file durable; its record."""
+        handle, self._handle = self._open(), -1
+        self.ops.finish(handle, self.image.size)
+        return FileRecord(self.image.size, tuple(self._sums))
+
+    def abandon(self) -> None:
+        if self._handle >= 0:
+            handle, self._handle = self._handle, -1
+            self.ops.abandon(handle)
+
+
+def flush_chunk(
+    file: ShardFile, snapshot: Any, chunk: int, slot: int, mark: Any, *, arena: Arena, copier: HostCopier, trace: Trace
+) -> None:
+    """What a writer thread does with one chunk."""
+    try:
+        copier.wait(mark)
+        if snapshot.error is None:
+            with trace.span("flush", step=snapshot.step, chunk=chunk):
+                file.write(chunk, slot, arena)
+    except BaseException as error:
+        snapshot.fail(error)
+    finally:
+        arena.release(slot)
+        file.done()

@@ -1,0 +1,153 @@
+"""A folder of checkpoints: names, what is committed, the commit itself, and the clean-up after a crash.
+
+    root/.step-000000120.tmp-1a2b3c4d/   being written
+    root/step-000000120/                 renamed when every file is durable; valid once COMMIT.json is in it
+    root/LATEST                          a hint for people and scripts; restore never trusts it
+    root/.lock                           held by the job that writes here
+
+Order: files, fsync, folder fsync, vote, metadata and manifest, folder fsync, rename, root fsync, COMMIT.json, fsync.
+A crash at any point leaves the older checkpoints as they were and at most one folder without COMMIT.json.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import socket
+import time
+from pathlib import Path
+
+from ..dist.errors import UserError
+from .files import FileOps
+from .manifest import COMMIT, LATEST, MANIFEST, METADATA, BadCheckpoint, Manifest, checksum, commit_bytes
+
+FINAL = re.compile(r"^step-(\d{9,})$")
+OURS = re.compile(r"^(\.?step-\d{9,}(\.(tmp|old|bad)-[0-9a-f-]+)?|LATEST|RESTARTS\.json|\.lock|.*\.part)$")
+
+
+class Folder:
+    """The checkpoints under `root`. Only rank 0 of the job that holds the lock changes anything here."""
+
+    def __init__(self, root: Path, ops: FileOps) -> None:
+        self.root, self.ops = root, ops
+        self._lock = -1
+
+    def final(self, step: int) -> Path:
+        return self.root / f"step-{step:09d}"
+
+    def scratch(self, step: int, token: str) -> Path:
+        return self.root / f".step-{step:09d}.tmp-{token}"
+
+    def committed(self) -> list[int]:
+        """The steps that have a COMMIT.json, oldest first. Says nothing about their content."""
+        if not self.root.is_dir():
+            return []
+        found = [FINAL.match(entry.name) for entry in os.scandir(self.root) if not entry.is_symlink()]
+        steps = [int(match.group(1)) for match in found if match]
+        return sorted(step for step in steps if (self.final(step) / COMMIT).is_file())
+
+    def take(self) -> None:
+        """Make the folder ours: create, lock, refuse somebody else's, clean up what a crash left."""
+        try:
+            self.ops.mkdir(self.root)
+            self._lock = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to the checkpoint folder {self.root} ({error.strerror})",
+                expected="a folder that this user may create or write",
+                remedy="pass another folder",
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.pread(self._lock, 200, 0).decode(errors="replace").strip()
+            os.close(self._lock)
+            self._lock = -1
+            raise UserError(
+                f"the checkpoint folder {self.root} is in use by {owner or 'another job'}",
+                expected="one job at a time in a checkpoint folder",
+                remedy="stop that job or pass another folder",
+            ) from error
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        strangers = sorted(name for name in os.listdir(self.root) if not OURS.match(name))
+        if strangers and not self.committed():
+            self.release()
+            raise UserError(
+                f"{self.root} holds other files ({', '.join(strangers[:3])}{' …' if len(strangers) > 3 else ''})",
+                expected="an empty folder or one that undertow wrote",
+                remedy="pass a new folder; nothing was changed",
+            )
+        self._recover()
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _recover(self) -> None:
+        for name in sorted(os.listdir(self.root)):
+            path = self.root / name
+            if re.match(r"^\.step-\d+\.tmp-", name):
+                self.ops.rmtree(path)
+            elif match := re.match(r"^\.step-(\d+)\.old-", name):
+                # a crash between the two renames of `commit`, or just after them
+                final = self.final(int(match.group(1)))
+                if (final / COMMIT).is_file():
+                    self.ops.rmtree(path)
+                else:
+                    if final.exists():
+                        self.ops.rename(final, self._aside(final, "bad"))
+                    self.ops.rename(path, final)
+                    self.ops.fsync_dir(self.root)
+
+    def commit(self, scratch: Path, manifest: Manifest, metadata: bytes) -> Path:
+        """Publish `scratch`, whose shard files are durable already, as the checkpoint of the manifest's step."""
+        data = manifest.dumps()
+        final = self.final(manifest.step)
+        self.ops.write_file(scratch / METADATA, metadata)
+        self.ops.write_file(scratch / MANIFEST, data)
+        self.ops.fsync_dir(scratch)
+        replaced = None
+        if final.exists():
+            replaced = self._aside(final, "old")
+            self.ops.rename(final, replaced)
+        self.ops.rename(scratch, final)
+        self.ops.fsync_dir(self.root)
+        self.ops.write_file(final / COMMIT, commit_bytes(data, manifest.step, time.time()))
+        self.ops.fsync_dir(final)
+        self.ops.write_file(self.root / LATEST, f"{final.name}\n".encode())
+        if replaced is not None:
+            self.ops.rmtree(replaced)
+        self.ops.fsync_dir(self.root)
+        return final
+
+    def quarantine(self, step: int) -> Path:
+        """Set a damaged checkpoint aside, so that it is neither restored nor lost; its new path."""
+        final = self.final(step)
+        aside = self._aside(final, "bad")
+        self.ops.rename(final, aside)
+        self.ops.fsync_dir(self.root)
+        return aside
+
+    def remove(self, step: int) -> None:
+        self.ops.rmtree(self.final(step))
+
+    def _aside(self, final: Path, why: str) -> Path:
+        return self.root / f".{final.name}.{why}-{time.time_ns():x}"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the checkpoint folder `path`, after COMMIT.json has vouched for it; else `BadCheckpoint`."""
+    try:
+        commit = json.loads((path / COMMIT).read_bytes())
+        data = (path / MANIFEST).read_bytes()
+        promised = commit["manifest"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadCheckpoint(f"{path} has no readable commit ({type(error).__name__}: {error})") from error
+    if checksum(data) != promised:
+        raise BadCheckpoint(f"{path / MANIFEST} does not match the checksum in {COMMIT}")
+    return Manifest.loads(data, path / MANIFEST)

@@ -1,0 +1,163 @@
+"""Which bytes of which tensor this rank writes where: DCP's planners decide who writes what, `layout` decides where.
+
+A plan depends only on names, shapes and placements, so it is made once and reused until one of them changes. Replicated
+tensors are written by one rank each, balanced by size. Ranks exchange their local plans through the `Coordinator`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import ChainMap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint._dedup_save_plans import dedup_save_plans
+from torch.distributed.checkpoint.default_planner import (
+    create_default_global_save_plan,
+    create_default_local_save_plan,
+)
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan as DcpPlan
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+
+from ..dist.errors import UserError
+from ..dist.units import format_bytes
+from .coordinate import Coordinator
+from .frames import frame
+from .layout import CHUNK_BYTES, Image, place
+from .state import Leaf, local_tensor
+
+SMALL_BYTES = 256 * 1024  # a lazy tensor below this is cheaper to copy at once than to track
+
+
+@dataclass(frozen=True)
+class SavePlan:
+    """One rank's part of a checkpoint: the shard file's image, and the keys behind its tensors and objects.
+
+    `eager_host` of the image's eager tensors lie in host memory and come first; the rest are on the device.
+    `metadata` (DCP's, of the whole checkpoint) is there on rank 0 only.
+    """
+
+    rank: int
+    world: int
+    image: Image
+    eager_host: int
+    eager: tuple[MetadataIndex, ...]
+    lazy: tuple[MetadataIndex, ...]
+    objects: tuple[MetadataIndex, ...]
+    metadata: Metadata | None = None
+
+    @property
+    def shard_name(self) -> str:
+        return f"__{self.rank}_0.distcp"
+
+    @property
+    def objects_name(self) -> str:
+        return f"__{self.rank}_1.distcp"
+
+    @property
+    def host_bytes(self) -> int:
+        """Where the part of the image that is staged in host memory ends."""
+        return self.image.eager[self.eager_host - 1].end if self.eager_host else 0
+
+    def __str__(self) -> str:
+        head = (
+            f"SavePlan rank {self.rank}/{self.world}: {format_bytes(self.image.size)} in {self.image.chunks} chunks of "
+            f"{format_bytes(self.image.chunk_bytes)}; {len(self.eager)} tensors copied at once "
+            f"({format_bytes(self.image.eager_bytes)}), {len(self.lazy)} lazily, {len(self.objects)} objects"
+        )
+        rows = [
+            f"  {placed.payload:>14d}  {placed.frame.nbytes:>14d}  lazy  {placed.key}" for placed in self.image.lazy
+        ]
+        return "\n".join([head, "          offset           bytes        tensor", *rows])
+
+
+def signature(leaves: Sequence[Leaf]) -> tuple:
+    """What a plan depends on; equal signatures share a plan."""
+    return tuple(
+        (leaf.path, tuple(leaf.value.shape), leaf.value.dtype, leaf.value.device.type, leaf.lazy, is_lazy(leaf))
+        if isinstance(leaf.value, torch.Tensor)
+        else (leaf.path,)
+        for leaf in leaves
+    )
+
+
+def is_lazy(leaf: Leaf) -> bool:
+    """Whether a tensor's bytes may leave late: the optimizer alone writes it, and it is large and dense."""
+    if leaf.lazy is None:
+        return False
+    local = local_tensor(leaf.value)
+    return local.is_contiguous() and local.numel() * local.element_size() >= SMALL_BYTES
+
+
+def make_plan(
+    leaves: Sequence[Leaf], coordinator: Coordinator, name: str, *, timeout_s: float, chunk_bytes: int = CHUNK_BYTES
+) -> SavePlan:
+    """This rank's plan. All ranks call it with the same `name`; raises `PeerLost` when one does not."""
+    flat: dict[str, Any] = {}
+    for leaf in leaves:
+        if leaf.key in flat:
+            raise UserError(
+                f"two values of the state have the name '{leaf.key}'", remedy="rename one of the checkpointed objects"
+            )
+        flat[leaf.key] = leaf.value
+    local = create_default_local_save_plan(flat, coordinator.rank == 0)
+    local = dataclasses.replace(local, planner_data={leaf.key: leaf.path for leaf in leaves})
+    coordinator.say(f"{name}/local", local)
+    metadata = None
+    if coordinator.rank == 0:
+        plans, metadata = _agree(coordinator.hear_all(f"{name}/local", timeout_s=timeout_s))
+        coordinator.say(f"{name}/global", plans)
+    else:
+        plans = coordinator.hear(f"{name}/global", 0, deadline_s=time.monotonic() + timeout_s)
+    return _lay_out(plans[coordinator.rank], leaves, coordinator, metadata, chunk_bytes)
+
+
+def _agree(local_plans: list[DcpPlan]) -> tuple[list[DcpPlan], Metadata]:
+    plans, metadata = create_default_global_save_plan(dedup_save_plans(local_plans))
+    paths = dict(ChainMap(*[plan.planner_data for plan in local_plans]))
+    return plans, dataclasses.replace(metadata, planner_data=paths)
+
+
+def _lay_out(
+    plan: DcpPlan, leaves: Sequence[Leaf], coordinator: Coordinator, metadata: Metadata | None, chunk_bytes: int
+) -> SavePlan:
+    by_key = {leaf.key: leaf for leaf in leaves}
+    host, device, lazy, objects = [], [], [], []
+    for item in plan.items:
+        leaf = by_key[item.index.fqn]
+        if item.type == WriteItemType.BYTE_IO:
+            objects.append(item.index)
+            continue
+        entry = (leaf.lazy, item.index, _frame_of(item))
+        if is_lazy(leaf):
+            lazy.append(entry)
+        elif leaf.value.device.type == "cpu":
+            host.append(entry)
+        else:
+            device.append(entry)
+    lazy.sort(key=lambda entry: entry[0])  # stable: a parameter stays before its optimizer state
+    eager = [*host, *device]
+    image = place(
+        [(index.fqn, framed) for _, index, framed in eager],
+        [(index.fqn, framed) for _, index, framed in lazy],
+        chunk_bytes=chunk_bytes,
+    )
+    return SavePlan(
+        coordinator.rank,
+        coordinator.world,
+        image,
+        len(host),
+        tuple(index for _, index, _ in eager),
+        tuple(index for _, index, _ in lazy),
+        tuple(objects),
+        metadata,
+    )
+
+
+def _frame_of(item: WriteItem):
+    assert item.tensor_data is not None
+    return frame(tuple(item.tensor_data.chunk.sizes), item.tensor_data.properties.dtype)

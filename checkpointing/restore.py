@@ -1,0 +1,246 @@
+"""From a verified checkpoint back into the live state, in place, on any number of ranks and any layout.
+
+DCP's load planner works out which boxes of which shards this rank needs; the boxes are read by mapping the shard files
+at the payload offsets that the manifest names. Objects are read with torch's restricted unpickler. Nothing is written
+into the state before names and shapes have been compared, so a checkpoint of another model changes nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.default_planner import create_default_local_load_plan
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.tensor import DTensor
+
+from ..dist.errors import UserError
+from .manifest import BadCheckpoint, Manifest, ShardRecord
+from .state import AppState, Leaf, set_rng_state
+
+
+def dcp_metadata(manifest: Manifest) -> Metadata:
+    """The manifest's tensors and objects as DCP metadata, made without unpickling anything."""
+    entries: dict[str, Any] = {key: BytesStorageMetadata() for key in manifest.objects}
+    for key, record in manifest.tensors.items():
+        chunks = [ChunkStorageMetadata(torch.Size(s.offsets), torch.Size(s.sizes)) for s in record.shards]
+        properties = TensorProperties(dtype=dtype_of(record.dtype))
+        entries[key] = TensorStorageMetadata(properties, torch.Size(record.shape), chunks)
+    return Metadata(entries)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise BadCheckpoint(f"the manifest names the dtype {name!r}, which this torch {torch.__version__} lacks")
+    return dtype
+
+
+class Reader:
+    """Maps the shard files of the checkpoint folder `path`; tensors come as views of the mapping, without a copy."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+        self._maps: dict[str, mmap.mmap] = {}
+
+    def _map(self, name: str) -> mmap.mmap:
+        if name not in self._maps:
+            with open(self.path / name, "rb") as file:
+                self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._maps[name]
+
+    def shard(self, key: str, shard: ShardRecord) -> torch.Tensor:
+        """One box of tensor `key`, a private copy-on-write view of the file."""
+        dtype = dtype_of(self.manifest.tensors[key].dtype)
+        count = 1
+        for size in shard.sizes:
+            count *= size
+        if count == 0:
+            return torch.empty(shard.sizes, dtype=dtype)
+        flat = torch.frombuffer(self._map(shard.file), dtype=dtype, count=count, offset=shard.payload)
+        return flat.view(shard.sizes)
+
+    def object(self, key: str, allowed: Sequence[type] = ()) -> Any:
+        """The value of `key`. `BadCheckpoint` when it holds a type that neither torch nor the user allows."""
+        record = self.manifest.objects[key]
+        data = self._map(record.file)[record.start : record.start + record.length]
+        try:
+            with torch.serialization.safe_globals(list(allowed)):
+                return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise BadCheckpoint(
+                f"the object '{key}' of {self.path} cannot be read safely ({reason}); name its types in allow_types"
+            ) from error
+
+
+def materialise_optimizers(state: AppState, manifest: Manifest) -> None:
+    """Give optimizers that have not stepped yet the state tensors that the checkpoint will fill."""
+    names = state.parameter_names()
+    stored_keys: dict[tuple[str | int, ...], list[str]] = {}
+    for path in manifest.paths.values():
+        stored_keys.setdefault(tuple(path[:-1]), []).append(str(path[-1]))
+    for label, optimizer in state.optimizers.items():
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                prefix = f"{label}.state.{names[id(parameter)]}."
+                stored = stored_keys.get((label, "state", names[id(parameter)]), [])
+                for key in [key for key in optimizer.state[parameter] if key not in stored]:
+                    del optimizer.state[parameter][key]  # the checkpoint is from before it appeared
+                missing = [key for key in stored if key not in optimizer.state[parameter]]
+                on_device = group.get("capturable") or group.get("fused")  # where these keep their step counter
+                for key in missing:
+                    optimizer.state[parameter][key] = _blank(manifest, prefix + key, parameter, bool(on_device))
+                if not optimizer.state[parameter]:
+                    del optimizer.state[parameter]
+
+
+def _blank(manifest: Manifest, key: str, parameter: torch.Tensor, scalar_on_device: bool) -> Any:
+    record = manifest.tensors.get(key)
+    if record is None:
+        return None  # a Python value: `apply` puts it in
+    dtype = dtype_of(record.dtype)
+    if record.shape == tuple(parameter.shape):
+        return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+    device = "cpu" if record.shape == () and not scalar_on_device else parameter.device
+    return torch.zeros(record.shape, dtype=dtype, device=device)
+
+
+def compare(state: AppState, leaves: Sequence[Leaf], manifest: Manifest, where: Path) -> None:
+    """Refuse a checkpoint of another model, naming the first differences. Users' own objects may change inside."""
+
+    def name(path: Sequence[str | int], key: str) -> str | None:
+        if _rank_word(path):
+            return None
+        if path[0] in state.others:
+            return str(path[0])
+        if path[0] in state.optimizers:  # its state appears with its first step, its options vary with torch
+            return key if path[-1] == "params" else None
+        return key
+
+    live = {name(leaf.path, leaf.key): leaf for leaf in leaves} | {None: None}
+    stored = {name(path, key) for key, path in manifest.paths.items()} | {None}
+    problems = [f"'{key}' is not in the checkpoint" for key in sorted(live.keys() - stored, key=str)]
+    problems += [f"'{key}' is only in the checkpoint" for key in sorted(stored - live.keys(), key=str)]
+    for leaf in leaves:
+        record = manifest.tensors.get(leaf.key)
+        if record is None or leaf.path[0] in state.others:
+            continue
+        shape = tuple(leaf.value.shape) if isinstance(leaf.value, torch.Tensor) else type(leaf.value).__name__
+        if shape != record.shape:
+            problems.append(f"'{leaf.key}' has shape {shape} here and {record.shape} in the checkpoint")
+    if problems:
+        more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""
+        raise UserError(
+            f"{where} is a checkpoint of another model or optimizer: {'; '.join(problems[:4])}{more}",
+            expected="the same names and shapes",
+            remedy="build the model with the checkpoint's configuration, or pass another folder",
+        )
+
+
+def _rank_word(path: Sequence[str | int]) -> bool:
+    return len(path) == 2 and str(path[1]).startswith("rank-")
+
+
+def targets_of(state: AppState, leaves: Sequence[Leaf], manifest: Manifest) -> dict[str, torch.Tensor]:
+    """Where each stored tensor goes: the live tensor, or a fresh one for an object whose inside has changed."""
+    live = {leaf.key: leaf.value for leaf in leaves if isinstance(leaf.value, torch.Tensor)}
+    targets = {}
+    for key, record in manifest.tensors.items():
+        value = live.get(key)
+        if value is not None and tuple(value.shape) == record.shape:
+            targets[key] = value
+        elif manifest.paths[key][0] in state.others:
+            targets[key] = torch.empty(record.shape, dtype=dtype_of(record.dtype))
+    return targets
+
+
+@torch.no_grad()
+def load_tensors(targets: Mapping[str, torch.Tensor], reader: Reader) -> None:
+    """Fill the targets in place from the checkpoint, resharding as needed."""
+    metadata = dcp_metadata(reader.manifest)
+    shards = {
+        MetadataIndex(key, shard.offsets): shard
+        for key, record in reader.manifest.tensors.items()
+        for shard in record.shards
+    }
+    for item in create_default_local_load_plan(dict(targets), metadata).items:
+        source = reader.shard(item.storage_index.fqn, shards[_bare(item.storage_index)])
+        for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths)):
+            source = source.narrow(dim, offset, length)
+        _target(targets[item.dest_index.fqn], item).copy_(source)
+
+
+def _bare(index: MetadataIndex) -> MetadataIndex:
+    return MetadataIndex(index.fqn, index.offset)
+
+
+def _target(value: torch.Tensor, item: ReadItem) -> torch.Tensor:
+    local = value.to_local() if isinstance(value, DTensor) else value
+    for dim, (offset, length) in enumerate(zip(item.dest_offsets, item.lengths)):
+        local = local.narrow(dim, offset, length)
+    return local
+
+
+def apply_objects(
+    state: AppState,
+    leaves: Sequence[Leaf],
+    targets: Mapping[str, torch.Tensor],
+    reader: Reader,
+    allowed: Sequence[type],
+) -> None:
+    """Give the non-tensor values back: param_groups, schedulers, loaders, RNG."""
+    manifest = reader.manifest
+    values = {key: reader.object(key, allowed) for key in manifest.objects if _mine(manifest.paths[key], state.rank)}
+    names = state.parameter_names()
+    for label, optimizer in state.optimizers.items():
+        for index, group in enumerate(optimizer.param_groups):
+            for key in [key for key in group if key != "params"]:
+                stored = f"{label}.param_groups.{index}.{key}"
+                if stored in values:
+                    group[key] = values[stored]
+            for parameter in group["params"]:
+                for key in optimizer.state.get(parameter, {}):
+                    stored = f"{label}.state.{names[id(parameter)]}.{key}"
+                    if stored in values:
+                        optimizer.state[parameter][key] = values[stored]
+    for label, module in state.modules.items():
+        extra = {leaf.path[-1]: values[leaf.key] for leaf in leaves if leaf.path[0] == label and leaf.key in values}
+        if extra:
+            module.load_state_dict({**module.state_dict(), **extra})
+    for label, thing in state.others.items():
+        thing.load_state_dict(_rebuild(label, manifest, {**targets, **values}))
+    rank = f"rank-{state.rank:05d}"
+    for label, thing in state.per_rank.items():
+        if f"{label}.{rank}" in values:
+            thing.load_state_dict(values[f"{label}.{rank}"])
+    if state.rng and f"rng.{rank}" in values:
+        set_rng_state(values[f"rng.{rank}"])
+
+
+def _mine(path: Sequence[str | int], rank: int) -> bool:
+    return not _rank_word(path) or path[1] == f"rank-{rank:05d}"
+
+
+def _rebuild(label: str, manifest: Manifest, values: Mapping[str, Any]) -> Any:
+    """The nested state of object `label` from its flat leaves."""
+    if label in values:
+        return values[label]
+    tree: dict[str, Any] = {}
+    for key, path in manifest.paths.items():
+        if path[0] == label:
+            set_element(tree, tuple(path), values[key])
+    return tree[label]

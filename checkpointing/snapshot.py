@@ -1,0 +1,155 @@
+"""One save in flight: its bytes move chunk by chunk from the state into arena slots, and the fence waits for the rest.
+
+Chunks are in the optimizer's order. A background thread fills them during forward and backward; when the optimizer is
+about to write, the training thread enters the fence, fills what nobody has claimed yet, and waits only for the chunks
+that hold what is about to be written (DataStates-LLM, section 4: lazy copies until the update phase). On CUDA the
+fence does not block the host: it makes the training stream wait for the copies that were queued.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from .arena import Arena, copy_bytes
+from .copies import HostCopier
+from .plan import SavePlan
+from .sample import Sampler
+
+OnChunk = Callable[["Snapshot", int, int, Any], None]
+
+
+class Seal:
+    """Watches the lazy tensors whose last byte lies in or before `chunk`: their version counters and samples."""
+
+    def __init__(self, chunk: int, tensors: Sequence[torch.Tensor], sampler: Sampler) -> None:
+        self.chunk, self._tensors, self._sampler = chunk, tensors, sampler
+        self._versions = [tensor._version for tensor in tensors]
+        sampler.before()
+
+    def changed(self) -> list[torch.Tensor]:
+        moved = [tensor._version for tensor in self._tensors] != self._versions
+        return [torch.tensor(moved), *self._sampler.changed()]
+
+
+class Snapshot:
+    """The copy phase of one save of `plan` at `step`.
+
+    `sources` are the lazy tensors in plan order, `host_part` the staged bytes [0, plan.host_bytes) of the image and
+    `device_part` the rest of the eager part on the device. `on_chunk(snapshot, chunk, slot, mark)` is called, from
+    any thread, when the copies of a chunk have been issued.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        plan: SavePlan,
+        sources: Sequence[torch.Tensor],
+        host_part: np.ndarray,
+        device_part: torch.Tensor | None,
+        copier: HostCopier,
+        arena: Arena,
+        on_chunk: OnChunk,
+        seals: Sequence[Seal] = (),
+    ) -> None:
+        self.step, self.plan = step, plan
+        self.error: BaseException | None = None
+        self._sources: Sequence[torch.Tensor] = sources
+        self._host_part, self._device_part = host_part, device_part
+        self._copier, self._arena, self._on_chunk = copier, arena, on_chunk
+        self._next = 0
+        self._filled = [False] * plan.image.chunks
+        self._through = 0  # all chunks below this one are filled
+        self._changed = threading.Condition()
+        self._seals = list(seals)
+        self._flags: list[torch.Tensor] = []
+        self._sealing = threading.Lock()
+
+    # -- filling ------------------------------------------------------------------------------------------------
+
+    def fill_next(self) -> bool:
+        """Claim the next chunk and issue its copies; False when there is none left. Waits for a free slot."""
+        with self._changed:
+            if self.error or self._next >= len(self._filled):
+                return False
+            chunk, self._next = self._next, self._next + 1
+        try:
+            slot = self._arena.acquire()
+            try:
+                self._fill(chunk, self._arena.slot_address(slot))
+                mark = self._copier.mark()
+            except BaseException:
+                self._arena.release(slot)
+                raise
+        except BaseException as error:
+            self.fail(error)
+            return False
+        self._on_chunk(self, chunk, slot, mark)
+        with self._changed:
+            self._filled[chunk] = True
+            while self._through < len(self._filled) and self._filled[self._through]:
+                self._through += 1
+            self._changed.notify_all()
+        return True
+
+    def _fill(self, chunk: int, target: int) -> None:
+        image = self.plan.image
+        begin, end = image.chunk_range(chunk)
+        host_end = min(end, self.plan.host_bytes)
+        if begin < host_end:
+            copy_bytes(target, self._host_part.ctypes.data + begin, host_end - begin)
+        device_begin, device_end = max(begin, self.plan.host_bytes), min(end, image.eager_bytes)
+        if device_begin < device_end:
+            assert self._device_part is not None
+            source = self._device_part.data_ptr() + device_begin - self.plan.host_bytes
+            self._copier.copy(target + device_begin - begin, source, device_end - device_begin)
+        for offset, data in image.static[chunk]:
+            copy_bytes(target + offset, data, len(data))
+        for piece in image.pieces[chunk]:
+            source = self._sources[piece.item].data_ptr() + piece.source_offset
+            self._copier.copy(target + piece.chunk_offset, source, piece.nbytes)
+
+    # -- fencing ------------------------------------------------------------------------------------------------
+
+    def wait_filled(self) -> None:
+        """Return when every chunk's copies were issued, or the save has failed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.error is not None or self._through == len(self._filled))
+
+    def fence(self, chunk: int | None = None) -> None:
+        """Return when whatever the caller does next cannot change chunks up to `chunk` (default: all) of this save."""
+        last = len(self._filled) if chunk is None else chunk + 1
+        while self._through < last and self.error is None:
+            if not self.fill_next():
+                with self._changed:
+                    self._changed.wait_for(lambda: self._through >= last or self.error is not None)
+        self._copier.order_after(self._copier.mark())
+        self._seal(last - 1)
+
+    def finish(self) -> None:
+        """For the background thread, once all is filled: seal what no fence has sealed, on the copies' own stream."""
+        with self._copier.side():
+            self._seal(len(self._filled) - 1)
+
+    def _seal(self, chunk: int) -> None:
+        with self._sealing:  # a fence must not return while another thread still samples
+            while self._seals and self._seals[0].chunk <= chunk:
+                self._flags.extend(self._seals.pop(0).changed())
+
+    def release_sources(self) -> None:
+        """Forget the state's tensors, once `fence()` has passed."""
+        self._sources, self._device_part = (), None
+
+    def fail(self, error: BaseException) -> None:
+        """Give this save up; the first reason is kept and every waiter goes on."""
+        with self._changed:
+            self.error = self.error or error
+            self._changed.notify_all()
+
+    def torn(self) -> bool:
+        """Whether somebody wrote a lazy tensor between snapshot and fence. Waits for the device."""
+        return any(bool(flag) for flag in self._flags)

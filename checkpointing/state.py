@@ -1,0 +1,180 @@
+"""What a training program's state is, and which of it may be copied late.
+
+Parameters and optimizer state are *lazy*: between two optimizer steps nothing may write them, so their bytes can leave
+while forward and backward run. Everything else (buffers, which BatchNorm writes in forward; RNG; scalars; whatever the
+user adds) is *eager*: it is copied before `save` returns. Names follow torch's `get_state_dict`, so that a checkpoint
+can be read by `torch.distributed.checkpoint` into the usual dictionaries.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.tensor import DTensor
+
+from ..dist.errors import UserError
+
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+Path = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One value of the state. `lazy` is the optimizer's rank of touching it (smaller is earlier), or None for eager."""
+
+    path: Path
+    value: Any
+    lazy: int | None = None
+
+    @property
+    def key(self) -> str:
+        return ".".join(map(str, self.path))
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the prefixes that DDP, torch.compile and checkpoint wrappers add."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+class AppState:
+    """The named objects of one program: modules, optimizers and anything with `state_dict` and `load_state_dict`.
+
+    `shared` objects are the same on every rank (modules and optimizers may be sharded as DTensors); those in
+    `per_rank` differ (data loader positions) and are stored once per rank.
+    """
+
+    def __init__(self, shared: Mapping[str, Any], per_rank: Mapping[str, Any], *, rank: int, rng: bool) -> None:
+        for name, thing in (*shared.items(), *per_rank.items()):
+            if not callable(getattr(thing, "state_dict", None)):
+                raise UserError(
+                    f"'{name}' is a {type(thing).__name__} without state_dict()",
+                    expected="a module, an optimizer or an object with state_dict() and load_state_dict()",
+                    remedy=f"wrap '{name}' in an object that has both",
+                )
+        self.modules = {name: thing for name, thing in shared.items() if isinstance(thing, nn.Module)}
+        self.optimizers = {name: thing for name, thing in shared.items() if isinstance(thing, torch.optim.Optimizer)}
+        taken = {*self.modules, *self.optimizers}
+        self.others = {name: thing for name, thing in shared.items() if name not in taken}
+        self.per_rank = dict(per_rank)
+        self.rank, self.rng = rank, rng
+
+    def parameter_names(self) -> dict[int, str]:
+        """id(parameter) → its plain name in the first module that holds it."""
+        names: dict[int, str] = {}
+        for module in self.modules.values():
+            for name, parameter in module.named_parameters():
+                names.setdefault(id(parameter), plain_name(name))
+        return names
+
+    def leaves(self) -> list[Leaf]:
+        """Every value now; lazy tensors carry their place in the optimizer's order."""
+        names = self.parameter_names()
+        order = self._touch_order()
+        found: list[Leaf] = []
+        for label, module in self.modules.items():
+            found.extend(_module_leaves(label, module, order))
+        for label, optimizer in self.optimizers.items():
+            found.extend(_optimizer_leaves(label, optimizer, names, order))
+        for label, thing in self.others.items():
+            found.extend(_object_leaves((label,), thing.state_dict()))
+        rank = f"rank-{self.rank:05d}"
+        for label, thing in self.per_rank.items():
+            found.append(Leaf((label, rank), thing.state_dict()))
+        if self.rng:
+            found.append(Leaf(("rng", rank), rng_state()))
+        return found
+
+    def _touch_order(self) -> dict[int, int]:
+        order: dict[int, int] = {}
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    order.setdefault(id(parameter), len(order))
+        return order
+
+
+def _module_leaves(label: str, module: nn.Module, order: Mapping[int, int]) -> Iterator[Leaf]:
+    # parameters by identity: a state_dict hands out detached aliases
+    parameters = {plain_name(name): p for name, p in module.named_parameters(remove_duplicate=False)}
+    for name, value in module.state_dict().items():
+        name = plain_name(name)
+        parameter = parameters.get(name)
+        if parameter is None:
+            yield Leaf((label, name), value)
+        else:
+            yield Leaf((label, name), parameter.detach(), order.get(id(parameter), len(order)))
+
+
+def _optimizer_leaves(
+    label: str, optimizer: torch.optim.Optimizer, names: Mapping[int, str], order: Mapping[int, int]
+) -> Iterator[Leaf]:
+    for index, group in enumerate(optimizer.param_groups):
+        unnamed = [tuple(p.shape) for p in group["params"] if id(p) not in names]
+        if unnamed:
+            raise UserError(
+                f"optimizer '{label}' holds {len(unnamed)} parameter(s) of no module given (shapes {unnamed[:3]})",
+                expected="every parameter of an optimizer to belong to a module that is checkpointed too",
+                remedy="pass those modules to Checkpointer as well",
+            )
+        for parameter in group["params"]:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                late = isinstance(value, torch.Tensor) and value.ndim > 0
+                yield Leaf((label, "state", names[id(parameter)], key), value, order[id(parameter)] if late else None)
+        for key, value in group.items():
+            if key == "params":
+                value = [names[id(parameter)] for parameter in value]
+            yield Leaf((label, "param_groups", index, key), value)
+
+
+def _object_leaves(path: Path, value: Any) -> Iterator[Leaf]:
+    """A nested state is split only where it holds tensors; a plain one is stored whole, so its inside may change."""
+    flat, mapping = flatten_state_dict({path[0]: value}) if isinstance(value, Mapping) else ({}, {})
+    if any(isinstance(item, torch.Tensor) for item in flat.values()):
+        for key, item in flat.items():
+            yield Leaf(tuple(mapping[key]), item)
+    else:
+        yield Leaf(path, value)
+
+
+def rng_state() -> dict[str, Any]:
+    """The generators of torch (CPU and the current CUDA device), Python and NumPy, as plain containers and tensors."""
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (
+            kind,
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Put back what `rng_state` returned."""
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def local_tensor(value: torch.Tensor) -> torch.Tensor:
+    """The bytes this rank holds: a DTensor's local shard, otherwise the tensor itself."""
+    return value.to_local() if isinstance(value, DTensor) else value

@@ -1,1 +1,0 @@
-"""Where checkpoint bytes can live; one file per tier."""

@@ -30,6 +30,7 @@ def free_port() -> int:
 
 def rejoin(launch: Launch) -> tuple[float, str]:
     """Leave the fixture's group, join by `launch`, reduce; the sum of ranks and gloo's interface."""
+    dist.barrier()  # a rank that leaves now could break the connections that others are still making
     dist.destroy_process_group()
     for name in (*LAUNCHER_VARIABLES, "GLOO_SOCKET_IFNAME"):
         os.environ.pop(name, None)

@@ -1,0 +1,143 @@
+"""Compile C++ sources into a cache: objects keyed by compiler, flags and every source they can include.
+
+The interposer cannot be shipped compiled for MPIs whose handles differ, so it is built where it runs, once. The key
+is a hash over contents, never over times, and files appear by rename, so that any number of ranks or test processes
+may build at the same time and all end with the same file.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import InterposeError
+
+CSRC = Path(__file__).parent / "csrc"
+CORE = ("ir", "passes", "walk", "plan", "exec")
+BASE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-g1", "-fvisibility=hidden", "-Wall", "-Wextra")
+ISA_FLAGS = {
+    "generic": (),
+    "avx2": ("-mavx2", "-mbmi2"),
+    "avx512": ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mbmi2"),
+}
+SANITIZE_FLAGS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
+
+
+def cache_folder() -> Path:
+    """Where built libraries, models and reports of this user live (UNDERTOW_MPI_CACHE, else XDG's cache)."""
+    named = os.environ.get("UNDERTOW_MPI_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "undertow" / "mpi"
+
+
+def compiler() -> str:
+    """The C++ compiler (CXX, else g++, c++, clang++); InterposeError in one line when there is none."""
+    for name in filter(None, (os.environ.get("CXX"), "g++", "c++", "clang++")):
+        found = shutil.which(name)
+        if found:
+            return found
+    raise InterposeError(
+        "no C++ compiler found (looked for $CXX, g++, c++, clang++); install one (for example `apt install g++`)"
+    )
+
+
+def run(command: list[str], what: str, **options) -> str:
+    """Run a tool and give back its output; InterposeError with its last lines when it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    except OSError as error:
+        raise InterposeError(f"{what}: cannot start {command[0]} ({error})") from error
+    if done.returncode:
+        tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-12:])
+        raise InterposeError(f"{what} failed: {' '.join(command[:3])} … ended with {done.returncode}\n{tail}")
+    return done.stdout
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One translation unit: a source file or generated text, with its own extra flags."""
+
+    name: str
+    source: Path | str
+    flags: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        return self.source.read_text() if isinstance(self.source, Path) else self.source
+
+
+def headers_digest() -> str:
+    """One hash over everything a unit may include."""
+    digest = hashlib.sha256()
+    for path in sorted(CSRC.rglob("*")):
+        if path.suffix in (".hh", ".inc"):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def core_units(sets: tuple[str, ...] = tuple(ISA_FLAGS)) -> list[Unit]:
+    """The handle-free core with the kernels of the instruction sets `sets`; only x86-64 has more than the portable."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        sets = ("generic",)
+    defines = tuple(f"-DUNDERTOW_HAVE_{isa.upper()}" for isa in sets)
+    units = [Unit(name, CSRC / "core" / f"{name}.cc", defines) for name in CORE]
+    return units + [Unit(f"kernels_{isa}", CSRC / "core" / f"kernels_{isa}.cc", ISA_FLAGS[isa]) for isa in sets]
+
+
+def compile_unit(unit: Unit, flags: tuple[str, ...], folder: Path) -> Path:
+    """Object file of a unit, from the cache or compiled now."""
+    cxx = compiler()
+    version = run([cxx, "--version"], "asking the compiler for its version").splitlines()[0]
+    text = unit.text()
+    key = "\n".join((cxx, version, *flags, *unit.flags, headers_digest(), text))
+    target = folder / "objects" / f"{unit.name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.o"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        source = unit.source
+        if isinstance(source, str):
+            path = Path(scratch) / f"{unit.name}.cc"
+            path.write_text(source)
+        else:
+            path = source
+        output = Path(scratch) / "out.o"
+        include = [f"-I{CSRC / 'core'}", f"-I{CSRC / 'abi'}"]
+        run([cxx, *BASE_FLAGS, *flags, *unit.flags, *include, "-c", str(path), "-o", str(output)], f"compiling {path}")
+        output.replace(target)
+    return target
+
+
+def link(units: list[Unit], flags: tuple[str, ...], target: Path, link_flags: tuple[str, ...] = ()) -> Path:
+    """Compile `units` (two at a time per core) and link them to the shared library `target`."""
+    folder = cache_folder()
+    workers = max(1, os.cpu_count() or 1)
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        objects = list(pool.map(lambda unit: compile_unit(unit, flags, folder), units))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        output = Path(scratch) / target.name
+        sanitize = [flag for flag in flags if flag.startswith("-fsanitize")]
+        static = [] if sanitize else ["-static-libstdc++", "-static-libgcc"]
+        command = [compiler(), "-shared", *sanitize, *map(str, objects), "-o", str(output), *static, *link_flags]
+        run(command, f"linking {target.name}")
+        output.replace(target)
+    return target
+
+
+def core_library(sanitize: bool = False) -> Path:
+    """The core alone as a shared library with the C ABI of core/capi.cc, for tests and `explain`."""
+    flags = SANITIZE_FLAGS if sanitize else ()
+    sets = ("generic", "avx2") if sanitize else tuple(ISA_FLAGS)  # the slow build leaves out what few machines run
+    units = [*core_units(sets), Unit("capi", CSRC / "core" / "capi.cc")]
+    key = "\n".join([headers_digest(), *flags, *(unit.text() for unit in units)])
+    name = f"libundertow_mpi_core-{hashlib.sha256(key.encode()).hexdigest()[:16]}{'-asan' if sanitize else ''}.so"
+    target = cache_folder() / name
+    return target if target.exists() else link(units, flags, target)

@@ -1,0 +1,62 @@
+// The core without MPI, as a C ABI for the tests (ctypes) and for `explain`: text in, text and bytes out.
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.hh"
+#include "plan.hh"
+
+using namespace undertow;
+
+namespace {
+thread_local std::string g_text;
+
+template <class F>
+const char* guarded(F f) {
+  try {
+    g_text = f();
+  } catch (const std::exception& e) {
+    g_text = std::string("!") + e.what();
+  }
+  return g_text.c_str();
+}
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// Text results live until the thread's next call; one that begins with '!' is an error.
+EXPORT const char* undertow_core_parse(const char* ir) {
+  return guarded([&] { return text(parse(ir)); });
+}
+EXPORT const char* undertow_core_normalise(const char* ir) {
+  return guarded([&] { return text(normalise(parse(ir))); });
+}
+EXPORT const char* undertow_core_describe(const char* ir, int64_t lb, int64_t extent) {
+  return guarded([&] { return make_plan(parse(ir), lb, extent).describe(); });
+}
+EXPORT const char* undertow_core_kernels() { return kernels().name; }
+
+EXPORT void* undertow_core_plan(const char* ir, int64_t extent) {
+  void* plan = nullptr;
+  guarded([&] {
+    plan = new Plan(make_plan(parse(ir), 0, extent));
+    return std::string();
+  });
+  return plan;
+}
+EXPORT void undertow_core_free(void* plan) { delete static_cast<Plan*>(plan); }
+EXPORT int64_t undertow_core_size(void* plan) { return static_cast<Plan*>(plan)->size; }
+EXPORT void undertow_core_pack(void* plan, int64_t count, const char* src, char* dst) {
+  pack(*static_cast<Plan*>(plan), count, src, dst);
+}
+EXPORT void undertow_core_unpack(void* plan, int64_t count, const char* src, char* dst) {
+  unpack(*static_cast<Plan*>(plan), count, src, dst);
+}
+// Segments by the reference walk.
+EXPORT void undertow_core_walk(void* plan, int unpacking, int64_t count, const char* src, char* dst, int64_t from,
+                               int64_t to) {
+  const Plan& p = *static_cast<Plan*>(plan);
+  if (unpacking)
+    walk_unpack(*p.ir, count, p.extent, src, dst, from, to);
+  else
+    walk_pack(*p.ir, count, p.extent, src, dst, from, to);
+}

@@ -56,10 +56,9 @@ def init_process_group(launch: Launch, *, device: torch.device, timeout_s: float
     """
     if timeout_s <= 0:
         raise UserError(f"timeout_s is {timeout_s}", expected="a positive number of seconds")
-    backend, bound = "gloo", None
+    backend = "gloo"
     if device.type == "cuda":
-        bound = device if device.index is not None else local_device(launch, "cuda")
-        torch.cuda.set_device(bound)
+        torch.cuda.set_device(device if device.index is not None else local_device(launch, "cuda"))
         backend = "cpu:gloo,cuda:nccl"
     if launch.world_size == 1:
         _bind_gloo(launch, "127.0.0.1")
@@ -69,13 +68,12 @@ def init_process_group(launch: Launch, *, device: torch.device, timeout_s: float
         _bind_gloo(launch, address)
         prefix = dist.PrefixStore(launch.run_id, _connect(launch, address, port, timeout_s))
         store = agree(prefix, launch.rank, launch.world_size, timeout_s=timeout_s)
-    dist.init_process_group(
+    dist.init_process_group(  # no device_id: it makes torch split subgroups off NCCL alone, without gloo
         backend,
         store=store,
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=timedelta(seconds=timeout_s),
-        device_id=bound,
     )
 
 

@@ -41,6 +41,7 @@ class Attempt:
 
     rank: int = 0
     epoch_s: float = 0.0
+    os_pid: int = 0
     lanes: dict[int, str] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
 
@@ -65,7 +66,7 @@ def read_attempts(path: Path | str) -> list[Attempt]:
     attempts: list[Attempt] = []
     for event in _lines(Path(path)):
         if event["ph"] == "M" and event["name"] == START:
-            attempts.append(Attempt(rank=event["pid"]))
+            attempts.append(Attempt(rank=event["pid"], os_pid=event["args"]["os_pid"]))
         elif not attempts:
             attempts.append(Attempt(rank=event["pid"]))  # the start event itself was torn
         attempt = attempts[-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from undertow.dist.errors import UserError
@@ -159,6 +159,7 @@ def test_bad_host_lists(text):
         expand_hosts(text)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 999), min_size=1, max_size=20, unique=True), st.integers(1, 4))
 def test_host_lists_written_plainly_and_compressed_agree(numbers, width):
     names = [f"n{number:0{width}d}" for number in numbers]
@@ -166,6 +167,7 @@ def test_host_lists_written_plainly_and_compressed_agree(numbers, width):
     assert expand_hosts(",".join(names)) == names == expand_hosts(f"n[{inside}]")
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_ports_are_below_the_ephemeral_range(identity):
     assert 1024 < port_of(identity) < 32768

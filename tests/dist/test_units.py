@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from undertow.dist.errors import UserError
@@ -90,6 +90,7 @@ def test_formats():
     assert format_seconds(float("inf")) == "inf s" and format_seconds(-75) == "-1 min 15 s"
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1 << 62))
 def test_formatted_bytes_read_back_within_the_shown_digit(nbytes):
     text = format_bytes(nbytes)
@@ -98,6 +99,7 @@ def test_formatted_bytes_read_back_within_the_shown_digit(nbytes):
     assert abs(tenths * unit - 10 * nbytes) <= unit // 2 + 1 + nbytes // (1 << 50)
 
 
+@settings(deadline=None)
 @given(st.floats(0, 1e9))
 def test_formatted_seconds_never_fail(seconds):
     assert format_seconds(seconds).split()[-1] in ("ns", "µs", "ms", "s", "min", "h")

@@ -18,6 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...dist.errors import UndertowError
+
+
+class Unsupported(UndertowError):
+    """This call cannot be streamed; the engine catches it, says why once, and uses plain checkpointing."""
+
 
 class Attend(Protocol):
     """Causal attention of the rows at hand; the engine's version also sees the keys of all earlier rows."""

@@ -1,0 +1,331 @@
+"""One decoder layer, forward and backward, a chunk of rows at a time: the algorithm of streamed backpropagation.
+
+Forward runs without autograd, chunk by chunk, and keeps only the layer's input. Backward computes all keys and values
+once, then takes the chunks in descending order: forward with autograd, then one `autograd.grad` per chunk. Descending,
+because queries of chunk j reach keys up to its own end: when chunk i is differentiated, dK and dV of its rows lack
+only its own share (see `attention`), so dX of the chunk is final and overwrites dY.
+
+Weight gradients add up in float32 scratch of this one layer and are *returned* by the autograd function, once, so
+that the hooks of DDP, ZeRO and FSDP fire once per parameter as without streaming. Exact, after Luo et al., StreamBP
+(2025); unlike theirs K and V are projected once, no mask tensor exists, and no gradient is written behind autograd.
+
+Legend: B batch, T tokens, d channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
+
+from .attention import ChunkAttention, KeyValues, Mask, attend_forward, with_sinks
+from .layout import Layout
+from .ownership import is_ours
+from .protocol import Unsupported
+from .store import Bounds, Slot
+
+
+class NoAttention(Unsupported):
+    """The layer never called attention: another kind of layer, which plain checkpointing serves."""
+
+
+class KeysReady(BaseException):
+    """Leaves a layer once its keys and values are written; a BaseException, so that no `except Exception` stops it."""
+
+
+Runner = Callable[[nn.Module, "Answer", tuple, dict], tuple[Tensor, tuple[Tensor, ...]]]
+
+
+@dataclass
+class Scene:
+    """What all layers of one forward share. `run(layer, attend, args, kwargs)` calls a layer's own forward on a chunk
+    and returns its output [B, C, d] and further row-wise outputs ([B, C, …] or [B * C, …]) that may carry gradients."""
+
+    layout: Layout
+    bounds: Bounds
+    run: Runner
+    attention_backend: str | None = None
+    replay_random: bool = False
+    autocast: tuple[bool, torch.dtype] = (False, torch.bfloat16)
+
+    def precision(self, device: torch.device) -> contextlib.AbstractContextManager:
+        """The autocast state of the forward call. Its weight cache is off: a cast cached without gradients must not
+        be met again with them."""
+        enabled, dtype = self.autocast
+        if not enabled:
+            return torch.autocast(device.type, enabled=False) if _autocast_on(device) else contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=dtype, enabled=True, cache_enabled=False)
+
+
+def _autocast_on(device: torch.device) -> bool:
+    return torch.is_autocast_enabled(device.type)
+
+
+@dataclass
+class Answer:
+    """The `Attend` that a layer is given for one chunk. `purpose`: 'keys', 'forward' or 'gradient'."""
+
+    scene: Scene
+    purpose: str
+    chunk: int
+    keys: KeyValues | None
+    slot: Slot | None = None
+    calls: int = 0
+
+    def __call__(
+        self,
+        q_BHCD: Tensor,
+        k_BGCD: Tensor,
+        v_BGCE: Tensor,
+        *,
+        positions: Tensor | None = None,
+        scale: float | None = None,
+        window: int | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        self.calls += 1
+        if self.calls > 1:
+            raise Unsupported("the layer calls attention more than once")
+        start, stop = self.scene.bounds[self.chunk]
+        if q_BHCD.shape[2] != stop - start or k_BGCD.shape[2] != stop - start:
+            raise Unsupported(
+                f"attention got {q_BHCD.shape[2]} queries and {k_BGCD.shape[2]} keys for {stop - start} rows"
+            )
+        scale = q_BHCD.shape[-1] ** -0.5 if scale is None else scale
+        mask = Mask(self.scene.layout, start, stop, scale, window, self.scene.attention_backend)
+        if self.keys is not None:
+            self.keys.write(start, k_BGCD.detach(), v_BGCE.detach())
+        if self.purpose == "keys":
+            raise KeysReady
+        if self.purpose == "gradient":
+            known = self.slot.attention(self.chunk) if self.slot is not None else None
+            return ChunkAttention.apply(q_BHCD, k_BGCD, v_BGCE, sinks, mask, self.keys, known)  # type: ignore
+        all_k, all_v = (k_BGCD, v_BGCE) if self.keys is None else (self.keys.k, self.keys.v)
+        assert all_k is not None and all_v is not None
+        out, lse = attend_forward(q_BHCD, all_k, all_v, mask)
+        if sinks is not None:
+            out, lse = with_sinks(out, lse, sinks)
+        if self.slot is not None and self.slot.keeps_attention:
+            self.slot.keep_attention(self.chunk, out, lse)
+        return out
+
+
+def slice_rows(tree: Any, start: int, stop: int, tokens: int) -> Any:
+    """A layer's arguments for rows [start, stop): tensors with T in dimension 1 (or 2, or 0 of a vector) are cut."""
+
+    def cut(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        for dim in (1, 0, 2) if leaf.dim() == 1 else (1, 2):
+            if dim < leaf.dim() and leaf.shape[dim] == tokens:
+                return leaf.narrow(dim, start, stop - start)
+        return leaf
+
+    return pytree.tree_map(cut, tree)
+
+
+@dataclass
+class LayerCall:
+    """One layer with the arguments of one call (without x, which comes first)."""
+
+    scene: Scene
+    layer: nn.Module
+    args: tuple
+    kwargs: dict
+    _random: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+    _extra_shapes: list[tuple[int, ...]] = field(default_factory=list)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that want gradients, in a fixed order. Asked anew each time: FSDP swaps the objects."""
+        return [p for p in self.layer.parameters() if p.requires_grad]
+
+    def _on(self, chunk: int, x: Tensor, answer: Answer) -> tuple[Tensor, tuple[Tensor, ...]]:
+        args, kwargs = self.args, self.kwargs
+        if len(self.scene.bounds) > 1:
+            args, kwargs = slice_rows((args, kwargs), *self.scene.bounds[chunk], self.scene.layout.tokens)
+        with self.scene.precision(x.device):
+            y, extras = self.scene.run(self.layer, answer, (x, *args), kwargs)
+        if answer.calls == 0:
+            raise NoAttention(f"{type(self.layer).__name__} does not call the attention interface")
+        return y, extras
+
+    def forward(self, rows: Callable[[int], Tensor], slot: Slot | None) -> tuple[Tensor, list[Tensor]]:
+        """The layer's output [B, T, d] and further outputs, without autograd. `rows(i)` gives chunk i of the input."""
+        bounds, y, extras = self.scene.bounds, None, []
+        keys = KeyValues(self.scene.layout.tokens) if len(bounds) > 1 else None
+        remember = self.scene.replay_random and not self._random
+        for chunk, (start, stop) in enumerate(bounds):
+            x = rows(chunk)
+            if remember:
+                self._random.append(_random_state(x.device))
+            part, part_extras = self._on(chunk, x, Answer(self.scene, "forward", chunk, keys, slot))
+            extras.append([_by_row(e, x) for e in part_extras])
+            self._extra_shapes = [tuple(e.shape) for e in part_extras]
+            if len(bounds) == 1:
+                y = part
+            else:
+                if y is None:
+                    y = part.new_empty(part.shape[0], self.scene.layout.tokens, *part.shape[2:])
+                y[:, start:stop] = part
+            del part
+        assert y is not None
+        return y, [self._whole(parts, shape) for parts, shape in zip(zip(*extras), self._extra_shapes)]
+
+    @staticmethod
+    def _whole(parts: tuple[Tensor, ...], shape: tuple[int, ...]) -> Tensor:
+        """Chunks [B, C, …] to [B, T, …], flattened to [B * T, …] when the layer gave it so."""
+        whole = torch.cat(parts, 1)
+        return whole.flatten(0, 1) if whole.dim() > len(shape) else whole
+
+    def backward(
+        self, slot: Slot, dy: Tensor, dextras: tuple[Tensor | None, ...], dx: Tensor | None
+    ) -> list[Tensor | None]:
+        """Gradients of `parameters()`; fills `dx` [B, T, d] (None: x wants no gradient), which may be `dy` itself."""
+        bounds, params = self.scene.bounds, self.parameters()
+        keys = KeyValues(self.scene.layout.tokens) if len(bounds) > 1 else None
+        total = _Sum(len(params), once=len(bounds) == 1)
+        slot.begin()
+        with _kept_random(dy.device, self.scene.replay_random):
+            if keys is not None:
+                for chunk in reversed(range(len(bounds) - 1)):
+                    self._write_keys(chunk, slot.rows(chunk), keys)
+            for chunk in reversed(range(len(bounds))):
+                self._backward_chunk(chunk, slot, dy, dextras, dx, keys, params, total)
+                slot.release(chunk)
+        return total.rounded(params)
+
+    def _write_keys(self, chunk: int, x: Tensor, keys: KeyValues) -> None:
+        with torch.no_grad(), contextlib.suppress(KeysReady):
+            self._restore_random(chunk, x.device)
+            self._on(chunk, x, Answer(self.scene, "keys", chunk, keys))
+
+    def _backward_chunk(
+        self,
+        chunk: int,
+        slot: Slot,
+        dy: Tensor,
+        dextras: tuple[Tensor | None, ...],
+        dx: Tensor | None,
+        keys: KeyValues | None,
+        params: list[nn.Parameter],
+        total: _Sum,
+    ) -> None:
+        start, stop = self.scene.bounds[chunk]
+        x = slot.rows(chunk).detach().requires_grad_(dx is not None)
+        self._restore_random(chunk, x.device)
+        with torch.enable_grad():
+            y, extras = self._on(chunk, x, Answer(self.scene, "gradient", chunk, keys, slot))
+        outputs, gradients = [y], [dy[:, start:stop]]
+        for extra, dextra in zip(extras, dextras):
+            if dextra is not None and extra.requires_grad:
+                flat = extra.shape[:2] != x.shape[:2]
+                rows = dextra.unflatten(0, (-1, self.scene.layout.tokens)) if flat else dextra
+                outputs.append(extra)
+                gradients.append(rows[:, start:stop].reshape(extra.shape))
+        wanted = [x, *params] if dx is not None else params
+        grads = torch.autograd.grad(outputs, wanted, gradients, allow_unused=True)
+        del y, extras, outputs, gradients
+        if dx is not None:
+            dx[:, start:stop] = 0 if grads[0] is None else grads[0]
+            grads = grads[1:]
+        total.add(grads)
+
+    def _restore_random(self, chunk: int, device: torch.device) -> None:
+        if self.scene.replay_random:
+            cpu, own = self._random[chunk]
+            torch.set_rng_state(cpu)
+            if own is not None:
+                torch.get_device_module(device).set_rng_state(own, device)
+
+
+def _flat(extra: Tensor, x: Tensor) -> bool:
+    return extra.shape[0] == x.shape[0] * x.shape[1] and extra.shape[:2] != x.shape[:2]
+
+
+def _by_row(extra: Tensor, x: Tensor) -> Tensor:
+    """[B * C, …] or [B, C, …] to [B, C, …]."""
+    if extra.shape[:2] == x.shape[:2]:
+        return extra
+    if not _flat(extra, x):
+        raise Unsupported(f"a recorded output of shape {tuple(extra.shape)} does not follow the rows of the chunk")
+    return extra.unflatten(0, (x.shape[0], x.shape[1]))
+
+
+class _Sum:
+    """Weight gradients of one layer: float32 (float64 stays) over chunks, rounded to the weight's type once."""
+
+    def __init__(self, count: int, once: bool) -> None:
+        self._parts: list[Tensor | None] = [None] * count
+        self._once = once
+
+    def add(self, grads: tuple[Tensor | None, ...]) -> None:
+        for i, grad in enumerate(grads):
+            part = self._parts[i]
+            if grad is None:
+                continue
+            if part is None:
+                low = grad.dtype in (torch.bfloat16, torch.float16)
+                self._parts[i] = grad.float() if low and not self._once else grad
+            else:
+                part += grad
+
+    def rounded(self, params: list[nn.Parameter]) -> list[Tensor | None]:
+        for i, (part, param) in enumerate(zip(self._parts, params)):
+            self._parts[i] = None if part is None else part.to(param.dtype)
+        return self._parts
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+    return torch.get_rng_state(), own
+
+
+@contextlib.contextmanager
+def _kept_random(device: torch.device, active: bool) -> Iterator[None]:
+    """Leave the generators as they were found."""
+    if not active:
+        yield
+        return
+    cpu, own = _random_state(device)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if own is not None:
+            torch.get_device_module(device).set_rng_state(own, device)
+
+
+class StreamedLayer(torch.autograd.Function):
+    """(y, *extras) of a `LayerCall`; the parameters are inputs, so that autograd delivers their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, call: LayerCall, slot: Slot, x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        slot.keep_input(x)
+        bounds = call.scene.bounds
+        y, extras = call.forward(lambda i: x[:, bounds[i][0] : bounds[i][1]], slot)
+        ctx.call, ctx.slot, ctx.input = call, slot, (x.shape, x.dtype)
+        return y, *extras
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, *dextras: Tensor | None) -> tuple[Tensor | None, ...]:
+        held = sys.getrefcount(dy)
+        call, slot = ctx.call, ctx.slot
+        if dy is None:
+            raise RuntimeError("the output of a streamed layer got no gradient while its other outputs did")
+        dx = None
+        if ctx.needs_input_grad[2]:
+            shape, dtype = ctx.input
+            fits = dy.shape == shape and dy.dtype == dtype
+            dx = dy if fits and is_ours(dy, held) else torch.empty(shape, dtype=dtype, device=dy.device)
+        grads = call.backward(slot, dy, dextras, dx)
+        ctx.call = ctx.slot = None
+        return None, None, dx, *grads

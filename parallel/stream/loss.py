@@ -1,0 +1,356 @@
+"""Losses over rows of hidden states that never hold all logits: token log-probabilities with a weight per row.
+
+Every sequence loss in use is a function of the log-probabilities of chosen tokens, so one primitive serves them all:
+`token_log_probs` returns them differentiably, and its backward forms (softmax - onehot) * weight for a few rows at a
+time, where the weight of a row is whatever the user's loss says. `weighted_nll` is the case in which weights are known
+in advance (SFT): gradients are formed in the forward sweep, which saves computing logits twice. `map_rows` is for
+losses of whole logit rows (distillation). Ignored rows are dropped before anything is computed. Weight gradients add
+up in float32; matrix products run in the type of the model.
+
+Legend: N selected rows, R rows of a chunk, d channels, V vocabulary, B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..kernels.row_loss import row_loss
+from .rows import Pipeline, Rows
+
+IGNORE = -100
+CHUNK_BYTES = 512 << 20
+
+
+def default_rows(vocabulary: int, element_size: int) -> int:
+    """Rows of a chunk such that logits and their gradient take about `CHUNK_BYTES`; a multiple of 128, at least 128."""
+    return max(128, CHUNK_BYTES // (2 * vocabulary * element_size) // 128 * 128)
+
+
+class _Sweep:
+    """One pass over the selected rows of x, with the gradient of each chunk added up where it belongs."""
+
+    def __init__(self, x: Tensor, index: Tensor | None, pipeline: Pipeline, rows: int | None) -> None:
+        self.flat = x.detach().reshape(-1, x.shape[-1])
+        self.index, self.pipeline = index, pipeline
+        self.count = self.flat.shape[0] if index is None else index.shape[0]
+        self.rows = rows
+        self.weight = None if pipeline.weight is None else pipeline.weight()
+        if self.weight is not None and self.weight.shape != (self.weight.shape[0], x.shape[-1]):
+            self.weight = None
+        self.params = pipeline.parameters()
+        self._totals: dict[int, Tensor] = {}
+        self._x_shape, self.dx = x.shape, None
+        self._device, self._autocast = x.device, torch.is_autocast_enabled(x.device.type)
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        start = 0
+        while start < self.count:
+            rows = self.rows or 128  # one small chunk first when the vocabulary is not known yet
+            yield start, min(start + rows, self.count)
+            start += rows
+
+    def know(self, logits: Tensor) -> None:
+        """After the first chunk: choose the number of rows if the caller did not."""
+        if self.rows is None:
+            self.rows = default_rows(logits.shape[-1], logits.element_size())
+
+    def take(self, start: int, stop: int) -> Tensor:
+        return self.flat[start:stop] if self.index is None else self.flat.index_select(0, self.index[start:stop])
+
+    @contextlib.contextmanager
+    def precision(self) -> Iterator[None]:
+        if not self._autocast:
+            yield
+            return
+        kind = self._device.type
+        with torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False):
+            yield
+
+    def logits(self, start: int, stop: int) -> Tensor:
+        """Without gradients."""
+        with torch.no_grad(), self.precision():
+            return self.pipeline(self.take(start, stop))
+
+    def gradient(self, start: int, stop: int, of_logits: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        """Run the chunk, ask `of_logits` for (value [R], dlogits) and add the gradients of x and the weights."""
+        x = self.take(start, stop).requires_grad_()
+        if self.weight is None or self._autocast:
+            with torch.enable_grad(), self.precision():
+                z = self.pipeline(x)
+            value, dz = of_logits(z.detach())
+            self._add(torch.autograd.grad(z, [x, *self.params], dz, allow_unused=True), start, stop, self.params)
+            return value
+        with torch.enable_grad():
+            hidden = x
+            for function in self.pipeline.before:
+                hidden = function(hidden)
+        z = hidden.detach() @ self.weight.detach().T
+        value, dz = self._through_after(z, of_logits)
+        if self.weight.requires_grad:
+            self._add_product(self.weight, dz, hidden.detach())
+        dhidden = dz @ self.weight.detach()
+        if hidden is x:
+            self._add((dhidden,), start, stop, [])
+        else:
+            params = [p for p in self.params if p is not self.weight]
+            grads = torch.autograd.grad(hidden, [x, *params], dhidden, allow_unused=True)
+            self._add(grads, start, stop, params)
+        return value
+
+    def _through_after(self, z: Tensor, of_logits: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        if not self.pipeline.after:
+            return of_logits(z)
+        z.requires_grad_()
+        with torch.enable_grad():
+            shown = z
+            for function in self.pipeline.after:
+                shown = function(shown)
+        value, dshown = of_logits(shown.detach())
+        return value, torch.autograd.grad(shown, z, dshown)[0]
+
+    def _add(self, grads: tuple[Tensor | None, ...], start: int, stop: int, params: list[nn.Parameter]) -> None:
+        if grads[0] is not None:
+            self._add_rows(grads[0], start, stop)
+        for param, grad in zip(params, grads[1:]):
+            if grad is None:
+                continue
+            if id(param) in self._totals:
+                self._totals[id(param)] += grad
+            else:
+                self._totals[id(param)] = grad.float() if grad.dtype in (torch.bfloat16, torch.float16) else grad
+
+    def _add_rows(self, grad: Tensor, start: int, stop: int) -> None:
+        if self.dx is None:
+            make = torch.empty if self.index is None else torch.zeros
+            self.dx = make(self.flat.shape, dtype=self.flat.dtype, device=self.flat.device)
+        if self.index is None:
+            self.dx[start:stop] = grad
+        else:
+            self.dx.index_copy_(0, self.index[start:stop], grad.to(self.dx.dtype))
+
+    def _add_product(self, weight: Tensor, dz: Tensor, hidden: Tensor) -> None:
+        """total += dz.T @ hidden, the sum in float32 (float64 stays)."""
+        low = weight.dtype in (torch.bfloat16, torch.float16)
+        total = self._totals.get(id(weight))
+        if total is None:
+            total = torch.zeros(weight.shape, dtype=torch.float32 if low else weight.dtype, device=weight.device)
+            self._totals[id(weight)] = total
+        if low and weight.is_cuda:
+            torch.addmm(total, dz.T, hidden, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
+        elif low:
+            total.addmm_(dz.T.float(), hidden.float())
+        else:
+            total.addmm_(dz.T, hidden)
+
+    def results(self, params: list[nn.Parameter]) -> list[Tensor | None]:
+        """dx [B, T, d] and the gradients of `params`, each in the type of what it belongs to."""
+        dx = torch.zeros_like(self.flat) if self.dx is None else self.dx
+        grads: list[Tensor | None] = [dx.view(self._x_shape)]
+        for param in params:
+            total = self._totals.pop(id(param), None)
+            grads.append(None if total is None else total.to(param.dtype))
+        return grads
+
+
+class _WeightedNLL(torch.autograd.Function):
+    """sum of weight * nll over the selected rows, gradients formed on the way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, labels: Tensor, weights: Tensor | None, index: Tensor | None, pipeline: Pipeline,
+        rows: int | None, *params: nn.Parameter,
+    ) -> Tensor:  # fmt: skip
+        sweep = _Sweep(x, index, pipeline, rows)
+        total = torch.zeros((), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+        differentiable = any(ctx.needs_input_grad)
+        for start, stop in sweep.chunks():
+            label, weight = labels[start:stop], None if weights is None else weights[start:stop]
+
+            def of_logits(z: Tensor, label: Tensor = label, weight: Tensor | None = weight) -> tuple[Tensor, Tensor]:
+                sweep.know(z)
+                nll, dz = row_loss(z, label, weight, True)
+                assert dz is not None
+                return nll, dz
+
+            if differentiable:
+                nll = sweep.gradient(start, stop, of_logits)
+            else:
+                z = sweep.logits(start, stop)
+                sweep.know(z)
+                nll = row_loss(z, label, None, False)[0]
+            total += (nll if weight is None else nll * weight).sum()
+        ctx.grads = sweep.results(list(params)) if differentiable else None
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError("a streamed loss was differentiated twice; retain_graph=True is not supported")
+        dx, *dparams = (None if g is None else g.mul_(dloss.to(g.dtype)) for g in ctx.grads)
+        ctx.grads = None
+        return dx, None, None, None, None, None, *dparams
+
+
+class _MapRows(torch.autograd.Function):
+    """value [N] of each selected row; backward runs the chunks again with the row weights it is given."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, index: Tensor | None, pipeline: Pipeline, rows: int | None, score: Score,
+        *params: nn.Parameter,
+    ) -> Tensor:  # fmt: skip
+        sweep = _Sweep(x, index, pipeline, rows)
+        values = []
+        for start, stop in sweep.chunks():
+            z = sweep.logits(start, stop)
+            sweep.know(z)
+            values.append(score.value(z, start, stop))
+        ctx.save_for_backward(x, index)
+        ctx.how, ctx.params = (pipeline, sweep.rows, score), params
+        ctx.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
+        return torch.cat(values) if values else x.new_zeros(0, dtype=torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dvalues: Tensor) -> tuple[Tensor | None, ...]:
+        x, index = ctx.saved_tensors
+        pipeline, rows, score = ctx.how
+        enabled, dtype = ctx.autocast
+        with torch.autocast(x.device.type, dtype=dtype, enabled=enabled):
+            sweep = _Sweep(x, index, pipeline, rows)
+            for start, stop in sweep.chunks():
+                weight = dvalues[start:stop]
+                sweep.gradient(start, stop, lambda z, a=start, b=stop, w=weight: (w, score.gradient(z, a, b, w)))
+        dx, *dparams = sweep.results(list(ctx.params))
+        return dx, None, None, None, None, *dparams
+
+
+class Score(Protocol):
+    """A value per row of logits and its gradient; rows start … stop of the selected ones."""
+
+    def value(self, z_RV: Tensor, start: int, stop: int) -> Tensor: ...
+
+    def gradient(self, z_RV: Tensor, start: int, stop: int, weight_R: Tensor) -> Tensor:
+        """d(sum of weight * value) / dz, in the type of z."""
+        ...
+
+
+class _LogProb:
+    """log softmax(z)[label]."""
+
+    def __init__(self, labels_N: Tensor) -> None:
+        self._labels = labels_N
+
+    def value(self, z_RV: Tensor, start: int, stop: int) -> Tensor:
+        return -row_loss(z_RV, self._labels[start:stop], None, False)[0]
+
+    def gradient(self, z_RV: Tensor, start: int, stop: int, weight_R: Tensor) -> Tensor:
+        gradient = row_loss(z_RV, self._labels[start:stop], -weight_R, True)[1]
+        assert gradient is not None
+        return gradient
+
+
+class _Written:
+    """Any function of (logits [R, V], row tensors …) to [R]; its gradient comes from autograd, a chunk at a time."""
+
+    def __init__(self, function: Callable[..., Tensor], given: tuple[Tensor, ...]) -> None:
+        self._function, self._given = function, given
+
+    def _call(self, z_RV: Tensor, start: int, stop: int) -> Tensor:
+        return self._function(z_RV, *(t[start:stop] for t in self._given))
+
+    def value(self, z_RV: Tensor, start: int, stop: int) -> Tensor:
+        with torch.no_grad():
+            return self._call(z_RV, start, stop)
+
+    def gradient(self, z_RV: Tensor, start: int, stop: int, weight_R: Tensor) -> Tensor:
+        with torch.enable_grad():
+            z = z_RV.detach().requires_grad_()
+            value = self._call(z, start, stop)
+        return torch.autograd.grad(value, z, weight_R.to(value.dtype))[0]
+
+
+def rows_of(hidden_BTd: Tensor, head: nn.Module, norm: nn.Module | None = None) -> Rows:
+    """`Rows` for a model of one's own: `hidden` through `norm`, then `head` (a row-wise module ending in logits)."""
+    pipeline = Pipeline() if norm is None else Pipeline().then(norm, norm)
+    return Rows(hidden_BTd, pipeline.then(head, head))
+
+
+def _opened(logits: Rows | Tensor) -> tuple[Tensor, Pipeline]:
+    return (logits.x, logits.pipeline) if isinstance(logits, Rows) else (logits, Pipeline())
+
+
+def _selected(labels: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The labels that count, and where they are; None when all do. Copies one number to the host."""
+    flat = labels.reshape(-1)
+    index = (flat != IGNORE).nonzero().squeeze(1)
+    return (flat, None) if index.shape[0] == flat.shape[0] else (flat[index], index)
+
+
+def weighted_nll(
+    logits: Rows | Tensor, labels_BT: Tensor, weights_BT: Tensor | None = None, *, rows: int | None = None
+) -> Tensor:
+    """sum over rows of weight * -log p(label); rows labelled -100 are dropped. A scalar in float32 at least.
+
+    `labels_BT[b, t]` belongs to row t (shift before calling). Weights get no gradient; where they depend on the model,
+    use `token_log_probs`.
+    """
+    x, pipeline = _opened(logits)
+    labels, index = _selected(labels_BT)
+    weights = None
+    if weights_BT is not None:
+        weights = weights_BT.detach().reshape(-1)
+        weights = weights if index is None else weights[index]
+    params = pipeline.parameters()
+    return _WeightedNLL.apply(x, labels, weights, index, pipeline, rows, *params)  # type: ignore[return-value]
+
+
+def causal_loss(
+    logits: Rows | Tensor, labels_BT: Tensor, num_items: Tensor | int | None = None, *, rows: int | None = None
+) -> Tensor:
+    """Mean cross-entropy over the rows that are not -100, or their sum divided by `num_items`; labels are aligned."""
+    total = weighted_nll(logits, labels_BT, rows=rows)
+    if num_items is None:
+        return total / (labels_BT != IGNORE).sum()
+    return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
+
+
+def token_log_probs(logits: Rows | Tensor, labels_BT: Tensor, *, rows: int | None = None) -> Tensor:
+    """log p(label) of each row [B, T], differentiable; 0 without gradient where the label is -100."""
+    x, pipeline = _opened(logits)
+    labels, index = _selected(labels_BT)
+    params = pipeline.parameters()
+    values = _MapRows.apply(x, index, pipeline, rows, _LogProb(labels), *params)
+    assert isinstance(values, Tensor)
+    return _placed(values, index, labels_BT)
+
+
+def map_rows(
+    function: Callable[..., Tensor], logits: Rows | Tensor, *given: Tensor, where: Tensor, rows: int | None = None
+) -> Tensor:
+    """`function(logits [R, V], *given rows)` to [R], for the rows that `where` [B, T] selects; [B, T], 0 elsewhere.
+
+    `given` are [B, T, …] tensors without gradient. `function` must treat each row alone.
+    """
+    x, pipeline = _opened(logits)
+    chosen = torch.where(where, 0, IGNORE)
+    _, index = _selected(chosen)
+    flat = tuple(t.detach().flatten(0, 1) for t in given)
+    flat = flat if index is None else tuple(t[index] for t in flat)
+    values = _MapRows.apply(x, index, pipeline, rows, _Written(function, flat), *pipeline.parameters())
+    assert isinstance(values, Tensor)
+    return _placed(values, index, where)
+
+
+def _placed(values: Tensor, index: Tensor | None, like: Tensor) -> Tensor:
+    if index is None:
+        return values.view(like.shape)
+    full = torch.zeros(like.numel(), dtype=values.dtype, device=values.device)
+    return full.index_copy(0, index, values).view(like.shape)

@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import threading
 from collections import deque
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ class Arena:
     def view(self, slot: int, nbytes: int) -> memoryview:
         """The slot's first `nbytes`, without a copy."""
         begin = slot * self.chunk_bytes
-        return memoryview(self._bytes)[begin : begin + nbytes]
+        return memoryview(self._memory)[begin : begin + nbytes]
 
     def close(self) -> None:
         with self._changed:
@@ -78,12 +79,17 @@ class Arena:
             self._closed = True
             self._changed.notify_all()
         if self.pinned:
-            torch.cuda.cudart().cudaHostUnregister(self.address)
+            _cudart().cudaHostUnregister(self.address)
 
 
 def _register(address: int, nbytes: int) -> bool:
     """Pin [address, address + nbytes) for CUDA; False when the driver refuses (locked-memory limit)."""
-    return int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)) == 0
+    return int(_cudart().cudaHostRegister(address, nbytes, 0)) == 0
+
+
+def _cudart() -> Any:
+    torch.cuda.init()
+    return torch.cuda.cudart()
 
 
 def copy_bytes(target: int, source: int | bytes, nbytes: int) -> None:

@@ -11,7 +11,7 @@ import pickle
 import secrets
 import time
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 
@@ -47,7 +47,7 @@ class Coordinator:
 
     def say(self, name: str, value: Any) -> None:
         """Publish this rank's word for `name`."""
-        self.store.set(f"{name}/{self.rank}", pickle.dumps(value))
+        self.store.set(f"{name}/{self.rank}", cast(str, pickle.dumps(value)))  # it takes bytes; its stub says str
 
     def hear(self, name: str, rank: int, *, deadline_s: float) -> Any:
         """The word of `rank`; waits until the monotonic time `deadline_s`, then raises `PeerLost`."""

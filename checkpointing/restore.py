@@ -218,7 +218,9 @@ def apply_objects(
                     if stored in values:
                         optimizer.state[parameter][key] = values[stored]
     for label, module in state.modules.items():
-        extra = {leaf.path[-1]: values[leaf.key] for leaf in leaves if leaf.path[0] == label and leaf.key in values}
+        extra = {
+            str(leaf.path[-1]): values[leaf.key] for leaf in leaves if leaf.path[0] == label and leaf.key in values
+        }
         if extra:
             module.load_state_dict({**module.state_dict(), **extra})
     for label, thing in state.others.items():

@@ -135,7 +135,7 @@ def _optimizer_leaves(
             yield Leaf((label, "param_groups", index, key), value)
 
 
-def _object_leaves(path: Path, value: Any) -> Iterator[Leaf]:
+def _object_leaves(path: tuple[str], value: Any) -> Iterator[Leaf]:
     """A nested state is split only where it holds tensors; a plain one is stored whole, so its inside may change."""
     flat, mapping = flatten_state_dict({path[0]: value}) if isinstance(value, Mapping) else ({}, {})
     if any(isinstance(item, torch.Tensor) for item in flat.values()):

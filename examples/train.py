@@ -1,0 +1,299 @@
+"""The one training loop: a recipe, real text, any launcher, checkpoints that cost nothing, resume bit for bit.
+
+`undertow train` in one process and `torchrun --nproc-per-node N -m undertow train` on N are the same program. What a
+run leaves behind stands in its folder: config.json, metrics.jsonl, loss.png, checkpoints/, trace/.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.distributed as dist
+import typer
+
+from ..checkpointing import Checkpointer
+from ..comms.gradients import GradientAverage
+from ..dist import launch
+from ..dist.errors import UserError
+from ..dist.launch import Launch
+from ..dist.log import get_logger
+from ..dist.progress import Progress
+from ..dist.trace import Trace, trace_path
+from . import corpus as text
+from .lm import ByteLM
+from .metrics import Metrics, plot_losses
+from .recipes import RECIPES, TrainConfig, recipe
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run can be compared by."""
+
+    losses: list[float]
+    weights_hash: str
+    state_hash: str
+    bits_per_byte: float
+
+
+class Run:
+    """One process's part of a run."""
+
+    def __init__(self, config: TrainConfig, out: Path, data: Path | None, here: Launch, device: torch.device) -> None:
+        self.config, self.out, self.here, self.device = config, out, here, device
+        if config.batch % here.world_size:
+            raise UserError(
+                f"batch {config.batch} rows over {here.world_size} ranks",
+                expected="rows per rank × data-parallel ranks = batch",
+                remedy=f"pass --batch {-(-config.batch // here.world_size) * here.world_size}",
+            )
+        per_rank = config.batch // here.world_size
+        self.rows = slice(here.rank * per_rank, (here.rank + 1) * per_rank)
+        self.corpus = text.load(data)
+        torch.manual_seed(config.seed)
+        self.model = ByteLM(config.model).to(device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
+        )
+        self.average = GradientAverage(self.model.parameters())
+
+    def loss(self, window: torch.Tensor) -> torch.Tensor:
+        window = window.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            return self.model(window[:, :-1], window[:, 1:])
+
+    def step(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One update; the loss over all ranks and the gradient's norm before clipping, both on the device."""
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate(step)
+        window = self.corpus.batch(
+            seed=config.seed, step=step, rows=self.rows, batch=config.batch, length=config.length
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(window)
+        loss.backward()
+        self.average()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        loss = loss.detach().float()
+        if self.here.world_size > 1:
+            dist.all_reduce(loss)
+            loss /= self.here.world_size
+        self.optimizer.step()
+        return loss, norm
+
+    @torch.no_grad()
+    def bits_per_byte(self) -> float:
+        """On the held-out text, each rank its share of the rows."""
+        batches = self.corpus.evaluation(batch=8, length=self.config.length, limit_bytes=self.config.eval_bytes)
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for window in batches[self.here.rank :: self.here.world_size]:
+            count = window[:, 1:].numel()
+            total += torch.tensor([self.loss(window).double() * count, count], device=self.device)
+        if self.here.world_size > 1:
+            dist.all_reduce(total)
+        return (total[0] / total[1]).item() / math.log(2)
+
+
+def train(run: Run, *, resume: bool, checkpoints: bool, trace: Trace) -> Result:
+    """Run to the last step. With `resume`, continue from the newest checkpoint that verifies on all ranks."""
+    config, rank0 = run.config, run.here.rank == 0
+    ckpt = Checkpointer(
+        run.out / "checkpoints",
+        model=run.model,
+        optimizer=run.optimizer,
+        every=config.checkpoint_every if checkpoints else 0,
+        keep=config.keep,
+        trace=trace,
+    )
+    with ckpt:
+        start = ckpt.restore() if resume else None
+        if resume and start is None:
+            log.info("no checkpoint in %s yet: starting from step 0", run.out)
+        start = start or 0
+        metrics = Metrics(run.out, enabled=rank0, start=start)
+        tokens = config.batch * config.length
+        pending: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        began_s = time.monotonic()
+        with Progress(config.steps, "train", enabled=rank0, initial=start) as bar:
+            for step in range(start, config.steps):
+                if checkpoints:
+                    ckpt.step(step)
+                with trace.span("step", lane="train", step=step):
+                    pending.append((step, *run.step(step)))
+                if (step + 1) % config.log_every and step + 1 < config.steps:
+                    bar.update()
+                    continue
+                losses = [(number, loss.item(), norm.item()) for number, loss, norm in pending]  # waits for the device
+                seconds = time.monotonic() - began_s
+                rate = tokens * len(pending) / seconds
+                for number, value, norm in losses:
+                    metrics.write(
+                        step=number, loss=value, grad_norm=norm, lr=config.learning_rate(number), tokens_per_s=rate
+                    )
+                if not math.isfinite(losses[-1][1]):
+                    raise UserError(f"the loss is {losses[-1][1]} at step {step}", remedy="lower the learning rate")
+                bar.update(loss=losses[-1][1], tokens_per_s=rate, checkpoint=ckpt.status() if checkpoints else None)
+                pending, began_s = [], time.monotonic()
+                if config.eval_every and (step + 1) % config.eval_every == 0:
+                    metrics.write(step=step, bits_per_byte=run.bits_per_byte())
+                    began_s = time.monotonic()
+        if checkpoints:
+            ckpt.save(config.steps)
+            for report in ckpt.wait():
+                trace.instant("report", step=report.step, ok=report.ok, stall_ms=1e3 * (report.call_s + report.fence_s))
+        bits = run.bits_per_byte()
+        metrics.write(step=config.steps - 1, bits_per_byte=bits)
+        state = {leaf.key: leaf.value for leaf in ckpt.state.leaves() if isinstance(leaf.value, torch.Tensor)}
+    result = Result(metrics.losses() if rank0 else [], hash_of(run.model.state_dict()), hash_of(state), bits)
+    if rank0:
+        (run.out / "result.json").write_text(json.dumps({**asdict(result), "losses": len(result.losses)}, indent=2))
+        plot_losses(run.out)
+    return result
+
+
+def hash_of(tensors: dict[str, torch.Tensor]) -> str:
+    """xxh3-128 over names and bytes, in name order: equal hashes mean bit-identical tensors."""
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(memoryview(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def prepare_folder(out: Path, config: TrainConfig, data: Path | None, manifest: str, resume: bool) -> None:
+    """Rank 0: make the run's folder, or refuse one that holds another run."""
+    now = json.loads(json.dumps({"config": asdict(config), "data": str(data or "standard library"), "text": manifest}))
+    path = out / "config.json"
+    try:
+        if path.exists():
+            before = json.loads(path.read_text())
+            if not resume:
+                raise UserError(f"{out} holds a run already", remedy="pass --resume to go on with it, or another --out")
+            free = {"steps", "keep", "checkpoint_every", "eval_every", "eval_bytes", "log_every"}
+            changed = [
+                f"{key} {before['config'].get(key)} → {value}"
+                for key, value in now["config"].items()
+                if key not in free and before["config"].get(key) != value
+            ]
+            changed += [f"text {before.get('text')} → {manifest}"] if before.get("text") != manifest else []
+            if changed:
+                raise UserError(
+                    f"{out} holds a run of another configuration ({', '.join(changed)})",
+                    expected="the same recipe, options and text",
+                    remedy="resume with those, or pass another --out",
+                )
+        elif out.exists() and any(out.iterdir()):
+            raise UserError(f"{out} holds other files", expected="a new or empty folder", remedy="pass another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(now, indent=2) + "\n")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot use the run folder {out} ({error})", remedy="pass another --out") from error
+
+
+def main(argv: list[str]) -> int:
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command)
+    return app(args=argv, prog_name="undertow train", standalone_mode=False) or 0
+
+
+def command(
+    recipe_name: Annotated[str, typer.Option("--recipe", help=f"One of {', '.join(RECIPES)}.")] = "small",
+    out: Annotated[Path | None, typer.Option(help="The run's folder (default runs/RECIPE).")] = None,
+    data: Annotated[Path | None, typer.Option(help="A text file or folder (default: the standard library).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint.")] = False,
+    steps: Annotated[int | None, typer.Option(help="Number of updates.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows per update, over all ranks.")] = None,
+    length: Annotated[int | None, typer.Option(help="Bytes per row.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights and data order.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; 0 for none.")] = None,
+    keep: Annotated[int | None, typer.Option(help="Newest checkpoints to keep.")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations.")] = None,
+    log_every: Annotated[int | None, typer.Option(help="Steps between readings of the loss.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads per rank.")] = None,
+) -> int:
+    """Train the byte-level language model on real text; alone, under torchrun, srun or mpirun."""
+    config = recipe(
+        recipe_name,
+        steps=steps,
+        batch=batch,
+        length=length,
+        lr=lr,
+        seed=seed,
+        checkpoint_every=checkpoint_every,
+        keep=keep,
+        eval_every=eval_every,
+        log_every=log_every,
+    )
+    here = launch.detect()
+    where = _device(device, here)
+    if threads:
+        torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    out = out or Path("runs") / recipe_name
+    launch.init_process_group(here, device=where)
+    try:
+        run = Run(config, out, data, here, where)
+        problem = [""]
+        if here.rank == 0:
+            try:
+                prepare_folder(out, config, data, run.corpus.manifest, resume)
+            except UserError as error:
+                problem = [str(error)]
+        dist.broadcast_object_list(problem, src=0)
+        if problem[0]:
+            raise UserError(problem[0])
+        _introduce(run)
+        with Trace(trace_path(out / "trace", here.rank), here.rank) as trace:
+            result = train(run, resume=resume, checkpoints=config.checkpoint_every > 0, trace=trace)
+        _conclude(run, result)
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
+def _device(name: str, here: Launch) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}", expected="cpu, cuda or auto")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no CUDA device", remedy="pass --device cpu")
+    return torch.device("cuda", here.local_rank % torch.cuda.device_count()) if name == "cuda" else torch.device("cpu")
+
+
+def _introduce(run: Run) -> None:
+    if run.here.rank == 0:
+        parameters = sum(p.numel() for p in run.model.parameters())
+        corpus = run.corpus
+        log.info(
+            "%d parameters on %d × %s; %d files of %s, %.1f MB to train on, %.1f MB held out, text %s",
+            parameters,
+            run.here.world_size,
+            run.device.type,
+            corpus.files,
+            corpus.source,
+            len(corpus.train) / 1e6,
+            len(corpus.held_out) / 1e6,
+            corpus.manifest,
+        )
+
+
+def _conclude(run: Run, result: Result) -> None:
+    if run.here.rank == 0:
+        sample = run.corpus.held_out[: run.config.eval_bytes].tobytes()
+        squeezed = 8 * len(lzma.compress(sample, preset=9)) / len(sample)
+        log.info("held out: %.3f bits per byte (xz -9 alone: %.3f)", result.bits_per_byte, squeezed)
+        log.info("weights %s, state %s; loss curve: %s", result.weights_hash, result.state_hash, run.out / "loss.png")

@@ -1,0 +1,110 @@
+"""The nouns of a benchmark: a `Benchmark` lists `Case`s, a `Case` builds a `Trial`, a `Trial` holds the `Arm`s.
+
+A case knows its name and size before its buffers exist, so that cases can be listed, filtered and counted for the time
+left without allocating anything; `build` is called just before the case runs and its buffers die after it. The arms of
+one case get the same inputs in the same process, and each must give the reference's answer before it is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from undertow.benchmarks.answers import count_wrong
+from undertow.dist.machine import Machine
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the command line gives to a benchmark. `seed` makes inputs; `machine` feeds predictions where given."""
+
+    quick: bool = False
+    seed: int = 0
+    machine: Machine | None = None
+    rank: int = 0
+    world_size: int = 1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an arm returns when it has more to tell than its answer.
+
+    `seconds`: its time, when it times itself because it starts processes of its own (the slowest rank's time); None
+    leaves the timing to the harness. `extras` become columns ('peak_bytes', 'stall_s').
+    """
+
+    answer: Any
+    seconds: float | None = None
+    extras: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to do the work of a case.
+
+    `run` does the work once and returns its answer (a `Measured` when it has more to tell). It is called many times, so
+    it must not change its inputs, or `prepare` must restore them; `prepare` runs before each timed sample, outside the
+    time. On device 'cuda' the time is taken between events on the current stream: work that `run` puts on other
+    streams must be joined to it. `predicted_s` is a model's time for one run, computed before anything is timed. A
+    non-empty `unavailable` says why this arm cannot run here; it is then listed as not compared. `reference` replaces
+    the trial's for this arm, where arms compute different things.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    prepare: Callable[[], object] | None = None
+    predicted_s: float | None = None
+    device: str = "cpu"
+    reference: Callable[[], Any] | None = None
+    unavailable: str = ""
+
+    @classmethod
+    def missing(cls, name: str, reason: str) -> Arm:
+        """An arm that cannot run here; `reason` is shown to the reader."""
+        return cls(name, lambda: None, unavailable=reason)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A case with its buffers made: the arms, and the reference that computes the right answer independently."""
+
+    arms: Sequence[Arm]
+    reference: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of a benchmark.
+
+    `nbytes` are the bytes one run has to move (bandwidth is nbytes / time); None where bandwidth means nothing. `plain`
+    names the arm that the user had before, `ours` the package's own. Bandwidth against hardware is taken from the arm
+    named `hardware`, measured in the same rounds, or from the constant `hardware_bytes_per_s`. Cases of one `group`
+    share a panel of the plot, along `x` (default nbytes).
+    """
+
+    name: str
+    build: Callable[[], Trial]
+    plain: str
+    ours: str
+    nbytes: int | None = None
+    hardware: str = ""
+    hardware_bytes_per_s: float | None = None
+    group: str = ""
+    x: float | None = None
+    wrong: Callable[[Any, Any], int] = count_wrong
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A named benchmark: `BENCHMARK = Benchmark(…)` at the top level of a module in benchmarks/ makes it known.
+
+    `claim` is one sentence that the numbers support or refute. `packages` are the distributions whose versions matter.
+    """
+
+    name: str
+    claim: str
+    cases: Callable[[Context], Sequence[Case]]
+    rounds: int = 31
+    packages: tuple[str, ...] = ()
+    x_label: str = "size (bytes)"

@@ -1,0 +1,211 @@
+"""`undertow bench NAME`: runs a benchmark, shows its table, writes JSON, Markdown and plot, compares with an older run.
+
+Works alone and under torchrun (`torchrun --nproc-per-node 4 -m undertow bench NAME`): every rank runs the same cases,
+the slowest rank's time counts, and rank 0 reports. Quick runs, and runs of an installed package, write to runs/bench,
+so that they never replace the results that are kept in benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from undertow.dist.errors import MissingPackage, UserError
+from undertow.dist.machine import Machine
+
+if TYPE_CHECKING:
+    from undertow.benchmarks.case import Benchmark
+    from undertow.benchmarks.report import Report
+    from undertow.benchmarks.timing import Peers
+
+QUICK_ROUNDS = 7
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line; returns 1 when an answer was wrong or an arm failed."""
+    try:
+        result = app(args=argv, prog_name="undertow bench", standalone_mode=True)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return int(result or 0)
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="which benchmark; none lists them", show_default=False)] = "",
+    list_: Annotated[bool, typer.Option("--list", help="list the benchmarks, or the cases of NAME")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help=f"fewer cases, {QUICK_ROUNDS} rounds: a look only")] = False,
+    rounds: Annotated[int | None, typer.Option(help="rounds per case, at least 6", show_default=False)] = None,
+    filter_: Annotated[str, typer.Option("--filter", help="only cases whose name contains this")] = "",
+    seed: Annotated[int, typer.Option(help="seeds the inputs and the order of the arms")] = 0,
+    output: Annotated[str, typer.Option(help="folder for the JSON, Markdown and PNG", show_default=False)] = "",
+    compare: Annotated[str, typer.Option(metavar="OLD.json", help="say what changed since a former result")] = "",
+    read: Annotated[str, typer.Option(metavar="NEW.json", help="take this result instead of running")] = "",
+    machine: Annotated[str, typer.Option(metavar="FILE", help="what `undertow probe` wrote, for predictions")] = "",
+    plot: Annotated[bool, typer.Option(help="draw the PNG (needs the extra `plots`)")] = True,
+) -> None:
+    """Run a benchmark against its rivals: check, interleave, report."""
+    from undertow.benchmarks import discover
+
+    if not name:
+        for known, line in discover.listed().items():
+            typer.echo(f"{known:<14} {line}")
+        return
+    benchmark = discover.load(name)
+    if rounds is not None and rounds < 6:
+        raise UserError(f"--rounds {rounds}", expected="at least 6, the fewest that give a 95 % interval of a median")
+    run = _Run(benchmark, quick, rounds or (QUICK_ROUNDS if quick else benchmark.rounds), filter_, seed, machine)
+    if list_:
+        typer.echo("\n".join(case.name for case in run.cases(0, 1)))
+        return
+    old = _load(compare, name) if compare else None
+    report = _load(read, name) if read else run.report()
+    if report is None:  # another rank than 0
+        return
+    _show(report)
+    folder = Path(output) if output else _default_folder(quick or bool(read))
+    _write(report, folder, draw=plot)
+    if old is not None:
+        from undertow.benchmarks.compare import comparison
+
+        typer.echo(comparison(old, report))
+    if report.failed:
+        raise typer.Exit(1)
+
+
+class _Run:
+    """One run of one benchmark: its options, and what becomes of them."""
+
+    def __init__(self, benchmark: Benchmark, quick: bool, rounds: int, only: str, seed: int, machine: str) -> None:
+        self.benchmark, self.quick, self.rounds, self.only, self.seed = benchmark, quick, rounds, only, seed
+        self.machine_file = machine
+
+    def cases(self, rank: int, world_size: int):
+        from undertow.benchmarks.case import Context
+
+        machine = Machine.load(Path(self.machine_file)) if self.machine_file else None
+        cases = self.benchmark.cases(Context(self.quick, self.seed, machine, rank, world_size))
+        chosen = [case for case in cases if self.only in case.name]
+        if not chosen:
+            names = ", ".join(case.name for case in cases)
+            raise UserError(
+                f"--filter '{self.only}' leaves no case of '{self.benchmark.name}'", expected=f"part of {names}"
+            )
+        return chosen
+
+    def command(self) -> str:
+        """The command that repeats the measurement; where its output goes is left out."""
+        parts = ["undertow", "bench", self.benchmark.name, "--rounds", str(self.rounds), "--seed", str(self.seed)]
+        parts += ["--quick"] if self.quick else []
+        parts += ["--filter", self.only] if self.only else []
+        parts += ["--machine", Path(self.machine_file).name] if self.machine_file else []
+        return shlex.join(parts)
+
+    def report(self) -> Report | None:
+        """Run all cases; the report on rank 0, None elsewhere."""
+        from undertow.benchmarks.facts import facts
+        from undertow.benchmarks.harness import run_case
+        from undertow.benchmarks.report import Report, Row
+        from undertow.dist.progress import Progress
+
+        rank, world_size, peers = _join()
+        cases, rows = self.cases(rank, world_size), list[Row]()
+        found = facts(self.benchmark.packages)
+        if world_size > 1:
+            found["ranks"] = str(world_size)
+        total = len(cases) * self.rounds
+        with Progress(total, f"bench {self.benchmark.name}", enabled=rank == 0, unit="round") as bar:
+            for case in cases:
+                bar.update(0, case=case.name)
+                rows += run_case(case, rounds=self.rounds, seed=self.seed, peers=peers, tick=bar.update)
+        command, about = self.command(), self.benchmark
+        if rank:
+            return None
+        return Report(about.name, about.claim, command, self.seed, self.rounds, found, about.x_label, tuple(rows))
+
+
+def _join() -> tuple[int, int, Peers]:
+    """Rank, world size and peers; joins the job's process group when a launcher started several ranks."""
+    from undertow.benchmarks.timing import Peers
+    from undertow.dist.launch import detect
+
+    launch = detect()
+    if launch.world_size == 1:
+        return 0, 1, Peers()
+    import torch
+    import torch.distributed as dist
+
+    from undertow.dist.launch import init_process_group
+
+    if not dist.is_initialized():
+        init_process_group(launch, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return launch.rank, launch.world_size, Peers(dist.new_group(backend="gloo"))
+
+
+def _load(file: str, name: str) -> Report:
+    from undertow.benchmarks.report import Report
+
+    report = Report.load(Path(file))
+    if report.benchmark != name:
+        raise UserError(f"{file} is a result of '{report.benchmark}'", expected=f"a result of '{name}'")
+    return report
+
+
+def _show(report: Report) -> None:
+    """The table on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from undertow.benchmarks.report import COLUMNS
+
+    table = Table(title=f"{report.benchmark}: {report.claim}", title_justify="left")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("case", "arm") else "right", overflow="fold")
+    case = ""
+    for row in report.compared():
+        if row.case != case:
+            table.add_section()
+        _, *cells = row.cells()
+        table.add_row("" if row.case == case else row.case, *(cell.replace("**", "") for cell in cells))
+        case = row.case
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    for line in report.not_compared():
+        console.print(f"not compared: {line}", markup=False)
+
+
+def _default_folder(aside: bool) -> Path:
+    from undertow.benchmarks.facts import ROOT
+
+    return Path("runs/bench") if aside or not (ROOT / "setup.cfg").exists() else ROOT / "benchmarks" / "results"
+
+
+def _write(report: Report, folder: Path, *, draw: bool) -> None:
+    from undertow.benchmarks.facts import slug
+
+    base = f"{report.benchmark}_{slug(report.facts['hardware'])}_{report.facts['date']}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        report.dump(folder / f"{base}.json")
+        picture = _picture(report, folder / f"{base}.png") if draw else ""
+        (folder / f"{base}.md").write_text(report.markdown(picture))
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror}", remedy="name another folder with --output"
+        ) from error
+    typer.echo(f"written: {folder / base}.json, .md" + (", .png" if picture else ""))
+
+
+def _picture(report: Report, path: Path) -> str:
+    from undertow.benchmarks.plot import draw as draw_plot
+
+    try:
+        return draw_plot(report, path).name
+    except MissingPackage as missing:
+        typer.echo(f"no plot: {missing}", err=True)
+        return ""

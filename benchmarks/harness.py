@@ -1,0 +1,140 @@
+"""Runs the cases of a benchmark: check, warm up, then interleave the arms round by round.
+
+Each round runs every arm once in an order drawn from the seed, so that drift of the machine falls on all arms alike,
+and no arm always profits from the caches that another one filled. The plain arm runs twice per round: the second one is
+the A/A row, whose distance from ratio 1 is the noise that any claim has to beat. An arm whose answer is wrong is
+reported and never timed; an arm that raises is reported, and the others go on.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from statistics import median
+
+from undertow.benchmarks.case import Arm, Case, Measured
+from undertow.benchmarks.intervals import median_interval, ratio_interval
+from undertow.benchmarks.report import Row
+from undertow.benchmarks.timing import Peers, Sample, Timer, default_timer
+
+WARM_UPS = 2
+MAX_INNER = 100_000
+AGAIN = " (A/A)"
+
+TimerFor = Callable[[Arm], Timer]
+
+
+def run_case(
+    case: Case,
+    *,
+    rounds: int,
+    seed: int,
+    peers: Peers | None = None,
+    timer_for: TimerFor | None = None,
+    least_sample_s: float = 2e-3,
+    tick: Callable[[], None] = lambda: None,
+) -> list[Row]:
+    """Run one case and return one row per arm, in the case's order, the A/A row after the plain one.
+
+    Every rank of `peers` must call it with equal arguments; all get equal rows. `least_sample_s`: an arm shorter than
+    this is run several times per sample. `tick` is called after each round.
+    """
+    peers = peers or Peers()
+    timer_for = timer_for or (lambda arm: default_timer(arm, peers))
+    trial = case.build()
+    names = [arm.name for arm in trial.arms]
+    if len(set(names)) != len(names) or not {case.plain, case.ours} <= set(names):
+        raise ValueError(f"case '{case.name}': arms {names} must be distinct and hold '{case.plain}' and '{case.ours}'")
+    rows = {arm.name: _checked(case, arm, trial.reference, peers) for arm in trial.arms}
+    good = [arm for arm in trial.arms if rows[arm.name].wrong == 0]
+    samples, inner = _timed(case, good, rounds, random.Random(f"{seed}/{case.name}"), timer_for, least_sample_s, tick)
+    return [row for arm in trial.arms for row in _rows(case, rows[arm.name], samples, inner)]
+
+
+def _checked(case: Case, arm: Arm, reference: Callable[[], object], peers: Peers) -> Row:
+    """The arm's row before timing: `wrong` 0 when it may be timed."""
+    role = {case.ours: "ours", case.plain: "plain", case.hardware: "hardware"}.get(arm.name, "rival")
+    x = case.nbytes if case.x is None else case.x
+    row = Row(case.name, arm.name, role, case.nbytes, case.group, x, predicted_s=arm.predicted_s)
+    if peers.largest(float(bool(arm.unavailable))):
+        return replace(row, note=arm.unavailable or "another rank lacks it")
+    note, wrong = "", 0
+    try:
+        if arm.prepare is not None:
+            arm.prepare()
+        answer = arm.run()
+        answer = answer.answer if isinstance(answer, Measured) else answer
+        wrong = case.wrong(answer, (arm.reference or reference)())
+    except Exception as error:  # a rival that fails is a finding, and must not end the run of the others
+        note = f"failed: {type(error).__name__}: {error}"
+    if peers.largest(float(bool(note))):
+        return replace(row, note=note or "failed on another rank")
+    wrong = int(peers.largest(float(wrong)))
+    return replace(row, wrong=wrong, note="the answer is wrong" if wrong else "")
+
+
+def _timed(
+    case: Case,
+    arms: Sequence[Arm],
+    rounds: int,
+    order: random.Random,
+    timer_for: TimerFor,
+    least_sample_s: float,
+    tick: Callable[[], None],
+) -> tuple[dict[str, list[Sample]], dict[str, int]]:
+    """`rounds` samples per arm by name, the plain arm's second set under its name + AGAIN; and the runs per sample."""
+    timers = {arm.name: timer_for(arm) for arm in arms}
+    inner = {arm.name: _calibrate(arm, timers[arm.name], least_sample_s) for arm in arms}
+    lineup = [(arm.name, arm) for arm in arms] + [(arm.name + AGAIN, arm) for arm in arms if arm.name == case.plain]
+    samples: dict[str, list[Sample]] = {name: [] for name, _ in lineup}
+    gc.collect()
+    for _ in range(rounds):
+        for name, arm in order.sample(lineup, len(lineup)):
+            samples[name].append(timers[arm.name].sample(arm, inner[arm.name]))
+        tick()
+    return samples, inner
+
+
+def _calibrate(arm: Arm, timer: Timer, least_sample_s: float) -> int:
+    """Warm the arm up; return the runs per sample. An arm that is prepared, or times itself, runs once."""
+    for _ in range(WARM_UPS - 1):
+        timer.sample(arm, 1)
+    sample = timer.sample(arm, 1)
+    if arm.prepare is not None or sample.times_itself or sample.seconds >= least_sample_s:
+        return 1
+    return min(MAX_INNER, int(least_sample_s / max(sample.seconds, 1e-9)) + 1)
+
+
+def _rows(case: Case, row: Row, samples: dict[str, list[Sample]], inner: dict[str, int]) -> list[Row]:
+    """The finished row of one arm, and the A/A row after the plain one."""
+    if row.arm not in samples:
+        return [row]
+    names = [row.arm] + ([row.arm + AGAIN] if row.role == "plain" else [])
+    return [_row(case, row, name, samples, inner[row.arm]) for name in names]
+
+
+def _row(case: Case, row: Row, name: str, samples: dict[str, list[Sample]], inner: int) -> Row:
+    def seconds(arm: str) -> list[float]:
+        return [sample.seconds for sample in samples[arm]]
+
+    hardware = case.hardware_bytes_per_s
+    if case.hardware in samples and case.nbytes:
+        hardware = case.nbytes / median(seconds(case.hardware))
+    timed = seconds(name)
+    extras: dict[str, list[float]] = {}
+    for sample in samples[name]:
+        for key, value in sample.extras:
+            extras.setdefault(key, []).append(value)
+    return replace(
+        row,
+        arm=name,
+        role=row.role if name == row.arm else "again",
+        seconds=median_interval(timed),
+        ratio=ratio_interval(seconds(case.plain), timed) if case.plain in samples and name != case.plain else None,
+        hardware_bytes_per_s=hardware,
+        inner=inner,
+        extras={key: median(values) for key, values in extras.items()},
+        samples_s=tuple(timed),
+    )

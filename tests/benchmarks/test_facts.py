@@ -1,4 +1,4 @@
-"""Facts for the reader of a result: names for files, the commit with its dirty flag, nothing of one machine's folders."""
+"""Facts for the reader of a result: names for files, the commit with its dirty flag, no folder of one machine."""
 
 from __future__ import annotations
 

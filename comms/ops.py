@@ -1,0 +1,61 @@
+"""Operations that schedules name: an executor is handed a table {op name: function}.
+
+A function gets the read slices, the written slices and the action's parameters, and fills the written slices in place:
+``fn(reads, writes, **params) -> None``. A reduce may be given a write that shares memory with one of its reads. These
+few are needed by the collectives; attention blocks and their merge come from `parallel`, as callers' tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+
+import torch
+
+from ..dist.errors import UserError
+from .actions import Compute
+from .schedule import Schedule
+
+Op = Callable[..., None]
+Ops = Mapping[str, Op]
+
+
+def add(reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:
+    """Sum in the order of the reads, in the widest dtype among reads and write; the write is rounded once."""
+    (out,) = writes
+    wide = reduce(torch.promote_types, (part.dtype for part in reads), out.dtype)
+    if len(reads) == 2 and torch.promote_types(reads[0].dtype, reads[1].dtype) == out.dtype == wide:
+        torch.add(reads[0], reads[1], out=out)
+        return
+    total = reads[0].to(wide)
+    for part in reads[1:]:
+        total = total + part
+    out.copy_(total)
+
+
+def copy(reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:
+    """Move each read to its write."""
+    for source, target in zip(reads, writes):
+        target.copy_(source)
+
+
+def gemm(reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:
+    """x[rows, k] @ w[k, n] → out[rows, n]."""
+    x, w = reads
+    torch.mm(x, w, out=writes[0])
+
+
+BUILT_IN: Ops = {"add": add, "copy": copy, "gemm": gemm}
+
+
+def table(schedule: Schedule, ops: Ops | None) -> Ops:
+    """The built-in operations with the caller's `ops` on top; `UserError` when the schedule names another one."""
+    known = {**BUILT_IN, **(ops or {})}
+    needed = {action.op for _, _, _, action in schedule.actions() if isinstance(action, Compute)}
+    if needed - set(known):
+        raise UserError(
+            f"schedule {schedule.name} needs the operation(s) {', '.join(sorted(needed - set(known)))}",
+            expected=f"a function for each; known are {', '.join(sorted(known))}",
+            remedy="hand the executor a table {name: function}, see undertow/comms/ops.py",
+        )
+    return known

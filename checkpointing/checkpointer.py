@@ -12,7 +12,7 @@ on; the next interval tries again.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ from .restore import Reader, apply_objects, compare, load_tensors, materialise_o
 from .sample import Sampler
 from .snapshot import Seal, Snapshot
 from .staging import Staging
-from .state import AppState, local_tensor
+from .state import AppState, Leaf, local_tensor
+from .watch import Watch
 
 log = get_logger(__name__)
 
@@ -88,6 +89,8 @@ class Checkpointer:
             self.folder, self._coordinator, keep=keep, writers=writers, timeout_s=timeout_s, trace=self._trace
         )
         self._plan_key: tuple | None = None
+        self._fresh_key: tuple = ()
+        self._watch: Watch | None = None
         self._plans = 0
         self._saved_step: int | None = None
         self._current: Snapshot | None = None
@@ -124,15 +127,26 @@ class Checkpointer:
         began_s = time.monotonic()
         with self._trace.span("snapshot", step=step):
             self.fence()
-            leaves = self.state.leaves()
-            key = signature(leaves)
-            if key != self._plan_key:
-                self._replan(leaves, key)
-            self._begin(step, leaves, began_s)
+            self._begin(step, self._values(), began_s)
         self._saved_step = step
         return True
 
-    def _replan(self, leaves, key) -> None:
+    def _values(self) -> Mapping[str, Any]:
+        """Every value to save by key, tensors as this rank's part; plans anew when the state's shape has changed."""
+        if self._watch is not None and self._watch.unchanged():
+            fresh = self.state.fresh_leaves(self._names)
+            if signature(fresh) == self._fresh_key:
+                return {**self._watch.fixed, **{leaf.key: leaf.value for leaf in fresh}}
+        leaves = self.state.leaves()
+        key = signature(leaves)
+        if key != self._plan_key:
+            self._replan(leaves, key)
+        self._names = self.state.parameter_names()
+        self._watch = Watch(self.state, leaves)
+        self._fresh_key = signature(self.state.fresh_leaves(self._names))
+        return {leaf.key: _local(leaf.value) for leaf in leaves}
+
+    def _replan(self, leaves: Sequence[Leaf], key: tuple) -> None:
         self._pipeline.drain()
         self._plans += 1
         name = f"plan/{self._plans}"
@@ -151,22 +165,19 @@ class Checkpointer:
         self._pipeline.use(self._arena, self._copier)
         self._plan_key = key
 
-    def _begin(self, step: int, leaves, began_s: float) -> None:
+    def _begin(self, step: int, values: Mapping[str, Any], began_s: float) -> None:
         plan = self._plan
-        values = {leaf.key: leaf.value for leaf in leaves}
-        eager = [local_tensor(values[index.fqn]) for index in plan.eager]
-        sources = [local_tensor(values[index.fqn]) for index in plan.lazy]
+        sources = [values[index.fqn] for index in plan.lazy]
         if [t.data_ptr() for t in sources] != [t.data_ptr() for t in self._sources]:
             self._sources, self._sampler = sources, Sampler(sources)
         assert self._arena is not None
         save = Save(step, plan, {index.fqn: values[index.fqn] for index in plan.objects}, began_s)
-        host = self._staging.host(eager[: plan.eager_host])
-        device = self._staging.device(eager[plan.eager_host :])
+        self._staging.fill([_local(values[index.fqn]) for index in plan.eager])
         seals = [Seal(plan.image.chunks - 1, sources, self._sampler)] if sources else []
         self._copier.begin()
         save.file = self._pipeline.file_for(save)
         on_chunk = partial(self._pipeline.flush, save.file)
-        save.snapshot = Snapshot(step, plan, sources, host, device, self._copier, self._arena, on_chunk, seals)
+        save.snapshot = Snapshot(step, plan, sources, self._staging, self._copier, self._arena, on_chunk, seals)
         self._current = save.snapshot
         save.call_s = time.monotonic() - began_s
         self._save = save
@@ -257,6 +268,10 @@ class Checkpointer:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _local(value: Any) -> Any:
+    return local_tensor(value) if isinstance(value, torch.Tensor) else value
 
 
 def _default_arena(image_bytes: int) -> int:

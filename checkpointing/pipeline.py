@@ -34,6 +34,7 @@ from .manifest import FileRecord, Manifest, ObjectRecord, ShardRecord, TensorRec
 from .plan import SavePlan
 from .retention import to_remove
 from .snapshot import Snapshot
+from .state import Fresh
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,24 @@ class Save:
     file: ShardFile = field(init=False)
 
     def __post_init__(self) -> None:
-        for key, value in self.objects.items():  # now: the values may change as soon as training goes on
-            buffer = io.BytesIO()
-            torch.save(value, buffer)
-            self.pickled[key] = buffer.getvalue()
+        for key, value in self.objects.items():
+            if not isinstance(value, LATER):  # the value may change as soon as training goes on
+                self.pickled[key] = pickled(value)
+
+    def pickle_rest(self) -> None:
+        """Pickle what nobody can change; for the background."""
+        for key, value in self.objects.items():
+            if key not in self.pickled:
+                self.pickled[key] = pickled(value.value if isinstance(value, Fresh) else value)
+
+
+LATER = (Fresh, int, float, bool, str, type(None))
+
+
+def pickled(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
 
 
 class Pipeline:
@@ -243,11 +258,12 @@ class Pipeline:
         files: dict[str, FileRecord] = {}
         with self.trace.span("fsync", step=save.step):
             files[save.plan.shard_name] = save.file.finish()
+            save.pickle_rest()
             objects, data, position = {}, [], 0
-            for key, pickled in save.pickled.items():
-                objects[key] = ObjectRecord(save.plan.objects_name, position, len(pickled))
-                data.append(pickled)
-                position += len(pickled)
+            for key, part in save.pickled.items():
+                objects[key] = ObjectRecord(save.plan.objects_name, position, len(part))
+                data.append(part)
+                position += len(part)
             joined = b"".join(data)
             if joined:
                 ops.write_file(save.file.path.with_name(save.plan.objects_name), joined)

@@ -12,13 +12,13 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from .arena import Arena, copy_bytes
 from .copies import HostCopier
 from .plan import SavePlan
 from .sample import Sampler
+from .staging import Staging
 
 OnChunk = Callable[["Snapshot", int, int, Any], None]
 
@@ -39,8 +39,7 @@ class Seal:
 class Snapshot:
     """The copy phase of one save of `plan` at `step`.
 
-    `sources` are the lazy tensors in plan order, `host_part` the staged bytes [0, plan.host_bytes) of the image and
-    `device_part` the rest of the eager part on the device. `on_chunk(snapshot, chunk, slot, mark)` is called, from
+    `sources` are the lazy tensors in plan order, `staging` holds the eager part. `on_chunk(snapshot, chunk, slot, mark)` is called, from
     any thread, when the copies of a chunk have been issued.
     """
 
@@ -49,8 +48,7 @@ class Snapshot:
         step: int,
         plan: SavePlan,
         sources: Sequence[torch.Tensor],
-        host_part: np.ndarray,
-        device_part: torch.Tensor | None,
+        staging: Staging,
         copier: HostCopier,
         arena: Arena,
         on_chunk: OnChunk,
@@ -59,7 +57,7 @@ class Snapshot:
         self.step, self.plan = step, plan
         self.error: BaseException | None = None
         self._sources: Sequence[torch.Tensor] = sources
-        self._host_part, self._device_part = host_part, device_part
+        self._staging = staging
         self._copier, self._arena, self._on_chunk = copier, arena, on_chunk
         self._next = 0
         self._filled = [False] * plan.image.chunks
@@ -101,11 +99,10 @@ class Snapshot:
         begin, end = image.chunk_range(chunk)
         host_end = min(end, self.plan.host_bytes)
         if begin < host_end:
-            copy_bytes(target, self._host_part.ctypes.data + begin, host_end - begin)
+            copy_bytes(target, self._staging.host.data_ptr() + begin, host_end - begin)
         device_begin, device_end = max(begin, self.plan.host_bytes), min(end, image.eager_bytes)
         if device_begin < device_end:
-            assert self._device_part is not None
-            source = self._device_part.data_ptr() + device_begin - self.plan.host_bytes
+            source = self._staging.device.data_ptr() + device_begin - self.plan.host_bytes
             self._copier.copy(target + device_begin - begin, source, device_end - device_begin)
         for offset, data in image.static[chunk]:
             copy_bytes(target + offset, data, len(data))
@@ -142,7 +139,7 @@ class Snapshot:
 
     def release_sources(self) -> None:
         """Forget the state's tensors, once `fence()` has passed."""
-        self._sources, self._device_part = (), None
+        self._sources = ()
 
     def fail(self, error: BaseException) -> None:
         """Give this save up; the first reason is kept and every waiter goes on."""

@@ -16,43 +16,36 @@ from .plan import SavePlan
 
 
 class Staging:
-    """Templates for one plan. `host` returns fresh bytes each time; `device` refills one device buffer."""
+    """The staged eager part of one plan: [0, plan.host_bytes) in host memory, the rest on the device.
+
+    Both buffers are used again by every save; the fence that begins a save has emptied them.
+    """
 
     def __init__(self, plan: SavePlan, device: torch.device) -> None:
-        split, border = plan.eager_host, plan.host_bytes
-        self._host_items = plan.image.eager[:split]
-        self._template = _template(self._host_items, 0, border)
-        self._device_items = plan.image.eager[split:]
-        self._buffer: torch.Tensor | None = None
+        border = plan.host_bytes
+        self.host = torch.from_numpy(_template(plan.image.eager[: plan.eager_host], 0, border))
+        tail = _template(plan.image.eager[plan.eager_host :], border, plan.image.eager_bytes)
+        self.device = torch.from_numpy(tail).to(device)
+        self._places = [
+            (self.host, placed.payload, placed.frame.nbytes) for placed in plan.image.eager[: plan.eager_host]
+        ] + [
+            (self.device, placed.payload - border, placed.frame.nbytes)
+            for placed in plan.image.eager[plan.eager_host :]
+        ]
+        self._split = plan.eager_host
         self._views: list[torch.Tensor] = []
-        if self._device_items:
-            template = _template(self._device_items, border, plan.image.eager_bytes)
-            self._buffer = torch.from_numpy(template).to(device)
-            self._border = border
-
-    def host(self, tensors: Sequence[torch.Tensor]) -> np.ndarray:
-        """The staged image bytes of the host tensors, uint8[plan.host_bytes]."""
-        staged = self._template.copy()
-        for placed, tensor in zip(self._host_items, tensors):
-            nbytes = placed.frame.nbytes
-            if nbytes:
-                data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
-                staged[placed.payload : placed.payload + nbytes] = data
-        return staged
 
     @torch.no_grad()
-    def device(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-        """The staged image bytes of the device tensors, on the device, in the order of the current stream."""
-        if self._buffer is None:
-            return None
-        if len(self._views) != len(tensors):
+    def fill(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Copy the eager tensors, in plan order, between their frames; device copies in the current stream's order."""
+        if not self._views:
             self._views = [
-                _view(self._buffer, placed, self._border, t) for placed, t in zip(self._device_items, tensors)
+                buffer[begin : begin + nbytes].view(tensor.dtype).view(tensor.shape)
+                for (buffer, begin, nbytes), tensor in zip(self._places, tensors)
             ]
-        filled = [(view, tensor.detach()) for view, tensor in zip(self._views, tensors) if tensor.numel()]
-        if filled:
-            torch._foreach_copy_([view for view, _ in filled], [tensor for _, tensor in filled])
-        return self._buffer
+        for part in (slice(None, self._split), slice(self._split, None)):
+            if tensors[part]:
+                torch._foreach_copy_(self._views[part], list(tensors[part]))
 
 
 def _template(items: Sequence[Placed], begin: int, end: int) -> np.ndarray:
@@ -62,8 +55,3 @@ def _template(items: Sequence[Placed], begin: int, end: int) -> np.ndarray:
         template[head : head + len(placed.frame.prefix)] = np.frombuffer(placed.frame.prefix, dtype=np.uint8)
         template[tail : tail + len(placed.frame.suffix)] = np.frombuffer(placed.frame.suffix, dtype=np.uint8)
     return template
-
-
-def _view(buffer: torch.Tensor, placed: Placed, border: int, like: torch.Tensor) -> torch.Tensor:
-    begin = placed.payload - border
-    return buffer[begin : begin + placed.frame.nbytes].view(like.dtype).view(like.shape)

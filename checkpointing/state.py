@@ -26,6 +26,13 @@ Path = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
+class Fresh:
+    """A value that nobody else holds, so that it may be pickled later than it was taken."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
 class Leaf:
     """One value of the state. `lazy` is the optimizer's rank of touching it (smaller is earlier), or None for eager."""
 
@@ -84,13 +91,21 @@ class AppState:
             found.extend(_module_leaves(label, module, order))
         for label, optimizer in self.optimizers.items():
             found.extend(_optimizer_leaves(label, optimizer, names, order))
+        found.extend(self.fresh_leaves(names))
+        return found
+
+    def fresh_leaves(self, names: Mapping[int, str]) -> list[Leaf]:
+        """The part of `leaves` that is not a tensor of a module or an optimizer, and must be read at every save."""
+        found: list[Leaf] = []
+        for label, optimizer in self.optimizers.items():
+            found.extend(_option_leaves(label, optimizer, names))
         for label, thing in self.others.items():
             found.extend(_object_leaves((label,), thing.state_dict()))
         rank = f"rank-{self.rank:05d}"
         for label, thing in self.per_rank.items():
             found.append(Leaf((label, rank), thing.state_dict()))
         if self.rng:
-            found.append(Leaf(("rng", rank), rng_state()))
+            found.append(Leaf(("rng", rank), Fresh(rng_state())))
         return found
 
     def _touch_order(self) -> dict[int, int]:
@@ -117,7 +132,7 @@ def _module_leaves(label: str, module: nn.Module, order: Mapping[int, int]) -> I
 def _optimizer_leaves(
     label: str, optimizer: torch.optim.Optimizer, names: Mapping[int, str], order: Mapping[int, int]
 ) -> Iterator[Leaf]:
-    for index, group in enumerate(optimizer.param_groups):
+    for group in optimizer.param_groups:
         unnamed = [tuple(p.shape) for p in group["params"] if id(p) not in names]
         if unnamed:
             raise UserError(
@@ -129,9 +144,13 @@ def _optimizer_leaves(
             for key, value in optimizer.state.get(parameter, {}).items():
                 late = isinstance(value, torch.Tensor) and value.ndim > 0
                 yield Leaf((label, "state", names[id(parameter)], key), value, order[id(parameter)] if late else None)
+
+
+def _option_leaves(label: str, optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> Iterator[Leaf]:
+    for index, group in enumerate(optimizer.param_groups):
         for key, value in group.items():
             if key == "params":
-                value = [names[id(parameter)] for parameter in value]
+                value = Fresh([names[id(parameter)] for parameter in value])
             yield Leaf((label, "param_groups", index, key), value)
 
 

@@ -139,6 +139,7 @@ class LayerCall:
     layer: nn.Module
     args: tuple
     kwargs: dict
+    returns_tuple: bool = False
     _random: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
     _extra_shapes: list[tuple[int, ...]] = field(default_factory=list)
 

@@ -1,0 +1,238 @@
+"""Carries a `StreamPlan` out on a live model: replaces the forward of its layers and head, and puts them back.
+
+One pass of the decoder is a `Tape`: the plan and the slots of that pass, in layer order. The first layer call of a pass
+reads shapes and mask and makes the plan; each layer call then runs `layer.StreamedLayer`. Anything that cannot be
+streamed raises `Unsupported` somewhere below; the pass is then run again with plain checkpointing, and the reason is
+shown once. Outside of a pass (`generate`, a call with a cache) the model is untouched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from . import overrides
+from .layer import Answer, LayerCall, NoAttention, Scene, StreamedLayer
+from .layout import Layout
+from .plan import StreamPlan
+from .protocol import Unsupported
+from .store import Derived, DeviceSlot, Slot
+
+
+class Adapter(Protocol):
+    """What the engine asks of a kind of model (`plain`, `hf`)."""
+
+    decoder: nn.Module
+    layers: list[nn.Module]
+
+    def begin(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Arguments for one pass of the decoder, or None when this call is not to be streamed (it uses a cache)."""
+        ...
+
+    def active(self) -> contextlib.AbstractContextManager:
+        """What must hold while a pass runs, and again while its backward runs a layer."""
+        ...
+
+    def layout(self, layer: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> Layout: ...
+
+    def runner(self) -> Callable[[nn.Module, Answer, tuple, dict], tuple[Tensor, tuple[Tensor, ...]]]: ...
+
+    def deliver(self, extras: list[Tensor]) -> None:
+        """Further outputs of a layer, for whoever recorded them."""
+        ...
+
+    def wants_random_replay(self, layer: nn.Module) -> bool: ...
+
+    def open_head(self, engine: Engine) -> None:
+        """Replace head and loss, and restore them in `close_head`."""
+        ...
+
+    def close_head(self) -> None: ...
+
+
+Planner = Callable[[int, int, torch.dtype, torch.device], StreamPlan]
+StoreMaker = Callable[[StreamPlan, int, "Tape", LayerCall], Slot]
+
+
+@dataclass
+class Tape:
+    """One pass of the decoder."""
+
+    plain: bool = False
+    scene: Scene | None = None
+    plan: StreamPlan | None = None
+    slots: list[Slot] = field(default_factory=list)
+    calls: list[LayerCall] = field(default_factory=list)
+    output: Tensor | None = None  # of the latest layer
+    batch: int = 0
+    memory: Any = None  # the offload's view of this pass
+
+
+class Engine:
+    """Streams one model. `report()` says for each layer whether it was streamed, and why not."""
+
+    def __init__(
+        self, adapter: Adapter, planner: Planner, *, attention_backend: str | None = None, memory: Any = None
+    ) -> None:
+        self.adapter, self.planner = adapter, planner
+        self.attention_backend = attention_backend
+        self.memory = memory
+        self.tape: Tape | None = None
+        self.last_plan: StreamPlan | None = None
+        self.reasons: dict[str, str] = {}
+        self._names = {id(layer): f"layer {i}" for i, layer in enumerate(adapter.layers)}
+        self._streamed: set[str] = set()
+        self._enabled = False
+
+    # Switching on and off
+
+    def enable(self) -> None:
+        if self._enabled:
+            return
+        overrides.override(self.adapter.decoder, self._decoder_forward)
+        for layer in self.adapter.layers:
+            overrides.override(layer, self._layer_forward)
+        self.adapter.open_head(self)
+        self._enabled = True
+
+    def disable(self) -> None:
+        if not self._enabled:
+            return
+        self.adapter.close_head()
+        for module in (*self.adapter.layers, self.adapter.decoder):
+            overrides.restore(module)
+        self.tape = None
+        self._enabled = False
+
+    def report(self) -> dict[str, str]:
+        """'streamed' or the reason why not, per layer; layers that have not run yet are missing."""
+        everything = self.reasons.get("model")
+        return {
+            name: everything or self.reasons.get(name, "streamed")
+            for name in self._names.values()
+            if everything or name in self._streamed or name in self.reasons
+        }
+
+    # One pass
+
+    def _decoder_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        forward = overrides.original(module)
+        if self.tape is not None:
+            return forward(*args, **kwargs)
+        prepared = self.adapter.begin(args, kwargs)
+        if prepared is None:
+            return forward(*args, **kwargs)
+        if "model" not in self.reasons:
+            try:
+                with self._pass(Tape()), self.adapter.active():
+                    return forward(*prepared[0], **prepared[1])
+            except Unsupported as reason:
+                self._note("model", str(reason))
+        with self._pass(Tape(plain=True)):
+            return forward(*prepared[0], **prepared[1])
+
+    @contextlib.contextmanager
+    def _pass(self, tape: Tape) -> Iterator[None]:
+        self.tape = tape
+        try:
+            yield
+        finally:
+            self.tape = None
+
+    def _note(self, name: str, reason: str) -> None:
+        if name not in self.reasons:
+            self.reasons[name] = reason
+            warnings.warn(f"undertow: {name} is not streamed but checkpointed plainly: {reason}", stacklevel=3)
+
+    # One layer
+
+    def _layer_forward(self, layer: nn.Module, args: tuple, kwargs: dict) -> Any:
+        tape, forward = self.tape, overrides.original(layer)
+        if tape is None:
+            return forward(*args, **kwargs)
+        name = self._names[id(layer)]
+        if tape.plain or name in self.reasons:
+            return self._plain(forward, args, kwargs)
+        if not args:
+            raise Unsupported(f"{name} gets its input by keyword")
+        try:
+            return self._stream(tape, layer, args[0], args[1:], kwargs)
+        except NoAttention as reason:
+            self._note(name, str(reason))
+            return self._plain(forward, args, kwargs)
+
+    def _plain(self, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    def _stream(self, tape: Tape, layer: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> Any:
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves((args, kwargs))):
+            raise Unsupported("a layer argument other than the hidden states wants gradients")
+        if tape.scene is None:
+            self._open(tape, layer, x, args, kwargs)
+        scene, plan = tape.scene, tape.plan
+        assert scene is not None and plan is not None
+        if x.dim() != 3 or x.shape[:2] != (scene.layout.batch, scene.layout.tokens):
+            raise Unsupported(
+                f"hidden states of shape {tuple(x.shape)} in a pass of {scene.layout.batch} x {scene.layout.tokens}"
+            )
+        call = LayerCall(scene, layer, args, kwargs)
+        params = call.parameters()
+        if torch.is_grad_enabled() and (x.requires_grad or params):
+            slot = self._slot(tape, plan, call)
+            y, *extras = StreamedLayer.apply(call, slot, x, *params)  # type: ignore[misc]
+            tape.slots.append(slot)
+            tape.calls.append(call)
+        else:
+            bounds = scene.bounds
+            with torch.no_grad():
+                y, extras = call.forward(lambda i: x[:, bounds[i][0] : bounds[i][1]], None)
+        self._streamed.add(self._names[id(layer)])
+        self.adapter.deliver(extras)
+        tape.output = y
+        return (y,) if call.returns_tuple else y
+
+    def _open(self, tape: Tape, layer: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> None:
+        if x.dim() != 3:
+            raise Unsupported(f"hidden states of shape {tuple(x.shape)}: [batch, tokens, channels] is needed")
+        layout = self.adapter.layout(layer, x, args, kwargs)
+        plan = self.planner(x.shape[0], x.shape[1], x.dtype, x.device)
+        kind = x.device.type
+        run = self.adapter.runner()
+
+        def within(layer: nn.Module, answer: Answer, args: tuple, kwargs: dict) -> tuple[Tensor, tuple[Tensor, ...]]:
+            with self.adapter.active():
+                return run(layer, answer, args, kwargs)
+
+        tape.plan = self.last_plan = plan
+        tape.scene = Scene(
+            layout,
+            plan.bounds,
+            within,
+            self.attention_backend,
+            any(self.adapter.wants_random_replay(layer) for layer in self.adapter.layers),
+            (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
+        )
+        tape.memory = None if self.memory is None else self.memory.begin(plan, x)
+
+    def _slot(self, tape: Tape, plan: StreamPlan, call: LayerCall) -> Slot:
+        index = len(tape.slots)
+        bounds = plan.bounds
+        place, attention = (
+            (plan.inputs[index], plan.attention[index]) if index < len(plan.inputs) else ("device", "none")
+        )
+        if place == "derived" and tape.slots:
+            parent = tape.calls[-1]
+            return Derived(bounds, tape.slots[-1], lambda slot: parent.forward(slot.rows, None)[0], attention != "none")
+        if tape.memory is not None and "host" in (place, attention):
+            return tape.memory.slot(index, place, attention)
+        return DeviceSlot(bounds, attention != "none")

@@ -54,15 +54,15 @@ def measure(
     mine = clock_identity() if identity is None else identity
     known: list[tuple[str, float]] = [("", 0.0)] * world
     dist.all_gather_object(known, (mine, time.time() - now_ns() / 1e9), group=group)
-    (reference, epoch_s), root = known[0], dist.get_global_rank(group or dist.group.WORLD, 0)
+    (reference, epoch_s), members = known[0], dist.get_process_group_ranks(group)
     clock = Clock(epoch_s=epoch_s)
     for other in range(1, world):
         if known[other][0] == reference:
             continue
         if rank == 0:
-            _answer(dist.get_global_rank(group or dist.group.WORLD, other), group, rounds, now_ns)
+            _answer(members[other], group, rounds, now_ns)
         elif rank == other:
-            offset_s, error_s = _ask(root, group, rounds, now_ns)
+            offset_s, error_s = _ask(members[0], group, rounds, now_ns)
             clock = Clock(offset_s, error_s, epoch_s)
     return clock
 

@@ -78,6 +78,7 @@ class Answer:
     keys: KeyValues | None
     slot: Slot | None = None
     calls: int = 0
+    returns_tuple: bool = False  # set by the adapter: the layer wraps its output in a tuple
 
     def __call__(
         self,
@@ -139,8 +140,8 @@ class LayerCall:
     layer: nn.Module
     args: tuple
     kwargs: dict
-    returns_tuple: bool = False
     _random: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+    returns_tuple: bool = False
     _extra_shapes: list[tuple[int, ...]] = field(default_factory=list)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -155,6 +156,7 @@ class LayerCall:
             y, extras = self.scene.run(self.layer, answer, (x, *args), kwargs)
         if answer.calls == 0:
             raise NoAttention(f"{type(self.layer).__name__} does not call the attention interface")
+        self.returns_tuple = answer.returns_tuple
         return y, extras
 
     def forward(self, rows: Callable[[int], Tensor], slot: Slot | None) -> tuple[Tensor, list[Tensor]]:

@@ -1,7 +1,7 @@
 """The adapter for models that follow `protocol`: our own language model, or anybody's.
 
-The layer is called with the engine's `attend` in place of its own default; the model's `loss` is replaced by the chunked
-one. A model may show `stream_head`, a pair (final norm or None, head), so that the head's weight gradient is summed in
+The layer is called with the engine's `attend` in place of its own default; the model's `loss` is replaced by the
+chunked one. A model may show `stream_head`, a pair (final norm or None, head), so that the head's weight gradient is summed in
 float32 by one fused product; without it, `token_logits` is differentiated as it is.
 """
 

@@ -106,8 +106,8 @@ def _sum(node: Node, action: Compute, reads: list[Content]) -> tuple[str, list[C
 
 def _compare(schedule: Schedule, goal: Goal, memory: _Memory) -> list[Problem]:
     value = schedule.by_rank[goal.rank].get(goal.rows.value) if 0 <= goal.rank < schedule.world else None
-    if value is None or not 0 <= goal.rows.start < goal.rows.stop <= value.rows:
-        return [Problem("goal", "it names no rows of a declared value", goal.rank, value=str(goal.rows))]
+    if value is None or value.role != "output" or not 0 <= goal.rows.start < goal.rows.stop <= value.rows:
+        return [Problem("goal", "it names no rows of an output of this rank", goal.rank, value=str(goal.rows))]
     held = memory.read(goal.rank, goal.rows)
     if held == goal.content:
         return []

@@ -1,4 +1,4 @@
-"""Random damage to valid schedules: whatever `check` still accepts must compute the right answer in any interleaving."""
+"""Random damage to valid schedules: whatever `check` accepts computes the right answer in every interleaving."""
 
 from __future__ import annotations
 

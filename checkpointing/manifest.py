@@ -8,6 +8,7 @@ The layout of both is specified in docs/checkpoint-format.md.
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,20 +16,24 @@ from typing import Any
 
 import xxhash
 
-from ..dist.errors import UndertowError
+from ..dist.errors import UndertowError, UserError
 
 FORMAT = 1
 MANIFEST, COMMIT, METADATA, LATEST = "manifest.json", "COMMIT.json", ".metadata", "LATEST"
-SAFE_NAME = re.compile(r"^(\.metadata|__\d+_\d+\.distcp)$")
+SAFE_NAME = re.compile(r"\.metadata|__\d+_\d+\.distcp")
 
 
 class BadCheckpoint(UndertowError):
     """A checkpoint is incomplete, damaged or not ours; the message says where."""
 
 
+class NewerFormat(UserError):
+    """A whole checkpoint that a later version of undertow wrote: to be left alone, not set aside as damaged."""
+
+
 @dataclass(frozen=True)
 class FileRecord:
-    """One file: its length and the xxh3-128 of each chunk, in hex."""
+    """One file: its length and the xxh3-128 of each chunk, in hex. No checksums at all: it was never on a disk."""
 
     nbytes: int
     chunks: tuple[str, ...]
@@ -78,57 +83,113 @@ class Manifest:
 
     @classmethod
     def loads(cls, data: bytes, where: Path) -> Manifest:
-        """Parse and check; `BadCheckpoint` names what is wrong. Nothing outside the folder can be named by it."""
+        """Parse and check; `BadCheckpoint` names what is wrong, `NewerFormat` that another version is needed. What
+        comes back names nothing outside the folder, no byte outside its files and no box outside its tensor."""
         try:
             raw = json.loads(data)
-            version = raw.pop("format")
-            if not isinstance(version, int) or not 1 <= version <= FORMAT:
-                raise BadCheckpoint(
-                    f"{where} has format {version}; this version of undertow reads formats 1 to {FORMAT}"
-                )
+            require_known_format(raw["format"], where)
             manifest = cls(
-                step=int(raw["step"]),
-                world_size=int(raw["world_size"]),
-                chunk_bytes=int(raw["chunk_bytes"]),
-                files={name: FileRecord(int(f["nbytes"]), tuple(f["chunks"])) for name, f in raw["files"].items()},
+                step=_count(raw["step"]),
+                world_size=_count(raw["world_size"]),
+                chunk_bytes=_count(raw["chunk_bytes"]),
+                files={name: FileRecord(_count(f["nbytes"]), _texts(f["chunks"])) for name, f in raw["files"].items()},
                 tensors={key: _tensor(value) for key, value in raw["tensors"].items()},
-                objects={key: ObjectRecord(**value) for key, value in raw["objects"].items()},
-                paths={key: tuple(path) for key, path in raw["paths"].items()},
-                facts=raw["facts"],
+                objects={key: _object(value) for key, value in raw["objects"].items()},
+                paths={key: _path(path) for key, path in raw["paths"].items()},
+                facts=dict(raw["facts"]),
             )
-        except BadCheckpoint:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BadCheckpoint(f"{where} is not a manifest ({type(error).__name__}: {error})") from error
         manifest._check(where)
         return manifest
 
     def _check(self, where: Path) -> None:
+        if not self.chunk_bytes or not self.world_size:
+            raise BadCheckpoint(f"{where} has chunks of {self.chunk_bytes} bytes from {self.world_size} ranks")
         for name, record in self.files.items():
-            if not SAFE_NAME.match(name):
+            if not SAFE_NAME.fullmatch(name):
                 raise BadCheckpoint(f"{where} names the file {name!r}; expected .metadata or __R_I.distcp")
-            if len(record.chunks) != -(-record.nbytes // self.chunk_bytes):
+            if record.chunks and len(record.chunks) != -(-record.nbytes // self.chunk_bytes):
                 raise BadCheckpoint(f"{where}: {name} has {record.nbytes} bytes but {len(record.chunks)} checksums")
-        spans = [(shard.file, shard.start, shard.length) for t in self.tensors.values() for shard in t.shards]
-        spans += [(value.file, value.start, value.length) for value in self.objects.values()]
+        spans = [(value.file, value.start, value.length) for value in self.objects.values()]
+        for key, record in self.tensors.items():
+            _check_boxes(key, record, where)
+            spans += [(shard.file, shard.start, shard.length) for shard in record.shards]
         for file, start, length in spans:
-            if file not in self.files or start < 0 or length < 0 or start + length > self.files[file].nbytes:
+            if file not in self.files or start + length > self.files[file].nbytes:
                 raise BadCheckpoint(f"{where} points to bytes [{start}, {start + length}) outside of {file!r}")
+        if self.paths.keys() != self.tensors.keys() | self.objects.keys() or self.tensors.keys() & self.objects.keys():
+            raise BadCheckpoint(f"{where} does not give every tensor and object one path")
+
+
+def require_known_format(version: Any, where: Path) -> None:
+    """`NewerFormat` for what a later version wrote, `BadCheckpoint` for what none has written."""
+    if type(version) is int and version > FORMAT:
+        raise NewerFormat(
+            f"{where} has format {version}; this version of undertow reads formats 1 to {FORMAT}",
+            remedy="install the version of undertow that wrote it, or a later one",
+        )
+    if type(version) is not int or version < 1:
+        raise BadCheckpoint(f"{where} has format {version!r}; this version of undertow reads formats 1 to {FORMAT}")
+
+
+def _check_boxes(key: str, record: TensorRecord, where: Path) -> None:
+    """The shards fill the tensor: boxes inside it, none twice, their volumes adding up; data inside their archives."""
+    for shard in record.shards:
+        ends = [offset + size for offset, size in zip(shard.offsets, shard.sizes)]
+        if not len(shard.offsets) == len(shard.sizes) == len(record.shape) or any(map(int.__gt__, ends, record.shape)):
+            raise BadCheckpoint(f"{where}: '{key}' {record.shape} has a part of {shard.sizes} at {shard.offsets}")
+        if not shard.start <= shard.payload <= shard.start + shard.length:
+            raise BadCheckpoint(f"{where}: the data of '{key}' at {shard.payload} lies outside of its archive")
+    held = sum(math.prod(shard.sizes) for shard in record.shards)
+    filled = {shard.offsets for shard in record.shards if math.prod(shard.sizes)}
+    if held != math.prod(record.shape) or len(filled) != sum(math.prod(s.sizes) > 0 for s in record.shards):
+        raise BadCheckpoint(f"{where}: the parts of '{key}' hold {held} of {math.prod(record.shape)} elements")
 
 
 def _tensor(raw: dict[str, Any]) -> TensorRecord:
     shards = tuple(
         ShardRecord(
-            tuple(map(int, shard["offsets"])),
-            tuple(map(int, shard["sizes"])),
-            shard["file"],
-            int(shard["start"]),
-            int(shard["length"]),
-            int(shard["payload"]),
+            _counts(shard["offsets"]),
+            _counts(shard["sizes"]),
+            _text(shard["file"]),
+            _count(shard["start"]),
+            _count(shard["length"]),
+            _count(shard["payload"]),
         )
         for shard in raw["shards"]
     )
-    return TensorRecord(raw["dtype"], tuple(map(int, raw["shape"])), shards)
+    return TensorRecord(_text(raw["dtype"]), _counts(raw["shape"]), shards)
+
+
+def _object(raw: dict[str, Any]) -> ObjectRecord:
+    return ObjectRecord(_text(raw["file"]), _count(raw["start"]), _count(raw["length"]))
+
+
+def _path(raw: Any) -> tuple[str | int, ...]:
+    if type(raw) is not list or not raw or not all(type(part) in (str, int) for part in raw):
+        raise ValueError(f"{raw!r} is not a path of names and indices")
+    return tuple(raw)
+
+
+def _count(raw: Any) -> int:
+    if type(raw) is not int or raw < 0:
+        raise ValueError(f"{raw!r} is not a number of bytes, elements or steps")
+    return raw
+
+
+def _counts(raw: Any) -> tuple[int, ...]:
+    return tuple(_count(value) for value in raw)
+
+
+def _text(raw: Any) -> str:
+    if type(raw) is not str:
+        raise ValueError(f"{raw!r} is not a text")
+    return raw
+
+
+def _texts(raw: Any) -> tuple[str, ...]:
+    return tuple(_text(value) for value in raw)
 
 
 def checksum(data: Any) -> str:

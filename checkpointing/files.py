@@ -7,11 +7,13 @@ trace against a model of a disk that loses what was not synced.
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+CANNOT_RESERVE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)  # file systems without fallocate: go on without
 SECTOR = 4096  # alignment that O_DIRECT needs of offset, length and address on every file system in use
 
 
@@ -36,9 +38,10 @@ class FileOps:
         try:
             if nbytes:
                 os.posix_fallocate(handle, 0, nbytes)
-        except OSError:
-            os.close(handle)
-            raise
+        except OSError as error:
+            if error.errno not in CANNOT_RESERVE:
+                os.close(handle)
+                raise
         return handle
 
     def pwrite(self, handle: int, data: Any, offset: int) -> None:

@@ -2,6 +2,7 @@
 
     root/.step-000000120.tmp-1a2b3c4d/   being written
     root/step-000000120/                 renamed when every file is durable; valid once COMMIT.json is in it
+    root/.step-000000140.bad-…/          damaged, set aside by a restore; `.left-…`: of a branch that a run rolled back
     root/LATEST                          a hint for people and scripts; restore never trusts it
     root/.lock                           held by the job that writes here
 
@@ -20,11 +21,23 @@ import time
 from pathlib import Path
 
 from ..dist.errors import UserError
+from ..dist.log import get_logger
 from .files import FileOps
-from .manifest import COMMIT, LATEST, MANIFEST, METADATA, BadCheckpoint, Manifest, checksum, commit_bytes
+from .manifest import (
+    COMMIT,
+    LATEST,
+    MANIFEST,
+    METADATA,
+    BadCheckpoint,
+    Manifest,
+    checksum,
+    commit_bytes,
+    require_known_format,
+)
 
+log = get_logger(__name__)
 FINAL = re.compile(r"^step-(\d{9,})$")
-OURS = re.compile(r"^(\.?step-\d{9,}(\.(tmp|old|bad)-[0-9a-f-]+)?|LATEST|RESTARTS\.json|\.lock|.*\.part)$")
+OURS = re.compile(r"^(\.?step-\d{9,}(\.(tmp|old|bad|left)-[0-9a-f-]+)?|LATEST|RESTARTS\.json|\.lock|.*\.part)$")
 
 
 class Folder:
@@ -50,8 +63,9 @@ class Folder:
 
     def take(self) -> None:
         """Make the folder ours: create, lock, refuse somebody else's, clean up what a crash left."""
+        self._refuse_strangers()
         try:
-            self.ops.mkdir(self.root)
+            self._make_root()
             self._lock = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise UserError(
@@ -72,19 +86,32 @@ class Folder:
             ) from error
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        strangers = sorted(name for name in os.listdir(self.root) if not OURS.match(name))
+        self._recover()
+
+    def _refuse_strangers(self) -> None:
+        try:
+            names = os.listdir(self.root)
+        except OSError:
+            return  # not there yet, or `take` will say what is wrong with it
+        strangers = sorted(name for name in names if not OURS.match(name))
         if strangers and not self.committed():
-            self.release()
             raise UserError(
                 f"{self.root} holds other files ({', '.join(strangers[:3])}{' …' if len(strangers) > 3 else ''})",
                 expected="an empty folder or one that undertow wrote",
                 remedy="pass a new folder; nothing was changed",
             )
-        self._recover()
+
+    def _make_root(self) -> None:
+        """Create the folder, durably: a checkpoint in a folder whose own name is lost would be lost with it."""
+        missing = [folder for folder in (self.root, *self.root.parents) if not folder.exists()]
+        self.ops.mkdir(self.root)
+        for folder in missing:
+            self.ops.fsync_dir(folder.parent)
 
     def release(self) -> None:
         """Give the lock back."""
         if self._lock >= 0:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # closing is not enough: forked loader processes hold it open too
             os.close(self._lock)
             self._lock = -1
 
@@ -105,30 +132,56 @@ class Folder:
                     self.ops.fsync_dir(self.root)
 
     def commit(self, scratch: Path, manifest: Manifest, metadata: bytes) -> Path:
-        """Publish `scratch`, whose shard files are durable already, as the checkpoint of the manifest's step."""
+        """Publish `scratch`, whose shard files are durable already, as the checkpoint of the manifest's step. When that
+        fails, an older checkpoint of the same step is put back."""
         data = manifest.dumps()
         final = self.final(manifest.step)
         self.ops.write_file(scratch / METADATA, metadata)
         self.ops.write_file(scratch / MANIFEST, data)
         self.ops.fsync_dir(scratch)
-        replaced = None
-        if final.exists():
-            replaced = self._aside(final, "old")
-            self.ops.rename(final, replaced)
-        self.ops.rename(scratch, final)
-        self.ops.fsync_dir(self.root)
-        self.ops.write_file(final / COMMIT, commit_bytes(data, manifest.step, time.time()))
-        self.ops.fsync_dir(final)
+        self._leave_branch(manifest.step)
+        replaced = self._aside(final, "old") if final.exists() else None
+        try:
+            if replaced is not None:
+                self.ops.rename(final, replaced)
+            self.ops.rename(scratch, final)
+            self.ops.fsync_dir(self.root)
+            self.ops.write_file(final / COMMIT, commit_bytes(data, manifest.step, time.time()))
+            self.ops.fsync_dir(final)
+        except OSError:
+            self._undo(scratch, final, replaced)
+            raise
         self.ops.write_file(self.root / LATEST, f"{final.name}\n".encode())
         if replaced is not None:
             self.ops.rmtree(replaced)
         self.ops.fsync_dir(self.root)
         return final
 
-    def quarantine(self, step: int) -> Path:
-        """Set a damaged checkpoint aside, so that it is neither restored nor lost; its new path."""
+    def _leave_branch(self, step: int) -> None:
+        """Set later checkpoints aside: a run that writes `step` after them was rolled back and goes on from there."""
+        later = [other for other in self.committed() if other > step]
+        for other in later:
+            aside = self._aside(self.final(other), "left")
+            log.warning("step %d was left by a rollback to before step %d; set aside as %s", other, step, aside)
+            self.ops.rename(self.final(other), aside)
+        if later:
+            self.ops.fsync_dir(self.root)
+
+    def _undo(self, scratch: Path, final: Path, replaced: Path | None) -> None:
+        try:
+            if not scratch.exists():
+                self.ops.rmtree(final)
+            if replaced is not None and replaced.exists():
+                self.ops.rename(replaced, final)
+            self.ops.fsync_dir(self.root)
+        except OSError as error:  # the disk refuses this too: the next job's `take` does it
+            log.warning("cannot clear away the failed checkpoint %s (%s)", final, error)
+
+    def set_aside(self, step: int, why: str) -> Path:
+        """Rename a checkpoint ('bad': damaged, 'past': newer than a roll-back) so that it is neither restored nor lost.
+        Its new path."""
         final = self.final(step)
-        aside = self._aside(final, "bad")
+        aside = self._aside(final, why)
         self.ops.rename(final, aside)
         self.ops.fsync_dir(self.root)
         return aside
@@ -145,9 +198,10 @@ def read_manifest(path: Path) -> Manifest:
     try:
         commit = json.loads((path / COMMIT).read_bytes())
         data = (path / MANIFEST).read_bytes()
-        promised = commit["manifest"]
+        promised, version = commit["manifest"], commit["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadCheckpoint(f"{path} has no readable commit ({type(error).__name__}: {error})") from error
+    require_known_format(version, path / COMMIT)
     if checksum(data) != promised:
         raise BadCheckpoint(f"{path / MANIFEST} does not match the checksum in {COMMIT}")
     return Manifest.loads(data, path / MANIFEST)

@@ -6,7 +6,9 @@ checkpoint is set aside under a new name (never deleted) and the next older one 
 
 from __future__ import annotations
 
+import errno
 import time
+from collections.abc import Sequence
 
 from ..dist.errors import UserError
 from ..dist.log import get_logger
@@ -16,49 +18,57 @@ from .manifest import BadCheckpoint, Manifest
 from .verify import check_content, check_lengths
 
 log = get_logger(__name__)
+NOT_DAMAGE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
 
 
 def choose(
-    folder: Folder, coordinator: Coordinator, *, step: int | None, timeout_s: float
-) -> tuple[int, Manifest] | None:
-    """(step, manifest) of the checkpoint to load, agreed by all ranks; None when there is none.
+    folders: Sequence[Folder], coordinator: Coordinator, *, step: int | None, timeout_s: float
+) -> tuple[Folder, int, Manifest] | None:
+    """(folder, step, manifest) of the checkpoint to load, agreed by all ranks; None when there is none.
 
-    With `step` only that one will do: a `UserError` says why it does not.
+    The newest step over all `folders` is proposed first; of equal ones that in the earliest folder. With `step` only
+    that one will do: a `UserError` says why it does not.
     """
+    refused = ""
     while True:
         coordinator.round += 1
         name = f"restore/{coordinator.round}"
         if coordinator.rank == 0:
-            steps = folder.committed()
-            coordinator.say(name, (steps, steps[-1] if step is None and steps else step))
-        deadline_s = time.monotonic() + timeout_s
-        steps, proposed = coordinator.hear(name, 0, deadline_s=deadline_s)
-        if step is None and proposed is None:
-            return None
-        if proposed not in steps:
+            found = [(number, -place) for place, folder in enumerate(folders) for number in folder.committed()]
+            usable = [entry for entry in found if step is None or entry[0] == step]
+            coordinator.say(name, (sorted({number for number, _ in found}), max(usable, default=None)))
+        steps, proposed = coordinator.hear(name, 0, deadline_s=time.monotonic() + timeout_s)
+        if proposed is None:
+            if step is None:
+                return None
             raise UserError(
-                f"{folder.root} has no committed checkpoint of step {proposed}",
+                refused or f"{folders[-1].root} has no committed checkpoint of step {step}",
                 expected=f"one of {steps}" if steps else "a folder with checkpoints",
             )
-        manifest, problem = _verify(folder, coordinator, proposed)
+        folder, number = folders[-proposed[1]], proposed[0]
+        manifest, problem = _verify(folder, coordinator, number)
         coordinator.say(f"{name}/verdict", problem)
         problems = [text for text in coordinator.hear_all(f"{name}/verdict", timeout_s=timeout_s) if text]
         if not problems:
             assert manifest is not None
-            return proposed, manifest
-        if step is not None:
-            raise UserError(problems[0], remedy="restore another step, or none to take the newest valid one")
+            return folder, number, manifest
+        refused = problems[0]
         if coordinator.rank == 0:
-            aside = folder.quarantine(proposed)
-            log.warning("checkpoint %d is damaged (%s); set aside as %s", proposed, problems[0], aside)
+            aside = folder.set_aside(number, "bad")
+            log.warning("checkpoint %d is damaged (%s); set aside as %s", number, refused, aside)
 
 
-def _verify(folder: Folder, coordinator: Coordinator, step: int) -> tuple[Manifest | None, str]:
+def _verify(folder: Folder, coordinator: Coordinator, step: int) -> tuple[Manifest | None, str, bool]:
+    """The manifest, or what is wrong, and whether that is no damage (a later format, a file this user may not read)."""
     path = folder.final(step)
     try:
         manifest = read_manifest(path)
+        if manifest.step != step:
+            raise BadCheckpoint(f"{path} holds the checkpoint of step {manifest.step}")
         check_lengths(path, manifest)
         check_content(path, manifest, part=coordinator.rank, parts=coordinator.world)
     except BadCheckpoint as error:
-        return None, str(error)
-    return manifest, ""
+        return None, str(error), isinstance(error.__cause__, OSError) and error.__cause__.errno in NOT_DAMAGE
+    except UserError as error:
+        return None, str(error), True
+    return manifest, "", False

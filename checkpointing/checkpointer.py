@@ -24,19 +24,30 @@ from ..dist import launch
 from ..dist.errors import UserError
 from ..dist.log import get_logger
 from ..dist.trace import Trace
-from .arena import Arena
+from .arena import Arena, Memory
+from .committer import Committer, Part, Save, SaveReport
 from .coordinate import Coordinator
 from .copies import copier_for
 from .files import FileOps
+from .flush import ShardFile
 from .folder import Folder
+from .host_tier import HostFile, HostTier
 from .layout import CHUNK_BYTES
 from .manifest import BadCheckpoint
-from .pipeline import Pipeline, Save, SaveReport
+from .pipeline import Pipeline
 from .plan import make_plan, signature
 from .recover import choose
-from .restore import Reader, apply_objects, compare, load_tensors, materialise_optimizers, targets_of
+from .restore import (
+    Reader,
+    apply_objects,
+    compare,
+    load_tensors,
+    materialise_optimizers,
+    read_objects,
+    targets_of,
+)
 from .sample import Sampler
-from .snapshot import Seal, Snapshot
+from .snapshot import OnChunk, Seal, Snapshot
 from .staging import Staging
 from .state import AppState, Leaf, local_tensor
 from .watch import Watch
@@ -47,8 +58,9 @@ log = get_logger(__name__)
 class Checkpointer:
     """Saves and restores the named `objects` (modules, optimizers, anything with state_dict) under `root`.
 
-    `every`: steps between saves (0: only when `save` is called). `keep`: how many newest checkpoints to retain (None:
-    all). `per_rank`: objects whose state differs by rank. `arena_bytes`: host memory for bytes on their way (default:
+    `every`: steps between saves to disk (0: only when `save` is called). `keep`: how many newest checkpoints to retain
+    (None: all). `host_every`: steps between saves to host memory, which survives a killed process but not the machine;
+    `host_generations` of them are held (one always valid, one being written, one being flushed). `per_rank`: objects whose state differs by rank. `arena_bytes`: host memory for bytes on their way (default:
     the rank's part of the state, at most half of what is free). `timeout_s`: how long ranks wait for each other.
     `allow_types`: classes that may be unpickled from stored objects. Create it on every rank, after
     init_process_group, and call every method on every rank; only `wait` and `close` block.
@@ -60,6 +72,8 @@ class Checkpointer:
         *,
         every: int = 0,
         keep: int | None = 3,
+        host_every: int = 0,
+        host_generations: int = 3,
         per_rank: dict[str, Any] | None = None,
         rng: bool = True,
         arena_bytes: int | None = None,
@@ -71,11 +85,14 @@ class Checkpointer:
         ops: FileOps | None = None,
         **objects: Any,
     ) -> None:
-        if every < 0 or (keep is not None and keep < 1):
-            raise UserError(f"every={every}, keep={keep}", expected="every ≥ 0 and keep ≥ 1 or None")
+        if every < 0 or host_every < 0 or (keep is not None and keep < 1):
+            raise UserError(
+                f"every={every}, host_every={host_every}, keep={keep}",
+                expected="every ≥ 0, host_every ≥ 0, and keep ≥ 1 or None",
+            )
         if not objects:
             raise UserError("nothing to checkpoint was given", remedy="pass model=…, optimizer=… by name")
-        self.every, self.timeout_s = every, timeout_s
+        self.every, self.host_every, self.timeout_s = every, host_every, timeout_s
         self.reports: list[SaveReport] = []
         self.failures = 0
         self._chunk_bytes, self._arena_bytes, self._allow = chunk_bytes, arena_bytes, tuple(allow_types)
@@ -84,10 +101,16 @@ class Checkpointer:
         self._coordinator = Coordinator.from_default_group(timeout_s=timeout_s)
         self.state = AppState(objects, per_rank or {}, rank=self._coordinator.rank, rng=rng)
         self.folder = Folder(Path(root), ops or FileOps())
-        self._take_folder()
-        self._pipeline = Pipeline(
-            self.folder, self._coordinator, keep=keep, writers=writers, timeout_s=timeout_s, trace=self._trace
-        )
+        self.host: HostTier | None = None
+        if host_every:
+            self.host = HostTier(Path(root), self._coordinator, generations=host_generations)
+        self._take_folders()
+        self._disk = self._committer("disk", self.folder, keep)
+        committers = [self._disk]
+        if self.host is not None:
+            self._memory = self._committer("host", self.host.folder, None)
+            committers.append(self._memory)
+        self._pipeline = Pipeline(committers, writers=writers, trace=self._trace)
         self._plan_key: tuple | None = None
         self._fresh_key: tuple = ()
         self._watch: Watch | None = None
@@ -97,13 +120,19 @@ class Checkpointer:
         self._arena: Arena | None = None
         self._handles = [o.register_step_pre_hook(self._before_update) for o in self.state.optimizers.values()]
 
-    def _take_folder(self) -> None:
-        """Rank 0 takes the folder; its verdict is every rank's."""
+    def _committer(self, tier: str, folder: Folder, keep: int | None) -> Committer:
+        return Committer(tier, folder, self._coordinator, keep=keep, timeout_s=self.timeout_s, trace=self._trace)
+
+    def _take_folders(self) -> None:
+        """Rank 0 takes the folders; its verdict is every rank's."""
         problem = ""
         if self._coordinator.rank == 0:
             try:
                 self.folder.take()
+                if self.host is not None:
+                    self.host.take()
             except UserError as error:
+                self.folder.release()
                 problem = str(error)
             self._coordinator.say("open", problem)
         else:
@@ -116,20 +145,23 @@ class Checkpointer:
     def step(self, step: int) -> bool:
         """Save if `step` is due. Call once per step, anywhere before the optimizer's step; whether a save began."""
         self._report()
-        if self.every == 0 or step % self.every or step == self._saved_step:
+        if step == self._saved_step:
             return False
-        return self.save(step)
+        disk = self.every > 0 and step % self.every == 0
+        host = self.host_every > 0 and step % self.host_every == 0
+        return (disk or host) and self.save(step, disk=disk, host=host)
 
-    def save(self, step: int) -> bool:
-        """Begin to save the state as it is now under the number `step`; False when checkpoints are switched off."""
+    def save(self, step: int, *, disk: bool = True, host: bool = False) -> bool:
+        """Begin to save the state as it is now under the number `step`, on disk and, where there is such a tier, in
+        host memory; False when nothing was begun: checkpoints are switched off, or all generations are in use."""
         if self._off:
             return False
         began_s = time.monotonic()
         with self._trace.span("snapshot", step=step):
             self.fence()
-            self._begin(step, self._values(), began_s)
+            begun = self._begin(step, self._values(), began_s, disk, host and self.host is not None)
         self._saved_step = step
-        return True
+        return begun
 
     def _values(self) -> Mapping[str, Any]:
         """Every value to save by key, tensors as this rank's part; plans anew when the state's shape has changed."""
@@ -156,32 +188,68 @@ class Checkpointer:
         self._copier = copier_for(tensors)
         self._staging = Staging(self._plan, self._copier.device)
         self._sources: list[torch.Tensor] = []
-        budget = self._arena_bytes or _default_arena(self._plan.image.size)
-        if self._arena is None or self._arena.nbytes < min(budget, self._plan.image.size):
-            if self._arena is not None:
-                self._arena.close()
-            pinned = self._copier.device.type == "cuda"
-            self._arena = Arena(min(budget, self._plan.image.size), self._chunk_bytes, pinned=pinned)
-        self._pipeline.use(self._arena, self._copier)
+        pinned = self._copier.device.type == "cuda"
+        if self.host is not None:
+            self.host.prepare(self._plan, pinned=pinned)
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
+        self._pinned = pinned
         self._plan_key = key
 
-    def _begin(self, step: int, values: Mapping[str, Any], began_s: float) -> None:
+    def _ring(self) -> Arena:
+        """The arena, made when a save first needs it: with a host tier most runs never do."""
+        if self._arena is None:
+            image = self._plan.image
+            budget = min(self._arena_bytes or _default_arena(image.size), image.size)
+            self._arena = Arena(budget, image.chunk_bytes, pinned=self._pinned)
+        return self._arena
+
+    def _begin(self, step: int, values: Mapping[str, Any], began_s: float, disk: bool, host: bool) -> bool:
+        claimed = self.host.claim(step, flush=disk) if self.host is not None and host else None
+        if claimed is None and not disk:
+            return False
         plan = self._plan
         sources = [values[index.fqn] for index in plan.lazy]
         if [t.data_ptr() for t in sources] != [t.data_ptr() for t in self._sources]:
             self._sources, self._sampler = sources, Sampler(sources)
-        assert self._arena is not None
         save = Save(step, plan, {index.fqn: values[index.fqn] for index in plan.objects}, began_s)
         self._staging.fill([_local(values[index.fqn]) for index in plan.eager])
         seals = [Seal(plan.image.chunks - 1, sources, self._sampler)] if sources else []
         self._copier.begin()
-        save.file = self._pipeline.file_for(save)
-        on_chunk = partial(self._pipeline.flush, save.file)
-        save.snapshot = Snapshot(step, plan, sources, self._staging, self._copier, self._arena, on_chunk, seals)
-        self._current = save.snapshot
+        memory, parts, on_chunk = self._route(save, claimed, disk)
+        save.snapshot = Snapshot(step, plan, sources, self._staging, self._copier, memory, on_chunk, seals)
+        self._current, self._save = save.snapshot, save
         save.call_s = time.monotonic() - began_s
-        self._save = save
-        self._pipeline.submit(save)
+        self._pipeline.submit(save, parts)
+        return True
+
+    def _route(
+        self, save: Save, claimed: tuple[int, Path] | None, disk: bool
+    ) -> tuple[Memory, list[tuple[Committer, Part]], OnChunk]:
+        """Through which memory a save goes, its part for each tier, and what to do with each filled chunk."""
+        name, parts, takers = save.plan.shard_name, [], []
+        index, folder = claimed or (-1, None)
+        memory: Memory = self._ring() if self.host is None or folder is None else self.host.generation(index)
+        if self.host is not None and folder is not None:
+            kept = HostFile(folder / name, self.host.generation(index), self._copier)
+            takers.append(lambda snapshot, chunk, slot, mark: kept.note(mark))
+            after = partial(self.host.done, index, save.step, "host")
+            parts.append((self._memory, Part(save, kept, disposable=False, after=after)))
+        if disk:
+            scratch = self.folder.scratch(save.step, self._coordinator.token)
+            file = ShardFile(self.folder.ops, scratch / name, save.plan.image)
+            takers.append(partial(self._pipeline.flush, file, memory, self._copier))
+            part = Part(save, file)
+            if self.host is not None and folder is not None:
+                part.after = partial(self.host.done, index, save.step, "flush")
+            parts.append((self._disk, part))
+
+        def on_chunk(snapshot: Snapshot, chunk: int, slot: int, mark: Any) -> None:
+            for take in takers:
+                take(snapshot, chunk, slot, mark)
+
+        return memory, parts, on_chunk
 
     def fence(self) -> None:
         """Wait until nothing that the caller does next can change the save in flight. For writers of parameters other
@@ -205,24 +273,36 @@ class Checkpointer:
         self.fence()
         self._pipeline.drain()
         with self._trace.span("restore"):
-            found = choose(self.folder, self._coordinator, step=step, timeout_s=self.timeout_s)
+            folders = [self.folder] if self.host is None else [self.host.folder, self.folder]
+            found = choose(folders, self._coordinator, step=step, timeout_s=self.timeout_s)
             if found is None:
                 return None
-            number, manifest = found
-            path = self.folder.final(number)
+            folder, number, manifest = found
+            path = folder.final(number)
             reader = Reader(path, manifest)
             compare(self.state, self.state.leaves(), manifest, path)
+            try:
+                values = read_objects(self.state, reader, self._allow)
+            except BadCheckpoint as error:
+                raise UserError(str(error)) from error
             materialise_optimizers(self.state, manifest)
             leaves = self.state.leaves()
             targets = targets_of(self.state, leaves, manifest)
             load_tensors(targets, reader)
-            try:
-                apply_objects(self.state, leaves, targets, reader, self._allow)
-            except BadCheckpoint as error:
-                raise UserError(str(error)) from error
+            apply_objects(self.state, leaves, targets, manifest, values)
+            if step is not None:
+                self._roll_back(number)
         self._saved_step = number
         log.info("restored step %d from %s", number, path)
         return number
+
+    def _roll_back(self, step: int) -> None:
+        """After an explicit restore: newer checkpoints are set aside, or a restart would jump back into them."""
+        if self._coordinator.rank == 0:
+            for later in [found for found in self.folder.committed() if found > step]:
+                log.info("set aside the newer checkpoint %d as %s", later, self.folder.set_aside(later, "past"))
+            if self.host is not None:
+                self.host.forget_after(step)
 
     # -- ending ---------------------------------------------------------------------------------------------------
 
@@ -250,7 +330,10 @@ class Checkpointer:
                 log.warning("checkpoint of step %d failed and was dropped: %s", report.step, report.reason)
 
     def close(self) -> None:
-        """Drain what is in flight, detach from the optimizers, release memory and the folder. Safe to call twice."""
+        """Drain what is in flight, detach from the optimizers, release memory and the folder. Safe to call twice.
+
+        Host memory is freed when a checkpoint on disk is as new; otherwise it stays for a later restore.
+        """
         if self._pipeline.closed:
             return
         try:
@@ -261,6 +344,10 @@ class Checkpointer:
             self._pipeline.close()
             if self._arena is not None:
                 self._arena.close()
+            if self.host is not None:
+                disk, memory = self.folder.committed(), self.host.folder.committed()
+                stale = not memory or (bool(disk) and disk[-1] >= memory[-1])
+                self.host.close(remove=self._coordinator.rank == 0 and stale)
             self.folder.release()
 
     def __enter__(self) -> Checkpointer:

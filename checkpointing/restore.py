@@ -195,16 +195,20 @@ def _target(value: torch.Tensor, item: ReadItem) -> torch.Tensor:
     return local
 
 
+def read_objects(state: AppState, reader: Reader, allowed: Sequence[type]) -> dict[str, Any]:
+    """The non-tensor values that this rank needs, before anything is changed: one of them may be refused."""
+    manifest = reader.manifest
+    return {key: reader.object(key, allowed) for key in manifest.objects if _mine(manifest.paths[key], state.rank)}
+
+
 def apply_objects(
     state: AppState,
     leaves: Sequence[Leaf],
     targets: Mapping[str, torch.Tensor],
-    reader: Reader,
-    allowed: Sequence[type],
+    manifest: Manifest,
+    values: Mapping[str, Any],
 ) -> None:
     """Give the non-tensor values back: param_groups, schedulers, loaders, RNG."""
-    manifest = reader.manifest
-    values = {key: reader.object(key, allowed) for key in manifest.objects if _mine(manifest.paths[key], state.rank)}
     names = state.parameter_names()
     for label, optimizer in state.optimizers.items():
         for index, group in enumerate(optimizer.param_groups):

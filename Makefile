@@ -11,6 +11,7 @@ VENV ?= .venv
 PYTHON ?=
 ARGS ?=
 export VENV PYTHON
+TEST_EXTRAS = plots test mpi hf
 
 .PHONY: help demo test quick check wheel clean
 
@@ -22,15 +23,15 @@ demo:
 	@.ci/in-venv -m undertow demo $(ARGS)
 
 test:
-	@.ci/setup plots test mpi hf
+	@.ci/setup $(TEST_EXTRAS)
 	@.ci/test $(ARGS)
 
 quick:
-	@.ci/setup plots test
+	@.ci/setup $(TEST_EXTRAS)
 	@.ci/in-venv -m pytest -q -m "not slow" $(ARGS)
 
 check:
-	@.ci/setup plots test check
+	@.ci/setup $(TEST_EXTRAS) check
 	@.ci/check
 
 wheel:

@@ -1,12 +1,31 @@
-"""Shared fixtures: a seed per test, printed when the test fails."""
+"""Shared fixtures: a seed per test, printed when the test fails; and a word to pytest about the root folder.
+
+The root folder has an __init__.py, because it is the package `undertow`. pytest would import it a second time under the
+clone's own name, and fail where that name is no identifier ('my-clone').
+"""
 
 from __future__ import annotations
 
 import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class RootIsAFolder:
+    """Registered as a plugin, because hooks of this file itself are not asked about folders above it."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Dir | None:
+        return pytest.Dir.from_parent(parent, path=path) if path == ROOT else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(RootIsAFolder())
 
 
 @pytest.fixture

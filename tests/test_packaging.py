@@ -134,7 +134,19 @@ def test_unlisted_skips_fail_in_ci(tmp_path):
         "def test_good(): pass\n"
     )
     junit = tmp_path / "junit.xml"
-    pytest_run = [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", str(tmp_path), str(tmp_path)]
+    folder = str(tmp_path)
+    pytest_run = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-c",
+        "/dev/null",
+        "--rootdir",
+        folder,
+        "--confcutdir",
+        folder,
+        folder,
+    ]
     assert subprocess.run([*pytest_run, "--junitxml", str(junit)], capture_output=True, timeout=60).returncode == 0
     judge = [sys.executable, str(ROOT / ".ci" / "skips.py"), str(junit)]
     done = subprocess.run(judge, capture_output=True, text=True, timeout=20)

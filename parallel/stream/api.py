@@ -1,51 +1,120 @@
-"""Switch streaming on and off: `stream_backprop(model)` as a context, or `enable(model)` … `disable(model)`."""
+"""Switch streaming on and off: `stream_backprop(model)` as a context, or `enable(model)` … `disable(model)`.
+
+Inside, `model(input_ids=…, labels=…).loss.backward()` (or the plain protocol's own call) is streamed; parameters,
+state dict, optimizer and training loop stay as they are. By default everything is chosen: the plan is made anew for
+each forward from the bytes that are free then.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
+import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...dist.errors import UserError
+from ...dist.launch import detect
 from .engine import Adapter, Engine
 from .plain import PlainAdapter
 from .plan import StreamPlan
+from .planner import plan as make_plan
 from .protocol import StreamableModel
 
-_ENGINES = "_undertow_stream_engine"
+_ENGINE = "_undertow_stream_engine"
+HOST_SHARE = 0.8  # of the free host memory, divided among the ranks of a host
 
 
 def enable(
     model: nn.Module,
     *,
+    budget_bytes: int | None = None,
+    host_budget_bytes: int | None = None,
     chunk: int | None = None,
     loss_rows: int | None = None,
+    offload: bool | None = None,
+    stash: bool | None = None,
+    every: int | None = None,
     attention_backend: str | None = None,
+    plan: StreamPlan | None = None,
 ) -> Engine:
-    if _ENGINES in model.__dict__:
-        raise UserError("streaming is already on for this model", remedy="call disable(model) first")
-    adapter = _adapter(model)
+    """Stream `model` until `disable`; returns the engine (`report()`, `last_plan`).
 
-    def planner(batch: int, tokens: int, dtype: torch.dtype, device: torch.device) -> StreamPlan:
-        return StreamPlan.simple(batch, tokens, len(adapter.layers), chunk or 8192)
+    `budget_bytes`: device bytes above weights and gradients (default: what is free on a CUDA device, no limit on a CPU).
+    `host_budget_bytes`: for offload (default: 80 % of free host memory on CUDA, none on a CPU). `chunk`: rows.
+    `offload`, `stash`: force all, or none, of layer inputs off the device, of attention outputs kept. `every=2`: keep
+    every second layer input. `plan` replaces planning. `UserError` for a model that has no decoder layers.
+    """
+    if _ENGINE in model.__dict__:
+        raise UserError("streaming is already on for this model", remedy="call disable(model) first")
+    if every not in (None, 1, 2):
+        raise UserError(f"every={every}", expected="1 (each layer's input) or 2 (every second one)")
+    adapter = _adapter(model)
+    engine: Engine
+
+    def planner(x: Tensor) -> StreamPlan:
+        if plan is not None:
+            return _checked(plan, x, len(adapter.layers))
+        on_cuda = x.device.type == "cuda"
+        budget = _free_bytes(model, x.device) if budget_bytes is None and on_cuda else budget_bytes
+        host = host_budget_bytes
+        if host is None:
+            host = _host_bytes(engine) if on_cuda else 0
+        return make_plan(
+            adapter.shape(x),
+            x.shape[0],
+            x.shape[1],
+            budget_bytes=budget,
+            host_bytes=0 if offload is False and not stash else host,
+            chunk=chunk,
+            loss_rows=loss_rows,
+            every=every,
+            offload=offload,
+            stash=stash,
+            kernel=on_cuda,
+        )
 
     engine = Engine(adapter, planner, attention_backend=attention_backend)
     engine.enable()
-    model.__dict__[_ENGINES] = engine
+    model.__dict__[_ENGINE] = engine
     return engine
 
 
 def disable(model: nn.Module) -> None:
-    engine = model.__dict__.pop(_ENGINES, None)
+    """Put the model back as `enable` found it; nothing happens when streaming is off."""
+    engine = model.__dict__.pop(_ENGINE, None)
     if engine is not None:
         engine.disable()
 
 
 @contextlib.contextmanager
-def stream_backprop(model: nn.Module, **options) -> Iterator[Engine]:
-    engine = enable(model, **options)
+def stream_backprop(
+    model: nn.Module,
+    *,
+    budget_bytes: int | None = None,
+    host_budget_bytes: int | None = None,
+    chunk: int | None = None,
+    loss_rows: int | None = None,
+    offload: bool | None = None,
+    stash: bool | None = None,
+    every: int | None = None,
+    attention_backend: str | None = None,
+    plan: StreamPlan | None = None,
+) -> Iterator[Engine]:
+    """`enable` with these options on entry, `disable` on exit. Backward must run inside."""
+    engine = enable(
+        model,
+        budget_bytes=budget_bytes,
+        host_budget_bytes=host_budget_bytes,
+        chunk=chunk,
+        loss_rows=loss_rows,
+        offload=offload,
+        stash=stash,
+        every=every,
+        attention_backend=attention_backend,
+        plan=plan,
+    )
     try:
         yield engine
     finally:
@@ -58,3 +127,25 @@ def _adapter(model: nn.Module) -> Adapter:
     from .hf import HfAdapter
 
     return HfAdapter(model)
+
+
+def _checked(plan: StreamPlan, x: Tensor, layers: int) -> StreamPlan:
+    if (plan.batch, plan.tokens, len(plan.inputs)) != (x.shape[0], x.shape[1], layers):
+        raise UserError(
+            f"the plan is for {plan.batch} x {plan.tokens} tokens and {len(plan.inputs)} layers",
+            expected=f"{x.shape[0]} x {x.shape[1]} tokens and {layers} layers",
+        )
+    return plan
+
+
+def _free_bytes(model: nn.Module, device: torch.device) -> int:
+    """Bytes that this process can still allocate, less the gradients that do not exist yet."""
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    missing = [p for p in model.parameters() if p.requires_grad and p.grad is None]
+    return free + cached - sum(getattr(p, "_local_tensor", p).numel() * p.element_size() for p in missing)
+
+
+def _host_bytes(engine: Engine) -> int:
+    ours = 0 if engine.courier is None else engine.courier.pool.nbytes
+    return ours + int(psutil.virtual_memory().available * HOST_SHARE) // detect().local_world_size

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from ..memory_model import DecoderShape
 from . import overrides
 from .layer import Answer, LayerCall, NoAttention, Scene, StreamedLayer
 from .layout import Layout
+from .offload import Courier, HostSlot
 from .plan import StreamPlan
 from .protocol import Unsupported
-from .store import Derived, DeviceSlot, Slot
+from .store import Derived, Slot
 
 
 class Adapter(Protocol):
@@ -51,6 +53,10 @@ class Adapter(Protocol):
 
     def wants_random_replay(self, layer: nn.Module) -> bool: ...
 
+    def shape(self, x: Tensor) -> DecoderShape:
+        """Sizes of the model, from its config and the hidden states that enter the first layer."""
+        ...
+
     def open_head(self, engine: Engine) -> None:
         """Replace head and loss, and restore them in `close_head`."""
         ...
@@ -58,8 +64,7 @@ class Adapter(Protocol):
     def close_head(self) -> None: ...
 
 
-Planner = Callable[[int, int, torch.dtype, torch.device], StreamPlan]
-StoreMaker = Callable[[StreamPlan, int, "Tape", LayerCall], Slot]
+Planner = Callable[[Tensor], StreamPlan]  # from the hidden states [B, T, d] that enter the first layer
 
 
 @dataclass
@@ -73,18 +78,15 @@ class Tape:
     calls: list[LayerCall] = field(default_factory=list)
     output: Tensor | None = None  # of the latest layer
     batch: int = 0
-    memory: Any = None  # the offload's view of this pass
 
 
 class Engine:
     """Streams one model. `report()` says for each layer whether it was streamed, and why not."""
 
-    def __init__(
-        self, adapter: Adapter, planner: Planner, *, attention_backend: str | None = None, memory: Any = None
-    ) -> None:
+    def __init__(self, adapter: Adapter, planner: Planner, *, attention_backend: str | None = None) -> None:
         self.adapter, self.planner = adapter, planner
         self.attention_backend = attention_backend
-        self.memory = memory
+        self.courier: Courier | None = None
         self.tape: Tape | None = None
         self.last_plan: StreamPlan | None = None
         self.reasons: dict[str, str] = {}
@@ -205,7 +207,7 @@ class Engine:
         if x.dim() != 3:
             raise Unsupported(f"hidden states of shape {tuple(x.shape)}: [batch, tokens, channels] is needed")
         layout = self.adapter.layout(layer, x, args, kwargs)
-        plan = self.planner(x.shape[0], x.shape[1], x.dtype, x.device)
+        plan = self.planner(x)
         kind = x.device.type
         run = self.adapter.runner()
 
@@ -222,17 +224,18 @@ class Engine:
             any(self.adapter.wants_random_replay(layer) for layer in self.adapter.layers),
             (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
         )
-        tape.memory = None if self.memory is None else self.memory.begin(plan, x)
+        if self.courier is None and "host" in (*plan.inputs, *plan.attention):
+            self.courier = Courier(x.device)
 
     def _slot(self, tape: Tape, plan: StreamPlan, call: LayerCall) -> Slot:
-        index = len(tape.slots)
-        bounds = plan.bounds
-        place, attention = (
-            (plan.inputs[index], plan.attention[index]) if index < len(plan.inputs) else ("device", "none")
-        )
-        if place == "derived" and tape.slots:
+        index, below = len(tape.slots), tape.slots[-1] if tape.slots else None
+        known = index < len(plan.inputs)
+        place, attention = (plan.inputs[index], plan.attention[index]) if known else ("device", "none")
+        if place == "derived" and below is not None:
             parent = tape.calls[-1]
-            return Derived(bounds, tape.slots[-1], lambda slot: parent.forward(slot.rows, None)[0], attention != "none")
-        if tape.memory is not None and "host" in (place, attention):
-            return tape.memory.slot(index, place, attention)
-        return DeviceSlot(bounds, attention != "none")
+            return Derived(plan.bounds, below, lambda slot: parent.forward(slot.rows, None)[0], attention != "none")
+        if "host" in (place, attention):
+            assert self.courier is not None
+            on_host = place == "host"
+            return HostSlot(self.courier, plan.bounds, input_on_host=on_host, attention=attention, below=below)
+        return Slot(plan.bounds, attention != "none", below)

@@ -13,7 +13,7 @@ import contextlib
 import inspect
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import _active_collector
 
 from ...dist.errors import UserError
+from ..memory_model import DecoderShape
 from . import overrides
 from .layer import Answer
 from .layout import Layout, read
@@ -238,6 +239,12 @@ class HfAdapter:
             return True
         numbers = [value for m in layer.modules() for key, value in vars(m).items() if "drop" in key]
         return layer.training and any(isinstance(p, float) and p > 0 for p in numbers)
+
+    def shape(self, x: Tensor) -> DecoderShape:
+        config = self.decoder.config.to_dict()  # type: ignore[union-attr,operator]
+        shape = DecoderShape.from_config(config, x.element_size())
+        weights = max(sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in self.layers)
+        return replace(shape, layers=len(self.layers), layer_parameters=weights)
 
     # Head and loss
 

@@ -168,6 +168,8 @@ class LayerCall:
             x = rows(chunk)
             if remember:
                 self._random.append(_random_state(x.device))
+            else:
+                self._restore_random(chunk, x.device)
             part, part_extras = self._on(chunk, x, Answer(self.scene, "forward", chunk, keys, slot))
             extras.append([_by_row(e, x) for e in part_extras])
             self._extra_shapes = [tuple(e.shape) for e in part_extras]
@@ -194,8 +196,8 @@ class LayerCall:
         bounds, params = self.scene.bounds, self.parameters()
         keys = KeyValues(self.scene.layout.tokens) if len(bounds) > 1 else None
         total = _Sum(len(params), once=len(bounds) == 1)
-        slot.begin()
         with _kept_random(dy.device, self.scene.replay_random):
+            slot.begin()
             if keys is not None:
                 for chunk in reversed(range(len(bounds) - 1)):
                     self._write_keys(chunk, slot.rows(chunk), keys)

@@ -1,8 +1,8 @@
 """The adapter for models that follow `protocol`: our own language model, or anybody's.
 
 The layer is called with the engine's `attend` in place of its own default; the model's `loss` is replaced by the
-chunked one. A model may show `stream_head`, a pair (final norm or None, head), so that the head's weight gradient is summed in
-float32 by one fused product; without it, `token_logits` is differentiated as it is.
+chunked one. A model may show `stream_head`, a pair (final norm or None, head), so that the head's weight gradient is
+summed in float32 by one fused product; without it, `token_logits` is differentiated as it is.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..memory_model import DecoderShape
 from . import overrides
 from .layer import Answer
 from .layout import Layout, read
@@ -59,6 +60,23 @@ class PlainAdapter:
 
     def wants_random_replay(self, layer: nn.Module) -> bool:
         return draws_random_numbers(layer)
+
+    def shape(self, x: Tensor) -> DecoderShape:
+        """From a config with the fields of our language model; else a layer with as many heads as fit 64 channels."""
+        config, width = getattr(self.decoder, "config", None), x.shape[-1]
+        heads = getattr(config, "heads", None) or max(1, width // 64)
+        return DecoderShape(
+            len(self.layers),
+            width,
+            heads,
+            getattr(config, "kv_heads", None) or heads,
+            width // heads,
+            getattr(config, "hidden", None) or 4 * width,
+            getattr(config, "vocab", None) or 32768,
+            max(sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in self.layers),
+            x.element_size(),
+            bool(getattr(config, "tied", False)),
+        )
 
     def open_head(self, engine: Engine) -> None:
         self._engine = engine

@@ -1,0 +1,168 @@
+"""How many bytes streamed backpropagation needs above weights and gradients, and how many FLOPs: closed forms.
+
+The peak is the largest of three moments: a layer's forward, a layer's backward, the loss. Each is a sum of terms in T
+(the sequence), in C (the rows of a chunk), in R (the rows of a loss chunk) and in the weights of one layer; no term has
+T squared. `tests/parallel` holds the forms within 10 % of what a tracker of live tensors measures. The factors of C are
+what autograd keeps for one chunk of a Llama-like layer in plain PyTorch; other layers come close. The three rivals'
+forms are here too, so that a plan can say what else would fit.
+
+Units: bytes, rows. e is the element size of activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..dist.errors import UserError
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """Sizes of a decoder: `q` = heads * head_dim and `kv` = kv_heads * head_dim channels, `hidden` MLP channels that a
+    token passes (experts per token times theirs in a mixture), `layer_parameters` all weights of one layer."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    vocab: int
+    layer_parameters: int
+    element_size: int = 2
+    tied: bool = False
+
+    @property
+    def q(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @property
+    def parameters(self) -> int:
+        return self.layers * self.layer_parameters + self.vocab * self.width * (1 if self.tied else 2)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], element_size: int = 2) -> DecoderShape:
+        """From the keys of a Hugging Face config.json. `UserError` naming what is missing."""
+        config = {**config, **config.get("text_config", {})}
+        try:
+            width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+            layers, vocab = int(config["num_hidden_layers"]), int(config["vocab_size"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"the config has no usable {error}",
+                expected="hidden_size, num_attention_heads, num_hidden_layers and vocab_size",
+            ) from error
+        kv_heads = int(config.get("num_key_value_heads") or heads)
+        head_dim = int(config.get("head_dim") or width // heads)
+        hidden = int(config.get("intermediate_size") or 4 * width)
+        experts = int(
+            config.get("num_experts") or config.get("num_local_experts") or config.get("n_routed_experts") or 0
+        )
+        attention = width * head_dim * (2 * heads + 2 * kv_heads)
+        weights = attention + 3 * width * hidden + 2 * width
+        if experts:
+            one, shared = int(config.get("moe_intermediate_size") or hidden), int(config.get("n_shared_experts") or 0)
+            active = int(config.get("num_experts_per_tok") or 1) + shared
+            weights = attention + 3 * width * one * (experts + shared) + width * experts
+            hidden = one * active
+        tied = bool(config.get("tie_word_embeddings", False))
+        return cls(layers, width, heads, kv_heads, head_dim, hidden, vocab, weights, element_size, tied)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Bytes at the three moments that can be the peak."""
+
+    forward: int
+    backward: int
+    loss: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.forward, self.backward, self.loss)
+
+
+def chunk_bytes(shape: DecoderShape, rows: int) -> int:
+    """What autograd keeps, and the largest temporary, while one chunk of `rows` is differentiated."""
+    per_row = 14 * shape.width + 6 * shape.q + 6 * shape.kv + 5 * shape.hidden
+    return rows * shape.element_size * per_row
+
+
+def scratch_bytes(shape: DecoderShape, chunks: int) -> int:
+    """Weight gradients of one layer: float32 sums and one chunk's own when there are several chunks, else one set."""
+    if chunks == 1:
+        return shape.layer_parameters * shape.element_size
+    return shape.layer_parameters * (4 + shape.element_size)
+
+
+def loss_bytes(shape: DecoderShape, rows: int, kernel: bool) -> int:
+    """One chunk of logits with its gradient (with float32 copies where no kernel runs), and the head's gradient."""
+    e = shape.element_size
+    per_logit = 2 * e if kernel else e + 8 + (e if e < 4 else 0)
+    head = shape.vocab * shape.width * (4 + (e if e < 4 else 0))
+    return rows * (shape.vocab * per_logit + 6 * shape.width * max(e, 4)) + head
+
+
+def moments(
+    shape: DecoderShape,
+    *,
+    rows: int,
+    chunk: int,
+    loss_rows: int,
+    inputs_on_device: int,
+    inputs_on_host: int,
+    attention_on_device: int,
+    derived: int = 0,
+    kernel: bool = True,
+) -> Moments:
+    """Peak bytes for `rows` = batch * tokens. `inputs_on_device` counts layers, likewise `attention_on_device`."""
+    e, d, kv = shape.element_size, shape.width, shape.kv
+    chunks = -(-rows // chunk)
+    chunk = min(chunk, rows)
+    row = rows * d * e
+    kept = inputs_on_device * row + attention_on_device * rows * (shape.q * e + 4 * shape.heads)
+    buffers = 2 * rows * kv * e if chunks > 1 else 0
+    gradients = 2 * rows * kv * max(4, e) if chunks > 1 else 0
+    working = chunk_bytes(shape, chunk)
+    in_flight = 2 * row if inputs_on_host else row
+    forward = kept + in_flight + buffers + working // 3
+    fetched = row * ((1 if inputs_on_host else 0) + (1 if derived else 0))
+    backward = kept + row + fetched + buffers + gradients + working + scratch_bytes(shape, chunks)
+    loss = kept + 2 * row + loss_bytes(shape, loss_rows, kernel)
+    return Moments(int(forward), int(backward), int(loss))
+
+
+def checkpointing_bytes(shape: DecoderShape, rows: int, *, chunked_loss: bool, offload: bool) -> int:
+    """Gradient checkpointing of whole layers: every input kept (or away), one layer recomputed whole."""
+    e = shape.element_size
+    inputs = 2 * rows * shape.width * e if offload else shape.layers * rows * shape.width * e
+    layer = chunk_bytes(shape, rows) + shape.layer_parameters * e
+    logits = rows * shape.vocab * (2 * e + 8)
+    head = shape.vocab * shape.width * e
+    return inputs + max(layer, loss_bytes(shape, 1024, True) if chunked_loss else logits + head)
+
+
+def step_flops(
+    shape: DecoderShape, batch: int, tokens: int, *, attention_kept: float, derived: float = 0.0
+) -> dict[str, float]:
+    """FLOPs of one forward and backward by kind: 'gemm', 'attention_forward', 'attention_backward'.
+
+    `attention_kept` and `derived` are fractions of the layers. Attention counts visible pairs only (causal: half).
+    """
+    rows = batch * tokens
+    forward = 2.0 * rows * shape.layers * shape.layer_parameters
+    head = 3 * 2.0 * rows * shape.vocab * shape.width
+    attention = 2.0 * batch * tokens * tokens * shape.q * shape.layers
+    return {
+        "gemm": forward * (4 + derived) + head,
+        "attention_forward": attention * (2 - attention_kept + derived),
+        "attention_backward": 2.5 * attention,
+    }

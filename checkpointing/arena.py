@@ -11,13 +11,29 @@ import ctypes
 import mmap
 import threading
 from collections import deque
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from ..dist.errors import UserError
 from ..dist.units import format_bytes
+
+
+class Memory(Protocol):
+    """Where a snapshot's chunks are put: an `Arena`, or a host-memory tier's generation."""
+
+    chunk_bytes: int
+
+    def acquire(self, chunk: int) -> int:
+        """A slot for image chunk `chunk`; may wait."""
+        ...
+
+    def release(self, slot: int) -> None: ...
+
+    def slot_address(self, slot: int) -> int: ...
+
+    def view(self, slot: int, nbytes: int) -> memoryview: ...
 
 
 class Arena:
@@ -37,7 +53,7 @@ class Arena:
         self._bytes = np.frombuffer(self._memory, dtype=np.uint8)
         self._bytes[:: mmap.PAGESIZE] = 0
         self.address = self._bytes.ctypes.data
-        self.pinned = pinned and _register(self.address, self._bytes.nbytes)
+        self.pinned = pinned and register(self.address, self._bytes.nbytes)
         self._free = deque(range(self.slots))
         self._changed = threading.Condition()
         self._closed = False
@@ -51,8 +67,8 @@ class Arena:
         """Slots in use now."""
         return self.slots - len(self._free)
 
-    def acquire(self) -> int:
-        """A free slot; waits until one is given back."""
+    def acquire(self, chunk: int) -> int:
+        """A free slot, whatever the chunk; waits until one is given back."""
         with self._changed:
             self._changed.wait_for(lambda: self._free or self._closed)
             if self._closed:
@@ -79,12 +95,16 @@ class Arena:
             self._closed = True
             self._changed.notify_all()
         if self.pinned:
-            _cudart().cudaHostUnregister(self.address)
+            unregister(self.address)
 
 
-def _register(address: int, nbytes: int) -> bool:
+def register(address: int, nbytes: int) -> bool:
     """Pin [address, address + nbytes) for CUDA; False when the driver refuses (locked-memory limit)."""
     return int(_cudart().cudaHostRegister(address, nbytes, 0)) == 0
+
+
+def unregister(address: int) -> None:
+    _cudart().cudaHostUnregister(address)
 
 
 def _cudart() -> Any:

@@ -60,10 +60,11 @@ class Checkpointer:
 
     `every`: steps between saves to disk (0: only when `save` is called). `keep`: how many newest checkpoints to retain
     (None: all). `host_every`: steps between saves to host memory, which survives a killed process but not the machine;
-    `host_generations` of them are held (one always valid, one being written, one being flushed). `per_rank`: objects whose state differs by rank. `arena_bytes`: host memory for bytes on their way (default:
-    the rank's part of the state, at most half of what is free). `timeout_s`: how long ranks wait for each other.
-    `allow_types`: classes that may be unpickled from stored objects. Create it on every rank, after
-    init_process_group, and call every method on every rank; only `wait` and `close` block.
+    `host_generations` of them are held (one always valid, one being written, one being flushed). `per_rank`: objects
+    whose state differs by rank. `arena_bytes`: host memory for bytes on their way (default: the rank's part of the
+    state, at most half of what is free). `timeout_s`: how long ranks wait for each other. `allow_types`: classes that
+    may be unpickled from stored objects. Create it on every rank, after init_process_group, and call every method on
+    every rank; only `wait` and `close` block.
     """
 
     def __init__(
@@ -183,7 +184,6 @@ class Checkpointer:
         self._plans += 1
         name = f"plan/{self._plans}"
         self._plan = make_plan(leaves, self._coordinator, name, timeout_s=self.timeout_s, chunk_bytes=self._chunk_bytes)
-        self._pipeline.new_plan(self._plan, name)
         tensors = [local_tensor(leaf.value) for leaf in leaves if isinstance(leaf.value, torch.Tensor)]
         self._copier = copier_for(tensors)
         self._staging = Staging(self._plan, self._copier.device)
@@ -300,7 +300,7 @@ class Checkpointer:
         """After an explicit restore: newer checkpoints are set aside, or a restart would jump back into them."""
         if self._coordinator.rank == 0:
             for later in [found for found in self.folder.committed() if found > step]:
-                log.info("set aside the newer checkpoint %d as %s", later, self.folder.set_aside(later, "past"))
+                log.info("set aside the newer checkpoint %d as %s", later, self.folder.set_aside(later, "left"))
             if self.host is not None:
                 self.host.forget_after(step)
 
@@ -347,7 +347,7 @@ class Checkpointer:
             if self.host is not None:
                 disk, memory = self.folder.committed(), self.host.folder.committed()
                 stale = not memory or (bool(disk) and disk[-1] >= memory[-1])
-                self.host.close(remove=self._coordinator.rank == 0 and stale)
+                self.host.close(remove=stale)
             self.folder.release()
 
     def __enter__(self) -> Checkpointer:

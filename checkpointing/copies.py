@@ -38,10 +38,14 @@ class HostCopier:
         return None
 
     def wait(self, mark: Any) -> None:
-        """Block this thread until the copies before `mark` are done."""
+        """Block this thread until what came before `mark` is done."""
 
     def order_after(self, mark: Any) -> None:
         """Make what the training thread does next come after the copies before `mark`."""
+
+    def bring(self, flag: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """`flag` in host memory, valid once `wait` on the mark beside it has returned."""
+        return flag, None
 
     def side(self) -> Any:
         """A context in which torch operations come after the copies."""
@@ -75,6 +79,13 @@ class CudaCopier(HostCopier):
 
     def order_after(self, mark: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self.device).wait_event(mark)
+
+    def bring(self, flag: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        host = torch.empty_like(flag, device="cpu", pin_memory=True)
+        host.copy_(flag, non_blocking=True)
+        event = torch.cuda.Event(blocking=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return host, event
 
     def side(self) -> Any:
         return torch.cuda.stream(self.stream)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..dist.trace import Trace
-from .arena import Arena
+from .arena import Memory
 from .copies import HostCopier
 from .files import SECTOR, FileOps
 from .layout import Image
@@ -36,12 +36,12 @@ class ShardFile:
                 self._handle = self.ops.create(self.path, rounded)
             return self._handle
 
-    def write(self, chunk: int, slot: int, arena: Arena) -> None:
+    def write(self, chunk: int, slot: int, memory: Memory) -> None:
         """Hash and write a chunk from its slot."""
         begin, end = self.image.chunk_range(chunk)
-        self._sums[chunk] = checksum(arena.view(slot, end - begin))
+        self._sums[chunk] = checksum(memory.view(slot, end - begin))
         rounded = -(-(end - begin) // SECTOR) * SECTOR  # the last chunk's rest is cut off again by `finish`
-        self.ops.pwrite(self._open(), arena.view(slot, rounded), begin)
+        self.ops.pwrite(self._open(), memory.view(slot, rounded), begin)
 
     def issue(self) -> None:
         """Count one chunk as given to a writer."""
@@ -72,16 +72,24 @@ class ShardFile:
 
 
 def flush_chunk(
-    file: ShardFile, snapshot: Any, chunk: int, slot: int, mark: Any, *, arena: Arena, copier: HostCopier, trace: Trace
+    file: ShardFile,
+    snapshot: Any,
+    chunk: int,
+    slot: int,
+    mark: Any,
+    *,
+    memory: Memory,
+    copier: HostCopier,
+    trace: Trace,
 ) -> None:
     """What a writer thread does with one chunk."""
     try:
         copier.wait(mark)
         if snapshot.error is None:
             with trace.span("flush", step=snapshot.step, chunk=chunk):
-                file.write(chunk, slot, arena)
+                file.write(chunk, slot, memory)
     except BaseException as error:
         snapshot.fail(error)
     finally:
-        arena.release(slot)
+        memory.release(slot)
         file.done()

@@ -178,8 +178,8 @@ class Folder:
             log.warning("cannot clear away the failed checkpoint %s (%s)", final, error)
 
     def set_aside(self, step: int, why: str) -> Path:
-        """Rename a checkpoint ('bad': damaged, 'past': newer than a roll-back) so that it is neither restored nor lost.
-        Its new path."""
+        """Rename a checkpoint ('bad': damaged, 'left': of a branch that was rolled back) so that it is neither restored
+        nor lost; its new path."""
         final = self.final(step)
         aside = self._aside(final, why)
         self.ops.rename(final, aside)

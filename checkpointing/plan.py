@@ -10,7 +10,7 @@ import dataclasses
 import time
 from collections import ChainMap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.default_planner import (
     create_default_global_save_plan,
     create_default_local_save_plan,
 )
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan as DcpPlan
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
@@ -28,6 +28,7 @@ from ..dist.units import format_bytes
 from .coordinate import Coordinator
 from .frames import frame
 from .layout import CHUNK_BYTES, Image, place
+from .manifest import ShardRecord, TensorRecord
 from .state import Leaf, local_tensor
 
 SMALL_BYTES = 256 * 1024  # a lazy tensor below this is cheaper to copy at once than to track
@@ -38,7 +39,7 @@ class SavePlan:
     """One rank's part of a checkpoint: the shard file's image, and the keys behind its tensors and objects.
 
     `eager_host` of the image's eager tensors lie in host memory and come first; the rest are on the device.
-    `metadata` (DCP's, of the whole checkpoint) is there on rank 0 only.
+    `metadata` (DCP's, of the whole checkpoint) and `tensors` (where each of its tensors lies) are there on rank 0 only.
     """
 
     rank: int
@@ -49,6 +50,7 @@ class SavePlan:
     lazy: tuple[MetadataIndex, ...]
     objects: tuple[MetadataIndex, ...]
     metadata: Metadata | None = None
+    tensors: dict[str, TensorRecord] = field(default_factory=dict)
 
     @property
     def shard_name(self) -> str:
@@ -113,7 +115,29 @@ def make_plan(
         coordinator.say(f"{name}/global", plans)
     else:
         plans = coordinator.hear(f"{name}/global", 0, deadline_s=time.monotonic() + timeout_s)
-    return _lay_out(plans[coordinator.rank], leaves, coordinator, metadata, chunk_bytes)
+    plan = _lay_out(plans[coordinator.rank], leaves, coordinator, metadata, chunk_bytes)
+    placed = zip((*plan.eager, *plan.lazy), (*plan.image.eager, *plan.image.lazy))
+    word = [(index, plan.shard_name, at.start, at.frame.size, at.payload) for index, at in placed]
+    coordinator.say(f"{name}/placed", word)
+    if metadata is None:
+        return plan
+    words = coordinator.hear_all(f"{name}/placed", timeout_s=timeout_s)
+    return dataclasses.replace(plan, tensors=_tensor_records(metadata, words))
+
+
+def _tensor_records(metadata: Metadata, words: list[list[tuple]]) -> dict[str, TensorRecord]:
+    """The manifest's tensors, from where every rank has placed its part."""
+    where = {index: place for word in words for index, *place in word}
+    records = {}
+    for key, stored in metadata.state_dict_metadata.items():
+        if isinstance(stored, TensorStorageMetadata):
+            shards = tuple(
+                ShardRecord(tuple(c.offsets), tuple(c.sizes), *where[MetadataIndex(key, c.offsets)])
+                for c in stored.chunks
+            )
+            dtype = str(stored.properties.dtype).removeprefix("torch.")
+            records[key] = TensorRecord(dtype, tuple(stored.size), shards)
+    return records
 
 
 def _agree(local_plans: list[DcpPlan]) -> tuple[list[DcpPlan], Metadata]:

@@ -46,13 +46,15 @@ def choose(
                 expected=f"one of {steps}" if steps else "a folder with checkpoints",
             )
         folder, number = folders[-proposed[1]], proposed[0]
-        manifest, problem = _verify(folder, coordinator, number)
-        coordinator.say(f"{name}/verdict", problem)
-        problems = [text for text in coordinator.hear_all(f"{name}/verdict", timeout_s=timeout_s) if text]
-        if not problems:
+        manifest, problem, undamaged = _verify(folder, coordinator, number)
+        coordinator.say(f"{name}/verdict", (problem, undamaged))
+        verdicts = [word for word in coordinator.hear_all(f"{name}/verdict", timeout_s=timeout_s) if word[0]]
+        if not verdicts:
             assert manifest is not None
             return folder, number, manifest
-        refused = problems[0]
+        refused, undamaged = verdicts[0]
+        if undamaged:  # setting it aside would lose a good checkpoint
+            raise UserError(refused, remedy="make it readable, or restore an older step by its number")
         if coordinator.rank == 0:
             aside = folder.set_aside(number, "bad")
             log.warning("checkpoint %d is damaged (%s); set aside as %s", number, refused, aside)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .arena import Arena, copy_bytes
+from .arena import Memory, copy_bytes
 from .copies import HostCopier
 from .plan import SavePlan
 from .sample import Sampler
@@ -31,16 +31,18 @@ class Seal:
         self._versions = [tensor._version for tensor in tensors]
         sampler.before()
 
-    def changed(self) -> list[torch.Tensor]:
+    def changed(self) -> torch.Tensor:
+        """A 0-d bool, on the tensors' device."""
+        flags = self._sampler.changed()
         moved = [tensor._version for tensor in self._tensors] != self._versions
-        return [torch.tensor(moved), *self._sampler.changed()]
+        return torch.stack([flag.to(flags[0].device) for flag in flags]).any().logical_or(moved)
 
 
 class Snapshot:
     """The copy phase of one save of `plan` at `step`.
 
-    `sources` are the lazy tensors in plan order, `staging` holds the eager part. `on_chunk(snapshot, chunk, slot, mark)` is called, from
-    any thread, when the copies of a chunk have been issued.
+    `sources` are the lazy tensors in plan order, `staging` holds the eager part. When the copies of a chunk into its
+    slot of `memory` have been issued, `on_chunk(snapshot, chunk, slot, mark)` is called, from any thread.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class Snapshot:
         sources: Sequence[torch.Tensor],
         staging: Staging,
         copier: HostCopier,
-        arena: Arena,
+        memory: Memory,
         on_chunk: OnChunk,
         seals: Sequence[Seal] = (),
     ) -> None:
@@ -58,13 +60,13 @@ class Snapshot:
         self.error: BaseException | None = None
         self._sources: Sequence[torch.Tensor] = sources
         self._staging = staging
-        self._copier, self._arena, self._on_chunk = copier, arena, on_chunk
+        self._copier, self._memory, self._on_chunk = copier, memory, on_chunk
         self._next = 0
         self._filled = [False] * plan.image.chunks
         self._through = 0  # all chunks below this one are filled
         self._changed = threading.Condition()
         self._seals = list(seals)
-        self._flags: list[torch.Tensor] = []
+        self._verdicts: list[tuple[torch.Tensor, Any]] = []
         self._sealing = threading.Lock()
 
     # -- filling ------------------------------------------------------------------------------------------------
@@ -76,12 +78,12 @@ class Snapshot:
                 return False
             chunk, self._next = self._next, self._next + 1
         try:
-            slot = self._arena.acquire()
+            slot = self._memory.acquire(chunk)
             try:
-                self._fill(chunk, self._arena.slot_address(slot))
+                self._fill(chunk, self._memory.slot_address(slot))
                 mark = self._copier.mark()
             except BaseException:
-                self._arena.release(slot)
+                self._memory.release(slot)
                 raise
         except BaseException as error:
             self.fail(error)
@@ -135,7 +137,7 @@ class Snapshot:
     def _seal(self, chunk: int) -> None:
         with self._sealing:  # a fence must not return while another thread still samples
             while self._seals and self._seals[0].chunk <= chunk:
-                self._flags.extend(self._seals.pop(0).changed())
+                self._verdicts.append(self._copier.bring(self._seals.pop(0).changed()))
 
     def release_sources(self) -> None:
         """Forget the state's tensors, once `fence()` has passed."""
@@ -148,5 +150,7 @@ class Snapshot:
             self._changed.notify_all()
 
     def torn(self) -> bool:
-        """Whether somebody wrote a lazy tensor between snapshot and fence. Waits for the device."""
-        return any(bool(flag) for flag in self._flags)
+        """Whether somebody wrote a lazy tensor between snapshot and fence. Waits for the copies, not for the device."""
+        for _, mark in self._verdicts:
+            self._copier.wait(mark)
+        return any(bool(flag) for flag, _ in self._verdicts)

@@ -1,0 +1,272 @@
+"""Making one tier's copy of a save valid: durable files, a vote of all ranks, publication, retention.
+
+Each tier has a committer with a thread of its own, so that a slow disk never delays the host-memory tier. Saves are
+finished strictly in order. Ranks vote through the `Coordinator`; a vote that is late, missing or against drops that
+save alone, and training goes on.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
+
+from ..dist.trace import Trace
+from ..dist.units import format_bytes, format_seconds
+from ..dist.version import __version__
+from .coordinate import Coordinator
+from .folder import Folder
+from .manifest import METADATA, FileRecord, Manifest, ObjectRecord, checksums
+from .plan import SavePlan
+from .retention import to_remove
+from .snapshot import Snapshot
+from .state import Fresh
+
+LATER = (Fresh, int, float, bool, str, type(None))  # values that nobody can change: pickled in the background
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """What one save cost in one tier and how it ended. Times in seconds: `call_s` and `fence_s` blocked training,
+    `durable_s` and `commit_s` run from the call to durable files on this rank and to the commit on all."""
+
+    step: int
+    tier: str
+    ok: bool
+    reason: str
+    nbytes: int
+    call_s: float
+    fence_s: float
+    durable_s: float
+    commit_s: float
+
+    def __str__(self) -> str:
+        times = f"call {format_seconds(self.call_s)}, fence {format_seconds(self.fence_s)}"
+        end = f"committed after {format_seconds(self.commit_s)}" if self.ok else f"failed: {self.reason}"
+        return f"step {self.step} ({self.tier}): {format_bytes(self.nbytes)}, {times}, {end}"
+
+
+@dataclass
+class Save:
+    """One save on its way into one or two tiers. `objects` are the values to pickle, taken when the save began."""
+
+    step: int
+    plan: SavePlan
+    objects: Mapping[str, Any]
+    began_s: float
+    call_s: float = 0.0
+    fence_s: float = 0.0
+    snapshot: Snapshot = field(init=False)
+    _pickled: dict[str, bytes] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        for key, value in self.objects.items():
+            if not isinstance(value, LATER):  # the value may change as soon as training goes on
+                self._pickled[key] = _pickle(value)
+
+    def pickled(self) -> dict[str, bytes]:
+        """Every object's bytes, in plan order."""
+        with self._lock:
+            for key, value in self.objects.items():
+                if key not in self._pickled:
+                    self._pickled[key] = _pickle(value.value if isinstance(value, Fresh) else value)
+            return {key: self._pickled[key] for key in self.objects}
+
+
+def _pickle(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+class TierFile(Protocol):
+    """A rank's shard file in one tier."""
+
+    path: Path
+
+    def wait(self) -> None:
+        """Return when all bytes handed over have been dealt with."""
+        ...
+
+    def finish(self) -> FileRecord:
+        """Make it durable, as far as the tier can."""
+        ...
+
+    def abandon(self) -> None: ...
+
+
+@dataclass
+class Part:
+    """A save's way into one tier; `after` is called when it has ended, well or not. `disposable`: remove what was
+    written when it failed."""
+
+    save: Save
+    file: TierFile
+    disposable: bool = True
+    after: Callable[[bool], None] = lambda ok: None
+
+
+class Committer:
+    """The committing thread of one tier. `keep`: how many newest checkpoints to retain (None: all)."""
+
+    def __init__(
+        self, tier: str, folder: Folder, coordinator: Coordinator, *, keep: int | None, timeout_s: float, trace: Trace
+    ) -> None:
+        self.tier, self.folder, self.coordinator = tier, folder, coordinator
+        self._keep, self._timeout_s, self._trace = keep, timeout_s, trace
+        self._queue: queue.Queue[Part | None] = queue.Queue()
+        self.reports: queue.Queue[SaveReport] = queue.Queue()
+        self._open = 0
+        self._idle = threading.Condition()
+        self._thread = threading.Thread(target=self._loop, name=f"undertow-commit-{tier}", daemon=True)
+        self._thread.start()
+
+    def submit(self, part: Part) -> None:
+        with self._idle:
+            self._open += 1
+        self._queue.put(part)
+
+    @property
+    def busy(self) -> bool:
+        return self._open > 0
+
+    def drain(self) -> None:
+        """Wait until every part handed over has ended."""
+        with self._idle:
+            self._idle.wait_for(lambda: self._open == 0)
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def _loop(self) -> None:
+        sequence = 0
+        while (part := self._queue.get()) is not None:
+            sequence += 1
+            save, reason, durable_s = part.save, "", 0.0
+            try:
+                with self._trace.span("commit", step=save.step):
+                    durable_s = self._commit(part, f"{self.tier}/{sequence}")
+            except BaseException as error:
+                reason = f"{type(error).__name__}: {error}"
+                save.snapshot.fail(error)
+                part.file.wait()
+                part.file.abandon()
+            if sequence > 2:  # every rank has heard the words of two saves ago
+                self.coordinator.forget(f"{self.tier}/{sequence - 2}/vote")
+            part.after(not reason)
+            ended_s = time.monotonic() - save.began_s
+            nbytes = save.plan.image.size + sum(map(len, save.pickled().values()))
+            times = (save.call_s, save.fence_s, durable_s, ended_s)
+            self.reports.put(SaveReport(save.step, self.tier, not reason, reason, nbytes, *times))
+            with self._idle:
+                self._open -= 1
+                self._idle.notify_all()
+
+    def _commit(self, part: Part, name: str) -> float:
+        """Durable, vote, publish; the seconds from the call to durable files. Raises when the save is lost."""
+        save = part.save
+        word: dict[str, Any] = {"reason": ""}
+        try:
+            word |= self._make_durable(part)
+        except BaseException as error:
+            word["reason"] = f"{type(error).__name__}: {error}"
+        durable_s = time.monotonic() - save.began_s
+        self.coordinator.say(f"{name}/vote", word)
+        if self.coordinator.rank == 0:
+            verdict = self._publish(part, name)
+            self.coordinator.say(f"{name}/verdict", verdict)
+        else:
+            deadline_s = time.monotonic() + 2 * self._timeout_s
+            verdict = self.coordinator.hear(f"{name}/verdict", 0, deadline_s=deadline_s)
+        if verdict:
+            raise RuntimeError(verdict)
+        return durable_s
+
+    def _make_durable(self, part: Part) -> dict[str, Any]:
+        save, ops = part.save, self.folder.ops
+        save.snapshot.wait_filled()
+        part.file.wait()
+        if save.snapshot.error is None:
+            save.snapshot.finish()
+        if save.snapshot.error is not None:
+            raise save.snapshot.error
+        if save.snapshot.torn():
+            raise RuntimeError(
+                "the state was written while it was being copied: somebody other than a registered optimizer changed a "
+                "parameter or optimizer state without calling fence() first"
+            )
+        files: dict[str, FileRecord] = {}
+        with self._trace.span("fsync", step=save.step):
+            files[save.plan.shard_name] = part.file.finish()
+            objects, data, position = {}, [], 0
+            for key, pickled in save.pickled().items():
+                objects[key] = ObjectRecord(save.plan.objects_name, position, len(pickled))
+                data.append(pickled)
+                position += len(pickled)
+            if position:
+                joined = b"".join(data)
+                ops.write_file(part.file.path.with_name(save.plan.objects_name), joined)
+                files[save.plan.objects_name] = checksums(joined, save.plan.image.chunk_bytes)
+            ops.fsync_dir(part.file.path.parent)
+        return {"files": files, "objects": objects}
+
+    def _publish(self, part: Part, name: str) -> str:
+        """Rank 0: hear the votes and commit; the reason against, or ''."""
+        save, plan = part.save, part.save.plan
+        scratch = part.file.path.parent
+        try:
+            with self._trace.span("vote", step=save.step):
+                words = self.coordinator.hear_all(f"{name}/vote", timeout_s=self._timeout_s)
+            against = [f"rank {rank}: {word['reason']}" for rank, word in enumerate(words) if word["reason"]]
+            if against:
+                raise RuntimeError("; ".join(against))
+            files = {file: record for word in words for file, record in word["files"].items()}
+            objects = {key: record for word in words for key, record in word["objects"].items()}
+            metadata = self._dcp_metadata(save, objects)
+            files[METADATA] = checksums(metadata, plan.image.chunk_bytes)
+            assert plan.metadata is not None
+            manifest = Manifest(
+                save.step,
+                plan.world,
+                plan.image.chunk_bytes,
+                files,
+                plan.tensors,
+                objects,
+                dict(plan.metadata.planner_data),
+                {"undertow": __version__, "torch": torch.__version__},
+            )
+            self.folder.commit(scratch, manifest, metadata)
+            for step in to_remove(self.folder.committed(), self._keep):
+                self.folder.remove(step)
+        except BaseException as error:
+            if part.disposable:
+                self.folder.ops.rmtree(scratch)
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    def _dcp_metadata(self, save: Save, objects: Mapping[str, ObjectRecord]) -> bytes:
+        metadata = save.plan.metadata
+        assert metadata is not None
+        storage = {
+            MetadataIndex(key, shard.offsets, position): _StorageInfo(shard.file, shard.start, shard.length)
+            for key, record in save.plan.tensors.items()
+            for position, shard in enumerate(record.shards)
+        }
+        storage |= {MetadataIndex(key): _StorageInfo(r.file, r.start, r.length) for key, r in objects.items()}
+        save_id = f"undertow-{self.coordinator.token}-{save.step}"
+        whole = type(metadata)(
+            metadata.state_dict_metadata, metadata.planner_data, storage, StorageMeta(save_id=save_id)
+        )
+        return pickle.dumps(whole)

@@ -1,0 +1,262 @@
+"""The host-memory tier: checkpoints in named shared memory, which outlives the training process.
+
+A generation is an ordinary checkpoint folder in the shared-memory file system whose shard files are mapped into the
+ranks and pinned, so that copies from the device land in it directly. Saves take turns over a few generations; the one
+that is newest and valid is never overwritten, so that a process killed in mid-save restarts from the step before.
+Rank 0 chooses, and all ranks must share one host's memory. Files here are plain files: no resource tracker of Python
+removes them when the process is killed.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from ..dist.errors import UserError
+from ..dist.log import get_logger
+from ..dist.units import format_bytes
+from .arena import register, unregister
+from .coordinate import Coordinator
+from .copies import HostCopier
+from .files import FileOps
+from .folder import Folder
+from .manifest import COMMIT, FileRecord
+from .plan import SavePlan
+
+log = get_logger(__name__)
+SHARED_MEMORY = Path("/dev/shm")
+ROOT_FILE = "ROOT.part"  # names the checkpoint folder that a memory folder belongs to
+
+
+class Generation:
+    """One rank's shard file of one generation, mapped: the `Memory` of a snapshot, with a slot for every chunk."""
+
+    def __init__(self, path: Path, plan: SavePlan, *, pinned: bool) -> None:
+        self.chunk_bytes, self.nbytes = plan.image.chunk_bytes, plan.image.size
+        rounded = max(1, -(-self.nbytes // mmap.PAGESIZE)) * mmap.PAGESIZE
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(handle, 0, rounded)
+            self._map = mmap.mmap(handle, rounded)
+            os.ftruncate(handle, self.nbytes)  # its last page stays, and with it the mapping
+        finally:
+            os.close(handle)
+        self._bytes = np.frombuffer(self._map, dtype=np.uint8)
+        self._bytes[: self.nbytes : mmap.PAGESIZE] |= 0  # have the pages now, not during a step
+        self.address = self._bytes.ctypes.data
+        self.pinned = pinned and register(self.address, rounded)
+
+    def acquire(self, chunk: int) -> int:
+        return chunk
+
+    def release(self, slot: int) -> None:
+        """A chunk's slot stays the chunk's."""
+
+    def slot_address(self, slot: int) -> int:
+        return self.address + slot * self.chunk_bytes
+
+    def view(self, slot: int, nbytes: int) -> memoryview:
+        begin = slot * self.chunk_bytes
+        return memoryview(self._map)[begin : begin + nbytes]
+
+    def close(self) -> None:
+        if self.pinned:
+            unregister(self.address)
+            self.pinned = False
+
+
+class HostFile:
+    """The `TierFile` of a generation: its bytes are in place when the copies are done."""
+
+    def __init__(self, path: Path, generation: Generation, copier: HostCopier) -> None:
+        self.path, self._generation, self._copier = path, generation, copier
+        self._marks: list = []
+
+    def note(self, mark: object) -> None:
+        """A chunk's copies have been issued."""
+        self._marks.append(mark)
+
+    def wait(self) -> None:
+        for mark in list(self._marks):
+            self._copier.wait(mark)
+
+    def finish(self) -> FileRecord:
+        return FileRecord(self._generation.nbytes, ())
+
+    def abandon(self) -> None:
+        """The next save overwrites it."""
+
+
+class MemoryFolder(Folder):
+    """A checkpoint folder whose later checkpoints `HostTier` forgets itself, because ranks have them mapped."""
+
+    def _leave_branch(self, step: int) -> None:
+        return
+
+
+@dataclass
+class _Slot:
+    """What rank 0 knows of a generation: the folder it is in, the step it holds (None: nothing valid), its users."""
+
+    folder: Path
+    step: int | None = None
+    users: set[str] = field(default_factory=set)
+
+
+class HostTier:
+    """`generations` checkpoints in shared memory for the checkpoint folder `root`."""
+
+    def __init__(self, root: Path, coordinator: Coordinator, *, generations: int) -> None:
+        if generations < 2:
+            raise UserError(
+                f"host_generations is {generations}", expected="at least 2: one valid while the other is written"
+            )
+        self.coordinator, self._count, self._root = coordinator, generations, root.resolve()
+        name = f"undertow-{os.getuid()}-{xxhash.xxh3_64(str(self._root).encode()).hexdigest()}"
+        self.folder = MemoryFolder(SHARED_MEMORY / name, FileOps(direct=False))
+        self._slots: list[_Slot] = []
+        self._mine: list[Generation] = []
+        self._changed = threading.Condition()
+        self._claims = 0
+        self.skipped = 0
+
+    def take(self) -> None:
+        """Rank 0: lock this folder's shared memory, and free that of folders which no longer exist."""
+        for stale in SHARED_MEMORY.glob(f"undertow-{os.getuid()}-*"):
+            with suppress(OSError):
+                owner = Path((stale / ROOT_FILE).read_text().strip())
+                if stale != self.folder.root and not owner.exists():
+                    shutil.rmtree(stale)
+                    log.info("freed the shared memory of %s, which is gone", owner)
+        self.folder.take()
+        (self.folder.root / ROOT_FILE).write_text(f"{self._root}\n")
+
+    def prepare(self, plan: SavePlan, *, pinned: bool) -> None:
+        """Make the generations for `plan`. All ranks; whatever is valid in memory stays so until a newer save is."""
+        self._claims += 1
+        name = f"host/prepare/{self._claims}"
+        self.close_maps()
+        self.coordinator.say(f"{name}/size", (plan.image.size, os.uname().nodename))
+        if self.coordinator.rank == 0:
+            self.coordinator.say(f"{name}/folders", self._make_folders(name))
+        found = self.coordinator.hear(f"{name}/folders", 0, deadline_s=time.monotonic() + 300)
+        if isinstance(found, str):
+            raise UserError(found, remedy="pass host_every=0, or fewer host_generations")
+        self._mine = [Generation(folder / plan.shard_name, plan, pinned=pinned) for folder in found]
+        self._slots = [_Slot(folder) for folder in found]
+
+    def _make_folders(self, name: str) -> list[Path] | str:
+        words = self.coordinator.hear_all(f"{name}/size", timeout_s=300)
+        hosts = sorted({host for _, host in words})
+        if len(hosts) > 1:
+            return f"the host-memory tier needs all ranks on one host; these are on {', '.join(hosts)}"
+        old = self.folder.committed()
+        for step in old[:-1]:  # the newest stays until a save replaces it: it may be all there is
+            self.folder.remove(step)
+        need = self._count * sum(size for size, _ in words)
+        free = shutil.disk_usage(self.folder.root).free
+        if need > free:
+            return (
+                f"{self._count} generations of {format_bytes(need / self._count)} need {format_bytes(need)} of shared "
+                f"memory and {SHARED_MEMORY} has {format_bytes(free)} free"
+            )
+        folders = [
+            self.folder.root / f".step-{0:09d}.tmp-{self.coordinator.token}-{self._claims:x}-{index:x}"
+            for index in range(self._count)
+        ]
+        for folder in folders:
+            self.folder.ops.mkdir(folder)
+        return folders
+
+    def claim(self, step: int, *, flush: bool) -> tuple[int, Path] | None:
+        """A generation for the save of `step`, and its folder; None when all are needed. All ranks alike.
+
+        `flush`: another tier will read it too, and it is not claimed again before `done` has been called for that.
+        """
+        self._claims += 1
+        name = f"host/claim/{self._claims}"
+        if self.coordinator.rank == 0:
+            self.forget_after(step)
+            self.coordinator.say(name, self._choose(step, flush))
+        chosen = self.coordinator.hear(name, 0, deadline_s=time.monotonic() + 60)
+        if self.coordinator.rank == 0 and self._claims > 8:  # ranks are never that many steps apart
+            self.coordinator.forget(f"host/claim/{self._claims - 8}")
+        self.skipped += chosen is None
+        return chosen
+
+    def _choose(self, step: int, flush: bool) -> tuple[int, Path] | None:
+        with self._changed:
+            # a commit in memory takes milliseconds and is worth waiting for; a flush to disk is not
+            self._changed.wait_for(lambda: self._free(step) is not None or not self._committing(), timeout=1.0)
+            index = self._free(step)
+            if index is None:
+                return None
+            slot = self._slots[index]
+            self._invalidate(slot, self.folder.scratch(step, f"{self.coordinator.token}-{self._claims:x}"))
+            slot.users = {"host", "flush"} if flush else {"host"}
+        return index, slot.folder
+
+    def _free(self, step: int) -> int | None:
+        same = [index for index, slot in enumerate(self._slots) if slot.step == step]
+        newest = max((slot.step for slot in self._slots if slot.step is not None), default=None)
+        usable = same or [index for index, slot in enumerate(self._slots) if slot.step is None or slot.step != newest]
+        free = [index for index in usable if not self._slots[index].users]
+        return min(free, key=lambda index: -1 if (held := self._slots[index].step) is None else held, default=None)
+
+    def _committing(self) -> bool:
+        return any(slot.users == {"host"} for slot in self._slots)
+
+    def _invalidate(self, slot: _Slot, target: Path) -> None:
+        self.folder.ops.unlink(slot.folder / COMMIT)
+        self.folder.ops.rename(slot.folder, target)
+        slot.folder, slot.step = target, None
+
+    def generation(self, index: int) -> Generation:
+        return self._mine[index]
+
+    def done(self, index: int, step: int, user: str, ok: bool) -> None:
+        """The use of a generation by `user` ('host': its own commit, 'flush': another tier) has ended, well or not."""
+        if self.coordinator.rank:
+            return
+        with self._changed:
+            slot = self._slots[index]
+            slot.users.discard(user)
+            if user == "host" and ok:
+                slot.step, slot.folder = step, self.folder.final(step)
+                for old in set(self.folder.committed()) - {slot.step for slot in self._slots}:
+                    self.folder.remove(old)  # left by the process before this one, and older now
+            self._changed.notify_all()
+
+    def forget_after(self, step: int) -> None:
+        """Rank 0: checkpoints in memory after `step` are of a branch that was rolled back."""
+        with self._changed:
+            for index, slot in enumerate(self._slots):
+                if slot.step is not None and slot.step > step:
+                    name = f"{self.coordinator.token}-{self._claims:x}-{index:x}"
+                    self._invalidate(slot, self.folder.scratch(slot.step, name))
+        for later in [found for found in self.folder.committed() if found > step]:
+            self.folder.remove(later)
+
+    def close_maps(self) -> None:
+        for generation in self._mine:
+            generation.close()
+        self._mine, self._slots = [], []
+
+    def close(self, *, remove: bool) -> None:
+        """Unmap, and on rank 0 free all but the newest checkpoint, or with `remove` everything."""
+        self.close_maps()
+        if self.coordinator.rank == 0:
+            for step in self.folder.committed()[:-1]:
+                self.folder.remove(step)
+            if remove:
+                shutil.rmtree(self.folder.root, ignore_errors=True)
+        self.folder.release()

@@ -1,4 +1,4 @@
-"""The one error of this room: a sentence that names the value and the remedy; the command line prints it and exits 2."""
+"""This room's one error: a sentence with the value and the remedy; the command line prints it and exits 2."""
 
 from __future__ import annotations
 

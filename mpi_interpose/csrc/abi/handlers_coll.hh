@@ -1,0 +1,345 @@
+// Handlers of blocking collectives. A side's count and type size never change (see transfer.hh), so algorithms that
+// choose by them still choose alike on all ranks, and each rank may decide for itself whether to pack.
+//
+// MPI_IN_PLACE, intercommunicators and arguments that a rank need not give are left to the library.
+#pragma once
+
+#include <vector>
+
+#include "handlers_p2p.hh"
+
+namespace undertow {
+
+inline bool intra(MPI_Comm comm) {
+  int inter = 1;
+  return handle_key(comm) != handle_key(constants.comm_null) &&
+         own.Comm_test_inter(comm, &inter) == MPI_SUCCESS && !inter;
+}
+inline int size_of(MPI_Comm comm) {
+  int n = 0;
+  own.Comm_size(comm, &n);
+  return n;
+}
+inline int rank_in(MPI_Comm comm) {
+  int r = -1;
+  own.Comm_rank(comm, &r);
+  return r;
+}
+
+struct Degrees {
+  int in = 0, out = 0;
+  bool known = false;
+};
+Degrees degrees_of(MPI_Comm comm);  // neighbours of a topology communicator
+
+// `n` blocks of counts[i] elements at displs[i] * extent: packed to or from one slab with dense displacements.
+template <class N, class D>
+struct Blocks {
+  void* buf;
+  MPI_Datatype type;
+  std::vector<D> dense;
+  const N* counts;
+  D* displs;
+  Record* record = nullptr;
+  char* slab = nullptr;
+  void* user;
+  const D* user_displs;
+
+  Blocks(void* b, const N* c, D* d, MPI_Datatype t, int n, Use use, bool allowed)
+      : buf(b), type(t), counts(c), displs(d), user(b), user_displs(d) {
+    if (!allowed || !c || !d || n <= 0) return;
+    Record* r = record_of(t);
+    int64_t total = 0;
+    dense.resize(n);
+    for (int i = 0; i < n; ++i) {
+      if (c[i] < 0) return;
+      dense[i] = static_cast<D>(total);
+      if (static_cast<int64_t>(dense[i]) != total) return;
+      total += c[i];
+    }
+    if (!r || !wanted(r, use, total, kCollectiveGain)) return;
+    const MPI_Datatype twin = twin_of(r);
+    if (handle_key(twin) == handle_key(constants.type_null)) return;
+    record = r;
+    slab = slab_get(total * r->plan.size);
+    if (use == kSendUse) each(n, [&](char* at, char* packed, int64_t k) { pack_slab(*r, k, at, packed); });
+    buf = slab;
+    type = twin;
+    displs = dense.data();
+  }
+  ~Blocks() {
+    if (slab) slab_put(slab);
+  }
+  Blocks(const Blocks&) = delete;
+  Blocks& operator=(const Blocks&) = delete;
+  template <class Body>
+  void each(int n, Body body) {
+    for (int i = 0; i < n; ++i)
+      if (counts[i] > 0)
+        body(static_cast<char*>(user) + user_displs[i] * record->plan.extent, slab + dense[i] * record->plan.size,
+             counts[i]);
+  }
+  void finish(int n) {
+    each(n, [&](char* at, char* packed, int64_t k) { unpack_slab(*record, k, packed, at, k * record->plan.size); });
+  }
+  bool taken() const { return slab != nullptr; }
+};
+
+// The w form: a type per peer, displacements in bytes. All blocks that carry data must be ours, or none is taken.
+template <class N, class D>
+struct TypedBlocks {
+  void* buf;
+  MPI_Datatype* types;
+  D* displs;
+  const N* counts;
+  const D* user_displs;
+  void* user;
+  std::vector<MPI_Datatype> twins;
+  std::vector<D> dense;
+  std::vector<Record*> records;
+  char* slab = nullptr;
+
+  TypedBlocks(void* b, const N* c, D* d, MPI_Datatype* t, int n, Use use, bool allowed)
+      : buf(b), types(t), displs(d), counts(c), user_displs(d), user(b) {
+    if (!allowed || !c || !d || !t || n <= 0) return;
+    records.assign(n, nullptr);
+    dense.assign(n, 0);
+    twins.assign(t, t + n);
+    int64_t total = 0;
+    bool take = false;
+    for (int i = 0; i < n; ++i) {
+      dense[i] = static_cast<D>(total);
+      if (static_cast<int64_t>(dense[i]) != total || c[i] < 0) return;
+      if (c[i] == 0) continue;
+      Record* r = records[i] = record_of(t[i]);
+      int64_t bytes;
+      if (!r || r->wrong.load() || __builtin_mul_overflow(static_cast<int64_t>(c[i]), r->plan.size, &bytes)) return;
+      twins[i] = twin_of(r);
+      if (handle_key(twins[i]) == handle_key(constants.type_null)) return;
+      take = wanted(r, use, c[i], kCollectiveGain) || take;
+      total += bytes;
+    }
+    if (!take) return;
+    slab = slab_get(total);
+    if (use == kSendUse) each([&](Record& r, char* at, char* packed, int64_t k) { pack_slab(r, k, at, packed); });
+    buf = slab;
+    types = twins.data();
+    displs = dense.data();
+  }
+  ~TypedBlocks() {
+    if (slab) slab_put(slab);
+  }
+  TypedBlocks(const TypedBlocks&) = delete;
+  TypedBlocks& operator=(const TypedBlocks&) = delete;
+  template <class Body>
+  void each(Body body) {
+    for (size_t i = 0; i < records.size(); ++i)
+      if (counts[i] > 0) body(*records[i], static_cast<char*>(user) + user_displs[i], slab + dense[i], counts[i]);
+  }
+  void finish() {
+    each([](Record& r, char* at, char* packed, int64_t k) { unpack_slab(r, k, packed, at, k * r.plan.size); });
+  }
+  bool taken() const { return slab != nullptr; }
+};
+
+template <class F, class N>
+int on_bcast(F next, Site site, void* buf, N count, MPI_Datatype type, int root, MPI_Comm comm) {
+  if (!record_of(type) || !intra(comm)) {
+    count_call(site, false);
+    return next(buf, count, type, root, comm);
+  }
+  if (rank_in(comm) == root) {
+    SendSide side(buf, count, type, true, kCollectiveGain);
+    count_call(site, side.taken());
+    return next(side.buf, count, side.type, root, comm);
+  }
+  RecvSide side(buf, count, type, true, kCollectiveGain);
+  count_call(site, side.taken());
+  const int rc = next(side.buf, count, side.type, root, comm);
+  if (rc == MPI_SUCCESS && side.taken()) side.finish_all();
+  return rc;
+}
+
+// One block out, `n` blocks in (or the reverse): gather, scatter, allgather, alltoall and their neighbour forms.
+template <class N, class Call>
+int exchange(Site site, void* sbuf, N scount, int64_t sblocks, MPI_Datatype stype, void* rbuf, N rcount,
+             int64_t rblocks, MPI_Datatype rtype, bool allowed, Call call) {
+  const bool place = sbuf == MPI_IN_PLACE || rbuf == MPI_IN_PLACE;
+  SendSide send(sbuf, scount * sblocks, stype, allowed && !place && sblocks > 0, kCollectiveGain);
+  RecvSide recv(rbuf, rcount * rblocks, rtype, allowed && !place && rblocks > 0, kCollectiveGain);
+  count_call(site, send.taken() || recv.taken());
+  const int rc = call(send.buf, send.type, recv.buf, recv.type);
+  if (rc == MPI_SUCCESS && recv.taken()) recv.finish_all();
+  return rc;
+}
+
+inline bool any_record(MPI_Datatype a, MPI_Datatype b) { return record_of(a) || record_of(b); }
+
+template <class F, class N>
+int on_gather(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N rcount, MPI_Datatype rtype,
+              int root, MPI_Comm comm) {
+  const bool allowed = any_record(stype, rtype) && intra(comm);
+  const int64_t blocks = allowed && rank_in(comm) == root ? size_of(comm) : 0;
+  return exchange(site, sbuf, scount, 1, stype, rbuf, blocks ? rcount : 0, blocks, rtype, allowed,
+                  [&](void* s, MPI_Datatype st, void* r, MPI_Datatype rt) {
+                    return next(s, scount, st, r, rcount, rt, root, comm);
+                  });
+}
+
+template <class F, class N>
+int on_scatter(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N rcount, MPI_Datatype rtype,
+               int root, MPI_Comm comm) {
+  const bool allowed = any_record(stype, rtype) && intra(comm);
+  const int64_t blocks = allowed && rank_in(comm) == root ? size_of(comm) : 0;
+  return exchange(site, sbuf, blocks ? scount : 0, blocks, stype, rbuf, rcount, 1, rtype, allowed,
+                  [&](void* s, MPI_Datatype st, void* r, MPI_Datatype rt) {
+                    return next(s, scount, st, r, rcount, rt, root, comm);
+                  });
+}
+
+template <class F, class N>
+int on_allgather(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N rcount, MPI_Datatype rtype,
+                 MPI_Comm comm) {
+  const bool allowed = any_record(stype, rtype) && intra(comm);
+  return exchange(site, sbuf, scount, 1, stype, rbuf, rcount, allowed ? size_of(comm) : 0, rtype, allowed,
+                  [&](void* s, MPI_Datatype st, void* r, MPI_Datatype rt) {
+                    return next(s, scount, st, r, rcount, rt, comm);
+                  });
+}
+
+template <class F, class N>
+int on_alltoall(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N rcount, MPI_Datatype rtype,
+                MPI_Comm comm) {
+  const bool allowed = any_record(stype, rtype) && intra(comm);
+  const int64_t n = allowed ? size_of(comm) : 0;
+  return exchange(site, sbuf, scount, n, stype, rbuf, rcount, n, rtype, allowed,
+                  [&](void* s, MPI_Datatype st, void* r, MPI_Datatype rt) {
+                    return next(s, scount, st, r, rcount, rt, comm);
+                  });
+}
+
+template <class F, class N>
+int on_neighbor_allgather(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N rcount,
+                          MPI_Datatype rtype, MPI_Comm comm) {
+  const Degrees d = any_record(stype, rtype) ? degrees_of(comm) : Degrees{};
+  return exchange(site, sbuf, scount, 1, stype, rbuf, rcount, d.in, rtype, d.known,
+                  [&](void* s, MPI_Datatype st, void* r, MPI_Datatype rt) {
+                    return next(s, scount, st, r, rcount, rt, comm);
+                  });
+}
+
+template <class F, class N>
+int on_neighbor_alltoall(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N rcount,
+                         MPI_Datatype rtype, MPI_Comm comm) {
+  const Degrees d = any_record(stype, rtype) ? degrees_of(comm) : Degrees{};
+  return exchange(site, sbuf, scount, d.out, stype, rbuf, rcount, d.in, rtype, d.known,
+                  [&](void* s, MPI_Datatype st, void* r, MPI_Datatype rt) {
+                    return next(s, scount, st, r, rcount, rt, comm);
+                  });
+}
+
+template <class F, class N, class D>
+int on_gatherv(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N* rcounts, D* rdispls,
+               MPI_Datatype rtype, int root, MPI_Comm comm) {
+  const bool allowed = any_record(stype, rtype) && sbuf != MPI_IN_PLACE && intra(comm);
+  const int n = allowed && rank_in(comm) == root ? size_of(comm) : 0;
+  SendSide send(sbuf, scount, stype, allowed, kCollectiveGain);
+  Blocks<N, D> recv(rbuf, rcounts, rdispls, rtype, n, kRecvUse, n > 0);
+  count_call(site, send.taken() || recv.taken());
+  const int rc = next(send.buf, scount, send.type, recv.buf, rcounts, recv.displs, recv.type, root, comm);
+  if (rc == MPI_SUCCESS && recv.taken()) recv.finish(n);
+  return rc;
+}
+
+template <class F, class N, class D>
+int on_scatterv(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Datatype stype, void* rbuf, N rcount,
+                MPI_Datatype rtype, int root, MPI_Comm comm) {
+  const bool allowed = any_record(stype, rtype) && rbuf != MPI_IN_PLACE && intra(comm);
+  const int n = allowed && rank_in(comm) == root ? size_of(comm) : 0;
+  Blocks<N, D> send(sbuf, scounts, sdispls, stype, n, kSendUse, n > 0);
+  RecvSide recv(rbuf, rcount, rtype, allowed, kCollectiveGain);
+  count_call(site, send.taken() || recv.taken());
+  const int rc = next(send.buf, scounts, send.displs, send.type, recv.buf, rcount, recv.type, root, comm);
+  if (rc == MPI_SUCCESS && recv.taken()) recv.finish_all();
+  return rc;
+}
+
+template <class F, class N, class D>
+int gather_to_all(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N* rcounts, D* rdispls,
+                  MPI_Datatype rtype, MPI_Comm comm, int n) {
+  SendSide send(sbuf, scount, stype, n >= 0, kCollectiveGain);
+  Blocks<N, D> recv(rbuf, rcounts, rdispls, rtype, n, kRecvUse, n > 0);
+  count_call(site, send.taken() || recv.taken());
+  const int rc = next(send.buf, scount, send.type, recv.buf, rcounts, recv.displs, recv.type, comm);
+  if (rc == MPI_SUCCESS && recv.taken()) recv.finish(n);
+  return rc;
+}
+
+template <class F, class N, class D>
+int on_allgatherv(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N* rcounts, D* rdispls,
+                  MPI_Datatype rtype, MPI_Comm comm) {
+  const bool allowed = any_record(stype, rtype) && sbuf != MPI_IN_PLACE && intra(comm);
+  return gather_to_all(next, site, sbuf, scount, stype, rbuf, rcounts, rdispls, rtype, comm,
+                       allowed ? size_of(comm) : -1);
+}
+
+template <class F, class N, class D>
+int on_neighbor_allgatherv(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N* rcounts,
+                           D* rdispls, MPI_Datatype rtype, MPI_Comm comm) {
+  const Degrees d = any_record(stype, rtype) ? degrees_of(comm) : Degrees{};
+  return gather_to_all(next, site, sbuf, scount, stype, rbuf, rcounts, rdispls, rtype, comm, d.known ? d.in : -1);
+}
+
+template <class F, class N, class D>
+int all_to_all_v(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Datatype stype, void* rbuf, N* rcounts,
+                 D* rdispls, MPI_Datatype rtype, MPI_Comm comm, int out, int in) {
+  Blocks<N, D> send(sbuf, scounts, sdispls, stype, out, kSendUse, out > 0);
+  Blocks<N, D> recv(rbuf, rcounts, rdispls, rtype, in, kRecvUse, in > 0);
+  count_call(site, send.taken() || recv.taken());
+  const int rc = next(send.buf, scounts, send.displs, send.type, recv.buf, rcounts, recv.displs, recv.type, comm);
+  if (rc == MPI_SUCCESS && recv.taken()) recv.finish(in);
+  return rc;
+}
+
+template <class F, class N, class D>
+int on_alltoallv(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Datatype stype, void* rbuf, N* rcounts,
+                 D* rdispls, MPI_Datatype rtype, MPI_Comm comm) {
+  const bool allowed = sbuf != MPI_IN_PLACE && any_record(stype, rtype) && intra(comm);
+  const int n = allowed ? size_of(comm) : 0;
+  return all_to_all_v(next, site, sbuf, scounts, sdispls, stype, rbuf, rcounts, rdispls, rtype, comm, n, n);
+}
+
+template <class F, class N, class D>
+int on_neighbor_alltoallv(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Datatype stype, void* rbuf,
+                          N* rcounts, D* rdispls, MPI_Datatype rtype, MPI_Comm comm) {
+  const Degrees d = any_record(stype, rtype) ? degrees_of(comm) : Degrees{};
+  return all_to_all_v(next, site, sbuf, scounts, sdispls, stype, rbuf, rcounts, rdispls, rtype, comm, d.out, d.in);
+}
+
+template <class F, class N, class D>
+int all_to_all_w(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Datatype* stypes, void* rbuf, N* rcounts,
+                 D* rdispls, MPI_Datatype* rtypes, MPI_Comm comm, int out, int in) {
+  TypedBlocks<N, D> send(sbuf, scounts, sdispls, stypes, out, kSendUse, out > 0);
+  TypedBlocks<N, D> recv(rbuf, rcounts, rdispls, rtypes, in, kRecvUse, in > 0);
+  count_call(site, send.taken() || recv.taken());
+  const int rc = next(send.buf, scounts, send.displs, send.types, recv.buf, rcounts, recv.displs, recv.types, comm);
+  if (rc == MPI_SUCCESS && recv.taken()) recv.finish();
+  return rc;
+}
+
+template <class F, class N, class D>
+int on_alltoallw(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Datatype* stypes, void* rbuf, N* rcounts,
+                 D* rdispls, MPI_Datatype* rtypes, MPI_Comm comm) {
+  const bool allowed = sbuf != MPI_IN_PLACE && intra(comm);
+  const int n = allowed ? size_of(comm) : 0;
+  return all_to_all_w(next, site, sbuf, scounts, sdispls, stypes, rbuf, rcounts, rdispls, rtypes, comm, n, n);
+}
+
+template <class F, class N>
+int on_neighbor_alltoallw(F next, Site site, void* sbuf, N* scounts, MPI_Aint* sdispls, MPI_Datatype* stypes,
+                          void* rbuf, N* rcounts, MPI_Aint* rdispls, MPI_Datatype* rtypes, MPI_Comm comm) {
+  const Degrees d = degrees_of(comm);
+  return all_to_all_w(next, site, sbuf, scounts, sdispls, stypes, rbuf, rcounts, rdispls, rtypes, comm, d.out, d.in);
+}
+
+}  // namespace undertow

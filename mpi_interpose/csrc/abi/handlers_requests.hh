@@ -1,0 +1,208 @@
+// Handlers of everything that starts, completes, asks about or frees a request.
+//
+// With no entry in the table every call goes straight on. Otherwise the entries are looked up before the library's
+// call; those that completed are finished after it. Where the user ignores statuses but a receive must know how much
+// arrived, our own statuses are used.
+#pragma once
+
+#include "handlers_p2p.hh"
+
+namespace undertow {
+
+inline void prepare_start(MPI_Request request) {
+  Entry* e = entry_of(request);
+  if (!e) return;
+  if (!e->receive) pack_slab(*e->record, e->count, e->user, e->slab);
+  e->active = true;
+  e->done = false;
+}
+
+template <class F>
+int on_start(F next, Site site, MPI_Request* request) {
+  count_call(site, false);
+  if (any_entries() && request) prepare_start(*request);
+  return next(request);
+}
+
+template <class F>
+int on_startall(F next, Site site, int n, MPI_Request* requests) {
+  count_call(site, false);
+  if (any_entries() && requests)
+    for (int i = 0; i < n; ++i) prepare_start(requests[i]);
+  return next(n, requests);
+}
+
+template <class F>
+int on_wait(F next, Site site, MPI_Request* request, MPI_Status* status) {
+  poll_orphans();
+  Entry* e = any_entries() && request ? entry_of(*request) : nullptr;
+  count_call(site, e != nullptr);
+  if (!e) return next(request, status);
+  MPI_Status local;
+  MPI_Status* st = ignored(status) ? &local : status;
+  const int rc = next(request, st);
+  rc == MPI_SUCCESS ? complete(e, st) : forget(e);
+  return rc;
+}
+
+template <class F>
+int on_test(F next, Site site, MPI_Request* request, int* flag, MPI_Status* status) {
+  poll_orphans();
+  Entry* e = any_entries() && request && flag ? entry_of(*request) : nullptr;
+  count_call(site, e != nullptr);
+  if (!e) return next(request, flag, status);
+  MPI_Status local;
+  MPI_Status* st = ignored(status) ? &local : status;
+  const int rc = next(request, flag, st);
+  if (rc != MPI_SUCCESS)
+    forget(e);
+  else if (*flag)
+    complete(e, st);
+  return rc;
+}
+
+template <class F>
+int on_request_get_status(F next, Site site, MPI_Request request, int* flag, MPI_Status* status) {
+  Entry* e = any_entries() && flag ? entry_of(request) : nullptr;
+  count_call(site, e != nullptr);
+  if (!e || !e->receive) return next(request, flag, status);
+  MPI_Status local;
+  MPI_Status* st = ignored(status) ? &local : status;
+  const int rc = next(request, flag, st);
+  if (rc == MPI_SUCCESS && *flag && e->active && !e->done) {
+    const int64_t n = received_bytes(st);
+    if (n > 0) unpack_slab(*e->record, e->count, e->slab, e->user, n);
+    e->done = true;  // the data is the user's from now on; the Wait that follows must not write again
+  }
+  return rc;
+}
+
+template <class F>
+int on_request_free(F next, Site site, MPI_Request* request) {
+  Entry* e = any_entries() && request ? entry_of(*request) : nullptr;
+  count_call(site, e != nullptr);
+  if (!e) return next(request);
+  if (!e->active) {  // an idle persistent request
+    const int rc = next(request);
+    if (rc == MPI_SUCCESS) {
+      e->persistent = false;
+      forget(e);
+    }
+    return rc;
+  }
+  adopt_orphan(e);
+  *request = constants.request_null;
+  return MPI_SUCCESS;
+}
+
+// The entries behind an array of requests, and statuses to complete them with.
+struct Batch {
+  std::vector<Entry*> entries;
+  std::vector<MPI_Status> own_statuses;
+  bool any = false;
+
+  Batch(int n, const MPI_Request* requests) {
+    poll_orphans();
+    if (!any_entries() || !requests || n <= 0) return;
+    entries.assign(static_cast<size_t>(n), nullptr);
+    for (int i = 0; i < n; ++i) any |= (entries[i] = entry_of(requests[i])) != nullptr;
+  }
+  MPI_Status* statuses(MPI_Status* users) {
+    if (!ignored(users)) return users;
+    own_statuses.resize(entries.size());
+    return own_statuses.data();
+  }
+  void settle(size_t i, MPI_Status* status, bool good) {
+    if (!entries[i]) return;
+    good ? complete(entries[i], status) : forget(entries[i]);
+  }
+  // After an error: each status says whether its request completed, failed or is still pending.
+  void settle_errors(int rc, int n, const int* indices, MPI_Status* st, const MPI_Request* requests) {
+    if (rc != MPI_ERR_IN_STATUS) {  // nothing is known but which requests are gone
+      for (size_t i = 0; i < entries.size(); ++i)
+        if (handle_key(requests[i]) == handle_key(constants.request_null)) settle(i, nullptr, false);
+      return;
+    }
+    for (int k = 0; k < n; ++k)
+      if (st[k].MPI_ERROR != MPI_ERR_PENDING) settle(indices ? indices[k] : k, &st[k], st[k].MPI_ERROR == MPI_SUCCESS);
+  }
+};
+
+template <class F>
+int on_waitall(F next, Site site, int n, MPI_Request* requests, MPI_Status* statuses) {
+  Batch batch(n, requests);
+  count_call(site, batch.any);
+  if (!batch.any) return next(n, requests, statuses);
+  MPI_Status* st = batch.statuses(statuses);
+  const int rc = next(n, requests, st);
+  if (rc != MPI_SUCCESS) batch.settle_errors(rc, n, nullptr, st, requests);
+  else
+    for (int i = 0; i < n; ++i) batch.settle(i, &st[i], true);
+  return rc;
+}
+
+template <class F>
+int on_testall(F next, Site site, int n, MPI_Request* requests, int* flag, MPI_Status* statuses) {
+  Batch batch(n, requests);
+  count_call(site, batch.any);
+  if (!batch.any) return next(n, requests, flag, statuses);
+  MPI_Status* st = batch.statuses(statuses);
+  const int rc = next(n, requests, flag, st);
+  if (rc != MPI_SUCCESS) batch.settle_errors(rc, n, nullptr, st, requests);
+  else if (*flag)
+    for (int i = 0; i < n; ++i) batch.settle(i, &st[i], true);
+  return rc;
+}
+
+// Waitany and Testany: `call` runs the library with a status; `*index` names the one that completed, if any.
+template <class Call>
+int any_of(Site site, int n, MPI_Request* requests, int* index, int* flag, MPI_Status* status, Call call) {
+  Batch batch(n, requests);
+  count_call(site, batch.any);
+  if (!batch.any) return call(status);
+  MPI_Status local;
+  MPI_Status* st = ignored(status) ? &local : status;
+  const int rc = call(st);
+  const bool one = (!flag || *flag) && *index >= 0 && *index < n;  // MPI_UNDEFINED is negative in every MPI
+  if (one) batch.settle(*index, st, rc == MPI_SUCCESS);
+  return rc;
+}
+
+template <class F>
+int on_waitany(F next, Site site, int n, MPI_Request* requests, int* index, MPI_Status* status) {
+  return any_of(site, n, requests, index, nullptr, status,
+                [&](MPI_Status* st) { return next(n, requests, index, st); });
+}
+
+template <class F>
+int on_testany(F next, Site site, int n, MPI_Request* requests, int* index, int* flag, MPI_Status* status) {
+  return any_of(site, n, requests, index, flag, status,
+                [&](MPI_Status* st) { return next(n, requests, index, flag, st); });
+}
+
+// Waitsome and Testsome.
+template <class F>
+int some_of(F next, Site site, int n, MPI_Request* requests, int* done, int* indices, MPI_Status* statuses) {
+  Batch batch(n, requests);
+  count_call(site, batch.any);
+  if (!batch.any) return next(n, requests, done, indices, statuses);
+  MPI_Status* st = batch.statuses(statuses);
+  const int rc = next(n, requests, done, indices, st);
+  const int completed = *done == MPI_UNDEFINED ? 0 : *done;
+  if (rc != MPI_SUCCESS) batch.settle_errors(rc, completed, indices, st, requests);
+  else
+    for (int k = 0; k < completed; ++k) batch.settle(indices[k], &st[k], true);
+  return rc;
+}
+
+template <class F>
+int on_waitsome(F next, Site site, int n, MPI_Request* requests, int* done, int* indices, MPI_Status* statuses) {
+  return some_of(next, site, n, requests, done, indices, statuses);
+}
+
+template <class F>
+int on_testsome(F next, Site site, int n, MPI_Request* requests, int* done, int* indices, MPI_Status* statuses) {
+  return some_of(next, site, n, requests, done, indices, statuses);
+}
+
+}  // namespace undertow

@@ -1,0 +1,158 @@
+// See report.hh. The JSON has one object per kind of datatype (same plan, same combiners), so that programs which
+// build their types anew in each step get one line and not thousands.
+#include "report.hh"
+
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <string>
+
+#include "kernels.hh"
+
+namespace undertow {
+
+SiteTally sites[kSites];
+
+namespace {
+
+struct Line {
+  uint32_t combiners = 0;
+  int64_t types = 0, size = 0, block = 0;
+  const char* cls = "";
+  std::string layout;
+  int64_t taken[kUses] = {}, passed[kUses] = {}, bytes[kUses] = {}, ours_ns[kUses] = {}, library_ns[kUses] = {};
+};
+
+std::mutex g_lock;
+std::map<std::string, Line> g_lines;
+std::map<std::string, int64_t> g_refused;
+std::atomic<int64_t> g_mismatches{0};
+constexpr size_t kMaxLines = 4096;
+
+void absorb(Record& r) {  // under g_lock
+  std::string name = r.plan.describe();
+  if (g_lines.size() >= kMaxLines && !g_lines.count(name)) name = "(others)";
+  Line& line = g_lines[name];
+  line.types++;
+  line.combiners |= r.combiners;
+  line.size = r.plan.size;
+  line.block = r.plan.block;
+  line.cls = class_name(r.plan.cls);
+  if (line.layout.empty()) line.layout = text(r.plan.ir, 4);
+  for (int u = 0; u < kUses; ++u) {
+    line.taken[u] += r.tally[u].taken.exchange(0);
+    line.passed[u] += r.tally[u].passed.exchange(0);
+    line.bytes[u] += r.tally[u].bytes.exchange(0);
+    line.ours_ns[u] += r.tally[u].ours_ns.exchange(0);
+    line.library_ns[u] += r.tally[u].library_ns.exchange(0);
+  }
+}
+
+std::string quoted(const std::string& s) {
+  std::string out = "\"";
+  for (char c : s) {
+    if (c == '"' || c == '\\') out += '\\';
+    out += static_cast<unsigned char>(c) < 32 ? ' ' : c;
+  }
+  return out + "\"";
+}
+
+void write_json(FILE* f, int rank, int size) {
+  static const char* const modes[] = {"auto", "force", "check", "off"};
+  static const char* const uses[] = {"pack", "unpack", "send", "recv"};
+  std::fprintf(f, "{\"format\": 1, \"rank\": %d, \"size\": %d, \"mode\": \"%s\", \"kernels\": \"%s\", ", rank, size,
+               modes[static_cast<int>(mode)], kernels().name);
+  std::fprintf(f, "\"library\": %s, \"mismatches\": %lld,\n \"functions\": {", quoted(mapped_library()).c_str(),
+               static_cast<long long>(g_mismatches.load()));
+  const char* comma = "";
+  for (int k = 0; k < kSites; ++k) {
+    const long long calls = sites[k].calls.load(), taken = sites[k].taken.load();
+    if (!calls) continue;
+    std::fprintf(f, "%s\"%s\": {\"calls\": %lld, \"taken\": %lld}", comma, undertow_symbol_names[k], calls, taken);
+    comma = ", ";
+  }
+  std::fprintf(f, "},\n \"refused\": {");
+  comma = "";
+  for (const auto& [why, n] : g_refused) {
+    std::fprintf(f, "%s%s: %lld", comma, quoted(why).c_str(), static_cast<long long>(n));
+    comma = ", ";
+  }
+  std::fprintf(f, "},\n \"types\": [");
+  comma = "";
+  for (const auto& [name, line] : g_lines) {
+    std::fprintf(f, "%s\n  {\"plan\": %s, \"layout\": %s, \"class\": \"%s\", \"size\": %lld, \"block\": %lld, ", comma,
+                 quoted(name).c_str(), quoted(line.layout).c_str(), line.cls, static_cast<long long>(line.size),
+                 static_cast<long long>(line.block));
+    std::fprintf(f, "\"types\": %lld, \"combiners\": [", static_cast<long long>(line.types));
+    const char* inner = "";
+    for (int c = 0; c < kCombiners; ++c)
+      if (line.combiners >> c & 1) std::fprintf(f, "%s\"%s\"", inner, combiner_names[c]), inner = ", ";
+    std::fprintf(f, "]");
+    for (int u = 0; u < kUses; ++u)
+      if (line.taken[u] || line.passed[u])
+        std::fprintf(f,
+                     ", \"%s\": {\"taken\": %lld, \"passed\": %lld, \"bytes\": %lld, \"ours_ns\": %lld, "
+                     "\"library_ns\": %lld}",
+                     uses[u], static_cast<long long>(line.taken[u]), static_cast<long long>(line.passed[u]),
+                     static_cast<long long>(line.bytes[u]), static_cast<long long>(line.ours_ns[u]),
+                     static_cast<long long>(line.library_ns[u]));
+    std::fprintf(f, "}");
+    comma = ",";
+  }
+  std::fprintf(f, "\n ]}\n");
+}
+
+void write_text(FILE* f, int rank) {
+  std::fprintf(f, "undertow: rank %d, datatypes under the preload (taken/passed)\n", rank);
+  for (const auto& [name, line] : g_lines) {
+    int64_t any = 0;
+    for (int u = 0; u < kUses; ++u) any += line.taken[u] + line.passed[u];
+    if (!any) continue;
+    std::fprintf(f, "undertow:   pack %lld/%lld unpack %lld/%lld send %lld/%lld recv %lld/%lld  %s\n",
+                 static_cast<long long>(line.taken[0]), static_cast<long long>(line.passed[0]),
+                 static_cast<long long>(line.taken[1]), static_cast<long long>(line.passed[1]),
+                 static_cast<long long>(line.taken[2]), static_cast<long long>(line.passed[2]),
+                 static_cast<long long>(line.taken[3]), static_cast<long long>(line.passed[3]), name.c_str());
+  }
+}
+
+}  // namespace
+
+void report_refused(const char* why) {
+  std::lock_guard<std::mutex> guard(g_lock);
+  if (g_refused.size() < 64 || g_refused.count(why)) g_refused[why]++;
+}
+
+void report_retired(Record& record) {
+  std::lock_guard<std::mutex> guard(g_lock);
+  absorb(record);
+}
+
+void report_mismatch(const Record& record, const char* what, int64_t at) {
+  if (g_mismatches.fetch_add(1) < 10)
+    say("check: %s differs from the library at byte %lld of %s; the library's result is used", what,
+        static_cast<long long>(at), record.plan.describe().c_str());
+}
+
+void report_write(int rank, int size) {
+  const char* wish = std::getenv("UNDERTOW_MPI_REPORT");
+  if (!wish || !*wish) return;
+  each_live([](Record& r) { report_retired(r); });
+  if (std::string(wish) == "stderr") {
+    if (rank == 0) write_text(stderr, rank);
+    return;
+  }
+  const std::string path = std::string(wish) + "." + std::to_string(rank) + ".json";
+  const std::string scratch = path + ".tmp";
+  FILE* f = std::fopen(scratch.c_str(), "w");
+  if (!f) {
+    say("cannot write the report %s", path.c_str());
+    return;
+  }
+  write_json(f, rank, size);
+  std::fclose(f);
+  std::rename(scratch.c_str(), path.c_str());
+}
+
+}  // namespace undertow

@@ -1,0 +1,62 @@
+// See resolve.hh.
+#include "resolve.hh"
+
+#include <dlfcn.h>
+#include <link.h>
+
+#include <cstring>
+#include <string>
+
+namespace undertow {
+namespace {
+
+int match(dl_phdr_info* info, size_t, void* out) {
+  static const char* const names[] = {"libmpi.so", "libmpi_abi.so", "libmpich.so", "libpmpi.so"};
+  const char* base = std::strrchr(info->dlpi_name, '/');
+  base = base ? base + 1 : info->dlpi_name;
+  for (const char* name : names)
+    if (std::strncmp(base, name, std::strlen(name)) == 0) {
+      *static_cast<std::string*>(out) = info->dlpi_name;
+      return 1;
+    }
+  return 0;
+}
+
+const std::string& library() {
+  static std::string path;
+  if (path.empty()) dl_iterate_phdr(match, &path);
+  return path;
+}
+
+bool ours(void* address) {
+  Dl_info a{}, b{};
+  return dladdr(address, &a) && dladdr(reinterpret_cast<void*>(&ours), &b) && a.dli_fbase == b.dli_fbase;
+}
+
+}  // namespace
+
+const char* mapped_library() { return library().c_str(); }
+
+const char* own_path() {
+  static Dl_info info{};
+  return dladdr(reinterpret_cast<void*>(&ours), &info) ? info.dli_fname : "";
+}
+
+void* find(const char* symbol) {
+  if (void* p = dlsym(RTLD_NEXT, symbol)) return p;
+  if (library().empty()) return nullptr;
+  static void* handle = nullptr;
+  if (!handle) handle = dlopen(library().c_str(), RTLD_NOLOAD | RTLD_LAZY);
+  if (!handle) return nullptr;
+  void* p = dlsym(handle, symbol);
+  return p && !ours(p) ? p : nullptr;
+}
+
+bool has(const char* symbol) { return find(symbol) != nullptr; }
+
+void* find_own(const char* name) {
+  if (void* p = find((std::string("PMPI_") + name).c_str())) return p;
+  return find((std::string("MPI_") + name).c_str());
+}
+
+}  // namespace undertow

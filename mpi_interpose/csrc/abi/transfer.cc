@@ -1,0 +1,151 @@
+// See transfer.hh.
+#include "transfer.hh"
+
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <vector>
+
+namespace undertow {
+namespace {
+
+constexpr int kClasses = 48, kHeader = 64;
+constexpr int64_t kKeepBytes = 256ll << 20;  // slabs beyond this many idle bytes go back to the system
+
+std::mutex g_lock;
+std::vector<char*> g_idle[kClasses];
+int64_t g_idle_bytes = 0;
+
+int class_of(int64_t bytes) {
+  int c = 8;
+  while ((1ll << c) < bytes) ++c;
+  return c;
+}
+
+}  // namespace
+
+char* slab_get(int64_t bytes) {
+  const int c = class_of(bytes);
+  {
+    std::lock_guard<std::mutex> guard(g_lock);
+    if (!g_idle[c].empty()) {
+      char* slab = g_idle[c].back();
+      g_idle[c].pop_back();
+      g_idle_bytes -= 1ll << c;
+      return slab;
+    }
+  }
+  void* block = nullptr;
+  if (posix_memalign(&block, kHeader, static_cast<size_t>(kHeader + (1ll << c)))) {
+    say("out of memory for a message of %lld bytes", static_cast<long long>(bytes));
+    std::abort();
+  }
+  std::memcpy(block, &c, sizeof c);
+  return static_cast<char*>(block) + kHeader;
+}
+
+void slab_put(char* slab) {
+  char* block = slab - kHeader;
+  int c;
+  std::memcpy(&c, block, sizeof c);
+  {
+    std::lock_guard<std::mutex> guard(g_lock);
+    if (g_idle_bytes + (1ll << c) <= kKeepBytes) {
+      g_idle[c].push_back(slab);
+      g_idle_bytes += 1ll << c;
+      return;
+    }
+  }
+  std::free(block);
+}
+
+void slab_release_all() {
+  std::lock_guard<std::mutex> guard(g_lock);
+  for (auto& list : g_idle) {
+    for (char* slab : list) std::free(slab - kHeader);
+    list.clear();
+  }
+  g_idle_bytes = 0;
+}
+
+namespace {
+
+int64_t first_difference(const char* a, const char* b, int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    if (a[i] != b[i]) return i;
+  return -1;
+}
+
+// Whether the library can be asked about this type with plain ints.
+bool comparable(const Record& r, int64_t count) {
+  return mode == Mode::Check && !r.dead.load() && count <= INT32_MAX && count * r.plan.size <= INT32_MAX;
+}
+
+// A handle of the record's type: its table key, which is the handle while the type lives.
+MPI_Datatype handle_of(const Record& r) {
+  MPI_Datatype h;
+  if constexpr (sizeof(MPI_Datatype) == sizeof(uintptr_t))
+    std::memcpy(&h, &r.key, sizeof h);
+  else {
+    const uint32_t low = static_cast<uint32_t>(r.key);
+    std::memcpy(&h, &low, sizeof h);
+  }
+  return h;
+}
+
+}  // namespace
+
+void pack_slab(Record& r, int64_t count, const void* user, char* slab) {
+  pack(r.plan, count, static_cast<const char*>(user), slab);
+  if (!comparable(r, count)) return;
+  const int64_t n = count * r.plan.size;
+  char* other = slab_get(n);
+  int position = 0;
+  const int rc = own.Pack(const_cast<void*>(user), static_cast<int>(count), handle_of(r), other, static_cast<int>(n),
+                          &position, constants.self);
+  if (rc == MPI_SUCCESS && position == n) {
+    const int64_t at = first_difference(slab, other, n);
+    if (at >= 0) {
+      r.wrong.store(true);
+      report_mismatch(r, "pack", at);
+      std::memcpy(slab, other, static_cast<size_t>(n));
+    }
+  }
+  slab_put(other);
+}
+
+void unpack_slab(Record& r, int64_t count, const char* slab, void* user, int64_t bytes) {
+  const int64_t n = count * r.plan.size;
+  if (bytes > n) bytes = n;
+  if (bytes < n) {
+    walk_unpack(*r.plan.ir, count, r.plan.extent, slab, static_cast<char*>(user), 0, bytes);
+    return;
+  }
+  unpack(r.plan, count, slab, static_cast<char*>(user));
+  if (!comparable(r, count)) return;
+  // The library reads back what we wrote; both must be the message. Overlapping targets are the program's error.
+  char* other = slab_get(n);
+  int position = 0;
+  const int rc = own.Pack(user, static_cast<int>(count), handle_of(r), other, static_cast<int>(n), &position,
+                          constants.self);
+  const int64_t at = rc == MPI_SUCCESS && position == n ? first_difference(slab, other, n) : -1;
+  if (at >= 0) {
+    r.wrong.store(true);
+    report_mismatch(r, "unpack", at);
+    position = 0;
+    own.Unpack(const_cast<char*>(slab), static_cast<int>(n), &position, user, static_cast<int>(count), handle_of(r),
+               constants.self);
+  }
+  slab_put(other);
+}
+
+int64_t received_bytes(MPI_Status* status) {
+  int cancelled = 0;
+  own.Test_cancelled(status, &cancelled);
+  if (cancelled) return 0;
+  MPI_Count n = 0;
+  if (own.Get_elements_x(status, constants.byte, &n) != MPI_SUCCESS || n < 0) return 0;
+  return n;
+}
+
+}  // namespace undertow

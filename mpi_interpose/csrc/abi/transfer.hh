@@ -1,0 +1,95 @@
+// One side of a message: from the user's (buffer, count, datatype) to a dense slab and its twin type, and back.
+//
+// The count stays as it is and the datatype becomes its dense twin (same size, same signature), so every decision that
+// the library or the peer makes from count and size (protocol, segmenting of collectives, MPI_Get_count) stays the
+// same, whether or not the peer runs under the preload. A side that is not taken keeps the user's arguments.
+#pragma once
+
+#include "model.hh"
+#include "report.hh"
+
+namespace undertow {
+
+// Slabs are kept for reuse by powers of two, so that large messages do not pay page faults each time.
+char* slab_get(int64_t bytes);
+void slab_put(char* slab);
+void slab_release_all();
+
+// pack / unpack with check mode inside; `bytes` may be fewer than count * size (a short receive).
+void pack_slab(Record& record, int64_t count, const void* user, char* slab);
+void unpack_slab(Record& record, int64_t count, const char* slab, void* user, int64_t bytes);
+
+int64_t received_bytes(MPI_Status* status);  // 0 for a cancelled receive
+
+inline bool usable_peer(int peer) { return peer != MPI_PROC_NULL; }
+
+// A send side for the duration of a call. Not copyable; `give` hands the slab to a request.
+struct SendSide {
+  void* buf;
+  MPI_Datatype type;
+  Record* record = nullptr;
+  char* slab = nullptr;
+
+  SendSide(void* user, int64_t count, MPI_Datatype datatype, bool allowed = true, double gain = kGain)
+      : buf(user), type(datatype) {
+    if (!allowed) return;
+    Record* r = record_of(datatype);
+    if (!r || !wanted(r, kSendUse, count, gain)) return;
+    const MPI_Datatype twin = twin_of(r);
+    if (handle_key(twin) == handle_key(constants.type_null)) return;
+    record = r;
+    slab = slab_get(count * r->plan.size);
+    pack_slab(*r, count, user, slab);
+    buf = slab;
+    type = twin;
+  }
+  ~SendSide() {
+    if (slab) slab_put(slab);
+  }
+  SendSide(const SendSide&) = delete;
+  SendSide& operator=(const SendSide&) = delete;
+  bool taken() const { return slab != nullptr; }
+  char* give() {
+    char* s = slab;
+    slab = nullptr;
+    return s;
+  }
+};
+
+// A receive side: `finish` unpacks what arrived.
+struct RecvSide {
+  void* buf;
+  MPI_Datatype type;
+  void* user;
+  int64_t count;
+  Record* record = nullptr;
+  char* slab = nullptr;
+
+  RecvSide(void* target, int64_t n, MPI_Datatype datatype, bool allowed = true, double gain = kGain)
+      : buf(target), type(datatype), user(target), count(n) {
+    if (!allowed) return;
+    Record* r = record_of(datatype);
+    if (!r || !wanted(r, kRecvUse, n, gain)) return;
+    const MPI_Datatype twin = twin_of(r);
+    if (handle_key(twin) == handle_key(constants.type_null)) return;
+    record = r;
+    slab = slab_get(n * r->plan.size);
+    buf = slab;
+    type = twin;
+  }
+  ~RecvSide() {
+    if (slab) slab_put(slab);
+  }
+  RecvSide(const RecvSide&) = delete;
+  RecvSide& operator=(const RecvSide&) = delete;
+  bool taken() const { return slab != nullptr; }
+  void finish(int64_t bytes) { unpack_slab(*record, count, slab, user, bytes); }
+  void finish_all() { finish(count * record->plan.size); }
+  char* give() {
+    char* s = slab;
+    slab = nullptr;
+    return s;
+  }
+};
+
+}  // namespace undertow

@@ -1,0 +1,66 @@
+// Records of committed datatypes: plan, counters and a dense twin; their lifetime is the datatype's own.
+//
+// MPI recycles handles, so a table keyed by handle needs to know when a type dies. A datatype attribute tells: its
+// delete callback runs at the real destruction, also when that is implicit. Operations in flight hold a reference.
+// Only types whose MPI_Type_commit we saw (or duplicates of those) are used: a type that was never committed must keep
+// failing the way the library makes it fail.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <string>
+
+#include "glue.hh"
+#include "plan.hh"
+
+namespace undertow {
+
+struct Tally {
+  std::atomic<int64_t> taken{0}, passed{0}, bytes{0}, ours_ns{0}, library_ns{0};
+};
+
+// What is decided and reported per type: the local calls apart from the messages.
+enum Use : int { kPack, kUnpack, kSendUse, kRecvUse, kUses };
+
+struct Record {
+  Plan plan;
+  uintptr_t key = 0;
+  uint32_t combiners = 0;         // bit k: MPI combiner number k of our own list occurs
+  MPI_Datatype leaf;              // the one predefined type inside, else MPI_BYTE
+  int64_t leaf_size = 1;
+  std::atomic<int> refs{1};
+  std::atomic<bool> dead{false};  // the handle is gone, only operations in flight still hold the record
+  std::atomic<bool> wrong{false}; // check mode found a difference: never used again
+  std::atomic<int> twin_state{0}; // 0 none yet, 1 made, 2 impossible
+  MPI_Datatype twin;              // contiguous, same size and signature: what a slab is sent as
+  Tally tally[kUses];
+  std::atomic<int64_t> estimate[kUses][2][8]{};  // online: picoseconds per byte, library and ours, by size bucket
+  std::atomic<uint32_t> calls[kUses]{};
+};
+
+constexpr int kCombiners = 19;
+extern const char* const combiner_names[kCombiners];
+
+void types_init();
+void types_finalize();
+
+Record* record_of(MPI_Datatype type);   // NULL: not ours to touch
+void type_committed(MPI_Datatype type);
+void hold(Record* record);
+void release(Record* record);
+MPI_Datatype twin_of(Record* record);   // MPI_DATATYPE_NULL when it cannot be made
+void each_live(void (*visit)(Record&));
+
+// decode.cc: the IR of a type, throws Unsupported. `leaf` becomes the only predefined type inside, or MPI_BYTE.
+struct Decoded {
+  Ref ir;
+  int64_t lb = 0, extent = 0;
+  uint32_t combiners = 0;
+  MPI_Datatype leaf;
+  int64_t leaf_size = 0;
+};
+Decoded decode(MPI_Datatype type);
+bool is_duplicate(MPI_Datatype type, MPI_Datatype* of);  // frees nothing; `of` must be given to drop()
+void drop(MPI_Datatype type);                            // frees a handle that Type_get_contents returned
+
+}  // namespace undertow

@@ -1,0 +1,94 @@
+"""The one table of MPI functions: what is exported, which handler serves it, and the kind of each argument.
+
+`generate.py` turns it into three pieces of C and C++: the exported symbols, the typed entries that call the handlers,
+and the pointers to the library's own functions. A function that the MPI at hand does not have is not exported: a
+program that looks for an optional symbol (mpi4py looks for the large-count ones) must find what its MPI offers.
+
+Kinds, one letter per argument: b buffer, n count (MPI_Count in the large-count twin), N array of counts, D array of
+displacements (MPI_Aint in the twin), A array of MPI_Aint, t datatype, T array of datatypes, h pointer to a datatype,
+i int, c communicator, r pointer to a request, q request, R array of requests, s status, S array of statuses, p int
+pointer, P count pointer, m message pointer, v any other pointer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Signature:
+    """`name` without MPI_; `handler` is the C++ template that serves it; `large` says that a `_c` twin may exist."""
+
+    name: str
+    handler: str
+    kinds: str
+    large: bool = True
+
+    def variants(self) -> list[tuple[str, bool]]:
+        """(symbol, is the large-count twin) for every symbol that an MPI may have."""
+        return [(f"MPI_{self.name}", False)] + ([(f"MPI_{self.name}_c", True)] if self.large else [])
+
+
+def _table() -> tuple[Signature, ...]:
+    rows = [
+        Signature("Init", "init", "vv", False),
+        Signature("Init_thread", "init_thread", "vvip", False),
+        Signature("Finalize", "finalize", "", False),
+        Signature("Type_commit", "type_commit", "h", False),
+        Signature("Pack", "pack", "bntbnPc"),
+        Signature("Unpack", "unpack", "bnPbntc"),
+        Signature("Recv", "recv", "bntiics"),
+        Signature("Mrecv", "mrecv", "bntms"),
+        Signature("Imrecv", "imrecv", "bntmr"),
+        Signature("Irecv", "irecv", "bntiicr"),
+        Signature("Recv_init", "recv_init", "bntiicr"),
+        Signature("Sendrecv", "sendrecv", "bntiibntiics"),
+        Signature("Sendrecv_replace", "sendrecv_replace", "bntiiiics"),
+        Signature("Start", "start", "r", False),
+        Signature("Startall", "startall", "iR", False),
+        Signature("Wait", "wait", "rs", False),
+        Signature("Test", "test", "rps", False),
+        Signature("Waitall", "waitall", "iRS", False),
+        Signature("Testall", "testall", "iRpS", False),
+        Signature("Waitany", "waitany", "iRps", False),
+        Signature("Testany", "testany", "iRpps", False),
+        Signature("Waitsome", "waitsome", "iRppS", False),
+        Signature("Testsome", "testsome", "iRppS", False),
+        Signature("Request_free", "request_free", "r", False),
+        Signature("Request_get_status", "request_get_status", "qps", False),
+        Signature("Bcast", "bcast", "bntic"),
+        Signature("Gather", "gather", "bntbntic"),
+        Signature("Scatter", "scatter", "bntbntic"),
+        Signature("Gatherv", "gatherv", "bntbNDtic"),
+        Signature("Scatterv", "scatterv", "bNDtbntic"),
+        Signature("Allgather", "allgather", "bntbntc"),
+        Signature("Allgatherv", "allgatherv", "bntbNDtc"),
+        Signature("Alltoall", "alltoall", "bntbntc"),
+        Signature("Alltoallv", "alltoallv", "bNDtbNDtc"),
+        Signature("Alltoallw", "alltoallw", "bNDTbNDTc"),
+        Signature("Neighbor_allgather", "neighbor_allgather", "bntbntc"),
+        Signature("Neighbor_allgatherv", "neighbor_allgatherv", "bntbNDtc"),
+        Signature("Neighbor_alltoall", "neighbor_alltoall", "bntbntc"),
+        Signature("Neighbor_alltoallv", "neighbor_alltoallv", "bNDtbNDtc"),
+        Signature("Neighbor_alltoallw", "neighbor_alltoallw", "bNATbNATc"),
+    ]
+    for mode in ("", "S", "B", "R"):
+        rows.append(Signature(f"{mode}send".capitalize() if mode else "Send", "send", "bntiic"))
+        rows.append(Signature(f"I{mode.lower()}send", "isend", "bntiicr"))
+        rows.append(Signature(f"{mode}send_init".capitalize() if mode else "Send_init", "send_init", "bntiicr"))
+    return tuple(sorted(rows, key=lambda row: row.name))
+
+
+TABLE = _table()
+
+# Functions that only we call, by their profiling names so that no other tool counts them.
+OWN = (
+    "Type_get_envelope Type_get_contents Type_free Type_contiguous Type_commit Type_size_x Type_get_extent_x "
+    "Type_get_true_extent_x Type_create_keyval Type_free_keyval Type_set_attr Get_elements_x Comm_size Comm_rank "
+    "Comm_test_inter Topo_test Dist_graph_neighbors_count Graph_neighbors_count Cartdim_get Pack Unpack Test Wait "
+    "Test_cancelled Request_get_status Get_library_version Initialized Query_thread"
+).split()
+OWN_OPTIONAL = ("Type_get_envelope_c", "Type_get_contents_c")
+
+# Open MPI's Fortran bindings call PMPI directly, so their entry points are exported too (see fortran.py).
+SYMBOLS = tuple(symbol for row in TABLE for symbol, _ in row.variants())

@@ -1,0 +1,185 @@
+"""Which MPI is this: found from an mpicc, by compiling and running one small probe.
+
+Every fact that decides how the interposer is built comes from the probe, not from names: the library's version text,
+the file that provides MPI_Init, which ABI the handles have, and which functions exist.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .compile import cache_folder, run
+from .errors import InterposeError
+from .signatures import OWN, OWN_OPTIONAL, SYMBOLS
+
+PROBE = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <mpi.h>
+#include <stdio.h>
+int main(int argc, char** argv) {
+  char text[MPI_MAX_LIBRARY_VERSION_STRING] = "";
+  int length = 0, version = 0, subversion = 0;
+  Dl_info where = {0};
+  MPI_Get_library_version(text, &length);
+  MPI_Get_version(&version, &subversion);
+  dladdr(dlsym(RTLD_DEFAULT, "MPI_Get_library_version"), &where);
+  printf("standard %d.%d\nfile %s\nstatus %d\nhandle %d\n", version, subversion, where.dli_fname,
+         (int)sizeof(MPI_Status), (int)sizeof(MPI_Datatype));
+  for (int i = 1; i < argc; ++i)
+    if (dlsym(RTLD_DEFAULT, argv[i])) printf("has %s\n", argv[i]);
+  printf("version %s\n", text);
+  return 0;
+}
+"""
+
+
+@dataclass(frozen=True)
+class Mpi:
+    """One MPI installation as its probe saw it."""
+
+    mpicc: str
+    flavour: str  # 'openmpi', 'mpich' or 'abi'
+    version: str  # first line of MPI_Get_library_version
+    standard: str
+    library: str
+    status_bytes: int
+    handle_bytes: int
+    include_flags: tuple[str, ...]
+    symbols: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """Names the build: a different library, or a different set of symbols, is another build."""
+        facts = json.dumps(asdict(self), sort_keys=True)
+        return f"{self.flavour}-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
+
+
+def environment() -> dict[str, str]:
+    """The environment for our own small MPI programs: Open MPI must be allowed to run as root, nothing is preloaded."""
+    env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        env.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
+    return env
+
+
+def show(mpicc: str) -> list[str]:
+    """The compile command behind a wrapper (`-show` in MPICH's, `--showme` in Open MPI's)."""
+    for option in ("-show", "--showme"):
+        try:
+            done = subprocess.run([mpicc, option], capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise InterposeError(f"cannot run {mpicc}: {error}") from error
+        if done.returncode == 0 and "-l" in done.stdout:
+            return done.stdout.split()
+    raise InterposeError(f"{mpicc} answers neither -show nor --showme; expected an MPI compiler wrapper (--mpicc PATH)")
+
+
+def find_mpicc(mpirun: str | None = None) -> str:
+    """The wrapper that belongs to `mpirun`, else the one beside this Python, else the one on PATH.
+
+    MPICC overrides. Debian's alternatives keep the family as a suffix (mpirun.openmpi), which is carried over.
+    """
+    named = os.environ.get("MPICC")
+    if named:
+        found = shutil.which(named)
+        if not found:
+            raise InterposeError(f"MPICC names '{named}', which is not a program")
+        return found
+    candidates: list[Path] = []
+    if mpirun and shutil.which(mpirun):
+        path = Path(str(shutil.which(mpirun)))
+        for place in (path, path.resolve(), *_links(path)):
+            suffix = place.name.split(".", 1)[1] if "." in place.name else ""
+            if suffix in ("openmpi", "mpich"):
+                candidates.append(place.with_name(f"mpicc.{suffix}"))
+        candidates.append(path.with_name("mpicc"))
+    candidates.append(Path(sys.executable).with_name("mpicc"))
+    for candidate in candidates:
+        if candidate.exists():
+            return str(candidate)
+    found = shutil.which("mpicc")
+    if not found:
+        raise InterposeError(
+            "no mpicc found: install an MPI with its compiler (`pip install mpich`, or `apt install libopenmpi-dev`), "
+            "or name it with --mpicc PATH"
+        )
+    return found
+
+
+def _links(path: Path) -> list[Path]:
+    """Each step of a chain of symbolic links (the alternatives system's middle step carries the family)."""
+    steps = []
+    while path.is_symlink() and len(steps) < 8:
+        target = Path(os.readlink(path))
+        path = target if target.is_absolute() else path.parent / target
+        steps.append(path)
+    return steps
+
+
+def probe(mpicc: str) -> Mpi:
+    """Compile and run the probe with `mpicc`; cached by the wrapper's answer and the library file's time and size."""
+    command = show(mpicc)
+    includes = tuple(word for word in command if word.startswith(("-I", "-D")))
+    cached = cache_folder() / "probes" / (hashlib.sha256(" ".join([mpicc, *command]).encode()).hexdigest()[:20] + ".json")
+    known = _recall(cached)
+    if known:
+        return known
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = Path(folder) / "probe.c", Path(folder) / "probe"
+        source.write_text(PROBE)
+        run([mpicc, str(source), "-o", str(program), "-ldl"], f"compiling a probe with {mpicc}")
+        names = [*SYMBOLS, *(f"MPI_{name}" for name in (*OWN, *OWN_OPTIONAL))]
+        answer = run([str(program), *names], f"running a probe built by {mpicc}", env=environment())
+    facts = dict(line.split(" ", 1) for line in answer.splitlines() if not line.startswith("has ") and " " in line)
+    symbols = tuple(sorted(line[4:] for line in answer.splitlines() if line.startswith("has ")))
+    mpi = Mpi(
+        mpicc=mpicc,
+        flavour=_flavour(facts["version"], Path(facts["file"]).name),
+        version=facts["version"].strip(),
+        standard=facts["standard"],
+        library=facts["file"],
+        status_bytes=int(facts["status"]),
+        handle_bytes=int(facts["handle"]),
+        include_flags=includes,
+        symbols=symbols,
+    )
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    stamp = _stamp(mpi.library)
+    scratch = cached.with_suffix(f".{os.getpid()}.tmp")
+    scratch.write_text(json.dumps({"stamp": stamp, "mpi": asdict(mpi)}))
+    scratch.replace(cached)
+    return mpi
+
+
+def _stamp(library: str) -> list[int]:
+    info = os.stat(library)
+    return [info.st_mtime_ns, info.st_size]
+
+
+def _recall(cached: Path) -> Mpi | None:
+    try:
+        data = json.loads(cached.read_text())
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in data["mpi"].items()}
+        mpi = Mpi(**fields)
+        return mpi if data["stamp"] == _stamp(mpi.library) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not there, or written by another version: probe again
+
+
+def _flavour(version: str, library: str) -> str:
+    if library.startswith("libmpi_abi"):
+        return "abi"
+    if version.startswith("Open MPI"):
+        return "openmpi"
+    if "MPICH" in version or "Intel(R) MPI" in version or "MVAPICH" in version:
+        return "mpich"
+    raise InterposeError(f"unknown MPI '{version[:60]}' ({library}); expected Open MPI, MPICH or the MPI-5 standard ABI")

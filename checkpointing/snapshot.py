@@ -35,7 +35,7 @@ class Seal:
         """A 0-d bool, on the tensors' device."""
         flags = self._sampler.changed()
         moved = [tensor._version for tensor in self._tensors] != self._versions
-        return torch.stack([flag.to(flags[0].device) for flag in flags]).any().logical_or(moved)
+        return torch.stack([flag.to(flags[0].device) for flag in flags]).any() | moved
 
 
 class Snapshot:

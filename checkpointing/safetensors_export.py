@@ -51,7 +51,8 @@ def plan_export(
     """The files to write, tensors in name order. `dtype` converts floating-point tensors. Pure."""
     if module not in modules_of(manifest):
         raise UserError(
-            f"the checkpoint holds no module '{module}'", expected=f"one of {', '.join(modules_of(manifest)) or '(none)'}"
+            f"the checkpoint holds no module '{module}'",
+            expected=f"one of {', '.join(modules_of(manifest)) or '(none)'}",
         )
     groups: list[list[tuple[str, str, torch.dtype]]] = [[]]
     sizes = [0]
@@ -152,7 +153,10 @@ def _header(manifest: Manifest, file: ExportFile) -> bytes:
 def _vouch(safetensors, manifest: Manifest, file: ExportFile, target: Path) -> None:
     """Let the library read what was written; a difference is a defect of ours."""
     with safetensors.safe_open(str(target), framework="pt") as opened:
-        found = {name: (opened.get_slice(name).get_dtype(), opened.get_slice(name).get_shape()) for name in opened.keys()}
+        found = {
+            name: (opened.get_slice(name).get_dtype(), opened.get_slice(name).get_shape())
+            for name in list(opened.keys())
+        }
     wanted = {
         name: (NAMES[str(dtype).removeprefix("torch.")], list(manifest.tensors[key].shape))
         for key, name, dtype in file.tensors

@@ -1,0 +1,229 @@
+"""`undertow ckpt`: what lies in a checkpoint folder, whether it is whole, and what may go.
+
+Every command but `prune` only reads, takes no lock and may be used beside a running job. PATH is a checkpoint folder
+(the newest whole checkpoint in it is meant, or the one of --step) or one checkpoint. Exit codes: 0 well, 1 damage found
+or checkpoints differ, 2 wrong use.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..dist.errors import UserError
+from ..dist.progress import Progress
+from ..dist.units import format_bytes, parse_bytes
+from . import cli_view as view
+from .catalogue import entries, locate
+from .diff import compare_checkpoints
+from .files import FileOps
+from .folder import Folder, read_manifest
+from .manifest import BadCheckpoint
+from .restore import dtype_of
+from .retention import Retention, to_keep
+from .safetensors_export import export as write_export
+from .safetensors_export import modules_of, plan_export
+from .tensor_stream import stored_bytes
+from .verify import check_content, check_lengths
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, rich_markup_mode=None)
+Where = Annotated[Path, typer.Argument(metavar="PATH", help="A folder of checkpoints, or one checkpoint.")]
+Step = Annotated[int | None, typer.Option("--step", help="The checkpoint of this step (default: the newest whole).")]
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line; the exit code."""
+    try:
+        app(args=argv, prog_name="undertow ckpt")
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@app.callback()
+def ckpt() -> None:
+    """Look at checkpoints, verify, compare, export and prune them."""
+
+
+@app.command("list")
+def list_(path: Where) -> None:
+    """Show every checkpoint in a folder: step, size, ranks, age, and whether it looks whole (lengths, not content)."""
+    view.show(view.table(path, entries(path)))
+
+
+@app.command()
+def verify(
+    path: Where,
+    step: Step = None,
+    every: Annotated[bool, typer.Option("--all", help="Every checkpoint in the folder.")] = False,
+) -> None:
+    """Read every byte and compare its checksum. Exit code 1 when anything is damaged."""
+    if every:
+        chosen = [entry.path for entry in entries(path) if entry.state in ("whole", "damaged")]
+        if not chosen:
+            raise UserError(f"{path} holds no checkpoint", expected="a folder of checkpoints")
+    else:
+        chosen = [path if (path / "COMMIT.json").exists() else _newest(path, step)]
+    damaged = 0
+    for folder in chosen:
+        problem = _problem(folder)
+        damaged += bool(problem)
+        view.say(f"{folder.name}: {'DAMAGED: ' + problem if problem else 'whole'}")
+    if damaged:
+        raise typer.Exit(1)
+
+
+def _newest(path: Path, step: int | None) -> Path:
+    """The newest committed checkpoint, whole or not: a damaged one is to be reported, not passed over."""
+    found = [entry for entry in entries(path) if entry.state in ("whole", "damaged") and step in (None, entry.step)]
+    if not found:
+        raise UserError(f"{path} holds no checkpoint{'' if step is None else f' of step {step}'}")
+    return found[-1].path
+
+
+def _problem(folder: Path) -> str:
+    try:
+        manifest = read_manifest(folder)
+        check_lengths(folder, manifest)
+        total = sum(record.nbytes for record in manifest.files.values())
+        with Progress(total, f"verify {folder.name}", unit="B") as bar:
+            check_content(folder, manifest, on_bytes=bar.update)
+    except BadCheckpoint as error:
+        return str(error)
+    return ""
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A folder of checkpoints, or one checkpoint.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The other one; may be the same folder with --step-b.")],
+    step_a: Annotated[int | None, typer.Option(help="Step of A.")] = None,
+    step_b: Annotated[int | None, typer.Option(help="Step of B.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Show equal tensors too.")] = False,
+) -> None:
+    """Compare two checkpoints tensor by tensor and bit by bit. Exit code 1 when they differ."""
+    one, two = locate(a, step_a), locate(b, step_b)
+    shared = [key for key, record in one[1].tensors.items() if _same_form(record, two[1].tensors.get(key))]
+    with Progress(sum(stored_bytes(one[1], key) for key in shared), "diff", unit="B") as bar:
+        found = compare_checkpoints(one, two, on_bytes=bar.update)
+    different = [item for item in found if item.kind != "equal"]
+    view.show(view.differences(f"A = {one[0]}, B = {two[0]}", found if everything else different))
+    view.say(f"{len(found) - len(different)} of {len(found)} tensors and objects are equal")
+    if different:
+        raise typer.Exit(1)
+
+
+def _same_form(one, two) -> bool:
+    return two is not None and (one.dtype, one.shape) == (two.dtype, two.shape)
+
+
+@app.command()
+def inspect(
+    path: Where,
+    step: Step = None,
+    tensor: Annotated[str, typer.Option(help="Show this tensor's parts and statistics.")] = "",
+    match: Annotated[str, typer.Option("--filter", help="Only names that contain this.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+) -> None:
+    """Show what one checkpoint consists of: versions, files, tensors, objects. Nothing is unpickled."""
+    folder, manifest = locate(path, step)
+    if as_json:
+        sys.stdout.write(manifest.dumps().decode() + "\n")
+        return
+    if tensor:
+        if tensor not in manifest.tensors:
+            near = [key for key in manifest.tensors if tensor in key][:5]
+            raise UserError(f"{folder} holds no tensor '{tensor}'", expected=f"a name such as {', '.join(near)}")
+        view.show(view.parts(manifest, tensor))
+        view.say(view.statistics(folder, manifest, tensor))
+        return
+    view.say(view.headline(folder, manifest))
+    view.show(view.files(manifest))
+    view.show(view.contents(manifest, match))
+
+
+@app.command()
+def export(
+    path: Where,
+    out: Annotated[Path, typer.Option(help="A new or empty folder for the files.")],
+    step: Step = None,
+    module: Annotated[str, typer.Option(help="Which module to export, by the name given to Checkpointer.")] = "",
+    dtype: Annotated[str, typer.Option(help="Convert floating-point tensors, to bfloat16 for example.")] = "",
+    max_shard_size: Annotated[str, typer.Option(help="Largest file; one tensor may exceed it.")] = "5GB",
+    check: Annotated[bool, typer.Option("--verify/--no-verify", help="Verify the checkpoint first.")] = True,
+) -> None:
+    """Write a module as Hugging Face safetensors: model.safetensors, or several files and their index."""
+    folder, manifest = locate(path, step)
+    found = modules_of(manifest)
+    module = module or (found[0] if len(found) == 1 else "model")
+    wanted = None
+    if dtype:
+        try:
+            wanted = dtype_of(dtype)
+        except BadCheckpoint as error:
+            raise UserError(f"--dtype {dtype}", expected="a torch type such as bfloat16 or float16") from error
+    limit = parse_bytes(max_shard_size, name="--max-shard-size")
+    files = plan_export(manifest, module, max_shard_bytes=limit, dtype=wanted)
+    problem = _problem(folder) if check else ""
+    if problem:
+        raise UserError(f"the checkpoint is damaged: {problem}", remedy="export another step")
+    with Progress(sum(file.nbytes for file in files), "export", unit="B") as bar:
+        write_export(folder, manifest, files, out, on_bytes=bar.update)
+    tensors = sum(len(file.tensors) for file in files)
+    view.say(f"{tensors} tensors of '{module}' of step {manifest.step} in {len(files)} file(s) under {out}")
+
+
+@app.command()
+def prune(
+    path: Where,
+    keep: Annotated[str, typer.Option(help="What stays: last=3,every=1000,best=2:loss:min")] = "last=3",
+    aside: Annotated[bool, typer.Option("--aside", help="Also remove what restores have set aside.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run/--no-dry-run", help="Only say what would be removed.")] = True,
+) -> None:
+    """Remove checkpoints that no rule keeps. Without --no-dry-run it only shows them. Refused while a job writes."""
+    policy = Retention.parse(keep)
+    found = entries(path)
+    whole = {entry.step: entry for entry in found if entry.usable}
+    stay = to_keep(list(whole), policy, {step: entry.metrics for step, entry in whole.items()})
+    go = [entry for step, entry in sorted(whole.items()) if step not in stay]
+    go += [entry for entry in found if aside and entry.aside]
+    view.show(view.table(path, found, remove={entry.path for entry in go}))
+    total = format_bytes(sum(entry.nbytes for entry in go))
+    if dry_run or not go:
+        view.say(f"{len(go)} would be removed ({total}); pass --no-dry-run to do it" if go else "nothing to remove")
+        return
+    folder = Folder(path, FileOps())
+    folder.take()
+    try:
+        for entry in go:
+            folder.ops.rmtree(entry.path)
+        folder.ops.fsync_dir(path)
+    finally:
+        folder.release()
+    view.say(f"{len(go)} removed ({total})")
+
+
+@app.command()
+def watch(
+    path: Where,
+    interval_s: Annotated[float, typer.Option("--interval", help="Seconds between two looks.")] = 2.0,
+    count: Annotated[int, typer.Option(help="Stop after this many looks (0: at Ctrl-C).")] = 0,
+) -> None:
+    """Show the list again and again, with saves that are being written."""
+    if interval_s <= 0:
+        raise UserError(f"--interval {interval_s}", expected="a time above 0")
+    looks = 0
+    with view.live() as screen:
+        while True:
+            screen.update(view.table(path, entries(path)), refresh=True)
+            looks += 1
+            if looks == count:
+                return
+            try:
+                time.sleep(interval_s)
+            except KeyboardInterrupt:
+                return

@@ -1,0 +1,130 @@
+"""The tables and lines that `undertow ckpt` prints; no command decides anything here."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from ..dist.units import format_bytes, format_seconds
+from .catalogue import Entry, metrics_of
+from .diff import Difference
+from .manifest import Manifest
+from .tensor_stream import pieces, stored_bytes
+
+
+def console() -> Console:
+    """Where tables go: the terminal's width, or 160 columns where there is none."""
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
+
+
+def show(table: Table) -> None:
+    console().print(table)
+
+
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+
+
+def live() -> Live:
+    return Live(console=console(), auto_refresh=False)
+
+
+def table(root: Path, entries: Sequence[Entry], *, remove: Collection[Path] | None = None) -> Table:
+    """The list of a folder; with `remove` a column that says what a prune takes away."""
+    made = Table(title=f"{root}: {sum(entry.usable for entry in entries)} whole", title_justify="left")
+    for name, justify in (("step", "right"), ("size", "right"), ("ranks", "right"), ("age", "right")):
+        made.add_column(name, justify=justify)
+    made.add_column("valid?", overflow="fold")
+    if remove is not None:
+        made.add_column("prune")
+    for entry in entries:
+        metrics = "".join(f"  {name} {value:.4g}" for name, value in entry.metrics.items())
+        state = entry.state + (f": {entry.problem}" if entry.problem else "") + metrics
+        cells = [str(entry.step), format_bytes(entry.nbytes), str(entry.world_size or ""), _age(entry.age_s), state]
+        if remove is not None:
+            cells.append("remove" if entry.path in remove else "keep")
+        made.add_row(*cells)
+    return made
+
+
+def _age(age_s: float) -> str:
+    return format_seconds(float(round(age_s))) if age_s >= 1 else "now"
+
+
+def differences(title: str, found: Sequence[Difference]) -> Table:
+    made = Table(title=title, title_justify="left")
+    made.add_column("name", overflow="fold")
+    for name in ("differs in", "elements", "of", "largest"):
+        made.add_column(name, justify="right")
+    made.add_column("note", overflow="fold")
+    for item in found:
+        counts = [str(item.count), str(item.total), f"{item.largest:.3g}"] if item.kind == "values" else ["", "", ""]
+        made.add_row(item.key, item.kind, *counts, item.note)
+    return made
+
+
+def headline(folder: Path, manifest: Manifest) -> str:
+    versions = ", ".join(f"{name} {value}" for name, value in manifest.facts.items() if isinstance(value, str))
+    metrics = "".join(f", {name} {value:.6g}" for name, value in metrics_of(manifest).items())
+    total = format_bytes(sum(record.nbytes for record in manifest.files.values()))
+    ranks = f"{manifest.world_size} rank{'' if manifest.world_size == 1 else 's'}"
+    return f"{folder}\nstep {manifest.step}, {total} from {ranks}{metrics}; {versions}"
+
+
+def files(manifest: Manifest) -> Table:
+    made = Table(title="files", title_justify="left")
+    made.add_column("name")
+    made.add_column("size", justify="right")
+    made.add_column("checksums", justify="right")
+    for name, record in sorted(manifest.files.items()):
+        made.add_row(name, format_bytes(record.nbytes), str(len(record.chunks)))
+    return made
+
+
+def contents(manifest: Manifest, match: str) -> Table:
+    made = Table(title="contents", title_justify="left")
+    made.add_column("name", overflow="fold")
+    for name in ("type", "shape", "size", "parts"):
+        made.add_column(name, justify="right")
+    for key in sorted(manifest.paths):
+        if match not in key:
+            continue
+        record = manifest.tensors.get(key)
+        if record is None:
+            made.add_row(key, "object", "", format_bytes(manifest.objects[key].length), "1")
+        else:
+            size = format_bytes(stored_bytes(manifest, key))
+            made.add_row(key, record.dtype, str(list(record.shape)), size, str(len(record.shards)))
+    return made
+
+
+def parts(manifest: Manifest, key: str) -> Table:
+    record = manifest.tensors[key]
+    made = Table(title=f"{key}: {record.dtype} {list(record.shape)}", title_justify="left")
+    for name in ("offsets", "sizes", "file", "data at byte"):
+        made.add_column(name, justify="right")
+    for shard in record.shards:
+        made.add_row(str(list(shard.offsets)), str(list(shard.sizes)), shard.file, str(shard.payload))
+    return made
+
+
+def statistics(folder: Path, manifest: Manifest, key: str) -> str:
+    """Smallest, largest and mean of the finite values, in float64, and how many are not finite. Complex: of moduli."""
+    low, high, total, count, odd = math.inf, -math.inf, 0.0, 0, 0
+    for piece in pieces(folder, manifest, key):
+        wide = piece.to(torch.complex128).abs() if piece.is_complex() else piece.to(torch.float64)
+        finite = wide[torch.isfinite(wide)]
+        odd += wide.numel() - finite.numel()
+        if finite.numel():
+            low, high = min(low, finite.min().item()), max(high, finite.max().item())
+            total, count = total + finite.sum().item(), count + finite.numel()
+    if not count:
+        return f"no finite values; {odd} not finite"
+    return f"min {low:.6g}, max {high:.6g}, mean {total / count:.6g}; {odd} of {count + odd} not finite"

@@ -128,34 +128,51 @@ def need(schedule: Schedule) -> Graph:
     return graph
 
 
+class Frontier:
+    """Which events may happen next: tell it what happened, and it names what that made possible.
+
+    Whatever the order of telling, the same events happen in the end, so events that are missing at the end of one order
+    are stuck in all of them.
+    """
+
+    def __init__(self, graph: Graph, *, rendezvous: bool = False) -> None:
+        self._waiting: dict[tuple[int, int], int] = {}
+        self._after: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        self.first: list[tuple[int, int]] = []
+        for node in range(len(graph.nodes)):
+            for phase in (START, FINISH):
+                before = graph.before(node, phase, rendezvous=rendezvous)
+                self._waiting[node, phase] = len(before)
+                for event in before:
+                    self._after.setdefault(event, []).append((node, phase))
+                if not before:
+                    self.first.append((node, phase))
+
+    def happened(self, event: tuple[int, int]) -> list[tuple[int, int]]:
+        """The events that this one, the last of those they waited for, makes possible."""
+        found = []
+        for follower in self._after.get(event, ()):
+            self._waiting[follower] -= 1
+            if not self._waiting[follower]:
+                found.append(follower)
+        return found
+
+
 def order(
     graph: Graph, *, rendezvous: bool = False, pick: Callable[[int], int] | None = None
 ) -> Iterator[tuple[int, int]]:
     """Events (node, phase) in an order that the edges allow, until no further event can happen.
 
-    `pick(n)` chooses among n possible events; the default is first come, first served. The end is the same for every
-    choice, so events that are missing from one order are stuck in all of them.
+    `pick(n)` chooses among n possible events; the default is first come, first served.
     """
-    waiting: dict[tuple[int, int], int] = {}
-    after: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    ready: deque[tuple[int, int]] = deque()
-    for node in range(len(graph.nodes)):
-        for phase in (START, FINISH):
-            before = graph.before(node, phase, rendezvous=rendezvous)
-            waiting[node, phase] = len(before)
-            for event in before:
-                after.setdefault(event, []).append((node, phase))
-            if not before:
-                ready.append((node, phase))
+    frontier = Frontier(graph, rendezvous=rendezvous)
+    ready = deque(frontier.first)
     while ready:
         if pick is not None:
             ready.rotate(-pick(len(ready)))
         event = ready.popleft()
         yield event
-        for follower in after.get(event, ()):
-            waiting[follower] -= 1
-            if not waiting[follower]:
-                ready.append(follower)
+        ready.extend(frontier.happened(event))
 
 
 def _declarations(graph: Graph) -> None:

@@ -36,6 +36,7 @@ def ring_attention(
     draft = Draft("ring_attention", world, causal=causal)
     shapes = ([batch, q_heads, head_dim], [batch, q_heads], [2, batch, kv_heads, head_dim])
     for rank in range(world):
+        draft.lane(rank, "compute")  # first in the list of lanes
         q = draft.value(rank, "q", dtype, sizes[rank], shapes[0], "input")
         draft.value(rank, "kv", dtype, sizes[rank], shapes[2], "input")
         partials = _Partials(draft, rank, q, shapes, sum(_needs(sizes, causal, rank, j) for j in range(world)))

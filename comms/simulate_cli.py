@@ -1,0 +1,129 @@
+"""`undertow simulate SCHEDULE --ranks N --machine FILE`: a schedule's modelled timeline as table, JSON and picture.
+
+SCHEDULE is a builder's name or a file in the text form. Everything printed says that it is modelled; without a machine
+file the rates are assumed ones, and the output says that too. The schedule is checked before it is simulated.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..dist.errors import UserError
+from ..dist.machine import Machine
+from ..dist.units import format_bytes, format_flops, format_rate, format_seconds, parse_bytes
+from .builders.catalog import CATALOG, by_name
+from .check import check
+from .cost import rank_costs
+from .gantt import draw
+from .network import TOPOLOGIES, Network, of_machine
+from .schedule import Schedule
+from .schedule_text import load
+from .simulate import ASSUMED, simulate
+from .timeline import lane_table, span_table
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+_MANY_ROWS = 60
+_FILE_COLUMNS = 120  # a file or pipe has no width of its own
+
+
+def main(argv: list[str]) -> int:
+    """The command line after `undertow simulate`; returns the exit code."""
+    try:
+        app(args=argv, prog_name="undertow simulate", standalone_mode=True)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@app.command()
+def _simulate(
+    schedule: Annotated[
+        str, typer.Argument(help="a builder's name or a schedule's text file; none lists the names")
+    ] = "",
+    ranks: Annotated[int | None, typer.Option(help="number of ranks (default 4, or what the file says)", min=1)] = None,
+    machine: Annotated[str, typer.Option(metavar="FILE", help="from `undertow probe`; otherwise assumed rates")] = "",
+    size: Annotated[str, typer.Option("--bytes", help="size of a builder's schedule, such as 16MiB")] = "16MiB",
+    topology: Annotated[str, typer.Option(help=f"what the link's rate limits: {', '.join(TOPOLOGIES)}")] = "ports",
+    transport: Annotated[str, typer.Option(help="which link of the machine file (default: the fastest)")] = "",
+    rendezvous: Annotated[bool, typer.Option("--rendezvous", help="a send moves no byte before its receive")] = False,
+    text: Annotated[bool, typer.Option("--text", help="print the schedule in text form, and nothing else")] = False,
+    all_ranks: Annotated[bool, typer.Option("--all", help="every rank's actions, however many")] = False,
+    json: Annotated[str, typer.Option(metavar="FILE", help="write the timeline as JSON")] = "",
+    png: Annotated[str, typer.Option(metavar="FILE", help="draw the timeline (needs the extra `plots`)")] = "",
+) -> None:
+    """Simulate a communication schedule on a model of a machine. The result is modelled, not measured."""
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, markup=False, width=_FILE_COLUMNS)
+    if not schedule:
+        _list(console)
+        return
+    plan = _schedule(schedule, ranks, size)
+    if text:
+        sys.stdout.write(str(plan))
+        return
+    rates = Machine.load(Path(machine)) if machine else ASSUMED
+    network = of_machine(rates, topology=topology, transport=transport)
+    check(plan, rendezvous=rendezvous)
+    timeline = simulate(plan, rates, network=network, rendezvous=rendezvous)
+    if json:
+        timeline.dump(_writable(json))
+    if png:
+        draw(timeline, _writable(png))
+    few = all_ranks or len(timeline.spans) <= _MANY_ROWS
+    console.print(span_table(timeline, range(plan.world) if few else [0]))
+    if not few:
+        console.print(f"rank 0 of {plan.world}; --all shows {len(timeline.spans)} actions\n")
+    console.print(lane_table(timeline))
+    _summary(console, plan, rates, network, topology)
+    console.print(f"modelled time: {format_seconds(timeline.makespan_s)}")
+
+
+def _schedule(name: str, ranks: int | None, size: str) -> Schedule:
+    if name in CATALOG:
+        return by_name(name, 4 if ranks is None else ranks, parse_bytes(size, name="--bytes"))
+    if not Path(name).exists():
+        raise UserError(
+            f"'{name}' is neither a schedule's name nor a file",
+            expected=f"a file in text form, or one of {', '.join(CATALOG)}",
+        )
+    plan = load(Path(name))
+    if ranks not in (None, plan.world):
+        raise UserError(f"--ranks {ranks}, but the file {name} is a schedule for {plan.world} ranks")
+    return plan
+
+
+def _writable(name: str) -> Path:
+    path = Path(name)
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: its folder does not exist", remedy=f"mkdir -p {path.parent}")
+    return path
+
+
+def _list(console: Console) -> None:
+    console.print("schedules, and what --bytes means for each:")
+    for name, entry in CATALOG.items():
+        console.print(f"  {name:<32}{entry.meaning}", soft_wrap=True)
+
+
+def _summary(console: Console, plan: Schedule, machine: Machine, network: Network, topology: str) -> None:
+    costs = rank_costs(plan)
+    limit = min(network.port_bytes_per_s, network.pair_bytes_per_s, network.bus_bytes_per_s)
+    assumed = " (rates are assumed: no --machine file was given)" if machine is ASSUMED else ""
+    console.print(
+        f"machine: {machine.name}{assumed}; link {format_rate(limit)} per {topology.rstrip('s')}, "
+        f"{format_seconds(network.latency_s)}, {'duplex' if network.duplex else 'one direction at a time'}",
+        soft_wrap=True,
+    )
+    most = max(costs, key=lambda cost: cost.sent_bytes)
+    console.print(
+        f"most per rank: {format_bytes(most.sent_bytes)} sent in {most.messages_sent} messages, "
+        f"{format_flops(max(cost.flops for cost in costs)).removesuffix('/s')}, "
+        f"{format_bytes(max(cost.buffer_bytes for cost in costs))} of buffers and outputs",
+        soft_wrap=True,
+    )

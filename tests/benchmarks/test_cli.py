@@ -18,7 +18,6 @@ from undertow.benchmarks.discover import FOLDER, listed, load
 def small(monkeypatch):
     """The checksum benchmark on buffers so small that a test may run it."""
     monkeypatch.setattr(checksum, "MIB", 2**13)
-    monkeypatch.setattr(checksum, "FROM_MEMORY_BYTES", 2**13)
     monkeypatch.setattr(checksum, "IN_CACHE_BYTES", 2**12)
 
 

@@ -24,6 +24,7 @@ from typing import Annotated, Any
 import psutil
 import torch
 import typer
+from torch.cuda import nccl
 
 from .host import nvidia_smi, read_host
 from .launch_env import detect
@@ -139,7 +140,7 @@ def _torch() -> dict[str, Any]:
         "CUDA usable": cuda,
         "devices": torch.cuda.device_count() if cuda else 0,
         "cuDNN": torch.backends.cudnn.version() if cuda else "none",
-        "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if cuda and "nccl" in backends else "none",
+        "NCCL": ".".join(map(str, nccl.version())) if cuda and "nccl" in backends else "none",
         "backends": ", ".join(backends),
         "threads": torch.get_num_threads(),
         "CPU capability": torch.backends.cpu.get_cpu_capability(),

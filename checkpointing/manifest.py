@@ -139,7 +139,8 @@ def _check_boxes(key: str, record: TensorRecord, where: Path) -> None:
         ends = [offset + size for offset, size in zip(shard.offsets, shard.sizes)]
         if not len(shard.offsets) == len(shard.sizes) == len(record.shape) or any(map(int.__gt__, ends, record.shape)):
             raise BadCheckpoint(f"{where}: '{key}' {record.shape} has a part of {shard.sizes} at {shard.offsets}")
-        if not shard.start <= shard.payload <= shard.start + shard.length:
+        least = math.prod(shard.sizes)  # a byte an element; `restore` knows the types
+        if not shard.start <= shard.payload <= shard.start + shard.length - least:
             raise BadCheckpoint(f"{where}: the data of '{key}' at {shard.payload} lies outside of its archive")
     held = sum(math.prod(shard.sizes) for shard in record.shards)
     filled = {shard.offsets for shard in record.shards if math.prod(shard.sizes)}

@@ -8,6 +8,7 @@ into the state before names and shapes have been compared, so a checkpoint of an
 from __future__ import annotations
 
 import io
+import math
 import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,6 +56,11 @@ class Reader:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
         self._maps: dict[str, mmap.mmap] = {}
+        for key, record in manifest.tensors.items():
+            width = dtype_of(record.dtype).itemsize
+            for shard in record.shards:
+                if shard.payload + math.prod(shard.sizes) * width > shard.start + shard.length:
+                    raise BadCheckpoint(f"{path}: the data of '{key}' does not fit into its archive")
 
     def _map(self, name: str) -> mmap.mmap:
         if name not in self._maps:
@@ -65,9 +71,7 @@ class Reader:
     def shard(self, key: str, shard: ShardRecord) -> torch.Tensor:
         """One box of tensor `key`, a private copy-on-write view of the file."""
         dtype = dtype_of(self.manifest.tensors[key].dtype)
-        count = 1
-        for size in shard.sizes:
-            count *= size
+        count = math.prod(shard.sizes)
         if count == 0:
             return torch.empty(shard.sizes, dtype=dtype)
         flat = torch.frombuffer(self._map(shard.file), dtype=dtype, count=count, offset=shard.payload)

@@ -1,0 +1,326 @@
+"""Streamed backpropagation against gradient checkpointing: time, peak memory and correctness of one forward + backward.
+
+    python benchmarks/stream_backprop.py --model llama3-8b --layers 8 --tokens 8192,32768,131072 --seconds 500
+
+Random-init models of real shapes with fewer layers (time and memory are linear in layers; the head is there once),
+bfloat16, gradients only, all arms in one process on the same weights and tokens. Gradients are checked first: against
+float32 gradients of the same weights, ours may not be further away than Hugging Face's own bfloat16 gradients. Rivals
+get our chunked loss, which makes them faster than with their own, and `@cudnn` arms the faster attention kernel. Cells
+are run from short to long until the time is used up; an arm that ran out of memory is not tried at longer sequences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from undertow.parallel.memory_model import DecoderShape, checkpointing_bytes
+from undertow.parallel.stream import causal_loss, rows_of, stream_backprop
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama3-8b": dict(
+        model_type="llama", hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8,
+        num_hidden_layers=32, vocab_size=128256, rms_norm_eps=1e-5,
+    ),
+    "qwen3-8b": dict(
+        model_type="qwen3", hidden_size=4096, intermediate_size=12288, num_attention_heads=32, num_key_value_heads=8,
+        num_hidden_layers=36, vocab_size=151936, head_dim=128,
+    ),
+    "qwen3-4b": dict(
+        model_type="qwen3", hidden_size=2560, intermediate_size=9728, num_attention_heads=32, num_key_value_heads=8,
+        num_hidden_layers=36, vocab_size=151936, head_dim=128, tie_word_embeddings=True,
+    ),
+    "tiny": dict(
+        model_type="qwen3", hidden_size=128, intermediate_size=384, num_attention_heads=8, num_key_value_heads=4,
+        num_hidden_layers=4, vocab_size=4096, head_dim=16,
+    ),
+}  # fmt: skip
+RIVALS = ("hf", "hf+ce", "hf+ce@cudnn", "hf+ce+offload", "alst")
+OURS = {
+    "ours": {"offload": False, "stash": False},
+    "ours+stash": {"offload": False, "stash": True},
+    "ours+offload": {"offload": True, "stash": False},
+    "ours+offload+stash": {"offload": True, "stash": True},
+    "ours+offload+every2": {"offload": True, "stash": False, "every": 2},
+    "ours@flash2": {"offload": False, "stash": False, "attention_backend": "flash2"},
+    "ours auto": {},
+}
+
+
+def build(name: str, layers: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = {**SHAPES[name], "num_hidden_layers": layers, "max_position_embeddings": 1 << 21, "use_cache": False}
+    config = AutoConfig.for_model(**options)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    return model.train()
+
+
+def chunked_loss(model: Any, tokens: Tensor) -> Tensor:
+    """A rival's loss without full logits: the decoder as it is, our rows for the head."""
+    hidden = model.model(input_ids=tokens).last_hidden_state
+    return causal_loss(rows_of(hidden, model.lm_head), nn.functional.pad(tokens[:, 1:], (0, 1), value=-100))
+
+
+@contextlib.contextmanager
+def tiled_mlps(model: nn.Module, rows: int) -> Iterator[None]:
+    """Every MLP in tiles of the sequence, each recomputed in backward: the tiling of ALST."""
+    found = [m.mlp for m in model.modules() if hasattr(m, "mlp")]
+
+    def tile(mlp: nn.Module):
+        plain = type(mlp).forward.__get__(mlp)
+        return lambda x: torch.cat([checkpoint(plain, part, use_reentrant=False) for part in x.split(rows, 1)], 1)
+
+    for mlp in found:
+        mlp.__dict__["forward"] = tile(mlp)
+    try:
+        yield
+    finally:
+        for mlp in found:
+            del mlp.__dict__["forward"]
+
+
+@contextlib.contextmanager
+def armed(arm: str, model: Any, chunk: int | None) -> Iterator[Callable[[Tensor], tuple[Tensor, Any]]]:
+    """The arm's step, tokens to (loss, plan or None), with the model set up for it and put back afterwards."""
+    if arm in OURS:
+        with stream_backprop(model, chunk=None if arm == "ours auto" else chunk, **OURS[arm]) as engine:
+
+            def ours(tokens: Tensor) -> tuple[Tensor, Any]:
+                loss = model(input_ids=tokens, labels=tokens).loss
+                loss.backward()
+                refused = [reason for reason in engine.report().values() if reason != "streamed"]
+                if refused:
+                    raise RuntimeError(f"not streamed: {refused[0]}")
+                return loss.detach(), engine.last_plan
+
+            yield ours
+        return
+    on_cuda = next(model.parameters()).is_cuda  # transformers' offload pins memory, which a CPU build cannot
+    model.gradient_checkpointing_enable(
+        {"use_reentrant": False}, offload=on_cuda and ("offload" in arm or arm == "alst")
+    )
+    kernel = sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if "@cudnn" in arm else contextlib.nullcontext()
+    tiled = tiled_mlps(model, 16384) if arm == "alst" else contextlib.nullcontext()
+
+    def rival(tokens: Tensor) -> tuple[Tensor, Any]:
+        loss = model(input_ids=tokens, labels=tokens).loss if arm == "hf" else chunked_loss(model, tokens)
+        loss.backward()
+        return loss.detach(), None
+
+    try:
+        with kernel, tiled:
+            yield rival
+    finally:
+        model.gradient_checkpointing_disable()
+
+
+def forget(model: nn.Module, device: torch.device) -> None:
+    for parameter in model.parameters():
+        parameter.grad = None
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def measure(arm: str, model: Any, tokens: Tensor, chunk: int | None, repeats: int, warm: bool) -> dict[str, Any]:
+    """Median seconds, peak bytes above weights and gradients, loss and gradient norm of one cell."""
+    device = tokens.device
+    on_cuda = device.type == "cuda"
+    synchronize = torch.cuda.synchronize if on_cuda else (lambda: None)
+    row: dict[str, Any] = {"arm": arm, "tokens": tokens.shape[1], "batch": tokens.shape[0]}
+    seconds, loss, plan = [], torch.zeros(()), None
+    try:
+        with armed(arm, model, chunk) as step:
+            for turn in range(repeats + warm):
+                forget(model, device)
+                if on_cuda:
+                    torch.cuda.reset_peak_memory_stats()
+                synchronize()
+                start = time.perf_counter()
+                loss, plan = step(tokens)
+                synchronize()
+                if turn >= warm:
+                    seconds.append(time.perf_counter() - start)
+    except torch.OutOfMemoryError:
+        forget(model, device)
+        return {**row, "oom": True}
+    resident = sum(2 * p.numel() * p.element_size() for p in model.parameters())
+    norm = torch.stack([p.grad.float().norm() for p in model.parameters() if p.grad is not None]).norm()
+    row |= {"seconds": statistics.median(seconds), "all_seconds": seconds, "loss": loss.item(), "norm": norm.item()}
+    if on_cuda:
+        row |= {"peak_bytes": torch.cuda.max_memory_allocated(), "resident_bytes": resident}
+        row["reserved_bytes"] = torch.cuda.max_memory_reserved()
+    if plan is not None:
+        row |= {"plan": str(plan), "predicted_bytes": plan.device_bytes + resident, "host_bytes": plan.host_bytes}
+    else:
+        shape = shape_of(model)
+        rows = tokens.numel()
+        predicted = checkpointing_bytes(
+            shape, rows, chunked_loss=arm != "hf", offload="offload" in arm or arm == "alst"
+        )
+        row["predicted_bytes"] = predicted + resident
+    return row
+
+
+def shape_of(model: Any) -> DecoderShape:
+    return DecoderShape.from_config(model.config.to_dict(), next(model.parameters()).element_size())
+
+
+def check(name: str, device: torch.device, tokens: int, chunk: int) -> list[dict[str, Any]]:
+    """bf16 gradients of Hugging Face and of ours against float32 ones: worst ratio of the errors over parameters."""
+    exact = build(name, 2, device, torch.float32)
+    torch.manual_seed(1)
+    ids = torch.randint(0, exact.config.vocab_size, (1, tokens), device=device)
+    with armed("hf+ce", exact, chunk) as step:
+        step(ids)
+    truth = {n: p.grad.cpu() for n, p in exact.named_parameters()}
+    model = exact.to(torch.bfloat16)
+    rows = []
+    errors: dict[str, dict[str, float]] = {}
+    for arm in ("hf+ce", "hf", "ours", "ours+stash", "ours+offload+stash", "ours+offload+every2"):
+        if arm == "hf" and device.type == "cuda" and tokens > 16384:
+            continue
+        forget(model, device)
+        with armed(arm, model, chunk) as step:
+            step(ids)
+        errors[arm] = {
+            n: ((p.grad.cpu().float() - truth[n]).norm() / truth[n].norm()).item() for n, p in model.named_parameters()
+        }
+        worst = max(errors[arm][n] / errors["hf+ce"][n] for n in truth)
+        rows.append({"arm": arm, "worst_error": max(errors[arm].values()), "worst_ratio": worst})
+    del model, exact
+    gc.collect()
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    lines = [f"{'arm':<22}{'tokens':>9}{'seconds':>10}{'us/token':>10}{'peak GiB':>10}{'predicted':>10}{'loss':>10}"]
+    for row in rows:
+        head = f"{row['arm']:<22}{row['tokens']:>9}"
+        if row.get("oom"):
+            lines.append(f"{head}{'out of memory':>20}")
+            continue
+        peak = f"{row['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in row else "-"
+        predicted = f"{row['predicted_bytes'] / 2**30:.1f}"
+        per_token = row["seconds"] / (row["tokens"] * row["batch"]) * 1e6
+        lines.append(f"{head}{row['seconds']:>10.2f}{per_token:>10.2f}{peak:>10}{predicted:>10}{row['loss']:>10.4f}")
+    return "\n".join(lines)
+
+
+def longest(rows: list[dict[str, Any]], layers: int, full: int, shape: DecoderShape, limits: list[float]) -> str:
+    """Maximum tokens by the slope of measured peaks, at this depth and at full depth (with its weights, gradients)."""
+    lines = [
+        f"{'arm':<22}{'bytes/token':>12}" + "".join(f"{f'{limit:.0f} GB':>12}{'full depth':>12}" for limit in limits)
+    ]
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        points = sorted(
+            (r["tokens"] * r["batch"], r["peak_bytes"]) for r in rows if r["arm"] == arm and "peak_bytes" in r
+        )
+        if len(points) < 2 or points[-1][0] == points[0][0]:
+            continue
+        (t0, b0), (t1, b1) = points[-2], points[-1]
+        slope = (b1 - b0) / (t1 - t0)
+        base = b1 - slope * t1
+        kept = 0 if "offload" in arm or arm == "alst" else shape.width * shape.element_size
+        kept += shape.q * shape.element_size + 4 * shape.heads if arm == "ours+stash" else 0
+        deeper = (full - layers) * shape.layer_parameters * 2 * shape.element_size
+        cells = ""
+        for limit in limits:
+            here = (limit * 1e9 - base) / slope
+            there = (limit * 1e9 - base - deeper) / (slope + (full - layers) * kept)
+            cells += f"{here / 1024:>11.0f}K{max(there, 0) / 1024:>11.0f}K"
+        lines.append(f"{arm:<22}{slope:>12.0f}{cells}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("--model", choices=SHAPES, default="llama3-8b")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--tokens", default="8192,32768,131072")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--chunk", type=int, default=8192)
+    parser.add_argument("--arms", default=",".join((*RIVALS, *OURS)))
+    parser.add_argument("--repeats", type=int, default=3, help="timed steps per cell; fewer where a step is long")
+    parser.add_argument("--seconds", type=float, default=500.0, help="no new cell starts after this")
+    parser.add_argument("--check-tokens", type=int, default=8192, help="0 leaves the correctness check out")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="where to write all rows")
+    options = parser.parse_args(argv)
+    begin, device = time.perf_counter(), torch.device(options.device)
+    result: dict[str, Any] = {"options": {k: str(v) for k, v in vars(options).items()}, "facts": facts(device)}
+    print(result["facts"], flush=True)
+
+    def save() -> None:
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+    failed = False
+    if options.check_tokens:
+        result["check"] = check(options.model, device, options.check_tokens, max(1, options.check_tokens // 4))
+        for row in result["check"]:
+            wrong = row["worst_ratio"] > 1.05 and row["arm"] != "hf"
+            failed |= wrong
+            print(f"gradient error {row['arm']:<22} {row['worst_error']:.2e}, {row['worst_ratio']:.3f} x hf+ce"
+                  f"{'  TOO FAR' if wrong else ''}", flush=True)  # fmt: skip
+        save()
+    model: Any = build(options.model, options.layers, device, torch.bfloat16)
+    rows: list[dict[str, Any]] = []
+    result["rows"] = rows
+    dead: set[str] = set()
+    last: dict[str, tuple[int, float]] = {}
+    for count in map(int, options.tokens.split(",")):
+        torch.manual_seed(2)
+        ids = torch.randint(0, model.config.vocab_size, (options.batch, count), device=device)
+        for arm in options.arms.split(","):
+            if "@" in arm and device.type != "cuda":
+                continue
+            before, seconds = last.get(arm, (count, 1.0))
+            expected = seconds * (count / before) ** 1.8
+            left = options.seconds - (time.perf_counter() - begin)
+            if arm in dead or expected * 2 > left:
+                print(f"skipped: {arm} at {count}", flush=True)
+                continue
+            repeats = max(1, min(options.repeats, int(30 / max(expected, 1e-3))))
+            row = measure(arm, model, ids, options.chunk, repeats, warm=expected * 3 < left)
+            rows.append(row)
+            dead |= {arm} if row.get("oom") else set()
+            if not row.get("oom"):
+                last[arm] = (count, row["seconds"])
+            print(show([row]).splitlines()[1], flush=True)
+            save()
+    print(show(rows))
+    if device.type == "cuda":
+        full = SHAPES[options.model]["num_hidden_layers"]
+        result["longest"] = longest(rows, options.layers, full, shape_of(model), [80.0, 141.0])
+        print(result["longest"])
+    save()
+    return int(failed)
+
+
+def facts(device: torch.device) -> dict[str, str]:
+    import transformers
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

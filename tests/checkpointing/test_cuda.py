@@ -1,0 +1,113 @@
+"""Lazy copies from a CUDA device: exact under load, with little host memory, in host memory, and never torn unnoticed."""
+
+import pytest
+import torch
+
+from undertow.checkpointing import Checkpointer
+from undertow.checkpointing.folder import read_manifest
+from undertow.checkpointing.restore import Reader
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+MIB = 2**20
+
+
+def make(fused=False):
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(1024, 1024) for _ in range(24)]
+    model = torch.nn.Sequential(*layers, torch.nn.BatchNorm1d(1024)).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+    return model, optimizer
+
+
+def train(model, optimizer):
+    x = torch.randn(4096, 1024, device="cuda")
+    optimizer.zero_grad()
+    (model(x) - x).pow(2).mean().backward()
+    optimizer.step()
+
+
+def tensors(model, optimizer):
+    names = {id(p): n for n, p in model.named_parameters()}
+    found = {f"model.{n}": v for n, v in model.state_dict().items()}
+    for p, state in optimizer.state.items():
+        found |= {f"optimizer.state.{names[id(p)]}.{k}": v for k, v in state.items()}
+    return {k: v.detach().cpu().clone() for k, v in found.items()}
+
+
+def stored(folder, step):
+    path = folder.final(step)
+    manifest = read_manifest(path)
+    reader = Reader(path, manifest)
+    return {key: reader.shard(key, record.shards[0]) for key, record in manifest.tensors.items()}
+
+
+@pytest.mark.parametrize("arena", [None, 48 * MIB])
+@pytest.mark.parametrize("fused", [False, True])
+def test_saves_under_load_are_exact(tmp_path, arena, fused):
+    model, optimizer = make(fused)
+    train(model, optimizer)
+    copies = {}
+    with Checkpointer(tmp_path, model=model, optimizer=optimizer, every=2, keep=None, arena_bytes=arena) as ckpt:
+        for step in range(7):
+            if step % 2 == 0:
+                copies[step] = tensors(model, optimizer)
+            ckpt.step(step)
+            train(model, optimizer)
+        assert all(report.ok for report in ckpt.wait()), ckpt.reports
+        for step, expected in copies.items():
+            found = stored(ckpt.folder, step)
+            assert found.keys() == expected.keys()
+            for key, value in expected.items():
+                assert torch.equal(found[key], value), (step, key)
+
+
+def test_host_tier_every_step_is_exact_and_restores(tmp_path):
+    model, optimizer = make()
+    train(model, optimizer)
+    with Checkpointer(tmp_path, model=model, optimizer=optimizer, every=4, host_every=1) as ckpt:
+        for step in range(10):
+            expected = tensors(model, optimizer)
+            ckpt.step(step)
+            train(model, optimizer)
+        assert all(report.ok for report in ckpt.wait()), ckpt.reports
+        assert ckpt.host.skipped == 0
+        found = stored(ckpt.host.folder, 9)
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+        assert ckpt.restore() == 9
+        assert all(torch.equal(a, expected[key]) for key, a in tensors(model, optimizer).items())
+
+
+def test_an_unfenced_writer_is_found(tmp_path):
+    model, optimizer = make()
+    train(model, optimizer)
+    with Checkpointer(tmp_path, model=model, optimizer=optimizer, arena_bytes=32 * MIB) as ckpt:
+        ckpt.save(1)
+        for parameter in model.parameters():
+            parameter.data.mul_(2)  # neither an optimizer nor fenced
+        train(model, optimizer)
+        report = ckpt.wait()[-1]
+        assert not report.ok and "while it was being copied" in report.reason
+        ckpt.save(2)
+        assert ckpt.wait()[-1].ok
+        assert ckpt.folder.committed() == [2]
+
+
+def test_resume_is_bit_identical(tmp_path):
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        model, optimizer = make()
+        with Checkpointer(tmp_path, model=model, optimizer=optimizer, every=3, keep=None) as ckpt:
+            for step in range(6):
+                ckpt.step(step)
+                train(model, optimizer)
+            expected = tensors(model, optimizer)
+            assert ckpt.restore(step=3) == 3
+            for _ in range(3, 6):
+                train(model, optimizer)
+            for key, value in tensors(model, optimizer).items():
+                assert torch.equal(value, expected[key]), key
+    finally:
+        torch.use_deterministic_algorithms(False)

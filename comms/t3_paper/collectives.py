@@ -7,7 +7,6 @@ which goes nowhere, takes memory time of its own. That is the part which near-me
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 from .clock import Clock
@@ -19,7 +18,7 @@ class Collective:
     """`seconds` from start to end; `moved_bytes` of one GPU's DRAM under 'reads' and 'writes'."""
 
     seconds: float = 0.0
-    moved_bytes: Counter[str] = field(default_factory=Counter)
+    moved_bytes: dict[str, float] = field(default_factory=lambda: {"reads": 0.0, "writes": 0.0})
 
 
 def reduce_scatter(chunk_bytes: float, world: int, hw: Hardware) -> Collective:

@@ -10,7 +10,7 @@ hardware does, and it is there to be compared with the closed form.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -44,7 +44,7 @@ class Memory:
 
     def __init__(self, clock: Clock, hw: Hardware, policy: Policy, *, traced: bool = False) -> None:
         self.clock, self.policy = clock, policy
-        self.served_bytes: Counter[str] = Counter()
+        self.served_bytes: defaultdict[str, float] = defaultdict(float)
         self.trace: list[tuple[str, float, float, float]] | None = [] if traced else None
         self._bandwidth = hw.dram_bytes_per_s
         share = hw.mca_share if policy is Policy.MCA else hw.unarbitrated_share

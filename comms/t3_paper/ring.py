@@ -10,8 +10,7 @@ is what unequal links need.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...dist.errors import UserError
@@ -45,7 +44,7 @@ class Fused:
     reduced_s: float
     first_send_s: float
     sent_bytes: float
-    served_bytes: Counter[str]
+    served_bytes: Mapping[str, float]
     trace: list[tuple[str, float, float, float]] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
 

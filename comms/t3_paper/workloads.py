@@ -22,7 +22,7 @@ class Model:
     """A Transformer as far as its sliced products see it.
 
     `tokens`: rows of the activations of one micro-batch (sequence length x batch). `intermediate`: the feed-forward
-    width, `gated` when it has a gate of the same width. `qkv`: columns of the query, key and value projections together.
+    width, `gated` when it has a gate of the same width. `qkv`: columns of the query, key and value projections.
     """
 
     name: str
@@ -94,7 +94,7 @@ def paper_rows(tps: tuple[int, ...] = (8, 16, 32)) -> list[SubLayer]:
 
 
 def read_model(path: Path, tokens: int) -> Model:
-    """A model from a transformers `config.json` (or the same keys written by hand); `UserError` names what is missing."""
+    """A model from a transformers `config.json`, or the same keys by hand; `UserError` names what is missing."""
     try:
         config: Any = json.loads(path.read_text())
         if not isinstance(config, dict):

@@ -80,3 +80,16 @@ def _deadlock(graph: Graph, *, rendezvous: bool) -> list[Problem]:
         value = (node.action.reads or node.action.writes)[0].value
         found.append(node.problem("deadlock", f"stops for ever{sends}: it waits for {waits}", value))
     return found
+
+
+def out_of_order(graph: Graph) -> list[Problem]:
+    """Messages that a transport without tags would mix up: two lanes must exchange theirs in the same order."""
+    found, latest = [], {}
+    for node in graph.nodes:
+        if node.action.kind == "send":
+            other = graph.nodes[graph.partner[node.id]]
+            before = latest.setdefault((node.lane_id, other.lane_id), other)
+            if other.index < before.index:
+                found.append(node.problem("message order", f"sent after, but received before, {before}"))
+            latest[node.lane_id, other.lane_id] = other
+    return found

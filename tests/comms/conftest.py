@@ -138,3 +138,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def make_case(seed: int) -> Callable[..., Case]:
     """`make_case(name, world, rows=4)`: rows per rank, one number or one for each rank."""
     return lambda name, world, rows=4: MAKERS[name](world, rows)
+
+
+@pytest.fixture
+def case_names() -> list[str]:
+    return list(MAKERS)

@@ -10,8 +10,8 @@ from undertow.comms.builders.all_gather import ring_all_gather
 from undertow.comms.builders.gemm_reduce_scatter import gemm_reduce_scatter
 from undertow.comms.builders.reduce_scatter import direct_reduce_scatter, ring_reduce_scatter
 from undertow.comms.builders.ring_attention import ring_attention
-from undertow.comms.check import check, find_problems
-from undertow.comms.graph import ScheduleError
+from undertow.comms.check import check, find_problems, out_of_order
+from undertow.comms.graph import ScheduleError, build
 from undertow.comms.schedule_text import parse
 
 GATHER = str(ring_all_gather(3, 4, [2]))
@@ -232,6 +232,15 @@ def test_a_send_that_must_wait_for_its_receive_can_deadlock():
     assert problem.kind == "deadlock" and "when sends wait for their receive" in problem.text
     with pytest.raises(local.Stuck):
         local.run(schedule, [{"x": torch.ones(2)}] * 2, rendezvous=True)
+
+
+def test_transports_without_tags_need_messages_in_order():
+    """NCCL would give the second message to the first receive; with tags the schedule is right."""
+    first, second = "  recv <- 2 chunk.2 => out[8:12]\n", "  recv <- 2 chunk.1 => out[4:8]\n"
+    schedule = parse(GATHER.replace(first + second, second + first))
+    assert out_of_order(build(parse(GATHER))) == []
+    (problem,) = out_of_order(build(schedule))
+    assert problem.kind == "message order" and problem.rank == 2 and "rank 0, lane from_previous" in problem.text
 
 
 def test_all_faults_are_named_at_once():

@@ -1,0 +1,269 @@
+"""Run a schedule over torch.distributed: gloo for CPU tensors, NCCL for CUDA tensors.
+
+Each lane is a thread (the caller's own for the first lane of operations) with a loop of four lines: wait for what the
+action reads, do it, say that it has finished. One communication thread issues all messages, because issuing costs time
+and the compute thread has none; the lanes wait for them. On CUDA each lane is also a stream, threads only put work on
+it, and edges become events. Whatever is not in the schedule is not waited for: no barrier, no device-wide synchronise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..dist.errors import PeerLost, UndertowError, UserError
+from ..dist.trace import Trace
+from .actions import Compute, Recv, Send
+from .board import Board, Stopped, Worker
+from .check import check, out_of_order
+from .graph import Graph, Node, ScheduleError, need
+from .ops import Ops, table
+from .schedule import Schedule
+from .storage import Storage
+from .transport import Gloo, Nccl, Transport, new_group
+
+Prepared = tuple[Graph, Mapping[int, Any]]
+_KEPT = 256  # schedules whose proofs are remembered
+
+
+class P2P:
+    """Executes schedules on the ranks of `group` (default: all). Construct, `run` and `close` on every rank alike.
+
+    A schedule's rank r is the group's r-th rank. `device`: CPU (gloo) or a CUDA device (NCCL). `timeout_s`: the longest
+    that a message may make its lane wait. After an error the executor refuses to run again, because messages of the
+    broken run may still be on their way. `trace` records a span for each action.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        timeout_s: float = 300.0,
+        trace: Trace | None = None,
+    ) -> None:
+        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+        self.rank, self.world = ranks.index(dist.get_rank()), len(ranks)
+        self.device, self.timeout_s, self.trace = torch.device(device), timeout_s, trace or Trace(None)
+        self._control = new_group(ranks, "gloo", timeout_s)
+        self._transport: Transport = (
+            Gloo(self._control) if self.device.type == "cpu" else Nccl(ranks, self.rank, self.device, timeout_s)
+        )
+        self._ready: dict[str, Prepared] = {}  # by digest, the latest used last
+        self._workers: dict[str, Worker] = {}
+        self._streams: dict[str, Any] = {}
+        self._broken: list[Any] = []  # the failed run: its tensors must outlive messages on their way
+
+    def prepare(self, schedule: Schedule) -> None:
+        """Check the schedule and open its channels; collective. `run` does it when it sees a schedule first."""
+        self._prepared(schedule)
+
+    def _prepared(self, schedule: Schedule) -> Prepared:
+        found = self._ready.pop(schedule.digest, None) or self._prepare(schedule)
+        self._ready[schedule.digest] = found
+        if len(self._ready) > _KEPT:
+            del self._ready[next(iter(self._ready))]
+        return found
+
+    def _prepare(self, schedule: Schedule) -> Prepared:
+        if schedule.world != self.world:
+            raise UserError(f"schedule {schedule.name} is for {schedule.world} ranks, the group has {self.world}")
+        check(schedule, rendezvous=True)
+        graph = need(schedule)
+        if not self._transport.prepost and (problems := out_of_order(graph)):
+            raise ScheduleError(schedule, tuple(problems))
+        self._agree(schedule)
+        return graph, self._transport.prepare(graph)
+
+    def run(
+        self,
+        schedule: Schedule,
+        inputs: Mapping[str, torch.Tensor],
+        ops: Ops | None = None,
+        *,
+        outputs: Mapping[str, torch.Tensor] | None = None,
+        blocking: bool = True,
+    ) -> dict[str, torch.Tensor]:
+        """This rank's part of the schedule: its inputs by name → its outputs by name, on `device`.
+
+        All ranks of the group must call it with the same schedules in the same order. `outputs`: tensors to fill.
+        `blocking=False` (CUDA only) returns when all work is queued; the current stream is then behind it. Raises
+        `PeerLost`, naming rank, action and value, when a peer dies or gives nothing for `timeout_s`, and whatever an
+        operation raises.
+        """
+        if self._broken:
+            raise UndertowError(
+                f"rank {self.rank}: this executor has failed before, and its messages may still be on their way; "
+                "close it and make a new one"
+            )
+        graph, addresses = self._prepared(schedule)
+        with torch.no_grad():
+            storage = Storage(schedule, self.rank, inputs, outputs=outputs, device=self.device)
+            run = _Run(self, graph, addresses, storage, table(schedule, ops))
+            try:
+                run.go()
+                if blocking:
+                    run.drain()
+            except BaseException:
+                self._broken.append(run)
+                raise
+        return storage.outputs
+
+    def worker(self, role: str) -> Worker:
+        """The thread of this role, made when first asked for."""
+        if role not in self._workers:
+            self._workers[role] = Worker(f"undertow-{role}-{self.rank}")
+        return self._workers[role]
+
+    def stream(self, lane: str) -> torch.cuda.Stream | None:
+        """The stream of a lane on CUDA; None on the CPU."""
+        if self.device.type == "cpu":
+            return None
+        if lane not in self._streams:
+            self._streams[lane] = torch.cuda.Stream(self.device)
+        return self._streams[lane]
+
+    def close(self) -> None:
+        """End the threads and, unless a run has failed, the process groups; collective."""
+        for worker in self._workers.values():
+            worker.stop()
+        self._workers.clear()
+        if not self._broken:
+            self._transport.close()
+            dist.destroy_process_group(self._control)
+
+    def __enter__(self) -> P2P:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _agree(self, schedule: Schedule) -> None:
+        """Refuse a schedule that is not the same on all ranks: it would hang, or mix up messages."""
+        mine = torch.frombuffer(bytearray.fromhex(schedule.digest), dtype=torch.uint8)
+        found = [torch.empty_like(mine) for _ in range(self.world)]
+        try:
+            dist.all_gather(found, mine, group=self._control)
+        except RuntimeError as error:
+            raise PeerLost(f"rank {self.rank}: not all ranks came to schedule {schedule.name} ({error})") from error
+        others = [rank for rank, digest in enumerate(found) if not torch.equal(digest, mine)]
+        if others:
+            raise UserError(
+                f"rank {self.rank} runs schedule {schedule.name} ({schedule.digest[:12]}), rank(s) "
+                f"{', '.join(map(str, others))} run another one",
+                expected="the same schedule on all ranks",
+                remedy="build it from values that all ranks share, and compare str(schedule)",
+            )
+
+
+class _Run:
+    """One execution on one rank."""
+
+    def __init__(self, owner: P2P, graph: Graph, addresses: Mapping[int, Any], storage: Storage, ops: Ops) -> None:
+        self.owner, self.graph, self.addresses, self.storage, self.ops = owner, graph, addresses, storage, ops
+        self.board = Board()
+        self.posted: dict[int, list[Any]] = {}
+        self.lanes = [[graph.nodes[i] for i in ids] for rank, _, ids in graph.lanes if rank == owner.rank and ids]
+        self.cuda = owner.device.type == "cuda"
+
+    def go(self) -> None:
+        """Run all lanes: the caller's thread takes the first that computes."""
+        issuer = self.owner.worker("communication")
+        if self.owner._transport.prepost:
+            issuer.submit(self._prepost)
+        own = next((lane for lane in self.lanes if any(isinstance(n.action, Compute) for n in lane)), None)
+        start = torch.cuda.current_stream(self.owner.device).record_event() if self.cuda else None
+        for lane in self.lanes:
+            if lane is not own:
+                stream = self.owner.stream(lane[0].lane)
+                self.owner.worker(f"lane-{lane[0].lane}").submit(lambda lane=lane, s=stream: self._lane(lane, s, start))
+        if own is not None:
+            self._lane(own, torch.cuda.current_stream(self.owner.device) if self.cuda else None, None)
+        try:
+            marks = self.board.wait([node.id for lane in self.lanes for node in lane])
+        except BaseException as error:
+            self.board.fail(error)
+            assert self.board.error is not None
+            raise self.board.error from None
+        if self.cuda:
+            for mark in marks:
+                torch.cuda.current_stream(self.owner.device).wait_event(mark)
+
+    def drain(self) -> None:
+        """On CUDA, until the device has done it all; one event after the other, so that it can name a late one."""
+        for lane in self.lanes if self.cuda else ():
+            for node in lane:
+                (mark,) = self.board.wait([node.id])
+                deadline_s = time.monotonic() + self.owner.timeout_s
+                while not mark.query():
+                    if time.monotonic() > deadline_s:
+                        raise PeerLost(self._lost(node, "the device has not come to its end"))
+                    time.sleep(20e-6)
+
+    def _lane(self, lane: list[Node], stream: Any, start: Any) -> None:
+        """The loop that every lane is."""
+        try:
+            with torch.no_grad(), torch.cuda.stream(stream):
+                if start is not None:
+                    stream.wait_event(start)
+                for node in lane:
+                    marks = self.board.wait(self.graph.writers[node.id])
+                    for mark in marks if self.cuda else ():
+                        stream.wait_event(mark)
+                    with self.owner.trace.span(str(node.action), lane=node.lane):
+                        self._do(node, stream)
+                    self.board.finish(node.id, stream.record_event() if self.cuda else None)
+        except Stopped:
+            return
+        except BaseException as error:
+            self.board.fail(error)
+
+    def _do(self, node: Node, stream: Any) -> None:
+        action = node.action
+        if isinstance(action, Compute):
+            reads, writes = self.storage.views(action.reads), self.storage.views(action.writes)
+            self.ops[action.op](reads, writes, **dict(action.params))
+        elif isinstance(action, (Send, Recv)):
+            communication = self.owner.worker("communication")
+            try:
+                if self.cuda:
+                    communication.submit(lambda: self._enqueue(node.id, action, stream)).get()
+                else:
+                    works = communication.submit(lambda: self._issue(node.id, action)).get()
+                    self.owner._transport.wait(works, self.owner.timeout_s)
+            except RuntimeError as error:
+                raise PeerLost(self._lost(node, str(error))) from error
+
+    def _issue(self, node: int, action: Send | Recv) -> list[Any]:
+        """The message's works: those of a receive posted before, or new ones. In the communication thread."""
+        parts = action.reads if isinstance(action, Send) else action.writes
+        posted = self.posted.pop(node, None)
+        return posted or self.owner._transport.issue(self.addresses[node], action, self.storage.views(parts))
+
+    def _enqueue(self, node: int, action: Send | Recv, stream: Any) -> None:
+        with torch.cuda.stream(stream):
+            self.owner._transport.wait(self._issue(node, action), self.owner.timeout_s)
+
+    def _prepost(self) -> None:
+        """Post all receives into memory that nobody has used before; the others wait for their turn."""
+        first: dict[str, str] = {}
+        for name, value in self.graph.schedule.by_rank[self.owner.rank].items():
+            first.setdefault(f"slot {value.slot}" if value.slot else name, name)
+        fresh = set(first.values())
+        for lane in self.lanes:
+            for node in lane:
+                if isinstance(node.action, Recv) and all(part.value in fresh for part in node.action.writes):
+                    self.posted[node.id] = self._issue(node.id, node.action)
+
+    def _lost(self, node: Node, reason: str) -> str:
+        """Names rank, lane, action, value and peer of what did not happen in time."""
+        action, within = node.action, f"within {self.owner.timeout_s:g} s, or that rank is gone ({reason})"
+        if isinstance(action, Send):
+            return f"{node}: value {action.reads[0].value} was not taken by rank {action.to} {within}"
+        if isinstance(action, Recv):
+            return f"{node}: value {action.writes[0].value} did not come from rank {action.source} {within}"
+        return f"{node}: did not end {within}"

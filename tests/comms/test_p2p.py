@@ -1,0 +1,220 @@
+"""The executor over gloo: the bits of `local`, and errors that name what did not happen."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from undertow.comms import local
+from undertow.comms.builders.all_gather import ring_all_gather
+from undertow.comms.builders.gemm_reduce_scatter import gemm_reduce_scatter
+from undertow.comms.builders.reduce_scatter import direct_reduce_scatter, ring_reduce_scatter
+from undertow.comms.ops import gemm
+from undertow.comms.p2p import P2P
+from undertow.comms.schedule_text import parse
+from undertow.dist.errors import UndertowError, UserError
+from undertow.dist.trace import Trace
+
+
+def _execute(rank, world, cases):
+    """Each case three times, so that buffers, tags and threads are used again."""
+    with P2P(timeout_s=30) as executor:
+        runs = [[executor.run(c.schedule, c.inputs[rank], c.ops) for c in cases] for _ in range(3)]
+    return [[{name: tensor.numpy() for name, tensor in outputs.items()} for outputs in run] for run in runs]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_same_object_gives_the_same_bits_as_local(world, ranks, make_case, case_names):
+    ragged = [(3 * rank + 1) % 5 for rank in range(world)]
+    cases = [make_case(name, world, rows) for name in case_names for rows in (4, ragged)]
+    results = ranks(world, _execute, cases)
+    for at, case in enumerate(cases):
+        wanted = local.run(case.schedule, case.inputs, case.ops)
+        for rank in range(world):
+            for run in results[rank]:
+                for name, tensor in wanted[rank].items():
+                    assert torch.equal(torch.from_numpy(run[at][name]), tensor), (case.schedule.name, rank, name)
+
+
+def _with_delays(rank, world, schedule, inputs, rounds, seed):
+    generator = random.Random(seed + rank)
+
+    def slow_gemm(reads, writes):
+        time.sleep(generator.random() * 2e-3)
+        writes[0].fill_(float("nan"))
+        gemm(reads, writes)
+
+    def slow_add(reads, writes):
+        time.sleep(generator.random() * 2e-3)
+        total = reads[0] + reads[1]
+        writes[0].copy_(total)
+
+    with P2P(timeout_s=30) as executor:
+        return [
+            executor.run(schedule, inputs[rank], {"gemm": slow_gemm, "add": slow_add})["out"].tolist()
+            for _ in range(rounds)
+        ]
+
+
+@pytest.mark.parametrize("algorithm", ["direct", "ring"])
+def test_random_delays_change_nothing(algorithm, ranks, seed):
+    schedule = gemm_reduce_scatter(4, 6, 4, 3, algorithm=algorithm, subchunks=2)
+    inputs = [{"x": torch.randn(24, 4), "w": torch.randn(4, 3)} for _ in range(4)]
+    wanted = [out["out"].tolist() for out in local.run(schedule, inputs)]
+    results = ranks(4, _with_delays, schedule, inputs, 25, seed)
+    assert all(got == wanted[rank] for rank in range(4) for got in results[rank])
+
+
+def _traced(rank, world, folder):
+    def slow_gemm(reads, writes):
+        time.sleep(0.2)
+        gemm(reads, writes)
+
+    trace = Trace(f"{folder}/trace-{rank:05d}.json", rank)
+    with P2P(timeout_s=30, trace=trace) as executor:
+        for overlap in (True, False):
+            schedule = gemm_reduce_scatter(world, 4, 4, 3, overlap=overlap)
+            executor.run(schedule, {"x": torch.ones(4 * world, 4), "w": torch.ones(4, 3)}, {"gemm": slow_gemm})
+    trace.close()
+
+
+def test_the_first_send_begins_before_the_last_product_ends_only_when_overlapped(ranks, tmp_path):
+    ranks(2, _traced, str(tmp_path))
+    lines = (tmp_path / "trace-00000.json").read_text().splitlines()
+    events = [json.loads(line.rstrip(",")) for line in lines if line.startswith("{")]
+    lane = {e["args"]["name"]: e["tid"] for e in events if e["name"] == "thread_name"}
+    sends = [e["ts"] for e in events if e["ph"] == "B" and e["tid"] == lane["out"] and e["name"].startswith("send")]
+    products = [e["ts"] for e in events if e["ph"] == "E" and e["tid"] == lane["compute"]]
+    assert len(sends) == 2 and len(products) == 4
+    assert sends[0] < products[1]  # begun while the second product was still being made
+    assert sends[1] > products[3]  # the sequential schedule's send waited for all of it
+
+
+def _failing(rank, world, schedule, lane):
+    def broken(reads, writes, **params):
+        if rank == 0:
+            raise ZeroDivisionError("not this tensor")
+        time.sleep(0.01)
+        torch.add(reads[0], reads[1], out=writes[0]) if lane == "reduce" else gemm(reads, writes)
+
+    executor = P2P(timeout_s=3)
+    inputs = {"x": torch.ones(8, 4), "w": torch.ones(4, 3)}
+    try:
+        executor.run(schedule, inputs, {"add" if lane == "reduce" else "gemm": broken})
+        outcome = "no error"
+    except Exception as error:
+        outcome = f"{type(error).__name__}: {error}"
+    try:
+        executor.run(schedule, inputs)
+        return outcome, "no error"
+    except UndertowError as error:
+        return outcome, str(error)
+
+
+@pytest.mark.parametrize("lane", ["compute", "reduce"])
+def test_what_an_operation_raises_reaches_the_caller(lane, ranks):
+    """From the caller's own lane and from a thread's; the other rank waits for its message and names it."""
+    (first, again), (second, _) = ranks(2, _failing, gemm_reduce_scatter(2, 4, 4, 3), lane)
+    assert first == "ZeroDivisionError: not this tensor"
+    assert "this executor has failed before" in again
+    if lane == "compute":
+        assert "PeerLost" in second and "rank 1, lane in, action 0 `recv <- 0 part.0 => from.0[0:4]`" in second
+        assert "value from.0 did not come from rank 0 within 3 s" in second
+    else:
+        assert second == "no error"  # it has been sent all that it needs
+
+
+def _dying(rank, pipe, store):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+
+    def die(reads, writes):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        schedule = gemm_reduce_scatter(2, 4, 4, 3)
+        executor = P2P(timeout_s=60)
+        executor.run(schedule, {"x": torch.ones(8, 4), "w": torch.ones(4, 3)}, {"gemm": die} if rank else None)
+    except BaseException as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+    finally:
+        pipe.close()
+        os._exit(0)
+
+
+def test_a_killed_peer_gives_peer_lost_without_waiting_for_the_time_out(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    processes = [context.Process(target=_dying, args=(rank, theirs, tmp_path / "store")) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    try:
+        assert ours.poll(30), "rank 0 still waits for a dead peer"
+        message = ours.recv()
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    assert message.startswith("PeerLost") and "rank 0, lane " in message and "rank 1" in message
+
+
+def _disagreeing(rank, world):
+    executor = P2P(timeout_s=10)
+    try:
+        executor.run(direct_reduce_scatter(world, 4 + (rank == 2)), {"x": torch.ones((4 + (rank == 2)) * world)})
+    except UserError as error:
+        return str(error)
+
+
+def test_ranks_with_different_schedules_are_told(ranks):
+    messages = ranks(3, _disagreeing)
+    assert all("the same schedule on all ranks" in message for message in messages)
+    assert "rank 2 runs schedule direct_reduce_scatter" in messages[2] and "rank(s) 0, 1 run another" in messages[2]
+
+
+def _refusals(rank, world):
+    found = []
+    with P2P(timeout_s=10) as executor:
+        for schedule in (
+            ring_all_gather(3, 4),
+            parse(str(ring_all_gather(2, 4)).replace("goal 0 out[0:4] = x@0[0:4]\n", "")),
+        ):
+            try:
+                executor.run(schedule, {"x": torch.ones(4)})
+            except UserError as error:
+                found.append(str(error))
+        out = torch.empty(8)
+        result = executor.run(ring_all_gather(2, 4), {"x": torch.full((4,), float(rank))}, outputs={"out": out})
+        assert result["out"] is out and out.tolist() == [0.0] * 4 + [1.0] * 4
+        needs_grad = torch.ones(2 * 4, requires_grad=True)
+        assert not executor.run(ring_reduce_scatter(2, 4), {"x": needs_grad})["out"].requires_grad
+    return found
+
+
+def test_refusals_leave_the_executor_usable(ranks):
+    for messages in ranks(2, _refusals):
+        assert "is for 3 ranks, the group has 2" in messages[0]
+        assert "no goal: rank 0, value out" in messages[1]
+
+
+def _two_groups(rank, world):
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    with P2P(pairs[rank // 2], timeout_s=30) as pair, P2P(timeout_s=30) as everyone:
+        both = pair.run(ring_all_gather(2, 1), {"x": torch.tensor([float(rank)])})["out"].tolist()
+        total = everyone.run(ring_reduce_scatter(4, 1), {"x": torch.arange(4.0)})["out"].tolist()
+        again = pair.run(direct_reduce_scatter(2, 1), {"x": torch.tensor([1.0, 2.0]) * (rank + 1)})["out"].tolist()
+    return both, total, again
+
+
+def test_two_executors_over_two_groups(ranks):
+    results = ranks(4, _two_groups)
+    assert [both for both, _, _ in results] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert [total for _, total, _ in results] == [[0], [4], [8], [12]]
+    assert [again for _, _, again in results] == [[3], [6], [7], [14]]

@@ -32,7 +32,11 @@ _FILE_COLUMNS = 120  # a file or pipe has no width of its own
 
 
 def main(argv: list[str]) -> int:
-    """The command line after `undertow simulate`; returns the exit code."""
+    """The command line after `undertow simulate`; returns the exit code. `t3 …` goes to the paper's simulator."""
+    if argv[:1] == ["t3"]:
+        from .t3_paper.cli import main as t3
+
+        return t3(argv[1:])
     try:
         app(args=argv, prog_name="undertow simulate", standalone_mode=True)
     except SystemExit as stop:
@@ -109,6 +113,7 @@ def _list(console: Console) -> None:
     console.print("schedules, and what --bytes means for each:")
     for name, entry in CATALOG.items():
         console.print(f"  {name:<32}{entry.meaning}", soft_wrap=True)
+    console.print("and `undertow simulate t3`: the evaluation of the T3 paper, or its hardware under your model")
 
 
 def _summary(console: Console, plan: Schedule, machine: Machine, network: Network, topology: str) -> None:

@@ -24,7 +24,7 @@ from .hardware import Hardware, from_machine
 from .paper import evaluate, evaluate_paper
 from .workloads import Model, paper_rows, read_model, sublayers
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 _FILE_COLUMNS = 140  # a file or pipe has no width of its own
 _TIMED = ("T-NLG", 8, "FC-2")  # the sub-layer whose DRAM traffic the paper draws over time (figure 17)
 
@@ -77,11 +77,14 @@ def _t3(
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, width=_FILE_COLUMNS)
     hw = _hardware(machine, link_gbps, latency_us, dram_gbps, peak_tflops, compute_units, llc_mib)
+    paper_gpu = hw == Hardware()
     own = _model(model, hidden, layers, intermediate, qkv, gated, tokens, tp)
     outputs = [_writable(name) for name in (json, png) if name]
     if constants:
         console.print(table.constants_table())
     if fit:
+        if not paper_gpu:
+            raise UserError("--calibrate on another GPU", expected="the paper's, whose results are known")
         hw, fits = calibrate(hw)
         console.print(table.fit_table(fits))
     if own is None:
@@ -90,7 +93,7 @@ def _t3(
         document = paper_document(rows, hw)
         console.print(table.row_table(rows, "sub-layers: sequential parts, speedups over sequential, DRAM traffic"))
         console.print(table.paper_table(rows))
-        if hw != Hardware():
+        if not paper_gpu:
             console.print("this is not the paper's GPU: deviations from the paper are then no error")
     else:
         degree = tp or TP

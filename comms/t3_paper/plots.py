@@ -84,12 +84,19 @@ def _speedups(axes: Any, rows: Sequence[Row], *, paper: bool) -> None:
                 axes.plot([at], [published[key]], "k_", markersize=12, markeredgewidth=2)
         axes.plot([], [], "k_", markersize=12, markeredgewidth=2, label="paper")
     _bars(axes, places[: len(rows)], {c: [row.speedup(c) for row in rows] for c in SPEEDUPS}, labelled=True)
-    axes.set_xticks(places, names, rotation=60, ha="right", fontsize=8)
+    _name(axes, places, names)
     axes.set_ylim(0.95, None)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_ylabel("speedup over Sequential")
     axes.legend(ncols=5, fontsize=8, loc="upper left")
     axes.margins(x=0.01, y=0.15)
+
+
+def _name(axes: Any, places: Sequence[float], names: Sequence[str]) -> None:
+    if len(names) > 6:
+        axes.set_xticks(places, names, rotation=60, ha="right", fontsize=8)
+    else:
+        axes.set_xticks(places, names, fontsize=9)
 
 
 def _bars(axes: Any, places: Sequence[float], heights: dict[Config, list[float]], *, labelled: bool) -> None:
@@ -111,7 +118,7 @@ def _traffic(axes: Any, rows: Sequence[Row]) -> None:
                     i + side, share, 0.36, bottom=below, color=colour, label=label if i == 0 and side < 0 else None
                 )
                 below += share
-    axes.set_xticks(range(len(rows)), [row.sublayer.name for row in rows], rotation=60, ha="right", fontsize=8)
+    _name(axes, range(len(rows)), [row.sublayer.name for row in rows])
     axes.set_ylabel("DRAM bytes / Sequential's\n(left Sequential, right T3)")
     axes.set_ylim(0, 1.22)
     axes.legend(ncols=6, fontsize=8, loc="upper left")
@@ -137,6 +144,7 @@ def _over_time(axes: Any, run: Fused, longest_s: float, title: str) -> None:
         f"{title}; GEMM ends {1e3 * run.gemm_s:.2f} ms (line), RS {1e3 * run.reduced_s:.2f} ms (dashed)", fontsize=9
     )
     axes.set_xlim(0, 1e3 * longest_s * 1.01)
+    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])
     axes.set_ylabel("GB/s")
     axes.set_xlabel("ms")
-    axes.legend(ncols=4, fontsize=8, loc="upper right")
+    axes.legend(ncols=4, fontsize=8, loc="upper left")

@@ -53,8 +53,9 @@ def bench(
     from undertow.benchmarks import discover
 
     if not name:
-        for known, line in discover.listed().items():
-            typer.echo(f"{known:<14} {line}")
+        known = discover.listed()
+        for each, line in known.items():
+            typer.echo(f"{each:<{max(map(len, known))}}  {line}")
         return
     benchmark = discover.load(name)
     if rounds is not None and rounds < 6:

@@ -66,13 +66,22 @@ def _checked(case: Case, arm: Arm, reference: Callable[[], object], peers: Peers
             arm.prepare()
         answer = arm.run()
         answer = answer.answer if isinstance(answer, Measured) else answer
+        if arm.device == "cuda":
+            _finish_cuda()
         wrong = case.wrong(answer, (arm.reference or reference)())
     except Exception as error:  # a rival that fails is a finding, and must not end the run of the others
-        note = f"failed: {type(error).__name__}: {error}"
+        kind = type(error).__name__
+        note = "out of memory" if kind == "OutOfMemoryError" else f"failed: {kind}: {error}"
     if peers.largest(float(bool(note))):
         return replace(row, note=note or "failed on another rank")
     wrong = int(peers.largest(float(wrong)))
     return replace(row, wrong=wrong, note="the answer is wrong" if wrong else "")
+
+
+def _finish_cuda() -> None:
+    import torch
+
+    torch.cuda.synchronize()  # the answer may still be on its way into host memory
 
 
 def _timed(

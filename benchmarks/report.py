@@ -111,7 +111,7 @@ class Report:
                 where.setdefault((row.arm, row.note), []).append(row.case)
         everywhere = len({row.case for row in self.rows})
         return [
-            f"{arm} ({'all cases' if len(cases) == everywhere else ', '.join(cases)}): {note}"
+            f"{arm} ({'all cases' if len(cases) == everywhere else '; '.join(cases)}): {note}"
             for (arm, note), cases in where.items()
         ]
 

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 
 from undertow.benchmarks.case import Arm, Case, Measured, Trial
 from undertow.benchmarks.harness import run_case
@@ -118,6 +119,23 @@ def test_an_arm_that_raises_does_not_end_the_others():
     rows = {row.arm: row for row in run(case(arm(PLAIN), arm(OURS), Arm(RIVAL, run=explode)), clock)}
     assert rows[RIVAL].note == "failed: OSError: no such rival" and rows[RIVAL].wrong is None
     assert rows[OURS].seconds is not None
+
+
+def test_running_out_of_memory_is_a_reason_not_a_failure():
+    def greedy():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    rows = run(case(arm(PLAIN), arm(OURS), Arm(RIVAL, run=greedy)), constant(plain=0.3, ours=0.1))
+    assert [row.note for row in rows if row.arm == RIVAL] == ["out of memory"]
+
+
+def test_the_device_finishes_before_an_answer_is_read(monkeypatch):
+    """A copy into host memory that was only queued has brought nothing yet."""
+    host: list[int] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: host.append(7))
+    ours = Arm(OURS, run=lambda: host, prepare=host.clear, reference=lambda: [7], device="cuda")
+    rows = {row.arm: row for row in run(case(arm(PLAIN), ours), constant(plain=1.0, ours=1.0))}
+    assert rows[OURS].wrong == 0
 
 
 def test_an_unavailable_arm_is_listed_with_its_reason():

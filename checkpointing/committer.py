@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,21 +68,29 @@ class Save:
     call_s: float = 0.0
     fence_s: float = 0.0
     snapshot: Snapshot = field(init=False)
+    problem: str = ""  # why this rank votes against the save whatever becomes of its bytes
     _pickled: dict[str, bytes] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         for key, value in self.objects.items():
             if not isinstance(value, LATER):  # the value may change as soon as training goes on
-                self._pickled[key] = _pickle(value)
+                self._keep(key, value)
 
     def pickled(self) -> dict[str, bytes]:
-        """Every object's bytes, in plan order."""
+        """Every object's bytes, in plan order; empty where one could not be pickled, and `problem` says why."""
         with self._lock:
             for key, value in self.objects.items():
                 if key not in self._pickled:
-                    self._pickled[key] = _pickle(value.value if isinstance(value, Fresh) else value)
+                    self._keep(key, value.value if isinstance(value, Fresh) else value)
             return {key: self._pickled[key] for key in self.objects}
+
+    def _keep(self, key: str, value: Any) -> None:
+        try:
+            self._pickled[key] = _pickle(value)
+        except Exception as error:  # a user's object: it costs this save, on all ranks, and not the training
+            self._pickled[key] = b""
+            self.problem = self.problem or f"'{key}' cannot be pickled ({type(error).__name__}: {error})"
 
 
 def _pickle(value: Any) -> bytes:
@@ -177,7 +186,7 @@ class Committer:
     def _commit(self, part: Part, name: str) -> float:
         """Durable, vote, publish; the seconds from the call to durable files. Raises when the save is lost."""
         save = part.save
-        word: dict[str, Any] = {"reason": ""}
+        word: dict[str, Any] = {"reason": "", "step": save.step}
         try:
             word |= self._make_durable(part)
         except BaseException as error:
@@ -198,6 +207,9 @@ class Committer:
         save, ops = part.save, self.folder.ops
         save.snapshot.wait_filled()
         part.file.wait()
+        pickled = save.pickled()
+        if save.problem:
+            raise RuntimeError(save.problem)
         if save.snapshot.error is None:
             save.snapshot.finish()
         if save.snapshot.error is not None:
@@ -211,10 +223,10 @@ class Committer:
         with self._trace.span("fsync", step=save.step):
             files[save.plan.shard_name] = part.file.finish()
             objects, data, position = {}, [], 0
-            for key, pickled in save.pickled().items():
-                objects[key] = ObjectRecord(save.plan.objects_name, position, len(pickled))
-                data.append(pickled)
-                position += len(pickled)
+            for key, value in pickled.items():
+                objects[key] = ObjectRecord(save.plan.objects_name, position, len(value))
+                data.append(value)
+                position += len(value)
             if position:
                 joined = b"".join(data)
                 ops.write_file(part.file.path.with_name(save.plan.objects_name), joined)
@@ -230,6 +242,7 @@ class Committer:
             with self._trace.span("vote", step=save.step):
                 words = self.coordinator.hear_all(f"{name}/vote", timeout_s=self._timeout_s)
             against = [f"rank {rank}: {word['reason']}" for rank, word in enumerate(words) if word["reason"]]
+            against += [f"rank {rank} saves step {w['step']}" for rank, w in enumerate(words) if w["step"] != save.step]
             if against:
                 raise RuntimeError("; ".join(against))
             files = {file: record for word in words for file, record in word["files"].items()}
@@ -251,8 +264,9 @@ class Committer:
             for step in to_remove(self.folder.committed(), self._keep):
                 self.folder.remove(step)
         except BaseException as error:
-            if part.disposable:
-                self.folder.ops.rmtree(scratch)
+            with suppress(OSError):  # a late rank may still write there; the next job clears it away
+                if part.disposable:
+                    self.folder.ops.rmtree(scratch)
             return f"{type(error).__name__}: {error}"
         return ""
 

@@ -85,7 +85,8 @@ class Reader:
             with torch.serialization.safe_globals(list(allowed)):
                 return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:
-            reason = str(error).splitlines()[0]
+            lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+            reason = next((line for line in lines if "nsupported" in line or "Unpickler" in line), lines[0])
             raise BadCheckpoint(
                 f"the object '{key}' of {self.path} cannot be read safely ({reason}); name its types in allow_types"
             ) from error

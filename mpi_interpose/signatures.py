@@ -35,6 +35,7 @@ def _table() -> tuple[Signature, ...]:
         Signature("Init_thread", "init_thread", "vvip", False),
         Signature("Finalize", "finalize", "", False),
         Signature("Type_commit", "type_commit", "h", False),
+        Signature("Type_dup", "type_dup", "th", False),
         Signature("Pack", "pack", "bntbnPc"),
         Signature("Unpack", "unpack", "bnPbntc"),
         Signature("Recv", "recv", "bntiics"),

@@ -113,7 +113,7 @@ struct TypedBlocks {
       if (c[i] == 0) continue;
       Record* r = records[i] = record_of(t[i]);
       int64_t bytes;
-      if (!r || r->wrong.load() || __builtin_mul_overflow(static_cast<int64_t>(c[i]), r->plan.size, &bytes)) return;
+      if (!r || r->wrong.load() || !proved(*r) || __builtin_mul_overflow(static_cast<int64_t>(c[i]), r->plan.size, &bytes)) return;
       twins[i] = twin_of(r);
       if (handle_key(twins[i]) == handle_key(constants.type_null)) return;
       take = wanted(r, use, c[i], kCollectiveGain) || take;

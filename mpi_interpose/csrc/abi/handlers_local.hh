@@ -14,6 +14,15 @@ int on_type_commit(F next, Site site, MPI_Datatype* type) {
   return rc;
 }
 
+// A duplicate of a committed type is committed.
+template <class F>
+int on_type_dup(F next, Site site, MPI_Datatype type, MPI_Datatype* copy) {
+  sites[site].calls.fetch_add(1, std::memory_order_relaxed);
+  const int rc = next(type, copy);
+  if (rc == MPI_SUCCESS && copy && record_of(type)) type_committed(*copy);
+  return rc;
+}
+
 // Argument errors stay the library's to report, so every doubtful call goes there unchanged.
 template <class N>
 Record* local_record(MPI_Datatype type, N count, MPI_Comm comm, int64_t room, int64_t* bytes) {

@@ -111,15 +111,16 @@ double model_ratio(Use use, const Plan& plan, int64_t bytes) {
 }
 
 Choice choose_local(Record& r, Use use, int64_t bytes) {
-  if (mode == Mode::Force) return {true, false};
+  if (mode != Mode::Auto) return {proved(r), false};
+  if (r.plan.cls == Class::Contiguous) return {false, false};
   const uint32_t call = r.calls[use].fetch_add(1, std::memory_order_relaxed);
   const int k = bucket(bytes);
   const int64_t library = r.estimate[use][0][k].load(std::memory_order_relaxed);
   const int64_t ours = r.estimate[use][1][k].load(std::memory_order_relaxed);
-  bool take = r.plan.cls != Class::Contiguous && model_ratio(use, r.plan, bytes) >= kGain;
+  bool take = model_ratio(use, r.plan, bytes) >= kGain;
   if (library > 0 && ours > 0) take = static_cast<double>(library) >= kGain * static_cast<double>(ours);
-  if (r.plan.cls == Class::Contiguous) return {false, false};
   const uint32_t phase = call % kSampleEvery;
+  if ((take || phase == 8) && !proved(r)) return {false, false};
   if (phase == 8) return {true, true};
   if (phase == 40) return {false, true};
   return {take, false};
@@ -138,8 +139,8 @@ bool wanted(Record* r, Use use, int64_t count, double gain) {
   if (!r || count <= 0 || r->plan.size == 0 || r->wrong.load(std::memory_order_relaxed)) return false;
   int64_t bytes;
   if (__builtin_mul_overflow(count, r->plan.size, &bytes)) return false;
-  const bool take = mode != Mode::Auto ||
-                    (r->plan.cls != Class::Contiguous && model_ratio(use, r->plan, bytes) >= gain);
+  bool take = mode != Mode::Auto || (r->plan.cls != Class::Contiguous && model_ratio(use, r->plan, bytes) >= gain);
+  take = take && proved(*r);
   Tally& t = r->tally[use];
   (take ? t.taken : t.passed).fetch_add(1, std::memory_order_relaxed);
   if (take) t.bytes.fetch_add(bytes, std::memory_order_relaxed);

@@ -81,18 +81,6 @@ bool comparable(const Record& r, int64_t count) {
   return mode == Mode::Check && !r.dead.load() && count <= INT32_MAX && count * r.plan.size <= INT32_MAX;
 }
 
-// A handle of the record's type: its table key, which is the handle while the type lives.
-MPI_Datatype handle_of(const Record& r) {
-  MPI_Datatype h;
-  if constexpr (sizeof(MPI_Datatype) == sizeof(uintptr_t))
-    std::memcpy(&h, &r.key, sizeof h);
-  else {
-    const uint32_t low = static_cast<uint32_t>(r.key);
-    std::memcpy(&h, &low, sizeof h);
-  }
-  return h;
-}
-
 }  // namespace
 
 void pack_slab(Record& r, int64_t count, const void* user, char* slab) {

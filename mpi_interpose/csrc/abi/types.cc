@@ -5,6 +5,7 @@
 // table is replaced by a larger copy and the old one is kept until the end.
 #include "types.hh"
 
+#include <cstring>
 #include <mutex>
 #include <vector>
 
@@ -151,6 +152,17 @@ void release(Record* record) {
     g_graveyard.push_back(record->twin);
   }
   delete record;
+}
+
+MPI_Datatype handle_of(const Record& r) {  // the key is the handle
+  MPI_Datatype h;
+  if constexpr (sizeof(MPI_Datatype) == sizeof(uintptr_t)) {
+    std::memcpy(&h, &r.key, sizeof h);
+  } else {
+    const uint32_t low = static_cast<uint32_t>(r.key);
+    std::memcpy(&h, &low, sizeof h);
+  }
+  return h;
 }
 
 MPI_Datatype twin_of(Record* record) {

@@ -6,6 +6,7 @@ Import it after putting this folder on sys.path; the tests do so in their first 
 from __future__ import annotations
 
 import threading
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def snapshot_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
         stored = optimizer.state_dict()
         for index, values in stored["state"].items():
             for key, value in values.items():
-                found[f"state.{index}.{key}"] = value.clone() if isinstance(value, torch.Tensor) else value
+                found[f"state.{index}.{key}"] = value.clone() if isinstance(value, torch.Tensor) else deepcopy(value)
         for index, group in enumerate(stored["param_groups"]):
             found |= {f"group.{index}.{key}": value for key, value in group.items()}
     return found

@@ -80,16 +80,17 @@ def to_host(nbytes: int, seed: int, rates: dict[str, float]) -> Trial:
         return absent(source)
     device, pageable = source.cuda(), torch.zeros_like(source)
     pinned = torch.zeros_like(source).pin_memory()
-    return Trial(
-        [
-            cuda_arm("pageable", lambda: pageable.copy_(device), nbytes, rates.get("d2h_pageable")),
-            cuda_arm("pinned", lambda: pinned.copy_(device, non_blocking=True), nbytes, rates.get("d2h_pinned")),
-            cuda_arm(
-                "pin, then copy", lambda: torch.zeros_like(source).pin_memory().copy_(device, non_blocking=True), nbytes
-            ),
-        ],
-        reference=lambda: source,
-    )
+
+    def pin_then_copy() -> torch.Tensor:
+        return torch.zeros_like(source).pin_memory().copy_(device, non_blocking=True)
+
+    slow, fast = rates.get("d2h_pageable"), rates.get("d2h_pinned")
+    arms = [
+        cuda_arm("pageable", lambda: pageable.copy_(device), nbytes, slow),
+        cuda_arm("pinned", lambda: pinned.copy_(device, non_blocking=True), nbytes, fast),
+        cuda_arm("pin, then copy", pin_then_copy, nbytes),
+    ]
+    return Trial(arms, reference=lambda: source)
 
 
 def to_device(nbytes: int, seed: int, rates: dict[str, float]) -> Trial:
@@ -97,13 +98,12 @@ def to_device(nbytes: int, seed: int, rates: dict[str, float]) -> Trial:
     if not torch.cuda.is_available():
         return absent(source)
     device, pinned = torch.zeros_like(source, device="cuda"), source.pin_memory()
-    return Trial(
-        [
-            cuda_arm("pageable", lambda: device.copy_(source), nbytes, rates.get("h2d_pageable")),
-            cuda_arm("pinned", lambda: device.copy_(pinned, non_blocking=True), nbytes, rates.get("h2d_pinned")),
-        ],
-        reference=lambda: source,
-    )
+    slow, fast = rates.get("h2d_pageable"), rates.get("h2d_pinned")
+    arms = [
+        cuda_arm("pageable", lambda: device.copy_(source), nbytes, slow),
+        cuda_arm("pinned", lambda: device.copy_(pinned, non_blocking=True), nbytes, fast),
+    ]
+    return Trial(arms, reference=lambda: source)
 
 
 def cuda_arm(name: str, run: Callable[[], torch.Tensor], nbytes: int, rate: float | None = None) -> Arm:

@@ -80,7 +80,8 @@ class Case:
     `nbytes` are the bytes one run has to move (bandwidth is nbytes / time); None where bandwidth means nothing. `plain`
     names the arm that the user had before, `ours` the package's own. Bandwidth against hardware is taken from the arm
     named `hardware`, measured in the same rounds, or from the constant `hardware_bytes_per_s`. Cases of one `group`
-    share a panel of the plot, along `x` (default nbytes).
+    share a panel of the plot, along `x` (default nbytes). `warm_ups`: untimed samples per arm after its answer has been
+    checked; a case of seconds needs none.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Case:
     group: str = ""
     x: float | None = None
     wrong: Callable[[Any, Any], int] = count_wrong
+    warm_ups: int = 2
 
 
 @dataclass(frozen=True)

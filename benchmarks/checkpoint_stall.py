@@ -31,22 +31,21 @@ from undertow.examples.lm import ByteLM, LMConfig
 
 @dataclass(frozen=True)
 class Size:
-    """A model, its batch, and how many steps a sample has for saves every step and for saves to disk."""
+    """A model, its batch, and the steps between saves to disk, long enough for a save to reach it."""
 
     name: str
     model: LMConfig
     batch: int
     length: int
-    steps: int
-    disk_interval: int
+    interval: int
 
 
 GPT2 = {"vocab": 50304, "tied": True}
-CPU = Size("21 M", LMConfig(layers=6, width=512, heads=8, kv_heads=8, hidden=1408, vocab=512), 1, 128, 8, 4)
-CPU_LARGE = Size("90 M", LMConfig(layers=12, width=768, heads=12, kv_heads=12, hidden=2304, vocab=512), 1, 128, 6, 3)
-SMALL = Size("125 M", LMConfig(layers=12, width=768, heads=12, kv_heads=12, hidden=2048, **GPT2), 16, 1024, 64, 32)
-MEDIUM = Size("355 M", LMConfig(layers=24, width=1024, heads=16, kv_heads=16, hidden=2816, **GPT2), 12, 1024, 64, 32)
-LARGE = Size("1.3 B", LMConfig(layers=24, width=2048, heads=16, kv_heads=16, hidden=5504, **GPT2), 8, 1024, 48, 48)
+CPU = Size("21 M", LMConfig(layers=6, width=512, heads=8, kv_heads=8, hidden=1408, vocab=512), 1, 128, 4)
+CPU_LARGE = Size("90 M", LMConfig(layers=12, width=768, heads=12, kv_heads=12, hidden=2304, vocab=512), 1, 128, 6)
+SMALL = Size("125 M", LMConfig(layers=12, width=768, heads=12, kv_heads=12, hidden=2048, **GPT2), 16, 1024, 64)
+MEDIUM = Size("355 M", LMConfig(layers=24, width=1024, heads=16, kv_heads=16, hidden=2816, **GPT2), 12, 1024, 32)
+LARGE = Size("1.3 B", LMConfig(layers=24, width=2048, heads=16, kv_heads=16, hidden=5504, **GPT2), 8, 1024, 48)
 
 
 @dataclass
@@ -314,7 +313,7 @@ def _trial(size: Size, device: torch.device, folder: Path, every: int, kinds: st
     _close_jobs()
     job = Job(size, device, Path(tempfile.mkdtemp(prefix="undertow-bench-", dir=folder)))
     _jobs.append(job)
-    steps = max(size.steps // 3, every) if kinds == "host" else size.steps
+    steps = max(4, size.interval // 2) if kinds == "host" else size.interval
 
     def arm(name: str, make: Callable[[], Method] | None) -> Arm:
         return _arm(name, job, make, steps, every)
@@ -355,14 +354,15 @@ def _cases(context: Context) -> Sequence[Case]:
     for size in sizes:
         for kinds, every, ours in (
             ("host", 1, "undertow host"),
-            ("disk", size.disk_interval, "undertow disk (fsync)"),
-            ("arena", size.disk_interval, "undertow disk (fsync)"),
+            ("disk", size.interval, "undertow disk (fsync)"),
+            ("arena", size.interval, "undertow disk (fsync)"),
         ):
 
             def build(size: Size = size, every: int = every, kinds: str = kinds) -> Trial:
                 return _trial(size, device, folder, every, kinds)
 
-            cases.append(Case(f"{size.name}, {kinds} every {every}", build, "no checkpoints", ours, group=kinds))
+            name = f"{size.name}, {kinds} every {every}"
+            cases.append(Case(name, build, "no checkpoints", ours, group=kinds, warm_ups=0))
     return cases
 
 

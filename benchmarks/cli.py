@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +20,7 @@ from undertow.dist.machine import Machine
 
 if TYPE_CHECKING:
     from undertow.benchmarks.case import Benchmark
-    from undertow.benchmarks.report import Report
+    from undertow.benchmarks.report import Report, Row
     from undertow.benchmarks.timing import Peers
 
 QUICK_ROUNDS = 7
@@ -111,7 +112,7 @@ class _Run:
         """Run all cases; the report on rank 0, None elsewhere."""
         from undertow.benchmarks.facts import facts
         from undertow.benchmarks.harness import run_case
-        from undertow.benchmarks.report import Report, Row
+        from undertow.benchmarks.report import Row
         from undertow.dist.progress import Progress
 
         rank, world_size, peers = _join()
@@ -123,11 +124,19 @@ class _Run:
         with Progress(total, f"bench {self.benchmark.name}", enabled=rank == 0, unit="round") as bar:
             for case in cases:
                 bar.update(0, case=case.name)
-                rows += run_case(case, rounds=self.rounds, seed=self.seed, peers=peers, tick=bar.update)
-        command, about = self.command(), self.benchmark
-        if rank:
-            return None
-        return Report(about.name, about.claim, command, self.seed, self.rounds, found, about.x_label, tuple(rows))
+                now = run_case(case, rounds=self.rounds, seed=self.seed, peers=peers, tick=bar.update)
+                if rank == 0 and len(cases) > 1:
+                    _show(self._report(found, now))  # what is known already, should a later case fail or be stopped
+                rows += now
+        return None if rank else self._report(found, rows)
+
+    def _report(self, found: dict[str, str], rows: Sequence[Row]) -> Report:
+        from undertow.benchmarks.report import Report
+
+        about = self.benchmark
+        return Report(
+            about.name, about.claim, self.command(), self.seed, self.rounds, found, about.x_label, tuple(rows)
+        )
 
 
 def _join() -> tuple[int, int, Peers]:

@@ -19,7 +19,6 @@ from undertow.benchmarks.intervals import median_interval, ratio_interval
 from undertow.benchmarks.report import Row
 from undertow.benchmarks.timing import Peers, Sample, Timer, default_timer
 
-WARM_UPS = 2
 MAX_INNER = 100_000
 AGAIN = " (A/A)"
 
@@ -95,7 +94,7 @@ def _timed(
 ) -> tuple[dict[str, list[Sample]], dict[str, int]]:
     """`rounds` samples per arm by name, the plain arm's second set under its name + AGAIN; and the runs per sample."""
     timers = {arm.name: timer_for(arm) for arm in arms}
-    inner = {arm.name: _calibrate(arm, timers[arm.name], least_sample_s) for arm in arms}
+    inner = {arm.name: _calibrate(arm, timers[arm.name], least_sample_s, case.warm_ups) for arm in arms}
     lineup = [(arm.name, arm) for arm in arms] + [(arm.name + AGAIN, arm) for arm in arms if arm.name == case.plain]
     samples: dict[str, list[Sample]] = {name: [] for name, _ in lineup}
     gc.collect()
@@ -106,9 +105,11 @@ def _timed(
     return samples, inner
 
 
-def _calibrate(arm: Arm, timer: Timer, least_sample_s: float) -> int:
+def _calibrate(arm: Arm, timer: Timer, least_sample_s: float, warm_ups: int) -> int:
     """Warm the arm up; return the runs per sample. An arm that is prepared, or times itself, runs once."""
-    for _ in range(WARM_UPS - 1):
+    if warm_ups == 0:
+        return 1
+    for _ in range(warm_ups - 1):
         timer.sample(arm, 1)
     sample = timer.sample(arm, 1)
     if arm.prepare is not None or sample.times_itself or sample.seconds >= least_sample_s:

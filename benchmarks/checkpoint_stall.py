@@ -212,7 +212,7 @@ class DcpAsync(Dcp):
         import torch.distributed.checkpoint as dcp
 
         self.drain()
-        extra = {} if self.stager is None else {"async_stager": self.stager}
+        extra: dict[str, Any] = {} if self.stager is None else {"async_stager": self.stager}
         answer: Any = dcp.async_save(self.job.tensors(), checkpoint_id=self.fresh(), **extra)
         if hasattr(answer, "staging_completion"):
             answer.staging_completion.result()

@@ -68,4 +68,3 @@ def library(mpi: Mpi) -> Path:
         scratch.write_text(text)
         scratch.replace(folder / name)
     return link(_units(mpi, folder), (), target, ("-ldl", "-lpthread", "-Wl,-z,now", "-Wl,-z,defs"))
-

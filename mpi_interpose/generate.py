@@ -55,7 +55,9 @@ def exports(symbols: set[str]) -> str:
         "typedef unsigned long W;",
         'extern "C" {',
         f"extern const int undertow_symbol_count;\nconst int undertow_symbol_count = {len(rows)};",
-        "extern const char* const undertow_symbol_names[];\nconst char* const undertow_symbol_names[] = {" + ", ".join(f'"{row[0]}"' for row in rows) + "};",
+        "extern const char* const undertow_symbol_names[];\nconst char* const undertow_symbol_names[] = {"
+        + ", ".join(f'"{row[0]}"' for row in rows)
+        + "};",
         f"void* undertow_next[{len(rows)}];",
         "int undertow_gate;           // 1: between MPI_Init and MPI_Finalize with the right MPI",
         "int undertow_enter(int at_init);  // resolves once; 1 when the handler may run",
@@ -96,7 +98,10 @@ def reals(symbols: set[str]) -> str:
             "  kSites",
             "};",
             "#define UNDERTOW_FILL_REAL(real, next) \\",
-            *(f"  real.{symbol} = reinterpret_cast<decltype(real.{symbol})>(next[k{symbol}]); \\" for symbol, *_ in rows),
+            *(
+                f"  real.{symbol} = reinterpret_cast<decltype(real.{symbol})>(next[k{symbol}]); \\"
+                for symbol, *_ in rows
+            ),
             "",
             "#define UNDERTOW_FILL_OWN(own, find) \\",
             *(f'  own.{name} = reinterpret_cast<decltype(own.{name})>(find("{name}")); \\' for name in own),

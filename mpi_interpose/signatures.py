@@ -83,12 +83,13 @@ def _table() -> tuple[Signature, ...]:
 TABLE = _table()
 
 # Functions that only we call, by their profiling names so that no other tool counts them.
-OWN = (
+_OWN = (
     "Type_get_envelope Type_get_contents Type_free Type_contiguous Type_commit Type_size_x Type_get_extent_x "
     "Type_get_true_extent_x Type_create_keyval Type_free_keyval Type_set_attr Get_elements_x Comm_size Comm_rank "
     "Comm_test_inter Topo_test Dist_graph_neighbors_count Graph_neighbors_count Cartdim_get Pack Unpack Test Wait "
     "Test_cancelled Request_get_status Get_library_version Initialized Query_thread"
-).split()
+)
+OWN = tuple(_OWN.split())
 OWN_OPTIONAL = ("Type_get_envelope_c", "Type_get_contents_c")
 
 # Open MPI's Fortran bindings call PMPI directly, so their entry points are exported too (see fortran.py).

@@ -129,7 +129,9 @@ def probe(mpicc: str) -> Mpi:
     """Compile and run the probe with `mpicc`; cached by the wrapper's answer and the library file's time and size."""
     command = show(mpicc)
     includes = tuple(word for word in command if word.startswith(("-I", "-D")))
-    cached = cache_folder() / "probes" / (hashlib.sha256(" ".join([mpicc, *command]).encode()).hexdigest()[:20] + ".json")
+    cached = (
+        cache_folder() / "probes" / (hashlib.sha256(" ".join([mpicc, *command]).encode()).hexdigest()[:20] + ".json")
+    )
     known = _recall(cached)
     if known:
         return known
@@ -168,8 +170,8 @@ def _stamp(library: str) -> list[int]:
 def _recall(cached: Path) -> Mpi | None:
     try:
         data = json.loads(cached.read_text())
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in data["mpi"].items()}
-        mpi = Mpi(**fields)
+        fields = data["mpi"]
+        mpi = Mpi(**{**fields, **{name: tuple(fields[name]) for name in ("include_flags", "symbols")}})
         return mpi if data["stamp"] == _stamp(mpi.library) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # not there, or written by another version: probe again
@@ -182,4 +184,6 @@ def _flavour(version: str, library: str) -> str:
         return "openmpi"
     if "MPICH" in version or "Intel(R) MPI" in version or "MVAPICH" in version:
         return "mpich"
-    raise InterposeError(f"unknown MPI '{version[:60]}' ({library}); expected Open MPI, MPICH or the MPI-5 standard ABI")
+    raise InterposeError(
+        f"unknown MPI '{version[:60]}' ({library}); expected Open MPI, MPICH or the MPI-5 standard ABI"
+    )

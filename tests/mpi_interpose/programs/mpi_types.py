@@ -8,9 +8,10 @@ from mpi4py import MPI
 
 PLAIN = [MPI.CHAR, MPI.BYTE, MPI.SHORT, MPI.INT, MPI.FLOAT, MPI.DOUBLE, MPI.LONG_LONG, MPI.C_DOUBLE_COMPLEX]
 PAIRS = [MPI.SHORT_INT, MPI.DOUBLE_INT, MPI.LONG_INT, MPI.FLOAT_INT, MPI.TWOINT, MPI.LONG_DOUBLE_INT]
-KINDS = (
+_KINDS = (
     "contiguous vector hvector indexed hindexed indexed_block hindexed_block struct subarray darray resized dup f90"
-).split()
+)
+KINDS = _KINDS.split()
 
 
 class Types:
@@ -54,7 +55,9 @@ class Types:
     def fits(datatype: MPI.Datatype, limit: int) -> bool:
         lb, extent = datatype.Get_extent()
         true_lb, true_extent = datatype.Get_true_extent()
-        return 0 < datatype.Get_size() <= limit and true_extent <= limit and abs(true_lb) <= limit and abs(extent) <= limit
+        return (
+            0 < datatype.Get_size() <= limit and true_extent <= limit and abs(true_lb) <= limit and abs(extent) <= limit
+        )
 
     def make(self, depth: int) -> MPI.Datatype:
         """A type with at least one byte: MPICH 5.0.2 divides by zero when it packs some types made of empty ones."""

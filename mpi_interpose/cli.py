@@ -1,0 +1,194 @@
+"""`undertow mpi VERB`: run, doctor, build, explain, measure, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import build as building
+from . import core, launch, measure, spec, toolchain
+from .errors import InterposeError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="The MPI datatype interposer.")
+Mpicc = Annotated[
+    str | None, typer.Option(help="the MPI's compiler wrapper; default: the one beside mpirun, Python, or on PATH")
+]
+Abi = Annotated[
+    bool, typer.Option("--abi", help="the MPI-5 standard ABI flavour (found by itself for linked programs)")
+]
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def run(
+    command: Annotated[list[str], typer.Argument(help="the program, e.g. mpirun -n 4 ./app")],
+    mode: Annotated[
+        str, typer.Option(help="auto: where it wins; force: everywhere; check: both, compared; off")
+    ] = "auto",
+    report: Annotated[
+        Path | None, typer.Option(help="write what was done to this JSON file and print it as a table")
+    ] = None,
+    mpicc: Mpicc = None,
+    abi: Abi = False,
+) -> None:
+    """Run a program under the preload."""
+    status = launch.run(list(command), mode, report, mpicc, abi)
+    if report and report.exists():
+        show_report(json.loads(report.read_text()), Console(stderr=True))
+    raise typer.Exit(status)
+
+
+@app.command()
+def build(mpicc: Mpicc = None, abi: Abi = False) -> None:
+    """Build the preload for an MPI and print its path (for LD_PRELOAD)."""
+    sys.stdout.write(f"{building.library(launch.mpi_of([], mpicc, abi))}\n")
+
+
+@app.command()
+def doctor(
+    mpirun: Annotated[str, typer.Option(help="the launcher whose MPI is meant")] = "mpirun",
+    mpicc: Mpicc = None,
+    abi: Abi = False,
+) -> None:
+    """Say which MPI is found, which flavour serves it, what is intercepted and what will happen."""
+    mpi = launch.mpi_of([mpirun] if shutil.which(mpirun) else [], mpicc, abi)
+    have = [symbol for symbol in toolchain.SYMBOLS if symbol in mpi.symbols]
+    large = sum(symbol.endswith("_c") for symbol in have)
+    library = building.library(mpi)
+    model = measure.model_file(library)
+    rows = [
+        ("MPI", f"{mpi.version}, MPI {mpi.standard}"),
+        ("library", mpi.library),
+        ("compiler wrapper", mpi.mpicc),
+        ("launcher", shutil.which(mpirun) or f"'{mpirun}' not found"),
+        ("flavour", mpi.flavour),
+        ("preload", str(library)),
+        ("intercepted", f"{len(have)} functions, {large} of them large-count"),
+        ("Fortran", "own entry points" if mpi.flavour == "openmpi" else "comes through the C functions"),
+        ("kernels", core.load().undertow_core_kernels().decode()),
+        (
+            "model",
+            str(model) if model.exists() else "built-in table (run `undertow mpi measure` to measure this machine)",
+        ),
+        ("GPU buffers", "not interposed; device pointers must not reach a path that packs on the host"),
+        ("switched off", "yes, by UNDERTOW_DISABLE" if launch.disabled() else "no"),
+    ]
+    mismatch = _launcher_family(mpirun)
+    if mismatch and mpi.flavour != "abi" and mismatch != mpi.flavour:
+        rows.append(("warning", f"{mpirun} belongs to {mismatch}, the compiler wrapper to {mpi.flavour}"))
+    width = max(len(name) for name, _ in rows)
+    sys.stdout.write("".join(f"{name:<{width}}  {text}\n" for name, text in rows))
+
+
+def _launcher_family(mpirun: str) -> str:
+    if not shutil.which(mpirun):
+        return ""
+    text = toolchain.run([mpirun, "--version"], "asking mpirun", env=toolchain.environment())
+    if "Open MPI" in text or "PRRTE" in text or "prte" in text:
+        return "openmpi"
+    return "mpich" if "HYDRA" in text.upper() else ""
+
+
+@app.command()
+def explain(
+    datatype: str = typer.Argument(
+        ..., help="e.g. 'vector(1024, 4, 16, float)', or an IR such as '(loop 3 16 (bytes 4))'"
+    ),
+    count: Annotated[int, typer.Option(min=1, help="elements per message")] = 1,
+    mpicc: Mpicc = None,
+) -> None:
+    """Show a datatype's IR before and after the passes, its plan, and the path the model would take."""
+    if datatype.lstrip().startswith("("):
+        made = spec.Spec(core.parse(datatype), 0, 0, 0)
+    else:
+        made = spec.read(datatype)
+    ir = core.parse(made.ir)
+    plan = core.describe(ir, made.lb, made.extent)
+    sys.stdout.write(f"IR         {ir}\ncanonical  {core.normalise(ir)}\nplan       {plan}\n")
+    try:
+        mpi = launch.mpi_of([], mpicc, False)
+    except InterposeError as error:
+        sys.stdout.write(f"model      unknown: {error}\n")
+        return
+    for line in measure.predictions(mpi, plan, count):
+        sys.stdout.write(line + "\n")
+
+
+@app.command(name="measure")
+def measure_(
+    output: Annotated[
+        Path | None, typer.Option(help="default: beside the preload, where it is found by itself")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="fewer sizes and repeats")] = False,
+    messages: Annotated[bool, typer.Option(help="also time messages between two ranks")] = True,
+    mpirun: Annotated[str | None, typer.Option(help="default: the launcher beside the compiler wrapper")] = None,
+    mpicc: Mpicc = None,
+) -> None:
+    """Measure the library against our kernels on this machine and write the model's table."""
+    mpi = launch.mpi_of([mpirun] if mpirun else [], mpicc, False)
+    library = building.library(mpi)
+    rows = measure.measure(mpi, library, mpirun, quick=quick, messages=messages, progress=Console(stderr=True))
+    target = output or measure.model_file(library)
+    measure.write(rows, mpi, target)
+    sys.stdout.write(f"{target}\n")
+
+
+@app.command()
+def report(file: Path) -> None:
+    """Print a report that `run --report` wrote."""
+    try:
+        show_report(json.loads(file.read_text()), Console())
+    except (OSError, ValueError, KeyError) as error:
+        raise InterposeError(f"cannot read the report {file} ({type(error).__name__}: {error})") from error
+
+
+def show_report(data: dict, console: Console) -> None:
+    """A table of datatypes, the largest first; then what was refused."""
+    table = Table(title=f"datatypes on {len(data['ranks'])} rank(s), mode {data['mode']}, {data['library']}")
+    for title in ("layout", "class", "bytes", "pack", "unpack", "send", "recv", "MiB moved", "ms ours / library"):
+        table.add_column(title, overflow="fold")
+    for row in data["types"][:30]:
+        uses = [row.get(use) for use in launch.USES]
+        if not any(uses):
+            continue
+        moved = sum(use["bytes"] for use in uses if use) / 2**20
+        ours, theirs = (sum(use[key] for use in uses if use) / 1e6 for key in ("ours_ns", "library_ns"))
+        cells = [f"{use['taken']}/{use['taken'] + use['passed']}" if use else "" for use in uses]
+        sampled = f"{ours:.2f} / {theirs:.2f}" if ours or theirs else ""
+        table.add_row(row["layout"][:60], row["class"], str(row["size"]), *cells, f"{moved:.1f}", sampled)
+    console.print(table)
+    console.print("taken/all calls; times are those of the sampled calls")
+    for why, times in data["refused"].items():
+        console.print(f"passed through {times}x: {why}")
+    if data["mismatches"]:
+        console.print(f"[bold]{data['mismatches']} mismatches with the library (its results were used)[/bold]")
+
+
+def main(argv: list[str]) -> int:
+    """Entry of `undertow mpi`; returns the exit status."""
+    try:
+        result = app(args=argv, prog_name="undertow mpi", standalone_mode=False)
+        return int(result or 0)
+    except InterposeError as error:
+        sys.stderr.write(f"undertow mpi: {error}\n")
+        return error.exit_code
+    except SystemExit as leave:
+        return int(leave.code or 0)
+    except Exception as error:
+        # typer's own usage errors carry a message and an exit code; anything else is a defect and keeps its traceback.
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            sys.stderr.write(f"undertow mpi: {error.format_message()}\n")
+            return int(error.exit_code)
+        raise
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    sys.exit(main(sys.argv[1:]))

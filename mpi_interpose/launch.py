@@ -1,0 +1,125 @@
+"""Start a program under the preload: choose the library that fits it, set the environment, merge the ranks' reports.
+
+The preload also reaches mpirun itself, which is harmless: nothing happens before MPI_Init. Open MPI passes variables
+to other hosts only when told (-x), so they are named; Hydra passes all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from . import build
+from .errors import InterposeError
+from .toolchain import Mpi, find_mpicc, probe
+
+LAUNCHERS = ("mpirun", "mpiexec", "prterun", "orterun", "srun")
+MODES = ("auto", "force", "check", "off")
+
+
+def is_launcher(word: str) -> bool:
+    return Path(word).name.split(".")[0] in LAUNCHERS
+
+
+def wants_abi(command: list[str]) -> bool:
+    """Whether the program is linked to the standard ABI's library: its file names libmpi_abi."""
+    for word in command[1 if is_launcher(command[0]) else 0 :]:
+        path = Path(shutil.which(word) or word)
+        try:
+            if path.is_file() and path.stat().st_size < 1 << 28:
+                data = path.read_bytes()
+                if data[:4] == b"\x7fELF":
+                    return b"libmpi_abi.so" in data
+        except OSError:
+            continue
+    return False
+
+
+def mpi_of(command: list[str], mpicc: str | None, abi: bool) -> Mpi:
+    """The MPI that `command` will use, as far as it can be told from outside."""
+    wrapper = mpicc or find_mpicc(command[0] if command and is_launcher(command[0]) else None)
+    if abi:
+        beside = Path(wrapper).with_name("mpicc_abi")
+        if Path(wrapper).name != "mpicc_abi" and beside.exists():
+            wrapper = str(beside)
+    return probe(wrapper)
+
+
+def environment(library: Path, mode: str, report: str | None) -> dict[str, str]:
+    """The variables that switch the preload on; an LD_PRELOAD of the user's stays behind ours."""
+    if mode not in MODES:
+        raise InterposeError(f"--mode {mode}; expected one of {', '.join(MODES)}")
+    before = os.environ.get("LD_PRELOAD", "")
+    values = {"LD_PRELOAD": f"{library} {before}".strip(), "UNDERTOW_MPI_MODE": mode}
+    if report:
+        values["UNDERTOW_MPI_REPORT"] = report
+    return values
+
+
+def disabled() -> bool:
+    value = os.environ.get("UNDERTOW_DISABLE", "")
+    return value not in ("", "0")
+
+
+def run(command: list[str], mode: str, report: Path | None, mpicc: str | None = None, abi: bool = False) -> int:
+    """Run `command` under the preload and give back its exit status; the merged report goes to `report`."""
+    if not command:
+        raise InterposeError("nothing to run; expected, for example, `undertow mpi run -- mpirun -n 4 ./app`")
+    if not shutil.which(command[0]):
+        raise InterposeError(f"'{command[0]}' is not a program")
+    if disabled() or mode == "off":
+        return subprocess.run(command, check=False).returncode
+    mpi = mpi_of(command, mpicc, abi or wants_abi(command))
+    library = build.library(mpi)
+    with tempfile.TemporaryDirectory(prefix="undertow-mpi-") as folder:
+        parts = str(Path(folder) / "rank") if report else None
+        values = environment(library, mode, parts)
+        full = list(command)
+        if mpi.flavour == "openmpi" and is_launcher(command[0]) and Path(command[0]).name.split(".")[0] != "srun":
+            full[1:1] = [word for name in values for word in ("-x", name)]
+        status = subprocess.run(full, env={**os.environ, **values}, check=False).returncode
+        if report:
+            merge(sorted(Path(folder).glob("rank.*.json")), report)
+    return status
+
+
+def merge(parts: list[Path], target: Path) -> dict:
+    """One JSON file from the ranks' files: sums over ranks, and the list of ranks that wrote one."""
+    ranks = [json.loads(part.read_text()) for part in parts]
+    merged: dict = {"format": 1, "ranks": sorted(r["rank"] for r in ranks), "mismatches": 0}
+    functions: dict[str, dict[str, int]] = {}
+    refused: dict[str, int] = {}
+    types: dict[str, dict] = {}
+    for rank in ranks:
+        merged.update({name: rank[name] for name in ("size", "mode", "kernels", "library")})
+        merged["mismatches"] += rank["mismatches"]
+        for name, counts in rank["functions"].items():
+            _sum(functions.setdefault(name, {}), counts)
+        _sum(refused, rank["refused"])
+        for row in rank["types"]:
+            known = types.setdefault(
+                row["plan"], {key: row[key] for key in ("plan", "layout", "class", "size", "block")}
+            )
+            known["combiners"] = sorted({*known.get("combiners", []), *row["combiners"]})
+            known["types"] = known.get("types", 0) + row["types"]
+            for use in ("pack", "unpack", "send", "recv"):
+                if use in row:
+                    _sum(known.setdefault(use, {}), row[use])
+    ordered = sorted(types.values(), key=lambda row: -sum(row.get(use, {}).get("bytes", 0) for use in USES))
+    merged.update(functions=dict(sorted(functions.items())), refused=refused, types=ordered)
+    scratch = target.with_name(target.name + ".tmp")
+    scratch.write_text(json.dumps(merged, indent=1) + "\n")
+    scratch.replace(target)
+    return merged
+
+
+USES = ("pack", "unpack", "send", "recv")
+
+
+def _sum(into: dict[str, int], counts: dict[str, int]) -> None:
+    for name, value in counts.items():
+        into[name] = into.get(name, 0) + value

@@ -183,6 +183,16 @@ def test_an_unknown_meeting_place_is_a_user_error():
         init_process_group(detect({}), device=CPU, timeout_s=0)
 
 
+def test_a_node_without_a_name_in_dns_is_found_through_slurm(tmp_path, monkeypatch):
+    tool = tmp_path / "scontrol"
+    tool.write_text("#!/bin/sh\necho NodeName=$4 Arch=x86_64 NodeAddr=127.0.0.1 NodeHostName=h OS=Linux 6\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    lonely = Launch("srun", 0, 2, 0, 1, "no-such-host.invalid", free_port())
+    with pytest.raises(PeerLost, match="rank 1"):  # the store was served: only the other rank is missing
+        init_process_group(lonely, device=CPU, timeout_s=0.2)
+
+
 def test_a_taken_port_is_a_user_error():
     with socket.socket() as taken:
         taken.bind(("", 0))

@@ -28,7 +28,7 @@ class FileOps:
 
     def create(self, path: Path, nbytes: int) -> int:
         """Create `path`, reserve `nbytes` so that a full disk is known before anything is copied; return the handle."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         handle = -1
         if self.direct and hasattr(os, "O_DIRECT"):
             with suppress(OSError):  # tmpfs and some network file systems refuse O_DIRECT: buffered is right there
@@ -64,7 +64,7 @@ class FileOps:
     def write_file(self, path: Path, data: bytes) -> None:
         """Write a small file durably under its final name: scratch name, fsync, rename. The folder is not synced."""
         scratch = path.with_name(path.name + ".part")
-        handle = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        handle = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             self.pwrite(handle, data, 0)
             os.fsync(handle)

@@ -66,7 +66,7 @@ class Folder:
         self._refuse_strangers()
         try:
             self._make_root()
-            self._lock = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._lock = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise UserError(
                 f"cannot write to the checkpoint folder {self.root} ({error.strerror})",
@@ -190,7 +190,10 @@ class Folder:
         self.ops.rmtree(self.final(step))
 
     def _aside(self, final: Path, why: str) -> Path:
-        return self.root / f".{final.name}.{why}-{time.time_ns():x}"
+        stamp = time.time_ns()
+        while (aside := self.root / f".{final.name}.{why}-{stamp:x}").exists():  # clocks stand still and go back
+            stamp += 1
+        return aside
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -26,8 +26,9 @@ def choose(
 ) -> tuple[Folder, int, Manifest] | None:
     """(folder, step, manifest) of the checkpoint to load, agreed by all ranks; None when there is none.
 
-    The newest step over all `folders` is proposed first; of equal ones that in the earliest folder. With `step` only
-    that one will do: a `UserError` says why it does not.
+    A run whose every checkpoint is damaged is told so, and does not quietly begin again. The newest step over all
+    `folders` is proposed first; of equal ones that in the earliest folder. With `step` only that one will do: a
+    `UserError` says why it does not.
     """
     refused = ""
     while True:
@@ -39,8 +40,13 @@ def choose(
             coordinator.say(name, (sorted({number for number, _ in found}), max(usable, default=None)))
         steps, proposed = coordinator.hear(name, 0, deadline_s=time.monotonic() + timeout_s)
         if proposed is None:
-            if step is None:
+            if step is None and not refused:
                 return None
+            if step is None:
+                raise UserError(
+                    f"every checkpoint in {folders[-1].root} is damaged, at last: {refused}",
+                    remedy="look at what was set aside (.step-…bad-…), or start again for a run from the beginning",
+                )
             raise UserError(
                 refused or f"{folders[-1].root} has no committed checkpoint of step {step}",
                 expected=f"one of {steps}" if steps else "a folder with checkpoints",

@@ -82,7 +82,8 @@ def dram_reads_bytes(row: SubLayer, hw: Hardware, *, outputs_bypass: bool) -> fl
     columns = together / tile_rows
     output = 0.0 if outputs_bypass else together * hw.tile_rows * hw.tile_cols * hw.element_bytes
     missed = miss_share(a_bytes, columns * b_panel + output, hw.llc_bytes)
-    return tile_cols * b_panel + a_bytes * (1 + (tile_cols / columns - 1) * missed)
+    more_sweeps = max(0.0, tile_cols / columns - 1)
+    return tile_cols * b_panel + a_bytes * (1 + more_sweeps * missed)
 
 
 def miss_share(reused_bytes: float, streamed_bytes: float, capacity_bytes: float) -> float:

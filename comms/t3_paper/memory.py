@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, IntEnum
 
 from .clock import Clock
 from .hardware import Hardware
@@ -25,9 +25,9 @@ class Policy(Enum):
     MCA = "mca"
 
 
-class Stream(Enum):
-    COMPUTE = "compute"
-    COMMUNICATION = "communication"
+class Stream(IntEnum):
+    COMPUTE = 0
+    COMMUNICATION = 1
 
 
 @dataclass
@@ -48,11 +48,10 @@ class Memory:
         self.trace: list[tuple[str, float, float, float]] | None = [] if traced else None
         self._bandwidth = hw.dram_bytes_per_s
         share = hw.mca_share if policy is Policy.MCA else hw.unarbitrated_share
-        self._contended = {
-            Stream.COMPUTE: self._bandwidth * (1 - share),
-            Stream.COMMUNICATION: self._bandwidth * share / hw.interference,
-        }
-        self._queues: dict[Stream, deque[_Request]] = {stream: deque() for stream in Stream}
+        self._contended = (self._bandwidth * (1 - share), self._bandwidth * share / hw.interference)
+        if policy is Policy.FREE:
+            self._contended = (self._bandwidth, self._bandwidth)
+        self._queues: tuple[deque[_Request], deque[_Request]] = (deque(), deque())  # indexed by Stream
         self._seen_s = 0.0
         self._plan = 0
 
@@ -62,35 +61,39 @@ class Memory:
         self._queues[stream].append(_Request(kind, nbytes, nbytes * cost, done))
         self._schedule()
 
-    def _rates(self) -> dict[Stream, float]:
-        active = [stream for stream in Stream if self._queues[stream]]
-        if len(active) < 2 or self.policy is Policy.FREE:
-            return dict.fromkeys(active, self._bandwidth)
-        return self._contended
+    def _rates(self) -> tuple[float, float]:
+        compute, communication = self._queues
+        if compute and communication:
+            return self._contended
+        return (self._bandwidth if compute else 0.0, self._bandwidth if communication else 0.0)
 
     def _advance(self) -> None:
         """Serve the heads of the queues up to now, at the rates since the last change."""
         passed_s, self._seen_s = self.clock.now_s - self._seen_s, self.clock.now_s
-        for stream, rate in self._rates().items():
-            self._queues[stream][0].left -= rate * passed_s
+        for queue, rate in zip(self._queues, self._rates()):
+            if queue:
+                queue[0].left -= rate * passed_s
 
     def _schedule(self) -> None:
         """Plan the next completion; an earlier plan is void."""
         self._plan += 1
-        plan = self._plan
-        rates = self._rates()
-        for stream in rates:
-            head = self._queues[stream][0]
-            head.begun_s = self.clock.now_s if head.begun_s is None else head.begun_s
-        if rates:
-            due_s, first = min((max(self._queues[s][0].left, 0.0) / rate, s.value) for s, rate in rates.items())
-            self.clock.after(due_s, lambda: self._complete(Stream(first)) if plan == self._plan else None)
+        plan, due_s, first = self._plan, float("inf"), Stream.COMPUTE
+        for stream, queue, rate in zip(Stream, self._queues, self._rates()):
+            if queue:
+                head = queue[0]
+                if head.begun_s is None:
+                    head.begun_s = self.clock.now_s
+                needed_s = max(head.left, 0.0) / rate
+                if needed_s < due_s:
+                    due_s, first = needed_s, stream
+        if due_s < float("inf"):
+            self.clock.after(due_s, lambda: self._complete(first) if plan == self._plan else None)
 
     def _complete(self, due: Stream) -> None:
         """End the request that is due, and any that ends at this moment but for rounding."""
         self._advance()
         finished = []
-        for stream, queue in self._queues.items():
+        for stream, queue in zip(Stream, self._queues):
             if queue and (stream is due or queue[0].left <= 1e-3):
                 finished.append(queue.popleft())
         self._schedule()

@@ -85,7 +85,7 @@ def _speedups(axes: Any, rows: Sequence[Row], *, paper: bool) -> None:
         axes.plot([], [], "k_", markersize=12, markeredgewidth=2, label="paper")
     _bars(axes, places[: len(rows)], {c: [row.speedup(c) for row in rows] for c in SPEEDUPS}, labelled=True)
     _name(axes, places, names)
-    axes.set_ylim(0.95, None)
+    axes.set_ylim(0.95, 1.07 * max(row.speedup(config) for row in rows for config in SPEEDUPS))
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_ylabel("speedup over Sequential")
     axes.legend(ncols=5, fontsize=8, loc="upper left")
@@ -108,16 +108,14 @@ def _bars(axes: Any, places: Sequence[float], heights: dict[Config, list[float]]
 
 def _traffic(axes: Any, rows: Sequence[Row]) -> None:
     """Left bar Sequential, right bar T3, both over Sequential's sum."""
-    for i, row in enumerate(rows):
-        whole = row.runs[Config.SEQUENTIAL].moved_bytes
-        for side, config in ((-0.2, Config.SEQUENTIAL), (0.2, Config.T3_MCA)):
-            below = 0.0
-            for kind, (label, colour) in KINDS.items():
-                share = row.runs[config].traffic_bytes[kind] / whole
-                axes.bar(
-                    i + side, share, 0.36, bottom=below, color=colour, label=label if i == 0 and side < 0 else None
-                )
-                below += share
+    wholes = [row.runs[Config.SEQUENTIAL].moved_bytes for row in rows]
+    for side, config in ((-0.2, Config.SEQUENTIAL), (0.2, Config.T3_MCA)):
+        below = [0.0] * len(rows)
+        for kind, (label, colour) in KINDS.items():
+            shares = [row.runs[config].traffic_bytes[kind] / whole for row, whole in zip(rows, wholes)]
+            places = [i + side for i in range(len(rows))]
+            axes.bar(places, shares, 0.36, bottom=below, color=colour, label=label if side < 0 else None)
+            below = [low + share for low, share in zip(below, shares)]
     _name(axes, range(len(rows)), [row.sublayer.name for row in rows])
     axes.set_ylabel("DRAM bytes / Sequential's\n(left Sequential, right T3)")
     axes.set_ylim(0, 1.22)

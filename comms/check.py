@@ -8,8 +8,9 @@ conflicting accesses, and with each row written once, all interleavings compute 
 
 from __future__ import annotations
 
-from .graph import FINISH, START, Graph, Problem, ScheduleError, build, order
+from .graph import FINISH, START, Graph, build, order
 from .lifetimes import early_reuse
+from .problems import Problem, ScheduleError
 from .provenance import unmet_goals
 from .schedule import Schedule
 

@@ -2,54 +2,22 @@
 
 All readers (check, local, p2p, simulate) walk this one graph, so none of them can understand a schedule differently. An
 action is two events, its start and its finish; `order` is any order of events that the edges allow. Structural faults
-(a name that is not declared, rows written twice, a message without its other end) are collected here as `Problem`s
-instead of raised one by one, because a builder's author wants to see all of them.
+(a name that is not declared, rows written twice, a message without its other end) are found on the way.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 
-from ..dist.errors import UserError
 from .actions import Action, Compute, Recv, Send, Slice, Wait
+from .problems import Problem, ScheduleError
 from .schedule import Schedule
 
 START, FINISH = 0, 1
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One fault. `kind` is a fixed word for programs; the rest says where (`index` -1: not at an action)."""
-
-    kind: str
-    text: str
-    rank: int = -1
-    lane: str = ""
-    index: int = -1
-    action: str = ""
-    value: str = ""
-
-    def __str__(self) -> str:
-        where = [f"rank {self.rank}"] if self.rank >= 0 else []
-        where += [f"lane {self.lane}"] if self.lane else []
-        where += [f"action {self.index} `{self.action}`"] if self.index >= 0 else []
-        where += [f"value {self.value}"] if self.value else []
-        return f"{self.kind}: {', '.join(where)}{': ' if where else ''}{self.text}"
-
-
-class ScheduleError(UserError):
-    """A schedule that cannot be run as it stands. `kind` is the first problem's; `problems` holds all."""
-
-    def __init__(self, schedule: Schedule, problems: tuple[Problem, ...]) -> None:
-        self.problems, self.kind = problems, problems[0].kind
-        shown = "\n  ".join(map(str, problems[:8]))
-        rest = f"\n  … and {len(problems) - 8} more" if len(problems) > 8 else ""
-        super().__init__(f"schedule {schedule.name} is wrong in {len(problems)} way(s):\n  {shown}{rest}")
-
-    def __reduce__(self):
-        return UserError, (self.problem,)
 
 
 @dataclass(frozen=True)
@@ -114,9 +82,8 @@ def build(schedule: Schedule) -> Graph:
         for lane in program.lanes:
             _lane(graph, program.rank, lane.name, lane.actions)
     _match(graph)
-    for rank in range(schedule.world):
-        _write_once(graph, rank)
-    graph.writers = [_writers(graph, node) for node in graph.nodes]
+    writes = [_write_once(graph, rank) for rank in range(schedule.world)]
+    graph.writers = [_writers(graph, node, writes[node.rank]) for node in graph.nodes]
     return graph
 
 
@@ -267,39 +234,40 @@ def _match(graph: Graph) -> None:
     graph.problems.sort(key=lambda p: (p.rank, p.lane, p.index))  # the sets above have no order of their own
 
 
-def _write_once(graph: Graph, rank: int) -> None:
+def _write_once(graph: Graph, rank: int) -> dict[str, list[tuple[int, int, int]]]:
+    """For each value its writers as (first row, row after the last, node) in the order of rows."""
+    found = {}
     for name, value in graph.schedule.by_rank[rank].items():
         accesses = graph.accesses[rank].get(name, [])
-        writes = sorted(((part, node) for node, part, is_write in accesses if is_write), key=lambda w: w[0].start)
-        if value.role == "input":
-            graph.problems += [
-                graph.nodes[node].problem("input written", "an input may be read only", name) for _, node in writes
-            ]
-        end = 0
-        gap = value.rows if not writes else -1
-        for part, node in writes:
-            if part.start < end and value.role != "input":
-                graph.problems.append(
-                    graph.nodes[node].problem(
-                        "written twice", f"rows {part.start}:{min(end, part.stop)} have a writer already", name
-                    )
-                )
-            gap = part.start if part.start > end and gap < 0 else gap
-            end = max(end, part.stop)
-        if value.role == "output" and value.rows and (gap >= 0 or end < value.rows):
+        writes = sorted((part.start, part.stop, node) for node, part, is_write in accesses if is_write)
+        found[name] = writes
+        end, gaps = 0, False
+        for start, stop, node in writes:
+            if value.role == "input":
+                graph.problems.append(graph.nodes[node].problem("input written", "an input may be read only", name))
+            elif start < end:
+                text = f"rows {start}:{min(end, stop)} have a writer already"
+                graph.problems.append(graph.nodes[node].problem("written twice", text, name))
+            gaps, end = gaps or start > end, max(end, stop)
+        if value.role == "output" and (gaps or end < value.rows):
             graph.problems.append(Problem("output incomplete", "some rows of it are never written", rank, value=name))
+    return found
 
 
-def _writers(graph: Graph, node: Node) -> tuple[int, ...]:
+def _writers(graph: Graph, node: Node, writes: dict[str, list[tuple[int, int, int]]]) -> tuple[int, ...]:
     found: set[int] = set()
     for part in node.action.reads:
         value = graph.schedule.by_rank[node.rank].get(part.value)
         if value is None or value.role == "input":
             continue
+        candidates = writes[part.value]
+        first = max(0, bisect_right(candidates, part.start, key=itemgetter(0)) - 1)
         covered = 0
-        for other, written, is_write in graph.accesses[node.rank].get(part.value, []):
-            shared = min(part.stop, written.stop) - max(part.start, written.start)
-            if is_write and shared > 0:
+        for start, stop, other in candidates[first:]:
+            if start >= part.stop:
+                break
+            shared = min(part.stop, stop) - max(part.start, start)
+            if shared > 0:
                 found.add(other)
                 covered += shared
         if covered < part.rows:

@@ -9,88 +9,107 @@ reads.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from .actions import Compute, Slice, Value
-from .graph import FINISH, START, Graph, Problem, order
+from .graph import FINISH, START, Graph, order
+from .problems import Problem
+
+
+@dataclass(frozen=True)
+class _Access:
+    """Bytes (or rows, where all owners of the slot have equal ones) `low` ≤ i < `high` of a slot, touched by `node`."""
+
+    low: int
+    high: int
+    node: int
+    part: Slice
+    is_write: bool
 
 
 def early_reuse(graph: Graph) -> list[Problem]:
-    """Pairs of accesses to one slot that no edge orders. The graph must be free of deadlock."""
-    shared = [
-        (rank, [name for name, value in values.items() if value.slot == slot])
-        for rank, values in enumerate(graph.schedule.by_rank)
-        for slot in sorted({value.slot for value in values.values() if value.slot})
-    ]
-    shared = [(rank, names) for rank, names in shared if len(names) > 1]
+    """Accesses to one slot that no edge orders. The graph must be free of deadlock."""
+    slots: dict[tuple[int, str], list[Value]] = {}
+    for rank, values in enumerate(graph.schedule.by_rank):
+        for value in values.values():
+            if value.slot:
+                slots.setdefault((rank, value.slot), []).append(value)
+    shared = {(rank, slot): owners for (rank, slot), owners in slots.items() if len(owners) > 1}
     if not shared:
         return []
-    writers = {
-        node
-        for rank, names in shared
-        for name in names
-        for node, _, is_write in graph.accesses[rank].get(name, [])
-        if is_write
-    }
-    clocks = _clocks(graph, writers)
+    clocks = _clocks(graph)
+    return [problem for (rank, slot), owners in shared.items() for problem in _slot(graph, clocks, rank, slot, owners)]
+
+
+def _slot(graph: Graph, clocks: dict[int, np.ndarray], rank: int, slot: str, owners: list[Value]) -> list[Problem]:
+    """Go through the owners in order, with the accesses that a later owner still has to be compared with.
+
+    An access can be forgotten once a later write covers it: whoever comes after that write comes after the access.
+    """
+    live: list[_Access] = []
     found = []
-    for rank, names in shared:
-        for later in range(1, len(names)):
-            for node, part, is_write in graph.accesses[rank].get(names[later], []):
-                for earlier in range(later) if is_write else ():
-                    found += _conflicts(graph, clocks, rank, names[earlier], node, part)
+    for owner in owners:
+        accesses = [
+            _Access(*_range(part, owner, owners), node, part, is_write)
+            for node, part, is_write in graph.accesses[rank].get(owner.name, [])
+        ]
+        covered: set[_Access] = set()
+        for new in accesses:
+            for old in live if new.is_write else ():
+                if old.low < new.high and new.low < old.high:
+                    if not _ordered(graph, clocks, old, new):
+                        text = (
+                            f"it takes over slot {slot} from {old.part.value}, but nothing makes it wait until "
+                            f"{graph.nodes[old.node]} has {'written' if old.is_write else 'read'} {old.part}"
+                        )
+                        found.append(graph.nodes[new.node].problem("slot reuse", text, new.part.value))
+                    if new.low <= old.low and old.high <= new.high:
+                        covered.add(old)
+        live = [old for old in live if old not in covered] + accesses
     return found
 
 
-def _conflicts(
-    graph: Graph, clocks: dict[int, np.ndarray], rank: int, earlier: str, writer: int, part: Slice
-) -> list[Problem]:
-    values = graph.schedule.by_rank[rank]
-    found = []
-    for other, before, is_write in graph.accesses[rank].get(earlier, []):
-        if not _overlap(values[earlier], before, values[part.value], part):
-            continue
-        if other == writer:
-            action = graph.nodes[writer].action
-            in_place = isinstance(action, Compute) and action.kind in ("reduce", "merge")
-            same = (
-                values[earlier].row_size == values[part.value].row_size
-                and values[earlier].dtype == values[part.value].dtype
-            )
-            if in_place and not is_write and same and (before.start, before.stop) == (part.start, part.stop):
-                continue
-        elif clocks[writer][graph.nodes[other].lane_id] > graph.nodes[other].index:
-            continue
-        text = (
-            f"it takes over slot {values[earlier].slot} from {earlier}, but nothing makes it wait until "
-            f"{graph.nodes[other]} has {'written' if is_write else 'read'} {before}"
-        )
-        found.append(graph.nodes[writer].problem("slot reuse", text, part.value))
-    return found
+def _ordered(graph: Graph, clocks: dict[int, np.ndarray], old: _Access, new: _Access) -> bool:
+    """Has `old` certainly ended when `new` starts, or is `new` the in-place sum that reads `old` row by row?"""
+    if old.node != new.node:
+        before = graph.nodes[old.node]
+        return bool(clocks[new.node][before.lane_id] > before.index)
+    action = graph.nodes[new.node].action
+    in_place = isinstance(action, Compute) and action.kind in ("reduce", "merge")
+    values = graph.schedule.by_rank[graph.nodes[new.node].rank]
+    a, b = values[old.part.value], values[new.part.value]
+    same_rows = (a.dtype, a.row_size, old.part.start, old.part.stop) == (
+        b.dtype,
+        b.row_size,
+        new.part.start,
+        new.part.stop,
+    )
+    return in_place and not old.is_write and same_rows
 
 
-def _overlap(a: Value, part_a: Slice, b: Value, part_b: Slice) -> bool:
-    if a.row_size[1] or b.row_size[1]:  # symbols: rows can be compared when they are equally long, otherwise assume it
-        size_a, size_b = (1, 1) if a.row_size == b.row_size else (0, 0)
-        if not size_a:
-            return True
-    else:
-        size_a, size_b = a.row_bytes, b.row_bytes
-    return part_a.start * size_a < part_b.stop * size_b and part_b.start * size_b < part_a.stop * size_a
+def _range(part: Slice, owner: Value, owners: list[Value]) -> tuple[int, int]:
+    if all(other.row_size == owner.row_size for other in owners):
+        return part.start, part.stop
+    if any(other.row_size[1] for other in owners):
+        return 0, 1  # symbols: nobody knows, so everything overlaps
+    return part.start * owner.row_bytes, part.stop * owner.row_bytes
 
 
-def _clocks(graph: Graph, wanted: set[int]) -> dict[int, np.ndarray]:
-    """For each wanted node: actions per lane that have certainly ended when it starts."""
+def _clocks(graph: Graph) -> dict[int, np.ndarray]:
+    """For each node: how many actions of each lane have certainly ended when it starts."""
     width = len(graph.lanes)
-    at: dict[tuple[int, int], np.ndarray] = {}
+    starts: dict[int, np.ndarray] = {}
+    ends: dict[int, np.ndarray] = {}
     for node, phase in order(graph):
         clock = np.zeros(width, dtype=np.int32)
-        for event in graph.before(node, phase, rendezvous=False):
-            np.maximum(clock, at[event], out=clock)
-            if phase == FINISH and event[0] != node:  # the send of this receive: its source has been read
-                sender = graph.nodes[event[0]]
+        for event, when in graph.before(node, phase, rendezvous=False):
+            np.maximum(clock, starts[event] if when == START else ends[event], out=clock)
+            if phase == FINISH and event != node:  # the send of this receive: its source has been read
+                sender = graph.nodes[event]
                 clock[sender.lane_id] = max(clock[sender.lane_id], sender.index + 1)
         if phase == FINISH:
             clock[graph.nodes[node].lane_id] = graph.nodes[node].index + 1
-        at[node, phase] = clock
-    return {node: at[node, START] for node in wanted}
+        (starts if phase == START else ends)[node] = clock
+    return starts

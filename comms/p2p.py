@@ -20,8 +20,9 @@ from ..dist.trace import Trace
 from .actions import Compute, Recv, Send
 from .board import Board, Stopped, Worker
 from .check import check, out_of_order
-from .graph import Graph, Node, ScheduleError, need
+from .graph import Graph, Node, need
 from .ops import Ops, table
+from .problems import ScheduleError
 from .schedule import Schedule
 from .storage import Storage
 from .transport import Gloo, Nccl, Transport, new_group

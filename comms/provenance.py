@@ -8,16 +8,21 @@ computed twice, and none that no goal needs: that would be wasted work, or a sig
 
 from __future__ import annotations
 
+from bisect import bisect_right, insort
 from collections import Counter
+from operator import itemgetter
 
 from .actions import Compute, Slice
-from .graph import FINISH, Graph, Node, Problem, order
+from .graph import FINISH, Graph, Node, order
+from .problems import Problem
 from .schedule import Goal, Schedule
-from .terms import Applied, Content, applied, combined, cut, join, origin, rows_of, same_block
+from .terms import Applied, Content, applied, block_key, combined, cut, join, origin, rows_of
+
+_start = itemgetter(0)
 
 
 class _Memory:
-    """What each value of each rank holds so far, as pieces of rows."""
+    """What each value of each rank holds so far, as pieces of rows in order."""
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
@@ -26,15 +31,18 @@ class _Memory:
     def read(self, rank: int, part: Slice) -> Content:
         if self.schedule.value(part.value, rank).role == "input":
             return origin(part.value, rank, part.start, part.stop)
+        pieces = self.pieces[rank].get(part.value, [])
         found = []
-        for start, content in sorted(self.pieces[rank].get(part.value, []), key=lambda piece: piece[0]):
+        for start, content in pieces[max(0, bisect_right(pieces, part.start, key=_start) - 1) :]:
+            if start >= part.stop:
+                break
             low, high = max(part.start, start), min(part.stop, start + rows_of(content))
             if low < high:
                 found.append(cut(content, low - start, high - start))
         return join(found)
 
     def write(self, rank: int, part: Slice, content: Content) -> None:
-        self.pieces[rank].setdefault(part.value, []).append((part.start, content))
+        insort(self.pieces[rank].setdefault(part.value, []), (part.start, content), key=_start)
 
 
 def unmet_goals(graph: Graph) -> list[Problem]:
@@ -96,7 +104,7 @@ def _sum(node: Node, action: Compute, reads: list[Content]) -> tuple[str, list[C
     if len(rows) != 1:
         return f"its slices have {', '.join(map(str, sorted(rows)))} rows; a sum needs equally many", []
     for group in groups:
-        if len({same_block(content) for content in group}) > 1:
+        if width > 1 and len({block_key(content) for content in group}) > 1:
             return f"the reads of one group of {width} are results of different blocks", []
     try:
         return "", [combined(action.label, [group[i] for group in groups]) for i in range(width)]

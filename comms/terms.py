@@ -132,10 +132,14 @@ def combined(combine: str, parts: Sequence[Content]) -> Content:
     return join(found)
 
 
-def same_block(content: Content) -> Content:
-    """The content with every output index set to 0: equal for two results of the same call."""
+def block_key(content: Content) -> tuple:
+    """Equal for two results of the same calls, whatever their output index."""
     return tuple(
-        segment(piece.rows, piece.combine, (replace(a, output=0) if isinstance(a, Applied) else a for a in piece.atoms))
+        (
+            piece.rows,
+            piece.combine,
+            *sorted((a.block if isinstance(a, Applied) else a.key, a.start) for a in piece.atoms),
+        )
         for piece in content
     )
 

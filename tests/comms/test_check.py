@@ -11,7 +11,8 @@ from undertow.comms.builders.gemm_reduce_scatter import gemm_reduce_scatter
 from undertow.comms.builders.reduce_scatter import direct_reduce_scatter, ring_reduce_scatter
 from undertow.comms.builders.ring_attention import ring_attention
 from undertow.comms.check import check, find_problems, out_of_order
-from undertow.comms.graph import ScheduleError, build
+from undertow.comms.graph import build
+from undertow.comms.problems import ScheduleError
 from undertow.comms.schedule_text import parse
 
 GATHER = str(ring_all_gather(3, 4, [2]))

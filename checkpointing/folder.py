@@ -30,10 +30,12 @@ from .manifest import (
     METADATA,
     BadCheckpoint,
     Manifest,
+    NewerFormat,
     checksum,
     commit_bytes,
     require_known_format,
 )
+from .verify import check_lengths
 
 log = get_logger(__name__)
 FINAL = re.compile(r"^step-(\d{9,})$")
@@ -123,7 +125,7 @@ class Folder:
             elif match := re.match(r"^\.step-(\d+)\.old-", name):
                 # a crash between the two renames of `commit`, or just after them
                 final = self.final(int(match.group(1)))
-                if (final / COMMIT).is_file():
+                if _whole(final):
                     self.ops.rmtree(path)
                 else:
                     if final.exists():
@@ -194,6 +196,17 @@ class Folder:
         while (aside := self.root / f".{final.name}.{why}-{stamp:x}").exists():  # clocks stand still and go back
             stamp += 1
         return aside
+
+
+def _whole(path: Path) -> bool:
+    """Whether a checkpoint is committed with all its files, without reading their content."""
+    try:
+        check_lengths(path, read_manifest(path))
+    except BadCheckpoint:
+        return False
+    except NewerFormat:
+        return True
+    return True
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -78,8 +78,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     lq, lk, width = q_BHLD.shape[2], k_BGLD.shape[2], max(q_BHLD.shape[3], v_BGLE.shape[3])
     dout, q, k, v, out = (_even(t, width) for t in (dout_BHLE, q_BHLD, k_BGLD, v_BGLE, out_BHLE))
+    parts = _parts(lq, lk, causal, window)
+    if len(parts) == 1 and window is None:
+        grads = _backward(dout.contiguous(), q, k, v, out, lse_BHL, 0.0, causal, scale=scale)
+        return tuple(g[..., : t.shape[3]] for g, t in zip(grads, (q_BHLD, k_BGLD, v_BGLE)))  # type: ignore
     dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
-    for q0, q1, k0, k1, is_causal, masked in _parts(lq, lk, causal, window):
+    for q0, q1, k0, k1, is_causal, masked in parts:
         mask = _mask(q, q0, q1, k0, k1, lk - lq, window) if masked and window is not None else None
         part = _backward(
             dout[:, :, q0:q1].contiguous(),

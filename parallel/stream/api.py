@@ -41,7 +41,7 @@ def enable(
 ) -> Engine:
     """Stream `model` until `disable`; returns the engine (`report()`, `last_plan`).
 
-    `budget_bytes`: device bytes above weights and gradients (default: what is free on a CUDA device, no limit on a CPU).
+    `budget_bytes`: device bytes above weights and gradients (default: what is free on CUDA, no limit on a CPU).
     `host_budget_bytes`: for offload (default: 80 % of free host memory on CUDA, none on a CPU). `chunk`: rows.
     `offload`, `stash`: force all, or none, of layer inputs off the device, of attention outputs kept. `every=2`: keep
     every second layer input. `plan` replaces planning. `UserError` for a model that has no decoder layers.

@@ -11,6 +11,7 @@ Legend: B batch, H query heads, G key/value heads, C rows of the chunk, T of the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch.autograd.function import once_differentiable
 from ..blocks import flash2, select
 from ..merge import empty_like, lse_dtype
 from .layout import Layout, Span
+
+KEY_TILE = 16384  # keys per call of a backward kernel
 
 
 @dataclass(frozen=True)
@@ -55,25 +58,76 @@ def attend_forward(q_BHCD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, mask: Mask) -
     return out, lse
 
 
+Share = Callable[[slice, slice, Tensor, Tensor], None]
+
+
 def attend_backward(
-    dout_BHCE: Tensor, q_BHCD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, out_BHCE: Tensor, lse_BHC: Tensor, mask: Mask
-) -> tuple[Tensor, list[tuple[slice, slice, Tensor, Tensor]]]:
-    """dq, and for each block (batch rows, key rows, dk, dv): what the chunk adds to the gradients of those keys."""
+    dout_BHCE: Tensor,
+    q_BHCD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTE: Tensor,
+    out_BHCE: Tensor,
+    lse_BHC: Tensor,
+    mask: Mask,
+    add: Share,
+) -> Tensor:
+    """dq; calls `add(batch rows, key rows, dk, dv)` for each block with what the chunk adds to those keys' gradients.
+
+    Kernels return dk and dv of all their keys (some of them, once per query head), so the prefix is taken in tiles of
+    `KEY_TILE` keys: with the merged out and lse each tile's gradients are exact by themselves.
+    """
     if mask.layout.is_dense:
         k0 = 0 if mask.window is None else max(0, mask.start - mask.window + 1)
-        k, v = k_BGTD[:, :, k0 : mask.stop], v_BGTE[:, :, k0 : mask.stop]
-        backend = mask.pick(q_BHCD, k, v, True)
-        dq, dk, dv = backend.backward(
-            dout_BHCE, q_BHCD, k, v, out_BHCE, lse_BHC, scale=mask.scale, causal=True, window=mask.window
-        )
-        return dq, [(slice(None), slice(k0, mask.stop), dk, dv)]
-    dq, shares = torch.zeros_like(q_BHCD), []
+        tensors = dout_BHCE, q_BHCD, out_BHCE, lse_BHC
+        return _block_backward(mask, tensors, k_BGTD, v_BGTE, slice(None), k0, mask.stop, True, add)
+    dq = torch.zeros_like(q_BHCD)
     for group in _groups(mask, q_BHCD, k_BGTD, v_BGTE):
         rows, keys = _slices(group, mask)
-        tensors = dout_BHCE[rows], q_BHCD[rows], k_BGTD[keys], v_BGTE[keys], out_BHCE[rows], lse_BHC[rows]
-        dq[rows], dk, dv = _packed_backward(group, mask, *tensors)
-        shares.append((rows[0], keys[2], dk, dv))
-    return dq, shares
+        tensors = dout_BHCE[rows], q_BHCD[rows], out_BHCE[rows], lse_BHC[rows]
+        if len(group) == 1:
+            span = group[0]
+            dq[rows] = _block_backward(mask, tensors, k_BGTD, v_BGTE, rows[0], span.k0, span.k1, span.causal, add)
+        else:
+            dq[rows], dk, dv = _packed_backward(group, mask, *tensors, k_BGTD[keys], v_BGTE[keys])
+            add(rows[0], keys[2], dk, dv)
+    return dq
+
+
+def _block_backward(
+    mask: Mask,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    k_BGTD: Tensor,
+    v_BGTE: Tensor,
+    rows: slice,
+    k0: int,
+    k1: int,
+    causal: bool,
+    add: Share,
+) -> Tensor:
+    dout, q, out, lse = tensors
+    tiles = _tiles(q.shape[2], k0, k1, causal, mask.window)
+    dq = None
+    for a, b, diagonal in tiles:
+        k, v = k_BGTD[rows, :, a:b], v_BGTE[rows, :, a:b]
+        backend = mask.pick(q, k, v, diagonal)
+        window = mask.window if diagonal else None
+        part, dk, dv = backend.backward(dout, q, k, v, out, lse, scale=mask.scale, causal=diagonal, window=window)
+        add(rows, slice(a, b), dk, dv)
+        if len(tiles) == 1:
+            return part
+        dq = part.to(lse.dtype) if dq is None else dq.add_(part)
+        del k, v, dk, dv, part
+    assert dq is not None
+    return dq.to(q.dtype)
+
+
+def _tiles(queries: int, k0: int, k1: int, causal: bool, window: int | None) -> list[tuple[int, int, bool]]:
+    """Key ranges (start, stop, causal) for one block of queries: the square diagonal, then the prefix in tiles."""
+    if window is not None and causal:
+        return [(k0, k1, True)]
+    end = k1 - queries if causal else k1
+    prefix = [(a, min(a + KEY_TILE, end), False) for a in range(k0, end, KEY_TILE)]
+    return [(end, k1, True), *prefix] if causal else prefix
 
 
 def _groups(mask: Mask, q: Tensor, k: Tensor, v: Tensor) -> list[list[Span]]:
@@ -84,7 +138,7 @@ def _groups(mask: Mask, q: Tensor, k: Tensor, v: Tensor) -> list[list[Span]]:
     for span in spans:
         last = groups[-1][-1] if groups else None
         adjacent = last and (last.row, last.q1, last.k1, last.causal) == (span.row, span.q0, span.k0, span.causal)
-        if packs and adjacent:
+        if packs and adjacent and last and last.k1 - last.k0 <= KEY_TILE:
             groups[-1].append(span)
         else:
             groups.append([span])
@@ -120,12 +174,10 @@ def _packed(group: list[Span], mask: Mask, q: Tensor, k: Tensor, v: Tensor) -> t
 
 
 def _packed_backward(
-    group: list[Span], mask: Mask, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    group: list[Span], mask: Mask, dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     causal = group[0].causal
     how = {"scale": mask.scale, "causal": causal, "window": mask.window if causal else None}
-    if len(group) == 1:
-        return mask.pick(q, k, v, causal).backward(dout, q, k, v, out, lse, **how)
     tensors = (t[0] for t in (dout, q, k, v, out, lse))
     dq, dk, dv = flash2.backward_packed(*tensors, *_bounds(group, q.device), **how)
     return dq.unsqueeze(0), dk.unsqueeze(0), dv.unsqueeze(0)
@@ -155,13 +207,12 @@ class KeyValues:
         make = torch.zeros if zero else torch.empty
         return make(t.shape[0], self.tokens, t.shape[1], t.shape[3], dtype=dtype, device=t.device).transpose(1, 2)
 
-    def add_gradients(self, shares: list[tuple[slice, slice, Tensor, Tensor]]) -> None:
+    def add_gradients(self, rows: slice, keys: slice, dk: Tensor, dv: Tensor) -> None:
         assert self.k is not None and self.v is not None
         if self._dk is None or self._dv is None:
             self._dk, self._dv = (self._room(t, lse_dtype(t.dtype), zero=True) for t in (self.k, self.v))
-        for rows, keys, dk, dv in shares:
-            self._dk[rows, :, keys] += dk
-            self._dv[rows, :, keys] += dv
+        self._dk[rows, :, keys] += dk
+        self._dv[rows, :, keys] += dv
 
     def gradients(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """dk and dv of rows [start, stop), in the type of k; complete once all chunks from `start` on have added."""
@@ -211,12 +262,13 @@ class ChunkAttention(torch.autograd.Function):
         q, out, lse, sinks, *own = ctx.saved_tensors
         mask, keys = ctx.mask, ctx.keys
         k, v = own if keys is None else (keys.k, keys.v)
-        dq, shares = attend_backward(dout, q, k, v, out, lse, mask)
         if keys is None and mask.layout.is_dense:
-            dk, dv = shares[0][2:]
+            found: list[tuple[Tensor, Tensor]] = []
+            dq = attend_backward(dout, q, k, v, out, lse, mask, lambda _, __, dk, dv: found.append((dk, dv)))
+            ((dk, dv),) = found
         else:
             keys = keys or _holding(k, v)
-            keys.add_gradients(shares)
+            dq = attend_backward(dout, q, k, v, out, lse, mask, keys.add_gradients)
             dk, dv = keys.gradients(mask.start, mask.stop)
         dsinks = None
         if sinks is not None:

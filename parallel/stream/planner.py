@@ -9,7 +9,7 @@ run degrades instead of failing in the planner.
 
 from __future__ import annotations
 
-from ..memory_model import DecoderShape, Moments, moments
+from ..memory_model import DecoderShape, Moments, loss_bytes, moments
 from .loss import default_rows
 from .plan import StreamPlan
 
@@ -39,8 +39,8 @@ def plan(
     `chunk`, `loss_rows`, `every` (2: every second layer input), `offload` (True: all inputs, False: none) and `stash`
     (keep attention outputs: True all, False none) fix what is otherwise chosen.
     """
-    rows = loss_rows or default_rows(shape.vocab, shape.element_size)
     usable = None if budget_bytes is None else int(budget_bytes * (1 - MARGIN))
+    rows = loss_rows or _loss_rows(shape, batch * tokens, usable, kernel)
     tried = _chunks(batch, tokens, chunk)
     last = None
     for size in tried:
@@ -53,6 +53,14 @@ def plan(
     inputs = tuple("derived" if every == 2 and layer % 2 else place for layer in range(shape.layers))
     tightest = StreamPlan(batch, tokens, min(tried[-1], tokens), inputs, ("none",) * shape.layers, rows)
     return _with(_predicted(tightest, shape, kernel), "even the smallest plan exceeds the budget", loss_rows)
+
+
+def _loss_rows(shape: DecoderShape, rows: int, usable: int | None, kernel: bool) -> int:
+    """As many as the loss likes, unless that is more than a quarter of the budget."""
+    chosen = min(default_rows(shape.vocab, shape.element_size), -(-rows // 128) * 128)
+    while usable is not None and chosen > 128 and loss_bytes(shape, chosen, kernel) > usable / 4:
+        chosen = max(128, chosen // 2 // 128 * 128)
+    return chosen
 
 
 def _chunks(batch: int, tokens: int, chunk: int | None) -> list[int]:

@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
-from datetime import timedelta
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -75,43 +77,50 @@ def test_srun_tasks_meet_without_a_port_in_the_environment(ranks):
     assert [total for total, _ in ranks(2, by_srun, os.getpid())] == [1.0, 1.0]
 
 
-def _restarted_rank(rank: int, world: int, port: int, attempt: int, dies: bool, results) -> None:
-    """One rank of one attempt against the agent's store; in a doomed attempt rank 1 is killed, the others with it."""
-    launch = Launch("torchrun", rank, world, rank, world, "127.0.0.1", port, 0, "run", agent_store=True)
+def _restarted_rank(rank: int, world: int, port: int, attempt: int, said: Connection) -> None:
+    """One rank of one attempt against the agent's store: join, reduce, tell, and wait to be killed."""
     try:
+        launch = Launch("torchrun", rank, world, rank, world, "127.0.0.1", port, 0, "run", agent_store=True)
         init_process_group(launch, device=CPU, timeout_s=20)
         total = torch.tensor(float(rank + attempt))
         dist.all_reduce(total)
-        if dies:
-            os.kill(os.getpid(), signal.SIGKILL)
-        results.put((rank, total.item()))
+        said.send(total.item())
     except BaseException as error:
-        results.put((rank, repr(error)))
+        said.send(repr(error))
+    signal.pause()
+
+
+def _agent(said: Connection) -> None:
+    """Serve a store as torchrun's agent does; in a process of its own, since a process with threads must not fork."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    said.send(store.port)
+    signal.pause()
+
+
+@contextmanager
+def forked(function, *arguments: tuple) -> Iterator[list]:
+    """Fork `function(*arguments, pipe)` for each argument tuple; yield what each said first; SIGKILL all at the end."""
+    context, started = multiprocessing.get_context("fork"), []
+    try:
+        for argument in arguments:
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=function, args=(*argument, theirs))
+            process.start()
+            started.append((process, ours))
+        yield [ours.recv() if ours.poll(30) else "silent for 30 s" for _, ours in started]
     finally:
-        results.close()
-        results.join_thread()
-        os._exit(0)
+        for process, _ in started:
+            process.kill()
+            process.join()
 
 
 def test_restarts_against_the_store_of_a_living_agent():
     """What torchrun does at --max-restarts: the store lives on, the processes do not. Stock gloo fails here."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
-    context, world, attempts = multiprocessing.get_context("fork"), 3, 8
-    for attempt in range(attempts):
-        last = attempt == attempts - 1
-        results = context.Queue()
-        processes = [
-            context.Process(target=_restarted_rank, args=(rank, world, store.port, attempt, not last, results))
-            for rank in range(world)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(30)
-            assert process.exitcode == (0 if last else -signal.SIGKILL), f"attempt {attempt}: {results.get(timeout=1)}"
-        if last:
-            expected = sum(range(world)) + world * attempt
-            assert sorted(results.get(timeout=5) for _ in range(world)) == [(rank, expected) for rank in range(world)]
+    world = 3
+    with forked(_agent, ()) as (port,):
+        for attempt in range(8):
+            with forked(_restarted_rank, *((rank, world, port, attempt) for rank in range(world))) as totals:
+                assert totals == [sum(range(world)) + world * attempt] * world, f"attempt {attempt}"
 
 
 RESTART_PROGRAM = """

@@ -139,6 +139,7 @@ class Checkpointer:
         else:
             problem = self._coordinator.hear("open", 0, deadline_s=time.monotonic() + self.timeout_s)
         if problem:
+            self._coordinator.part()
             raise UserError(problem)
 
     # -- saving ---------------------------------------------------------------------------------------------------
@@ -349,6 +350,7 @@ class Checkpointer:
                 stale = not memory or (bool(disk) and disk[-1] >= memory[-1])
                 self.host.close(remove=stale)
             self.folder.release()
+            self._coordinator.part()
 
     def __enter__(self) -> Checkpointer:
         return self

@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle
 import secrets
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, cast
 
@@ -62,6 +63,14 @@ class Coordinator:
         """Every rank's word, in rank order."""
         deadline_s = time.monotonic() + timeout_s
         return [self.hear(name, rank, deadline_s=deadline_s) for rank in range(self.world)]
+
+    def part(self, *, timeout_s: float = 5.0) -> None:
+        """Leave. Rank 0, whose process hosts the store, first waits until the others have read its last words; one that
+        is gone for good costs `timeout_s`."""
+        with suppress(PeerLost, RuntimeError, dist.DistError):  # whoever is gone needs no words any more
+            self.say("part", True)
+            if self.rank == 0:
+                self.hear_all("part", timeout_s=timeout_s)
 
     def forget(self, name: str) -> None:
         """Delete this rank's word, so that a long run does not fill the store."""

@@ -104,7 +104,7 @@ class Snapshot:
             copy_bytes(target, self._staging.host.data_ptr() + begin, host_end - begin)
         device_begin, device_end = max(begin, self.plan.host_bytes), min(end, image.eager_bytes)
         if device_begin < device_end:
-            source = self._staging.device.data_ptr() + device_begin - self.plan.host_bytes
+            source = self._staging.device.data_ptr() + device_begin - self._staging.device_begin
             self._copier.copy(target + device_begin - begin, source, device_end - device_begin)
         for offset, data in image.static[chunk]:
             copy_bytes(target + offset, data, len(data))

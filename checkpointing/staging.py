@@ -11,21 +11,23 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .layout import Placed
+from .layout import WORD, Placed
 from .plan import SavePlan
 
 
 class Staging:
-    """The staged eager part of one plan: [0, plan.host_bytes) in host memory, the rest on the device.
+    """The staged eager part of one plan: [0, plan.host_bytes) in host memory, the rest on the device, where the buffer
+    begins at image offset `device_begin`.
 
     Both buffers are used again by every save; the fence that begins a save has emptied them.
     """
 
     def __init__(self, plan: SavePlan, device: torch.device) -> None:
-        border = plan.host_bytes
-        self.host = torch.from_numpy(_template(plan.image.eager[: plan.eager_host], 0, border))
+        border = plan.host_bytes - plan.host_bytes % WORD  # payloads keep the alignment that views need
+        self.host = torch.from_numpy(_template(plan.image.eager[: plan.eager_host], 0, plan.host_bytes))
         tail = _template(plan.image.eager[plan.eager_host :], border, plan.image.eager_bytes)
         self.device = torch.from_numpy(tail).to(device)
+        self.device_begin = border
         self._places = [
             (self.host, placed.payload, placed.frame.nbytes) for placed in plan.image.eager[: plan.eager_host]
         ] + [

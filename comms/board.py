@@ -46,9 +46,6 @@ class Board:
                 raise Stopped
             return [self._marks[node] for node in needed]
 
-    def finished(self, node: int) -> bool:
-        return node in self._marks
-
 
 class Worker:
     """A daemon thread that does what it is given, in order. Its thread is kept from one run to the next.

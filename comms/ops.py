@@ -13,7 +13,6 @@ from functools import reduce
 import torch
 
 from ..dist.errors import UserError
-from .actions import Compute
 from .schedule import Schedule
 
 Op = Callable[..., None]
@@ -51,10 +50,10 @@ BUILT_IN: Ops = {"add": add, "copy": copy, "gemm": gemm}
 def table(schedule: Schedule, ops: Ops | None) -> Ops:
     """The built-in operations with the caller's `ops` on top; `UserError` when the schedule names another one."""
     known = {**BUILT_IN, **(ops or {})}
-    needed = {action.op for _, _, _, action in schedule.actions() if isinstance(action, Compute)}
-    if needed - set(known):
+    missing = schedule.operations - known.keys()
+    if missing:
         raise UserError(
-            f"schedule {schedule.name} needs the operation(s) {', '.join(sorted(needed - set(known)))}",
+            f"schedule {schedule.name} needs the operation(s) {', '.join(sorted(missing))}",
             expected=f"a function for each; known are {', '.join(sorted(known))}",
             remedy="hand the executor a table {name: function}, see undertow/comms/ops.py",
         )

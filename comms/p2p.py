@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,8 +28,38 @@ from .schedule import Schedule
 from .storage import Storage
 from .transport import Gloo, Nccl, Transport, new_group
 
-Prepared = tuple[Graph, Mapping[int, Any]]
 _KEPT = 256  # schedules whose proofs are remembered
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One rank's part of a schedule that has been checked, ready to run again and again.
+
+    `own`: the lane that the caller's thread takes. `early`: receives into memory that nobody has used before, which may
+    be posted at once; the others wait for their turn.
+    """
+
+    graph: Graph
+    addresses: Mapping[int, Any]
+    lanes: list[list[Node]]
+    own: list[Node]
+    early: list[Node]
+
+
+def _part(graph: Graph, rank: int, addresses: Mapping[int, Any], *, prepost: bool) -> _Part:
+    lanes = [[graph.nodes[i] for i in ids] for lane_rank, _, ids in graph.lanes if lane_rank == rank and ids]
+    own = next((lane for lane in lanes if any(isinstance(node.action, Compute) for node in lane)), [])
+    first: dict[str, str] = {}
+    for name, value in graph.schedule.by_rank[rank].items():
+        first.setdefault(f"slot {value.slot}" if value.slot else name, name)
+    fresh = set(first.values())
+    early = [
+        node
+        for lane in lanes
+        for node in lane
+        if isinstance(node.action, Recv) and all(part.value in fresh for part in node.action.writes)
+    ]
+    return _Part(graph, addresses, lanes, own, early if prepost else [])
 
 
 class P2P:
@@ -54,7 +85,7 @@ class P2P:
         self._transport: Transport = (
             Gloo(self._control) if self.device.type == "cpu" else Nccl(ranks, self.rank, self.device, timeout_s)
         )
-        self._ready: dict[str, Prepared] = {}  # by digest, the latest used last
+        self._ready: dict[str, _Part] = {}  # by digest, the latest used last
         self._workers: dict[str, Worker] = {}
         self._streams: dict[str, Any] = {}
         self._broken: list[Any] = []  # the failed run: its tensors must outlive messages on their way
@@ -63,14 +94,14 @@ class P2P:
         """Check the schedule and open its channels; collective. `run` does it when it sees a schedule first."""
         self._prepared(schedule)
 
-    def _prepared(self, schedule: Schedule) -> Prepared:
+    def _prepared(self, schedule: Schedule) -> _Part:
         found = self._ready.pop(schedule.digest, None) or self._prepare(schedule)
         self._ready[schedule.digest] = found
         if len(self._ready) > _KEPT:
             del self._ready[next(iter(self._ready))]
         return found
 
-    def _prepare(self, schedule: Schedule) -> Prepared:
+    def _prepare(self, schedule: Schedule) -> _Part:
         if schedule.world != self.world:
             raise UserError(f"schedule {schedule.name} is for {schedule.world} ranks, the group has {self.world}")
         check(schedule, rendezvous=True)
@@ -78,7 +109,7 @@ class P2P:
         if not self._transport.prepost and (problems := out_of_order(graph)):
             raise ScheduleError(schedule, tuple(problems))
         self._agree(schedule)
-        return graph, self._transport.prepare(graph)
+        return _part(graph, self.rank, self._transport.prepare(graph), prepost=self._transport.prepost)
 
     def run(
         self,
@@ -101,10 +132,10 @@ class P2P:
                 f"rank {self.rank}: this executor has failed before, and its messages may still be on their way; "
                 "close it and make a new one"
             )
-        graph, addresses = self._prepared(schedule)
+        part = self._prepared(schedule)
         with torch.no_grad():
             storage = Storage(schedule, self.rank, inputs, outputs=outputs, device=self.device)
-            run = _Run(self, graph, addresses, storage, table(schedule, ops))
+            run = _Run(self, part, storage, table(schedule, ops))
             try:
                 run.go()
                 if blocking:
@@ -164,28 +195,25 @@ class P2P:
 class _Run:
     """One execution on one rank."""
 
-    def __init__(self, owner: P2P, graph: Graph, addresses: Mapping[int, Any], storage: Storage, ops: Ops) -> None:
-        self.owner, self.graph, self.addresses, self.storage, self.ops = owner, graph, addresses, storage, ops
+    def __init__(self, owner: P2P, part: _Part, storage: Storage, ops: Ops) -> None:
+        self.owner, self.part, self.storage, self.ops = owner, part, storage, ops
         self.board = Board()
         self.posted: dict[int, list[Any]] = {}
-        self.lanes = [[graph.nodes[i] for i in ids] for rank, _, ids in graph.lanes if rank == owner.rank and ids]
         self.cuda = owner.device.type == "cuda"
 
     def go(self) -> None:
         """Run all lanes: the caller's thread takes the first that computes."""
-        issuer = self.owner.worker("communication")
-        if self.owner._transport.prepost:
-            issuer.submit(self._prepost)
-        own = next((lane for lane in self.lanes if any(isinstance(n.action, Compute) for n in lane)), None)
+        self.owner.worker("communication").submit(self._post_early)
+        own = self.part.own
         start = torch.cuda.current_stream(self.owner.device).record_event() if self.cuda else None
-        for lane in self.lanes:
+        for lane in self.part.lanes:
             if lane is not own:
                 stream = self.owner.stream(lane[0].lane)
                 self.owner.worker(f"lane-{lane[0].lane}").submit(lambda lane=lane, s=stream: self._lane(lane, s, start))
-        if own is not None:
+        if own:
             self._lane(own, torch.cuda.current_stream(self.owner.device) if self.cuda else None, None)
         try:
-            marks = self.board.wait([node.id for lane in self.lanes for node in lane])
+            marks = self.board.wait([node.id for lane in self.part.lanes for node in lane])
         except BaseException as error:
             self.board.fail(error)
             assert self.board.error is not None
@@ -196,7 +224,7 @@ class _Run:
 
     def drain(self) -> None:
         """On CUDA, until the device has done it all; one event after the other, so that it can name a late one."""
-        for lane in self.lanes if self.cuda else ():
+        for lane in self.part.lanes if self.cuda else ():
             for node in lane:
                 (mark,) = self.board.wait([node.id])
                 deadline_s = time.monotonic() + self.owner.timeout_s
@@ -212,10 +240,13 @@ class _Run:
                 if start is not None:
                     stream.wait_event(start)
                 for node in lane:
-                    marks = self.board.wait(self.graph.writers[node.id])
+                    marks = self.board.wait(self.part.graph.writers[node.id])
                     for mark in marks if self.cuda else ():
                         stream.wait_event(mark)
-                    with self.owner.trace.span(str(node.action), lane=node.lane):
+                    if self.owner.trace.enabled:
+                        with self.owner.trace.span(str(node.action), lane=node.lane):
+                            self._do(node, stream)
+                    else:
                         self._do(node, stream)
                     self.board.finish(node.id, stream.record_event() if self.cuda else None)
         except Stopped:
@@ -243,22 +274,16 @@ class _Run:
         """The message's works: those of a receive posted before, or new ones. In the communication thread."""
         parts = action.reads if isinstance(action, Send) else action.writes
         posted = self.posted.pop(node, None)
-        return posted or self.owner._transport.issue(self.addresses[node], action, self.storage.views(parts))
+        return posted or self.owner._transport.issue(self.part.addresses[node], action, self.storage.views(parts))
 
     def _enqueue(self, node: int, action: Send | Recv, stream: Any) -> None:
         with torch.cuda.stream(stream):
             self.owner._transport.wait(self._issue(node, action), self.owner.timeout_s)
 
-    def _prepost(self) -> None:
-        """Post all receives into memory that nobody has used before; the others wait for their turn."""
-        first: dict[str, str] = {}
-        for name, value in self.graph.schedule.by_rank[self.owner.rank].items():
-            first.setdefault(f"slot {value.slot}" if value.slot else name, name)
-        fresh = set(first.values())
-        for lane in self.lanes:
-            for node in lane:
-                if isinstance(node.action, Recv) and all(part.value in fresh for part in node.action.writes):
-                    self.posted[node.id] = self._issue(node.id, node.action)
+    def _post_early(self) -> None:
+        for node in self.part.early:
+            assert isinstance(node.action, Recv)
+            self.posted[node.id] = self._issue(node.id, node.action)
 
     def _lost(self, node: Node, reason: str) -> str:
         """Names rank, lane, action, value and peer of what did not happen in time."""

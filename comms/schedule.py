@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..dist.errors import UserError
-from .actions import Action, Param, Slice, Value, literal, named
+from .actions import Action, Compute, Param, Slice, Value, literal, named
 from .terms import Content
 
 
@@ -92,6 +92,11 @@ class Schedule:
             for lane in program.lanes:
                 for index, action in enumerate(lane.actions):
                     yield program.rank, lane.name, index, action
+
+    @cached_property
+    def operations(self) -> frozenset[str]:
+        """Names of the operations that an executor must know."""
+        return frozenset(action.op for _, _, _, action in self.actions() if isinstance(action, Compute))
 
     def bind(self, dims: Mapping[str, int]) -> Schedule:
         """The same schedule with numbers in place of the symbols named in `dims`."""

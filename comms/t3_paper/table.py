@@ -30,23 +30,24 @@ def paper_table(rows: Sequence[Row]) -> Table:
         missed = claim.tolerance is not None and abs(off) > claim.tolerance
         table.add_row(
             claim.text,
-            _value(claim, claim.paper),
-            _value(claim, ours),
+            value_text(claim, claim.paper),
+            value_text(claim, ours),
             f"{100 * off:+.1f} %" + (" MISSED" if missed else ""),
             asked,
-            _basis(claim),
+            basis_text(claim),
         )
     return table
 
 
-def _value(claim: Claim, value: float) -> str:
+def value_text(claim: Claim, value: float) -> str:
+    """A ratio or, for a change, a signed percentage."""
     return f"{100 * value:+.1f} %" if claim.percent else f"{value:.2f}x"
 
 
-def _basis(claim: Claim) -> str:
+def basis_text(claim: Claim) -> str:
     if claim.fitted:
         return "fitted on TP 8" + ("" if claim.tps == (8,) else ", TP 16 predicted")
-    return "predicted"
+    return "closed form" if claim.algebra else "predicted"
 
 
 def row_table(rows: Sequence[Row], title: str) -> Table:

@@ -48,8 +48,10 @@ def run_case(
         raise ValueError(f"case '{case.name}': arms {names} must be distinct and hold '{case.plain}' and '{case.ours}'")
     rows = {arm.name: _checked(case, arm, trial.reference, peers) for arm in trial.arms}
     good = [arm for arm in trial.arms if rows[arm.name].wrong == 0]
-    samples, inner = _timed(case, good, rounds, random.Random(f"{seed}/{case.name}"), timer_for, least_sample_s, tick)
-    return [row for arm in trial.arms for row in _rows(case, rows[arm.name], samples, inner)]
+    timing = _Timing(case, good, timer_for, alone=peers.alone)
+    timing.run(rounds, random.Random(f"{seed}/{case.name}"), least_sample_s, tick)
+    rows |= {name: replace(rows[name], wrong=None, note=note) for name, note in timing.failed.items()}
+    return [row for arm in trial.arms for row in _rows(case, rows[arm.name], timing.samples, timing.inner)]
 
 
 def _checked(case: Case, arm: Arm, reference: Callable[[], object], peers: Peers) -> Row:
@@ -69,12 +71,16 @@ def _checked(case: Case, arm: Arm, reference: Callable[[], object], peers: Peers
             _finish_cuda()
         wrong = case.wrong(answer, (arm.reference or reference)())
     except Exception as error:  # a rival that fails is a finding, and must not end the run of the others
-        kind = type(error).__name__
-        note = "out of memory" if kind == "OutOfMemoryError" else f"failed: {kind}: {error}"
+        note = _reason(error)
     if peers.largest(float(bool(note))):
         return replace(row, note=note or "failed on another rank")
     wrong = int(peers.largest(float(wrong)))
     return replace(row, wrong=wrong, note="the answer is wrong" if wrong else "")
+
+
+def _reason(error: Exception) -> str:
+    kind = type(error).__name__
+    return "out of memory" if kind == "OutOfMemoryError" else f"failed: {kind}: {error}"
 
 
 def _finish_cuda() -> None:
@@ -83,26 +89,50 @@ def _finish_cuda() -> None:
     torch.cuda.synchronize()  # the answer may still be on its way into host memory
 
 
-def _timed(
-    case: Case,
-    arms: Sequence[Arm],
-    rounds: int,
-    order: random.Random,
-    timer_for: TimerFor,
-    least_sample_s: float,
-    tick: Callable[[], None],
-) -> tuple[dict[str, list[Sample]], dict[str, int]]:
-    """`rounds` samples per arm by name, the plain arm's second set under its name + AGAIN; and the runs per sample."""
-    timers = {arm.name: timer_for(arm) for arm in arms}
-    inner = {arm.name: _calibrate(arm, timers[arm.name], least_sample_s, case.warm_ups) for arm in arms}
-    lineup = [(arm.name, arm) for arm in arms] + [(arm.name + AGAIN, arm) for arm in arms if arm.name == case.plain]
-    samples: dict[str, list[Sample]] = {name: [] for name, _ in lineup}
-    gc.collect()
-    for _ in range(rounds):
-        for name, arm in order.sample(lineup, len(lineup)):
-            samples[name].append(timers[arm.name].sample(arm, inner[arm.name]))
-        tick()
-    return samples, inner
+class _Timing:
+    """The arms of one case while they are timed.
+
+    `samples` by arm, the plain arm's second set under its name + AGAIN; `inner`: runs per sample; `failed`: why an arm
+    dropped out. On several ranks an error ends the run instead, because the other ranks already wait for this one.
+    """
+
+    def __init__(self, case: Case, arms: Sequence[Arm], timer_for: TimerFor, *, alone: bool) -> None:
+        self.case, self.arms, self.alone = case, arms, alone
+        self.timers = {arm.name: timer_for(arm) for arm in arms}
+        self.samples: dict[str, list[Sample]] = {}
+        self.inner: dict[str, int] = {}
+        self.failed: dict[str, str] = {}
+
+    def run(self, rounds: int, order: random.Random, least_sample_s: float, tick: Callable[[], None]) -> None:
+        for arm in self.arms:
+            self._guarded(arm, lambda arm=arm: self._warm_up(arm, least_sample_s))
+        lineup = [(arm.name, arm) for arm in self.arms]
+        lineup += [(arm.name + AGAIN, arm) for arm in self.arms if arm.name == self.case.plain]
+        gc.collect()
+        for _ in range(rounds):
+            for name, arm in order.sample(lineup, len(lineup)):
+                self._guarded(arm, lambda name=name, arm=arm: self._sample(name, arm))
+            tick()
+        for name in self.failed:
+            self.samples.pop(name, None)
+            self.samples.pop(name + AGAIN, None)
+
+    def _warm_up(self, arm: Arm, least_sample_s: float) -> None:
+        self.inner[arm.name] = _calibrate(arm, self.timers[arm.name], least_sample_s, self.case.warm_ups)
+
+    def _sample(self, name: str, arm: Arm) -> None:
+        sample = self.timers[arm.name].sample(arm, self.inner[arm.name])
+        self.samples.setdefault(name, []).append(sample)
+
+    def _guarded(self, arm: Arm, action: Callable[[], None]) -> None:
+        if arm.name in self.failed:
+            return
+        try:
+            action()
+        except Exception as error:
+            if not self.alone:
+                raise
+            self.failed[arm.name] = _reason(error)
 
 
 def _calibrate(arm: Arm, timer: Timer, least_sample_s: float, warm_ups: int) -> int:

@@ -36,6 +36,10 @@ class Peers:
     def __init__(self, group: Any = None) -> None:
         self._group = group
 
+    @property
+    def alone(self) -> bool:
+        return self._group is None
+
     def barrier(self) -> None:
         self.largest(0.0)
 

@@ -121,6 +121,24 @@ def test_an_arm_that_raises_does_not_end_the_others():
     assert rows[OURS].seconds is not None
 
 
+@pytest.mark.parametrize("call", [1, 2, 5, 9])
+@pytest.mark.parametrize("who", [PLAIN, RIVAL])
+def test_an_arm_that_fails_while_it_is_timed_drops_out_alone(who, call):
+    """In a warm-up or in any round: the others keep all their rounds, and no ratio is formed with half a plain arm."""
+
+    def seconds(now):
+        if now == call:
+            raise RuntimeError("left work on other streams")
+        return 0.1
+
+    clock = Clock({PLAIN: lambda now: 0.3, OURS: lambda now: 0.1, RIVAL: lambda now: 0.2, who: seconds})
+    rows = {row.arm: row for row in run(case(), clock)}
+    assert rows[who].note == "failed: RuntimeError: left work on other streams" and rows[who].seconds is None
+    assert clock.log.count(who) == call
+    assert len(rows[OURS].samples_s) == 7 and (rows[OURS].ratio is None) == (who == PLAIN)
+    assert ("plain (A/A)" in rows) == (who != PLAIN)
+
+
 def test_running_out_of_memory_is_a_reason_not_a_failure():
     def greedy():
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -207,17 +207,21 @@ class KeyValues:
         make = torch.zeros if zero else torch.empty
         return make(t.shape[0], self.tokens, t.shape[1], t.shape[3], dtype=dtype, device=t.device).transpose(1, 2)
 
-    def add_gradients(self, rows: slice, keys: slice, dk: Tensor, dv: Tensor) -> None:
+    def _sums(self) -> tuple[Tensor, Tensor]:
         assert self.k is not None and self.v is not None
         if self._dk is None or self._dv is None:
             self._dk, self._dv = (self._room(t, lse_dtype(t.dtype), zero=True) for t in (self.k, self.v))
-        self._dk[rows, :, keys] += dk
-        self._dv[rows, :, keys] += dv
+        return self._dk, self._dv
+
+    def add_gradients(self, rows: slice, keys: slice, dk: Tensor, dv: Tensor) -> None:
+        for total, share in zip(self._sums(), (dk, dv)):
+            total[rows, :, keys] += share
 
     def gradients(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """dk and dv of rows [start, stop), in the type of k; complete once all chunks from `start` on have added."""
-        assert self._dk is not None and self._dv is not None and self.k is not None and self.v is not None
-        return self._dk[:, :, start:stop].to(self.k.dtype), self._dv[:, :, start:stop].to(self.v.dtype)
+        dk, dv = self._sums()
+        assert self.k is not None and self.v is not None
+        return dk[:, :, start:stop].to(self.k.dtype), dv[:, :, start:stop].to(self.v.dtype)
 
 
 def with_sinks(out_BHCE: Tensor, lse_BHC: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:

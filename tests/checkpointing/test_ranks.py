@@ -1,0 +1,339 @@
+"""Several ranks: replicated, FSDP2 and tensor-parallel state, another world size, one rank that fails or is late."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from ckpt_job import CHUNK_BYTES, Job, same
+
+from undertow.checkpointing import Checkpointer, plan
+from undertow.checkpointing.files import FileOps
+from undertow.checkpointing.folder import read_manifest
+
+
+class Net(nn.Module):
+    """Sizes that no number of ranks divides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(37, 301)
+        self.down = nn.Linear(301, 37)
+        self.norm = nn.BatchNorm1d(37)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.down(torch.relu(self.up(x))))
+
+
+def build(layout: str, world: int, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """`layout`: plain (the same on every rank), fsdp, tp, or fsdp+tp (2 x world/2)."""
+    torch.manual_seed(seed)
+    net: nn.Module = Net()
+    if layout == "tp":
+        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
+        parallelize_module(net, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    elif layout == "fsdp":
+        fully_shard(net, mesh=init_device_mesh("cpu", (world,), mesh_dim_names=("dp",)))
+    elif layout == "fsdp+tp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
+        parallelize_module(net, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        fully_shard(net, mesh=mesh["dp"])
+    return net, torch.optim.AdamW(net.parameters(), lr=1e-2)
+
+
+def update(net: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Gradients that do not depend on the layout, so that states of different layouts can be compared."""
+    for index, parameter in enumerate(net.parameters()):
+        generator = torch.Generator().manual_seed(1000 * step + index)
+        full = torch.randn(parameter.shape, generator=generator)
+        if isinstance(parameter, DTensor):
+            full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.grad = full
+    optimizer.step()
+    with torch.no_grad():
+        net.norm.running_mean += 1
+
+
+def full_state(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Every tensor whole, by name. Collective."""
+    found = dict(net.state_dict())
+    names = {id(p): name for name, p in net.named_parameters()}
+    for parameter, values in optimizer.state.items():
+        found |= {f"{names[id(parameter)]}.{key}": value for key, value in values.items()}
+    whole = {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in found.items()}
+    return {key: value.detach().clone() for key, value in whole.items()}
+
+
+def save_job(rank: int, world: int, root: str, layout: str, restore: bool) -> dict[str, Any]:
+    """Restore what is there, one update, save. The whole state."""
+    plan.SMALL_BYTES = 4096  # small tensors are lazy too
+    net, optimizer = build(layout, world, seed=world if restore else 0)
+    with Checkpointer(root, model=net, optimizer=optimizer, chunk_bytes=CHUNK_BYTES, timeout_s=30) as ckpt:
+        step = ckpt.restore() if restore else 0
+        assert step is not None
+        update(net, optimizer, step)
+        ckpt.save(step + 1)
+        update(net, optimizer, 99)  # must not show
+        assert all(report.ok for report in ckpt.wait()), ckpt.reports
+        ckpt.restore(step + 1)
+        return {key: value.numpy() for key, value in full_state(net, optimizer).items()}
+
+
+def tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {key: torch.from_numpy(np.array(value)) for key, value in state.items()}
+
+
+CHAINS = {
+    "fsdp at other sizes": [("fsdp", 4), ("fsdp", 2), ("fsdp", 3), ("plain", 1)],
+    "tp to fsdp to one": [("tp", 2), ("fsdp", 3), ("plain", 1)],
+    "two axes": [("fsdp+tp", 4), ("tp", 2), ("plain", 3), ("fsdp", 2)],
+    "one to many": [("plain", 1), ("fsdp", 3), ("tp", 4)],
+}
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_every_layout_restores_every_other(ranks, tmp_path, chain):
+    """Restore, update and save under one layout after the other; a plain run on one rank is the answer."""
+    torch.manual_seed(0)
+    net, optimizer = build("plain", 1, seed=0)
+    for index, (layout, world) in enumerate(CHAINS[chain]):
+        states = ranks(world, save_job, str(tmp_path), layout, index > 0)
+        update(net, optimizer, index)
+        expected = full_state(net, optimizer)
+        for state in states:
+            assert same(tensors(state), expected), (layout, world)
+
+
+def replicated(rank: int, world: int, root: str) -> tuple[int, dict]:
+    job = Job(layers=4)
+    job.advance(0)
+    with job.checkpointer(Path(root)) as ckpt:
+        ckpt.save(1)
+        assert ckpt.wait()[-1].ok
+        manifest = read_manifest(ckpt.folder.final(1))
+    return manifest.files[f"__{rank}_0.distcp"].nbytes, {k: len(v.shards) for k, v in manifest.tensors.items()}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_replicated_state_is_written_once_and_in_equal_parts(ranks, tmp_path, world):
+    results = ranks(world, replicated, str(tmp_path))
+    sizes = [size for size, _ in results]
+    assert set(results[0][1].values()) == {1}
+    job = Job(layers=4)
+    job.advance(0)
+    stored = [value.nbytes for value in job.state().values() if isinstance(value, torch.Tensor)]
+    assert sum(sizes) < 1.1 * sum(stored) + 2**17
+    assert max(sizes) - min(sizes) <= max(stored) + 2**17  # the best that whole tensors allow
+
+
+def random_job(rank: int, world: int, root: str) -> list[tuple]:
+    torch.manual_seed(rank)
+    random.seed(rank)
+    np.random.seed(rank)
+    job = Job(layers=1)
+
+    class Loader:
+        position = 10 * rank
+
+        def state_dict(self) -> dict:
+            return {"position": self.position}
+
+        def load_state_dict(self, state: dict) -> None:
+            self.position = state["position"]
+
+    def draw() -> tuple:
+        return torch.rand(2).tolist(), random.random(), np.random.rand(), loader.position
+
+    loader = Loader()
+    torch.manual_seed(100 + rank)
+    with job.checkpointer(Path(root), per_rank={"loader": loader}) as ckpt:
+        ckpt.save(0)
+        first = draw()
+        loader.position = -1
+        ckpt.wait()
+        ckpt.restore()
+        return [first, draw()]
+
+
+def test_each_rank_keeps_its_own_random_numbers_and_position(ranks, tmp_path):
+    results = ranks(3, random_job, str(tmp_path))
+    assert all(before == after for before, after in results)
+    assert len({repr(before) for before, _ in results}) == 3
+
+
+class FailsOnce(FileOps):
+    def __init__(self) -> None:
+        super().__init__(direct=False)
+        self.fail = False
+
+    def pwrite(self, handle: int, data: Any, offset: int) -> None:
+        if self.fail:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().pwrite(handle, data, offset)
+
+
+def one_rank_fails(rank: int, world: int, root: str, guilty: int) -> list[tuple[bool, str]]:
+    job, ops = Job(layers=2), FailsOnce()
+    with job.checkpointer(Path(root), ops=ops, timeout_s=20) as ckpt:
+        for step in range(4):
+            ops.fail = step == 1 and rank == guilty
+            ckpt.save(step)
+            job.advance(step)
+            ckpt.wait()
+        assert ckpt.folder.committed() == [0, 2, 3]
+        assert ckpt.restore() == 3
+        return [(report.ok, report.reason) for report in ckpt.reports]
+
+
+@pytest.mark.parametrize("guilty", [0, 1, 2])
+def test_a_rank_that_cannot_write_fails_the_save_on_all_and_nothing_else(ranks, tmp_path, guilty):
+    for results in ranks(3, one_rank_fails, str(tmp_path), guilty):
+        assert [ok for ok, _ in results] == [True, False, True, True]
+        assert f"rank {guilty}: " in results[1][1]
+        assert "No space left" in results[1][1]
+
+
+class Slow(FileOps):
+    def __init__(self, delay_s: float) -> None:
+        super().__init__(direct=False)
+        self.delay_s = delay_s
+
+    def create(self, path: Path, nbytes: int) -> int:
+        time.sleep(self.delay_s)
+        return super().create(path, nbytes)
+
+
+def one_rank_is_late(rank: int, world: int, root: str) -> list[tuple[bool, str]]:
+    job, ops = Job(layers=1), Slow(0.0)
+    with job.checkpointer(Path(root), ops=ops, timeout_s=1.0) as ckpt:
+        for step in range(4):
+            ops.delay_s = 2.5 if rank == 1 and step == 1 else 0.0
+            ckpt.save(step)
+            job.advance(step)
+            ckpt.wait()
+            dist.barrier()  # the training's own collectives are not disturbed
+        return [(report.ok, report.reason) for report in ckpt.reports]
+
+
+def test_a_rank_that_is_late_costs_one_save(ranks, tmp_path):
+    first, second = ranks(2, one_rank_is_late, str(tmp_path))
+    assert [ok for ok, _ in first] == [ok for ok, _ in second]
+    assert [ok for ok, _ in first] == [True, False, True, True]
+    assert "rank 1 did not answer" in first[1][1]
+    with Job(seed=9, layers=1).checkpointer(tmp_path) as ckpt:
+        assert ckpt.restore() == 3
+
+
+def unpicklable(rank: int, world: int, root: str) -> list[bool]:
+    class Thing:
+        value: Any = 1
+
+        def state_dict(self) -> Any:
+            return {"f": self.value}
+
+        def load_state_dict(self, state: Any) -> None:
+            self.value = state["f"]
+
+    job, thing = Job(layers=1), Thing()
+    with job.checkpointer(Path(root), per_rank={"thing": thing}) as ckpt:
+        for step in range(3):
+            thing.value = (lambda: 1) if rank == 1 and step == 1 else step
+            ckpt.save(step)
+            ckpt.wait()
+        ckpt.restore()
+        assert thing.value == 2
+        return [report.ok for report in ckpt.reports]
+
+
+def test_an_object_of_one_rank_that_cannot_be_pickled_costs_one_save(ranks, tmp_path):
+    assert ranks(2, unpicklable, str(tmp_path)) == [[True, False, True]] * 2
+
+
+def damaged_for_one(rank: int, world: int, root: str) -> int | None:
+    """Rank 1 alone finds a chunk damaged: all must choose the older one."""
+    job = Job(layers=3)
+    with job.checkpointer(Path(root)) as ckpt:
+        for step in (1, 2):
+            job.advance(step)
+            ckpt.save(step)
+        ckpt.wait()
+        dist.barrier()
+        if rank == 0:
+            path = ckpt.folder.final(2) / "__1_0.distcp"
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+        dist.barrier()
+        return ckpt.restore()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_all_ranks_agree_on_the_newest_whole_checkpoint(ranks, tmp_path, world):
+    assert ranks(world, damaged_for_one, str(tmp_path)) == [1] * world
+
+
+def refused_everywhere(rank: int, world: int, root: str) -> list[str]:
+    from undertow.dist.errors import UserError
+
+    messages = []
+    if rank == 0:
+        (Path(root) / "thesis.tex").write_text("precious")
+    dist.barrier()
+    job = Job(layers=1)
+    try:
+        job.checkpointer(Path(root))
+    except UserError as error:
+        messages.append(str(error))
+    return messages
+
+
+def test_a_folder_of_somebody_else_is_refused_on_every_rank(ranks, tmp_path):
+    for messages in ranks(3, refused_everywhere, str(tmp_path)):
+        assert len(messages) == 1
+        assert "thesis.tex" in messages[0]
+    assert sorted(os.listdir(tmp_path)) == ["thesis.tex"]
+
+
+def placements(rank: int, world: int, root: str) -> bool:
+    """DTensors as plain values of a user's object: sharded on a dim that is not the first, and replicated."""
+    mesh = init_device_mesh("cpu", (world,))
+    full = torch.arange(7 * 11, dtype=torch.float32).view(7, 11)
+
+    class Holder(nn.Module):
+        def __init__(self, value: torch.Tensor, placement: Any) -> None:
+            super().__init__()
+            self.w = nn.Parameter(distribute_tensor(value, mesh, [placement]))
+
+    written, read = Holder(full, Shard(1)), Holder(torch.zeros(7, 11), Shard(0))
+    with Checkpointer(root, model=written) as ckpt:
+        ckpt.save(0)
+        assert ckpt.wait()[-1].ok
+    with Checkpointer(root, model=read) as ckpt:
+        ckpt.restore()
+    assert torch.equal(read.w.full_tensor(), full)
+    again = Holder(torch.zeros(7, 11), Replicate())
+    with Checkpointer(root, model=again) as ckpt:
+        ckpt.restore()
+    return torch.equal(again.w.to_local(), full)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_another_placement_on_the_same_ranks(ranks, tmp_path, world):
+    assert ranks(world, placements, str(tmp_path)) == [True] * world

@@ -16,7 +16,7 @@
 
 #if defined(OPEN_MPI) && !defined(UNDERTOW_ABI)
 #undef OMPI_PREDEFINED_GLOBAL
-#define OMPI_PREDEFINED_GLOBAL(type, global) (reinterpret_cast<type>(::undertow::find(#global)))
+#define OMPI_PREDEFINED_GLOBAL(type, global) (reinterpret_cast<type>(::undertow::find_data(#global)))
 #endif
 
 namespace undertow {

@@ -52,7 +52,10 @@ void* find(const char* symbol) {
   return p && !ours(p) ? p : nullptr;
 }
 
-bool has(const char* symbol) { return find(symbol) != nullptr; }
+void* find_data(const char* symbol) {
+  if (void* p = dlsym(RTLD_DEFAULT, symbol)) return p;
+  return find(symbol);
+}
 
 void* find_own(const char* name) {
   if (void* p = find((std::string("PMPI_") + name).c_str())) return p;

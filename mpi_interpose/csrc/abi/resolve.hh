@@ -7,7 +7,9 @@ namespace undertow {
 
 void* find(const char* symbol);              // NULL when the MPI at hand lacks it
 void* find_own(const char* name);            // PMPI_name, else MPI_name
-bool has(const char* symbol);
+// A variable of the library. The program's own scope comes first: an executable that names the variable holds the copy
+// that the library uses too (a copy relocation), and the one inside libmpi is dead.
+void* find_data(const char* symbol);
 const char* mapped_library();                // path of the mapped libmpi, "" when none
 const char* own_path();                      // this shared library's file
 

@@ -28,6 +28,27 @@ Ref make_loop(int64_t count, int64_t stride, const Ref& child) {
   return loop(count, stride, child);
 }
 
+// A table whose ranges all have one length runs through an unrolled kernel; merging a few neighbours would only make
+// its lengths differ. So neighbours merge when that leaves one length, or at most half as many ranges.
+bool worth_merging(size_t before, size_t after, bool equal_before, bool equal_after) {
+  return !equal_before || equal_after || 2 * after <= before;
+}
+
+// Lengths that are small multiples of one word become a table of words, for the same reason.
+void split_words(std::vector<int64_t>& offs, std::vector<int64_t>& lens) {
+  int64_t total = 0, all = 0;
+  for (int64_t l : lens) total += l, all |= l;
+  const int64_t word = all & -all;  // the largest power of two that divides every length
+  const int64_t n = static_cast<int64_t>(lens.size());
+  if (word < 4 || word > 16 || n < 64 || total > 3 * word * n || total / word > (1 << 21)) return;
+  std::vector<int64_t> o;
+  o.reserve(total / word);
+  for (size_t i = 0; i < lens.size(); ++i)
+    for (int64_t at = 0; at < lens[i]; at += word) o.push_back(offs[i] + at);
+  lens.assign(o.size(), word);
+  offs = std::move(o);
+}
+
 // Byte ranges in order, already without empty ones.
 Ref make_runs(const std::vector<int64_t>& offs, const std::vector<int64_t>& lens) {
   std::vector<int64_t> o, l;
@@ -41,6 +62,18 @@ Ref make_runs(const std::vector<int64_t>& offs, const std::vector<int64_t>& lens
       o.push_back(offs[i]), l.push_back(lens[i]);
   }
   if (o.empty()) return bytes(0);
+  auto constant = [](const std::vector<int64_t>& v) {
+    for (int64_t x : v)
+      if (x != v[0]) return false;
+    return true;
+  };
+  const bool equal_after = constant(l);
+  if (!worth_merging(offs.size(), o.size(), constant(lens), equal_after)) {
+    o = offs;
+    l = lens;
+  } else if (!equal_after) {
+    split_words(o, l);
+  }
   const int64_t base = o[0];
   if (o.size() == 1) return at(base, bytes(l[0]));
   bool regular = true;

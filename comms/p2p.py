@@ -26,7 +26,7 @@ from .ops import Ops, table
 from .problems import ScheduleError
 from .schedule import Schedule
 from .storage import Storage
-from .transport import Gloo, Nccl, Transport, new_group
+from .transport import Gloo, Nccl, Transport, private_store
 
 _KEPT = 256  # schedules whose proofs are remembered
 
@@ -81,9 +81,10 @@ class P2P:
         ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         self.rank, self.world = ranks.index(dist.get_rank()), len(ranks)
         self.device, self.timeout_s, self.trace = torch.device(device), timeout_s, trace or Trace(None)
-        self._control = new_group(ranks, "gloo", timeout_s)
+        store = private_store(group)
+        self._gloo = Gloo(store, self.rank, self.world, timeout_s)
         self._transport: Transport = (
-            Gloo(self._control) if self.device.type == "cpu" else Nccl(ranks, self.rank, self.device, timeout_s)
+            self._gloo if self.device.type == "cpu" else Nccl(store, ranks, self.rank, self.device, timeout_s)
         )
         self._ready: dict[str, _Part] = {}  # by digest, the latest used last
         self._workers: dict[str, Worker] = {}
@@ -166,7 +167,8 @@ class P2P:
         self._workers.clear()
         if not self._broken:
             self._transport.close()
-            dist.destroy_process_group(self._control)
+            if self._transport is not self._gloo:
+                self._gloo.close()
 
     def __enter__(self) -> P2P:
         return self
@@ -177,9 +179,8 @@ class P2P:
     def _agree(self, schedule: Schedule) -> None:
         """Refuse a schedule that is not the same on all ranks: it would hang, or mix up messages."""
         mine = torch.frombuffer(bytearray.fromhex(schedule.digest), dtype=torch.uint8)
-        found = [torch.empty_like(mine) for _ in range(self.world)]
         try:
-            dist.all_gather(found, mine, group=self._control)
+            found = self._gloo.gather(mine)
         except RuntimeError as error:
             raise PeerLost(f"rank {self.rank}: not all ranks came to schedule {schedule.name} ({error})") from error
         others = [rank for rank, digest in enumerate(found) if not torch.equal(digest, mine)]

@@ -9,6 +9,7 @@ Communicators are opened in one global order, because opening one blocks until i
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
@@ -18,6 +19,8 @@ import torch.distributed as dist
 
 from .actions import Recv, Send
 from .graph import Graph
+
+Channel = tuple[int, str, int, str]  # sender, its lane, receiver, its lane
 
 
 class Transport(Protocol):
@@ -29,24 +32,27 @@ class Transport(Protocol):
         """An address for every message that this rank sends or receives, by node; collective."""
         ...
 
-    def issue(self, address: Any, action: Send | Recv, rows: Sequence[torch.Tensor]) -> list[Any]:
+    def issue(self, address: Any, action: Send | Recv, rows: Sequence[torch.Tensor]) -> list[dist.Work]:
         """Start to send or receive the rows; returns what `wait` needs."""
         ...
 
-    def wait(self, works: list[Any], timeout_s: float) -> None:
+    def wait(self, works: list[dist.Work], timeout_s: float) -> None:
         """CPU: block until they are complete. CUDA: order the current stream behind them."""
         ...
 
     def close(self) -> None: ...
 
 
-def new_group(ranks: Sequence[int], backend: str, timeout_s: float) -> dist.ProcessGroup:
-    """A process group of the given global ranks, which alone must call this."""
-    group = dist.new_group(
-        list(ranks), timeout=timedelta(seconds=timeout_s), backend=backend, use_local_synchronization=True
-    )
-    assert isinstance(group, dist.ProcessGroup)
-    return group
+def private_store(group: dist.ProcessGroup | None) -> dist.Store:
+    """A key space that the ranks of `group` share and nobody else uses; collective.
+
+    Our process groups are made upon it directly. `dist.new_group` would ask the ranks outside of `group` to call it
+    too, or (with local synchronisation) derive its name from the number of groups that each rank has made so far, and
+    hang when ranks differ in that.
+    """
+    name = [uuid.uuid4().hex]
+    dist.broadcast_object_list(name, group_src=0, group=group)
+    return dist.PrefixStore(f"undertow/{name[0]}", dist.distributed_c10d._get_default_store())
 
 
 class Gloo:
@@ -54,8 +60,9 @@ class Gloo:
 
     prepost = True
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    def __init__(self, store: dist.Store, rank: int, world: int, timeout_s: float) -> None:
+        own = dist.PrefixStore("gloo", store)
+        self.group: Any = dist.ProcessGroupGloo(own, rank, world, timedelta(seconds=timeout_s))
 
     def prepare(self, graph: Graph) -> Mapping[int, int]:
         """A tag for each slice of each message, the same at both ends."""
@@ -71,23 +78,23 @@ class Gloo:
             count += len(graph.nodes[node].action.reads)
         return tags
 
-    def issue(self, address: int, action: Send | Recv, rows: Sequence[torch.Tensor]) -> list[Any]:
+    def issue(self, address: int, action: Send | Recv, rows: Sequence[torch.Tensor]) -> list[dist.Work]:
         if isinstance(action, Send):
-            return [
-                dist.isend(part, group=self.group, group_dst=action.to, tag=address + at)
-                for at, part in enumerate(rows)
-            ]
-        return [
-            dist.irecv(part, group=self.group, group_src=action.source, tag=address + at)
-            for at, part in enumerate(rows)
-        ]
+            return [self.group.send([part], action.to, address + at) for at, part in enumerate(rows)]
+        return [self.group.recv([part], action.source, address + at) for at, part in enumerate(rows)]
 
-    def wait(self, works: list[Any], timeout_s: float) -> None:
+    def wait(self, works: list[dist.Work], timeout_s: float) -> None:
         for work in works:
             work.wait(timedelta(seconds=timeout_s))
 
+    def gather(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's tensor, in rank order."""
+        found = [torch.empty_like(mine) for _ in range(self.group.size())]
+        self.group.allgather([found], [mine]).wait()
+        return found
+
     def close(self) -> None:
-        """The group belongs to the executor."""
+        self.group.shutdown()
 
 
 class Nccl:
@@ -95,42 +102,46 @@ class Nccl:
 
     prepost = False
 
-    def __init__(self, ranks: Sequence[int], rank: int, device: torch.device, timeout_s: float) -> None:
-        self.ranks, self.rank, self.device, self.timeout_s = list(ranks), rank, device, timeout_s
-        self._channels: dict[tuple[int, str, int, str], dist.ProcessGroup] = {}
+    def __init__(
+        self, store: dist.Store, ranks: Sequence[int], rank: int, device: torch.device, timeout_s: float
+    ) -> None:
+        self.store, self.ranks, self.rank, self.device, self.timeout_s = store, ranks, rank, device, timeout_s
+        self._channels: dict[Channel, Any] = {}
 
-    def prepare(self, graph: Graph) -> Mapping[int, dist.ProcessGroup]:
+    def prepare(self, graph: Graph) -> Mapping[int, Any]:
         """A communicator for each pair of lanes; new ones are opened, each with one small message."""
-        channels: dict[tuple[int, str, int, str], list[int]] = {}
+        channels: dict[Channel, list[int]] = {}
         for node in graph.nodes:
             if isinstance(node.action, Send) and self.rank in (node.rank, node.action.to):
                 other = graph.nodes[graph.partner[node.id]]
                 channels.setdefault((node.rank, node.lane, other.rank, other.lane), []).extend([node.id, other.id])
         for channel in sorted(set(channels) - set(self._channels)):
-            self._channels[channel] = self._open(channel[0], channel[2])
+            self._channels[channel] = self._open(channel)
         return {node: self._channels[channel] for channel, nodes in channels.items() for node in nodes}
 
-    def _open(self, source: int, to: int) -> dist.ProcessGroup:
-        ends = [self.ranks[source], self.ranks[to]]
-        group = new_group(sorted(ends), "nccl", self.timeout_s)
+    def _open(self, channel: Channel) -> Any:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=self.timeout_s)
+        options.global_ranks_in_group = [self.ranks[channel[0]], self.ranks[channel[2]]]
+        options.group_name = "undertow " + " ".join(map(str, channel))
+        store = dist.PrefixStore(options.group_name, self.store)
+        sending = self.rank == channel[0]
+        group: Any = dist.ProcessGroupNCCL(store, 0 if sending else 1, 2, options)  # the sender is rank 0 of the two
         probe = torch.zeros(1, dtype=torch.uint8, device=self.device)
-        if self.rank == source:
-            dist.send(probe, ends[1], group=group)
-        else:
-            dist.recv(probe, ends[0], group=group)
+        (group.send([probe], 1, 0) if sending else group.recv([probe], 0, 0)).wait()
         torch.cuda.current_stream(self.device).synchronize()  # once per communicator: it is open at both ends
         return group
 
-    def issue(self, address: dist.ProcessGroup, action: Send | Recv, rows: Sequence[torch.Tensor]) -> list[Any]:
+    def issue(self, address: Any, action: Send | Recv, rows: Sequence[torch.Tensor]) -> list[dist.Work]:
         if isinstance(action, Send):
-            return [dist.isend(part, self.ranks[action.to], group=address) for part in rows]
-        return [dist.irecv(part, self.ranks[action.source], group=address) for part in rows]
+            return [address.send([part], 1, 0) for part in rows]
+        return [address.recv([part], 0, 0) for part in rows]
 
-    def wait(self, works: list[Any], timeout_s: float) -> None:
+    def wait(self, works: list[dist.Work], timeout_s: float) -> None:
         for work in works:
             work.wait()  # makes the current stream wait; the host goes on
 
     def close(self) -> None:
         for group in self._channels.values():
-            dist.destroy_process_group(group)
+            group.shutdown()
         self._channels.clear()

@@ -213,6 +213,18 @@ def _two_groups(rank, world):
     return both, total, again
 
 
+def _after_uneven_groups(rank, world):
+    """torch names a locally synchronised group by how many groups a rank has: executors must not depend on that."""
+    for _ in range(rank):
+        dist.new_group([rank], use_local_synchronization=True)
+    with P2P(timeout_s=10) as executor:
+        return executor.run(ring_reduce_scatter(world, 1), {"x": torch.arange(float(world))})["out"].tolist()
+
+
+def test_ranks_may_have_made_different_groups_before(ranks):
+    assert ranks(3, _after_uneven_groups) == [[0], [3], [6]]
+
+
 def test_two_executors_over_two_groups(ranks):
     results = ranks(4, _two_groups)
     assert [both for both, _, _ in results] == [[0, 1], [0, 1], [2, 3], [2, 3]]

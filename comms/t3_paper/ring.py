@@ -20,6 +20,7 @@ from .hardware import Hardware
 from .memory import Memory, Policy, Stream
 
 _ROUNDING = 1e-9  # of a piece: shares of pieces are sums of floats
+_MOST_PIECES = 10_000  # of a GPU: larger products (over 80 000 tiles) get larger pieces, to end in seconds
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class _Gpu:
         self.clock, self.gemm, self.hw, self.traced = clock, gemm, hw, traced
         self.memory = Memory(clock, hw, policy, traced=traced)
         self.neighbour: _Gpu = self
-        self.per_chunk = max(1, round(gemm.tiles / world / hw.piece_tiles))
+        self.per_chunk = max(1, round(min(gemm.tiles / hw.piece_tiles, _MOST_PIECES) / world))
         self.pieces = self.per_chunk * world
         self.piece_bytes = gemm.output_bytes / self.pieces
         self.updates = [0.0] * self.pieces  # the tracker: updates received, in pieces

@@ -2,7 +2,7 @@
 
 The memory is page-aligned (direct I/O writes from it), touched once at the start so that no save pays for page faults,
 and registered with CUDA when there is a device, so that copies into it are asynchronous. When every slot is taken,
-`acquire` waits: a budget smaller than the state costs waiting at the fence, never a failure.
+`reserve` waits: a budget smaller than the state costs waiting at the fence, never a failure.
 """
 
 from __future__ import annotations
@@ -25,8 +25,12 @@ class Memory(Protocol):
 
     chunk_bytes: int
 
-    def acquire(self, chunk: int) -> int:
-        """A slot for image chunk `chunk`; may wait."""
+    def reserve(self, count: int, *, wait: bool) -> list[int]:
+        """Room for up to `count` chunks, at least one of them if `wait`."""
+        ...
+
+    def slot(self, room: int, chunk: int) -> int:
+        """The slot of image chunk `chunk` in a room that `reserve` gave."""
         ...
 
     def release(self, slot: int) -> None: ...
@@ -67,13 +71,17 @@ class Arena:
         """Slots in use now."""
         return self.slots - len(self._free)
 
-    def acquire(self, chunk: int) -> int:
-        """A free slot, whatever the chunk; waits until one is given back."""
+    def reserve(self, count: int, *, wait: bool) -> list[int]:
+        """Up to `count` free slots; waits for the first one if asked to."""
         with self._changed:
-            self._changed.wait_for(lambda: self._free or self._closed)
+            if wait:
+                self._changed.wait_for(lambda: self._free or self._closed)
             if self._closed:
                 raise RuntimeError("the checkpoint arena is closed")
-            return self._free.popleft()
+            return [self._free.popleft() for _ in range(min(count, len(self._free)))]
+
+    def slot(self, room: int, chunk: int) -> int:
+        return room
 
     def release(self, slot: int) -> None:
         with self._changed:

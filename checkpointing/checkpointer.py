@@ -221,6 +221,9 @@ class Checkpointer:
         memory, parts, on_chunk = self._route(save, claimed, disk)
         save.snapshot = Snapshot(step, plan, sources, self._staging, self._copier, memory, on_chunk, seals)
         self._current, self._save = save.snapshot, save
+        if self._copier.device.type == "cuda":  # queueing copies is cheap here, and late ones would be waited for
+            while save.snapshot.fill_next(wait=False):
+                pass
         save.call_s = time.monotonic() - began_s
         self._pipeline.submit(save, parts)
         return True

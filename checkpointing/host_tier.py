@@ -55,7 +55,10 @@ class Generation:
         self.address = self._bytes.ctypes.data
         self.pinned = pinned and register(self.address, rounded)
 
-    def acquire(self, chunk: int) -> int:
+    def reserve(self, count: int, *, wait: bool) -> list[int]:
+        return [0] * count
+
+    def slot(self, room: int, chunk: int) -> int:
         return chunk
 
     def release(self, slot: int) -> None:

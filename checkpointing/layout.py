@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from .frames import Frame
 
 CHUNK_BYTES = 16 * 2**20
@@ -47,6 +49,18 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class PieceTable:
+    """All pieces of an image, one entry of each array per piece; those of chunk c are [starts[c], starts[c + 1])."""
+
+    item: np.ndarray
+    source_offset: np.ndarray
+    chunk_offset: np.ndarray
+    nbytes: np.ndarray
+    chunk: np.ndarray
+    starts: np.ndarray
+
+
+@dataclass(frozen=True)
 class Image:
     """A shard file. `eager` and `lazy` are placed tensors; the eager part ends at `eager_bytes`."""
 
@@ -73,6 +87,16 @@ class Image:
             for chunk, offset, begin, nbytes in self._cut(placed.payload, placed.frame.nbytes):
                 table[chunk].append(Piece(item, begin, offset, nbytes))
         return tuple(map(tuple, table))
+
+    @cached_property
+    def table(self) -> PieceTable:
+        """`pieces` as arrays, for copying many at once."""
+        rows = [(p.item, p.source_offset, p.chunk_offset, p.nbytes) for chunk in self.pieces for p in chunk]
+        item, source_offset, chunk_offset, nbytes = np.array(rows, dtype=np.int64).reshape(-1, 4).T
+        lengths = [len(chunk) for chunk in self.pieces]
+        chunk = np.repeat(np.arange(self.chunks), lengths)
+        starts = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
+        return PieceTable(item, source_offset, chunk_offset, nbytes, chunk, starts)
 
     @cached_property
     def static(self) -> tuple[tuple[tuple[int, bytes], ...], ...]:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from .arena import Memory, copy_bytes
@@ -59,6 +60,7 @@ class Snapshot:
         self.step, self.plan = step, plan
         self.error: BaseException | None = None
         self._sources: Sequence[torch.Tensor] = sources
+        self._bases = np.array([tensor.data_ptr() for tensor in sources], dtype=np.int64)
         self._staging = staging
         self._copier, self._memory, self._on_chunk = copier, memory, on_chunk
         self._next = 0
@@ -71,46 +73,65 @@ class Snapshot:
 
     # -- filling ------------------------------------------------------------------------------------------------
 
-    def fill_next(self) -> bool:
-        """Claim the next chunk and issue its copies; False when there is none left. Waits for a free slot."""
-        with self._changed:
-            if self.error or self._next >= len(self._filled):
-                return False
-            chunk, self._next = self._next, self._next + 1
+    def fill_next(self, *, wait: bool = True) -> bool:
+        """Claim the next few chunks and issue their copies; False when there are none left, or no free slot and not
+        `wait`."""
+        if self.error or self._next >= len(self._filled):
+            return False
         try:
-            slot = self._memory.acquire(chunk)
+            rooms = self._memory.reserve(self._copier.chunks_at_once, wait=wait)
+            with self._changed:
+                count = 0 if self.error else min(len(rooms), len(self._filled) - self._next)
+                first, self._next = self._next, self._next + count
+            slots = [self._memory.slot(room, first + index) for index, room in enumerate(rooms)]
+            for slot in slots[count:]:
+                self._memory.release(slot)
+            if not count:
+                return False
             try:
-                self._fill(chunk, self._memory.slot_address(slot))
+                self._fill(first, slots[:count])
                 mark = self._copier.mark()
             except BaseException:
-                self._memory.release(slot)
+                for slot in slots[:count]:
+                    self._memory.release(slot)
                 raise
         except BaseException as error:
             self.fail(error)
             return False
-        self._on_chunk(self, chunk, slot, mark)
+        for index, slot in enumerate(slots[:count]):
+            self._on_chunk(self, first + index, slot, mark)
         with self._changed:
-            self._filled[chunk] = True
+            self._filled[first : first + count] = [True] * count
             while self._through < len(self._filled) and self._filled[self._through]:
                 self._through += 1
             self._changed.notify_all()
         return True
 
-    def _fill(self, chunk: int, target: int) -> None:
+    def _fill(self, first: int, slots: Sequence[int]) -> None:
+        """Issue the copies of chunks first, first + 1, … into `slots`."""
         image = self.plan.image
-        begin, end = image.chunk_range(chunk)
+        addresses = np.array([self._memory.slot_address(slot) for slot in slots], dtype=np.int64)
+        for chunk, slot in enumerate(slots, first):
+            begin, end = image.chunk_range(chunk)
+            if begin < image.eager_bytes:
+                self._fill_eager(begin, end, int(addresses[chunk - first]))
+            view = self._memory.view(slot, end - begin)
+            for offset, data in image.static[chunk]:
+                view[offset : offset + len(data)] = data
+        table = image.table
+        rows = slice(table.starts[first], table.starts[first + len(slots)])
+        targets = addresses[table.chunk[rows] - first] + table.chunk_offset[rows]
+        sources = self._bases[table.item[rows]] + table.source_offset[rows]
+        self._copier.copy_many(targets, sources, table.nbytes[rows])
+
+    def _fill_eager(self, begin: int, end: int, target: int) -> None:
         host_end = min(end, self.plan.host_bytes)
         if begin < host_end:
             copy_bytes(target, self._staging.host.data_ptr() + begin, host_end - begin)
-        device_begin, device_end = max(begin, self.plan.host_bytes), min(end, image.eager_bytes)
+        device_begin, device_end = max(begin, self.plan.host_bytes), min(end, self.plan.image.eager_bytes)
         if device_begin < device_end:
             source = self._staging.device.data_ptr() + device_begin - self._staging.device_begin
             self._copier.copy(target + device_begin - begin, source, device_end - device_begin)
-        for offset, data in image.static[chunk]:
-            copy_bytes(target + offset, data, len(data))
-        for piece in image.pieces[chunk]:
-            source = self._sources[piece.item].data_ptr() + piece.source_offset
-            self._copier.copy(target + piece.chunk_offset, source, piece.nbytes)
 
     # -- fencing ------------------------------------------------------------------------------------------------
 

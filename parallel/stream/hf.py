@@ -187,16 +187,19 @@ class HfAdapter:
         before = [config._attn_implementation_internal for config in self._configs]
         for config in self._configs:
             config._attn_implementation_internal = NAME
-        flags = {id(layer): layer.gradient_checkpointing for layer in self.layers}
+        flags = [vars(layer).get("gradient_checkpointing") for layer in self.layers]
         for layer in self.layers:
-            layer.gradient_checkpointing = False
+            vars(layer)["gradient_checkpointing"] = False
         try:
             yield
         finally:
             for config, name in zip(self._configs, before):
                 config._attn_implementation_internal = name
-            for layer in self.layers:
-                layer.gradient_checkpointing = flags[id(layer)]
+            for layer, flag in zip(self.layers, flags):
+                if flag is None:
+                    del vars(layer)["gradient_checkpointing"]
+                else:
+                    vars(layer)["gradient_checkpointing"] = flag
 
     def layout(self, layer: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> Layout:
         mask, positions = self._given

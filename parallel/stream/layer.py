@@ -99,7 +99,9 @@ class Answer:
             raise Unsupported(
                 f"attention got {q_BHCD.shape[2]} queries and {k_BGCD.shape[2]} keys for {stop - start} rows"
             )
-        scale = q_BHCD.shape[-1] ** -0.5 if scale is None else scale
+        if self.scene.autocast[0]:  # as scaled_dot_product_attention does under autocast
+            q_BHCD, k_BGCD, v_BGCE = (t.to(self.scene.autocast[1]) for t in (q_BHCD, k_BGCD, v_BGCE))
+        scale = float(q_BHCD.shape[-1]) ** -0.5 if scale is None else scale
         mask = Mask(self.scene.layout, start, stop, scale, window, self.scene.attention_backend)
         if self.keys is not None:
             self.keys.write(start, k_BGCD.detach(), v_BGCE.detach())
@@ -324,6 +326,8 @@ class StreamedLayer(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, *dextras: Tensor | None) -> tuple[Tensor | None, ...]:
         held = sys.getrefcount(dy)
         call, slot = ctx.call, ctx.slot
+        if call is None:
+            raise RuntimeError("a streamed layer was differentiated twice; retain_graph=True is not supported")
         if dy is None:
             raise RuntimeError("the output of a streamed layer got no gradient while its other outputs did")
         dx = None

@@ -1,0 +1,117 @@
+"""The planner as arithmetic: monotone in its budget, honest about what does not fit, printable."""
+
+import random
+
+import pytest
+
+from undertow.dist.errors import UserError
+from undertow.parallel.memory_model import DecoderShape, checkpointing_bytes, step_flops
+from undertow.parallel.stream.plan import StreamPlan
+from undertow.parallel.stream.planner import MARGIN, plan
+
+GiB = 1 << 30
+LLAMA = DecoderShape(32, 4096, 32, 8, 128, 14336, 128256, 218_112_000)
+
+
+def test_plans_fit_their_budget_and_grow_no_worse_with_it(seed):
+    order = {"device": 2, "host": 1, "derived": 0}
+    for _ in range(40):
+        tokens, host = random.choice([4096, 65536, 262144, 1 << 20]), random.choice([0, 20, 100]) * GiB
+        last = -1
+        for budget in (4, 8, 16, 32, 64, 128, 512):
+            made = plan(LLAMA, 1, tokens, budget_bytes=budget * GiB, host_bytes=host)
+            if "even the smallest" in made.reason:
+                assert last < 0, "a larger budget fits where a smaller one did"
+                continue
+            assert made.device_bytes <= budget * GiB * (1 - MARGIN)
+            assert made.host_bytes <= host
+            score = sum(order[place] for place in made.inputs)
+            assert score >= last
+            last = score
+
+
+def test_short_sequences_take_one_chunk_and_long_ones_do_not():
+    assert plan(LLAMA, 1, 8192, budget_bytes=80 * GiB).bounds == ((0, 8192),)
+    made = plan(LLAMA, 1, 131072, budget_bytes=80 * GiB)
+    assert len(made.bounds) == 16 and made.bounds[-1] == (131072 - 8192, 131072)
+
+
+def test_more_room_is_used_for_attention_outputs():
+    small, large = (plan(LLAMA, 1, 65536, budget_bytes=b * GiB) for b in (24, 60))
+    assert small.attention.count("device") < large.attention.count("device")
+    assert plan(LLAMA, 1, 65536, budget_bytes=60 * GiB, stash=False).attention == ("none",) * 32
+    with_host = plan(LLAMA, 1, 262144, budget_bytes=30 * GiB, host_bytes=200 * GiB)
+    assert "host" in with_host.inputs and "host" in with_host.attention
+
+
+def test_the_host_limit_leads_to_every_second_input():
+    made = plan(LLAMA, 1, 1 << 19, budget_bytes=40 * GiB, host_bytes=90 * GiB)
+    assert made.inputs.count("derived") == 16 and made.host_bytes <= 90 * GiB
+    assert plan(LLAMA, 1, 4096, every=2).inputs[:4] == ("device", "derived", "device", "derived")
+
+
+def test_what_does_not_fit_degrades_and_says_so():
+    made = plan(LLAMA, 1, 1 << 20, budget_bytes=1 * GiB)
+    assert "exceeds the budget" in made.reason and made.chunk == 512
+    assert "exceeds the budget" in str(made)
+
+
+def test_forced_choices_are_kept():
+    made = plan(LLAMA, 2, 50000, chunk=3000, loss_rows=77, offload=True, stash=True)
+    assert (made.chunk, made.loss_rows) == (3000, 77)
+    assert set(made.inputs) == {"host"} and set(made.attention) == {"host"}
+    assert made.bounds[-1] == (48000, 50000)
+
+
+def test_streaming_reaches_three_times_the_length_of_checkpointing_with_offload():
+    """The claim of docs/stream-backprop.md, by the formulas: device bytes per token, offload on both sides."""
+
+    def slope(of):
+        return (of(400_000) - of(200_000)) / 200_000
+
+    ours = slope(lambda t: plan(LLAMA, 1, t, chunk=8192, offload=True, stash=False).device_bytes)
+    theirs = slope(lambda t: checkpointing_bytes(LLAMA, t, chunked_loss=True, offload=True))
+    assert theirs / ours > 3
+    plain = slope(lambda t: checkpointing_bytes(LLAMA, t, chunked_loss=False, offload=False))
+    assert plain > theirs
+
+
+def test_shape_from_config():
+    config = dict(
+        hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8,
+        num_hidden_layers=32, vocab_size=128256,
+    )  # fmt: skip
+    shape = DecoderShape.from_config(config)
+    assert shape.layer_parameters == LLAMA.layer_parameters
+    assert abs(shape.parameters - 8.03e9) < 0.01e9
+    moe = DecoderShape.from_config(
+        {**config, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 1000}
+    )
+    assert moe.hidden == 2000 and moe.layer_parameters > 8 * 3 * 4096 * 1000
+    assert DecoderShape.from_config({"text_config": config}).width == 4096
+    with pytest.raises(UserError, match="hidden_size"):
+        DecoderShape.from_config({"vocab_size": 5})
+
+
+def test_flops_by_hand():
+    work = step_flops(LLAMA, 1, 1000, attention_kept=0.0)
+    assert work["gemm"] == 8 * 1000 * 32 * 218_112_000 + 6 * 1000 * 128256 * 4096
+    assert work["attention_forward"] == 2 * 2 * 1000 * 1000 * 4096 * 32
+    assert step_flops(LLAMA, 1, 1000, attention_kept=1.0)["attention_forward"] == work["attention_forward"] / 2
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(inputs=("derived", "device")),
+        dict(inputs=("device", "derived", "derived"), attention=("none",) * 3),
+        dict(inputs=("moon", "device")),
+        dict(attention=("none",)),
+        dict(chunk=0),
+    ],
+)
+def test_impossible_plans_are_user_errors(bad):
+    good = dict(batch=1, tokens=10, chunk=5, inputs=("device", "device"), attention=("none", "none"))
+    StreamPlan(**good)
+    with pytest.raises(UserError):
+        StreamPlan(**{**good, **bad})

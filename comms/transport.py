@@ -120,7 +120,7 @@ class Nccl:
         return {node: self._channels[channel] for channel, nodes in channels.items() for node in nodes}
 
     def _open(self, channel: Channel) -> Any:
-        options = dist.ProcessGroupNCCL.Options()
+        options: Any = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=self.timeout_s)
         options.global_ranks_in_group = [self.ranks[channel[0]], self.ranks[channel[2]]]
         options.group_name = "undertow " + " ".join(map(str, channel))

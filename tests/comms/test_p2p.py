@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from undertow.comms.builders.reduce_scatter import direct_reduce_scatter, ring_r
 from undertow.comms.ops import gemm
 from undertow.comms.p2p import P2P
 from undertow.comms.schedule_text import parse
+from undertow.comms.transport import Nccl, private_store
 from undertow.dist.errors import UndertowError, UserError
 from undertow.dist.trace import Trace
 
@@ -42,6 +44,39 @@ def test_same_object_gives_the_same_bits_as_local(world, ranks, make_case, case_
             for run in results[rank]:
                 for name, tensor in wanted[rank].items():
                     assert torch.equal(torch.from_numpy(run[at][name]), tensor), (case.schedule.name, rank, name)
+
+
+class _Pairwise(Nccl):
+    """The channels of the NCCL transport, each a gloo group of two: no tags, messages matched by order."""
+
+    def _open(self, channel):
+        self.opened = [*getattr(self, "opened", []), channel]
+        sending = self.rank == channel[0]
+        store = dist.PrefixStore(str(channel), self.store)
+        return dist.ProcessGroupGloo(store, 0 if sending else 1, 2, timedelta(seconds=self.timeout_s))
+
+    def wait(self, works, timeout_s):
+        for work in works:
+            work.wait(timedelta(seconds=timeout_s))
+
+
+def _execute_pairwise(rank, world, cases):
+    with P2P(timeout_s=30) as executor:
+        transport = _Pairwise(private_store(None), list(range(world)), rank, torch.device("cpu"), 30)
+        executor._transport = transport
+        runs = [[executor.run(c.schedule, c.inputs[rank], c.ops) for c in cases] for _ in range(2)]
+    assert len(set(transport.opened)) == len(transport.opened)
+    return [[{name: tensor.numpy() for name, tensor in outputs.items()} for outputs in run] for run in runs]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_one_channel_for_each_pair_of_lanes_needs_no_tags(world, ranks, make_case, case_names):
+    """What NCCL gets: a channel per pair of lanes, opened in one order by both ends, and messages in that order."""
+    cases = [make_case(name, world) for name in case_names]
+    results = ranks(world, _execute_pairwise, cases)
+    for at, case in enumerate(cases):
+        outputs = [{k: torch.from_numpy(v) for k, v in results[rank][1][at].items()} for rank in range(world)]
+        assert case.matches(outputs), case.schedule.name
 
 
 def _with_delays(rank, world, schedule, inputs, rounds, seed):

@@ -8,6 +8,7 @@ it, and edges become events. Whatever is not in the schedule is not waited for: 
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -231,7 +232,7 @@ class _Run:
                 deadline_s = time.monotonic() + self.owner.timeout_s
                 while not mark.query():
                     if time.monotonic() > deadline_s:
-                        raise PeerLost(self._lost(node, "the device has not come to its end"))
+                        raise PeerLost(self._lost(node, "timed out on the device"))
                     time.sleep(20e-6)
 
     def _lane(self, lane: list[Node], stream: Any, start: Any) -> None:
@@ -287,10 +288,14 @@ class _Run:
             self.posted[node.id] = self._issue(node.id, node.action)
 
     def _lost(self, node: Node, reason: str) -> str:
-        """Names rank, lane, action, value and peer of what did not happen in time."""
-        action, within = node.action, f"within {self.owner.timeout_s:g} s, or that rank is gone ({reason})"
+        """Names rank, lane, action, value and peer of what did not happen."""
+        action, reason = node.action, re.sub(r"^\[[^\]]*\] ", "", reason).split(". ")[0]
+        if "timed out" in reason.lower():
+            why = f"within {self.owner.timeout_s:g} s"
+        else:
+            why = f"because the connection failed: that rank is probably dead ({reason})"
         if isinstance(action, Send):
-            return f"{node}: value {action.reads[0].value} was not taken by rank {action.to} {within}"
+            return f"{node}: value {action.reads[0].value} was not taken by rank {action.to} {why}"
         if isinstance(action, Recv):
-            return f"{node}: value {action.writes[0].value} did not come from rank {action.source} {within}"
-        return f"{node}: did not end {within}"
+            return f"{node}: value {action.writes[0].value} did not come from rank {action.source} {why}"
+        return f"{node} did not end {why}"

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import time
 from datetime import timedelta
@@ -197,7 +198,8 @@ def test_a_killed_peer_gives_peer_lost_without_waiting_for_the_time_out(tmp_path
         for process in processes:
             process.kill()
             process.join()
-    assert message.startswith("PeerLost") and "rank 0, lane " in message and "rank 1" in message
+    assert message.startswith("PeerLost: rank 0, lane ")
+    assert re.search("rank 1 because the connection failed: that rank is probably dead", message)
 
 
 def _disagreeing(rank, world):

@@ -1,0 +1,75 @@
+"""Peak live bytes of a streamed step: linear in the sequence, no T x T object, within 10 % of the formula."""
+
+import pytest
+import torch
+
+from undertow.parallel.stream import stream_backprop
+from undertow.parallel.stream.track import PeakBytes
+
+CHUNK = 256
+
+
+def llama(dtype=torch.float32):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(
+        "llama", vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=1 << 16,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    return model.to(dtype).train()
+
+
+def peak(model, tokens, **options):
+    """Peak bytes above weights, existing gradients and host blocks, of a step like any but the first; and the plan."""
+    ids = torch.randint(0, 512, (1, tokens))
+    with stream_backprop(model, chunk=CHUNK, loss_rows=128, **options) as engine:
+        model(input_ids=ids, labels=ids).loss.backward()
+        with PeakBytes() as memory:
+            model(input_ids=ids, labels=ids).loss.backward()
+    return memory, engine.last_plan
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {"offload": False, "stash": False}),
+        (torch.float32, {"offload": False, "stash": True}),
+        (torch.float32, {"offload": True, "stash": False}),
+        (torch.bfloat16, {"offload": False, "stash": False}),
+    ],
+    ids=str,
+)
+def test_peak_follows_the_formula_and_is_linear(dtype, options, seed):
+    model, peaks = llama(dtype), {}
+    for tokens in (512, 1024, 1536):
+        memory, plan = peak(model, tokens, **options)
+        peaks[tokens] = memory.peak
+        assert 0.9 <= memory.peak / plan.device_bytes <= 1.1, (tokens, memory.peak, plan.device_bytes)
+        assert memory.largest < tokens * tokens * dtype.itemsize, "something of T x T"
+    curvature = peaks[1536] - 2 * peaks[1024] + peaks[512]
+    assert abs(curvature) <= 0.01 * peaks[1536], f"not linear: {peaks}"
+
+
+def test_less_memory_than_checkpointing(seed):
+    model, ids = llama(), torch.randint(0, 512, (1, 1024))
+    memory, _ = peak(model, 1024, offload=False, stash=False)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(input_ids=ids, labels=ids).loss.backward()
+    with PeakBytes() as plain:
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert memory.peak < plain.peak / 2
+
+
+def test_tracker_counts_births_deaths_and_views(seed):
+    with PeakBytes() as memory:
+        a = torch.zeros(1000, dtype=torch.uint8)
+        b = a.view(10, 100)[3:]
+        c = torch.ones(500, dtype=torch.uint8)
+        assert memory.live == 1500
+        del a
+        assert memory.live == 1500, "a view keeps the storage"
+        del b
+        assert memory.live == 500 and memory.peak == 1500 and memory.largest == 1000
+        c.add_(1)
+    assert memory.peak == 1500

@@ -59,7 +59,8 @@ def commit() -> str:
     """'commit abc1234', with 'dirty' when tracked files differ from it (results do not count); or 'no git metadata'."""
     head = _git("rev-parse", "--short=12", "HEAD")
     if not head or _git("rev-parse", "--show-prefix") != "":
-        return "no git metadata"
+        said = os.environ.get("UNDERTOW_COMMIT", "")  # a copy without git's folder, as on a lent machine
+        return f"commit {said}, said by who copied it" if said else "no git metadata"
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     return f"commit {head}" + (", dirty" if changed else "")
 

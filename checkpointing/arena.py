@@ -10,14 +10,20 @@ from __future__ import annotations
 import ctypes
 import mmap
 import threading
+import weakref
 from collections import deque
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from ..dist.errors import UserError
+from ..dist.log import get_logger, warn_once
 from ..dist.units import format_bytes
+from .cuda_runtime import CudaRuntime
+
+log = get_logger(__name__)
 
 
 class Memory(Protocol):
@@ -57,7 +63,7 @@ class Arena:
         self._bytes = np.frombuffer(self._memory, dtype=np.uint8)
         self._bytes[:: mmap.PAGESIZE] = 0
         self.address = self._bytes.ctypes.data
-        self.pinned = pinned and register(self.address, self._bytes.nbytes)
+        self._unpin = register(self, self.address, self._bytes.nbytes) if pinned else None
         self._free = deque(range(self.slots))
         self._changed = threading.Condition()
         self._closed = False
@@ -102,22 +108,19 @@ class Arena:
                 return
             self._closed = True
             self._changed.notify_all()
-        if self.pinned:
-            unregister(self.address)
+        if self._unpin is not None:
+            self._unpin()
 
 
-def register(address: int, nbytes: int) -> bool:
-    """Pin [address, address + nbytes) for CUDA; False when the driver refuses (locked-memory limit)."""
-    return int(_cudart().cudaHostRegister(address, nbytes, 0)) == 0
-
-
-def unregister(address: int) -> None:
-    _cudart().cudaHostUnregister(address)
-
-
-def _cudart() -> Any:
+def register(owner: object, address: int, nbytes: int) -> Callable[[], None] | None:
+    """Pin [address, address + nbytes) for CUDA as long as `owner` lives; how to end that sooner, or None and a warning
+    when the driver refuses (a limit on locked memory): copies then block the training thread."""
     torch.cuda.init()
-    return torch.cuda.cudart()
+    code = CudaRuntime().register(address, nbytes)
+    if code:
+        warn_once(log, "host memory could not be pinned (CUDA error %d): checkpoint copies will block training", code)
+        return None
+    return weakref.finalize(owner, CudaRuntime().unregister, address)
 
 
 def copy_bytes(target: int, source: int | bytes, nbytes: int) -> None:

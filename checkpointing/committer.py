@@ -135,7 +135,7 @@ class Committer:
         self.tier, self.folder, self.coordinator = tier, folder, coordinator
         self._keep, self._timeout_s, self._trace = keep, timeout_s, trace
         self._queue: queue.Queue[Part | None] = queue.Queue()
-        self.reports: queue.Queue[SaveReport] = queue.Queue()
+        self._ended: queue.Queue[tuple[Save, str, float, float]] = queue.Queue()
         self._open = 0
         self._idle = threading.Condition()
         self._thread = threading.Thread(target=self._loop, name=f"undertow-commit-{tier}", daemon=True)
@@ -154,6 +154,16 @@ class Committer:
         """Wait until every part handed over has ended."""
         with self._idle:
             self._idle.wait_for(lambda: self._open == 0)
+
+    def reports(self) -> list[SaveReport]:
+        """Of the parts that have ended since the last call; for the training thread, which alone knows the fences."""
+        found = []
+        while not self._ended.empty():
+            save, reason, durable_s, ended_s = self._ended.get()
+            nbytes = save.plan.image.size + sum(map(len, save.pickled().values()))
+            times = (save.call_s, save.fence_s, durable_s, ended_s)
+            found.append(SaveReport(save.step, self.tier, not reason, reason, nbytes, *times))
+        return found
 
     def close(self) -> None:
         self._queue.put(None)
@@ -176,9 +186,7 @@ class Committer:
                 self.coordinator.forget(f"{self.tier}/{sequence - 2}/vote")
             part.after(not reason)
             ended_s = time.monotonic() - save.began_s
-            nbytes = save.plan.image.size + sum(map(len, save.pickled().values()))
-            times = (save.call_s, save.fence_s, durable_s, ended_s)
-            self.reports.put(SaveReport(save.step, self.tier, not reason, reason, nbytes, *times))
+            self._ended.put((save, reason, durable_s, ended_s))
             with self._idle:
                 self._open -= 1
                 self._idle.notify_all()

@@ -1,4 +1,4 @@
-"""Two calls of the CUDA runtime that torch has loaded and does not expose: copies from device to host by address.
+"""Calls of the CUDA runtime that torch has loaded and does not expose: copies by address, pinning with an error code.
 
 Found by ctypes in the library that is mapped already, so nothing is linked, loaded or compiled.
 """
@@ -38,9 +38,21 @@ class CudaRuntime:
         library.cudaRuntimeGetVersion(ctypes.byref(version))
         self._one = library.cudaMemcpyAsync
         self._one.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+        self._library = library
         self._batch = getattr(library, "cudaMemcpyBatchAsync", None)
         self._reports_index = version.value < 13000  # until CUDA 13 the call had one more argument
         self._attributes = _Attributes(IN_STREAM_ORDER, (0, 0), (0, 0), PREFER_OVERLAP)
+
+    def register(self, address: int, nbytes: int) -> int:
+        """Pin host memory; CUDA's error number, cleared, or 0."""
+        code = self._library.cudaHostRegister(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_uint(0))
+        if code:
+            self._library.cudaGetLastError()  # or torch would raise it at its next call
+        return code
+
+    def unregister(self, address: int) -> None:
+        if self._library.cudaHostUnregister(ctypes.c_void_p(address)):
+            self._library.cudaGetLastError()  # the process is ending, and the driver with it
 
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
         """Copy from device address `source` to host address `target` in the order of `stream`."""

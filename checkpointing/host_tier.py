@@ -24,7 +24,7 @@ import xxhash
 from ..dist.errors import UserError
 from ..dist.log import get_logger
 from ..dist.units import format_bytes
-from .arena import register, unregister
+from .arena import register
 from .coordinate import Coordinator
 from .copies import HostCopier
 from .files import FileOps
@@ -53,7 +53,7 @@ class Generation:
         self._bytes = np.frombuffer(self._map, dtype=np.uint8)
         self._bytes[: self.nbytes : mmap.PAGESIZE] |= 0  # have the pages now, not during a step
         self.address = self._bytes.ctypes.data
-        self.pinned = pinned and register(self.address, rounded)
+        self._unpin = register(self, self.address, rounded) if pinned else None
 
     def reserve(self, count: int, *, wait: bool) -> list[int]:
         return [0] * count
@@ -72,9 +72,8 @@ class Generation:
         return memoryview(self._map)[begin : begin + nbytes]
 
     def close(self) -> None:
-        if self.pinned:
-            unregister(self.address)
-            self.pinned = False
+        if self._unpin is not None:
+            self._unpin()
 
 
 class HostFile:

@@ -72,11 +72,7 @@ class Pipeline:
 
     def reports(self) -> list[SaveReport]:
         """The reports that have come since the last call."""
-        found = []
-        for committer in self.committers:
-            while not committer.reports.empty():
-                found.append(committer.reports.get())
-        return found
+        return [report for committer in self.committers for report in committer.reports()]
 
     def close(self) -> None:
         """Stop the threads; whatever is in flight must have been drained."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from . import fortran
 from .compile import CSRC, Unit, cache_folder, core_units, headers_digest, link
 from .generate import entries, exports, reals
 from .toolchain import Mpi
@@ -20,7 +21,10 @@ POLICY = Path(__file__).parent / "policy"
 
 def generated(mpi: Mpi) -> dict[str, str]:
     symbols = set(mpi.symbols)
-    return {"reals.inc": reals(symbols), "entries.inc": entries(symbols), "exports.cc": exports(symbols)}
+    texts = {"reals.inc": reals(symbols), "entries.inc": entries(symbols), "exports.cc": exports(symbols)}
+    if mpi.flavour == "openmpi":
+        texts["fortran.cc"] = fortran.source()
+    return texts
 
 
 def builtin_model(flavour: str) -> str:
@@ -50,6 +54,8 @@ def _units(mpi: Mpi, folder: Path) -> list[Unit]:
     # The generated headers are part of a unit's text for the cache key: objects must not outlive them.
     stamp = "-DUNDERTOW_STAMP=" + folder.name.replace("-", "_")
     glue = [Unit(name, CSRC / "abi" / f"{name}.cc", (*flags, stamp)) for name in GLUE]
+    if mpi.flavour == "openmpi":
+        glue.append(Unit("fortran", folder / "fortran.cc", (*flags, stamp)))
     return [*core_units(), *glue, Unit("exports", folder / "exports.cc"), Unit("facts", facts)]
 
 

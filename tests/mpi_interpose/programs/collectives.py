@@ -71,7 +71,9 @@ def rooted() -> None:
             assert np.array_equal(got, wanted(EVERY, root))
         got = incoming(size + 1)
         displacements = [size - k for k in EVERY]
-        comm.Gatherv([outgoing([root]), 1, SEND], [got, ([1] * size, displacements), RECV] if rank == root else None, root)
+        comm.Gatherv(
+            [outgoing([root]), 1, SEND], [got, ([1] * size, displacements), RECV] if rank == root else None, root
+        )
         if rank == root:
             assert np.array_equal(got, wanted(EVERY, root, displacements, size + 1))
         got = incoming(1)

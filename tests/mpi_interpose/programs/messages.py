@@ -20,7 +20,6 @@ from mpi4py import MPI
 comm = MPI.COMM_WORLD
 rank, size = comm.rank, comm.size
 peer = rank ^ 1
-paired = peer < size
 GAP = 77
 
 
@@ -216,13 +215,30 @@ def types_freed_in_flight() -> None:
             other.Free()
 
 
+def spin(request: MPI.Request) -> None:
+    while not request.Test():
+        pass
+
+
 def every_completion_call() -> None:
     t = strided()
-    for how in ("waitall", "testall", "waitany", "testany", "waitsome", "testsome", "get_status", "ignored"):
+    for how in (
+        "waitall",
+        "testall",
+        "waitany",
+        "testany",
+        "waitsome",
+        "testsome",
+        "get_status",
+        "ignored",
+        "wait",
+        "test",
+    ):
         n = 6
         got = [blank() for _ in range(n)]
         mine = [data(rank) + k for k in range(n)]
         requests = [comm.Irecv([got[k], 1, t], peer, 20 + k) for k in range(n)]
+        comm.Barrier()  # so that no receive can complete at once
         requests += [comm.Isend([mine[k], 1, t], peer, 20 + k) for k in range(n)]
         requests.insert(3, comm.Irecv(np.zeros(1, "i"), MPI.PROC_NULL, 0))
         statuses = [MPI.Status() for _ in requests]
@@ -230,6 +246,9 @@ def every_completion_call() -> None:
             MPI.Request.Waitall(requests, statuses)
         elif how == "ignored":
             MPI.Request.Waitall(requests)
+        elif how in ("wait", "test"):
+            for request in requests:
+                request.Wait() if how == "wait" else spin(request)
         elif how == "testall":
             while not MPI.Request.Testall(requests, statuses):
                 pass
@@ -438,7 +457,7 @@ def main(names: list[str]) -> None:
         if names and rule.__name__ not in names:
             continue
         comm.Barrier()
-        if paired:
+        if size % 2 == 0:
             try:
                 rule()
             except BaseException as error:

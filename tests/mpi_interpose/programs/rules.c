@@ -1,0 +1,120 @@
+/* A C program with derived datatypes: vector, indexed, struct, subarray and their nesting, by the int interfaces, on an
+   even number of ranks. Prints "ok" and exits 0 when every byte is where it belongs. */
+#include <mpi.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define CHECK(condition)                                                   \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
+      fprintf(stderr, "rank %d line %d: %s\n", rank, __LINE__, #condition); \
+      MPI_Abort(MPI_COMM_WORLD, 1);                                        \
+    }                                                                      \
+  } while (0)
+
+enum { N = 4096 };
+static int rank, size, peer;
+
+static void exchange(MPI_Datatype t, int count) {
+  static char mine[N], theirs[N], got[N], want[N], packed[N];
+  for (int i = 0; i < N; ++i) mine[i] = (char)(i * 31 + rank), theirs[i] = (char)(i * 31 + peer);
+  int position = 0, n;
+  MPI_Pack_size(count, t, MPI_COMM_WORLD, &n);
+  CHECK(n <= N);
+  PMPI_Pack(theirs, count, t, packed, N, &position, MPI_COMM_SELF); /* the reference is the library itself */
+  const int bytes = position;
+  memset(want, 9, N);
+  position = 0;
+  PMPI_Unpack(packed, bytes, &position, want, count, t, MPI_COMM_SELF);
+
+  MPI_Request r[2];
+  MPI_Status s[2];
+  memset(got, 9, N);
+  MPI_Irecv(got, count, t, peer, 1, MPI_COMM_WORLD, &r[0]);
+  MPI_Isend(mine, count, t, peer, 1, MPI_COMM_WORLD, &r[1]);
+  MPI_Waitall(2, r, s);
+  CHECK(!memcmp(got, want, N));
+  MPI_Get_count(&s[0], t, &n);
+  CHECK(n == count);
+
+  memset(got, 9, N);
+  if (rank % 2) {
+    MPI_Send(mine, count, t, peer, 2, MPI_COMM_WORLD);
+    MPI_Recv(got, count, t, peer, 2, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
+  } else {
+    MPI_Recv(got, count, t, peer, 2, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
+    MPI_Send(mine, count, t, peer, 2, MPI_COMM_WORLD);
+  }
+  CHECK(!memcmp(got, want, N));
+
+  char ours[N];
+  position = 0;
+  MPI_Pack(theirs, count, t, ours, N, &position, MPI_COMM_SELF);
+  CHECK(position == bytes && !memcmp(ours, packed, bytes));
+  memset(got, 9, N);
+  position = 0;
+  MPI_Unpack(packed, bytes, &position, got, count, t, MPI_COMM_SELF);
+  CHECK(position == bytes && !memcmp(got, want, N));
+
+  memset(got, 9, N);
+  MPI_Request p[2];
+  MPI_Recv_init(got, count, t, peer, 3, MPI_COMM_WORLD, &p[0]);
+  MPI_Send_init(mine, count, t, peer, 3, MPI_COMM_WORLD, &p[1]);
+  for (int turn = 0; turn < 3; ++turn) {
+    MPI_Startall(2, p);
+    MPI_Wait(&p[0], MPI_STATUS_IGNORE);
+    MPI_Wait(&p[1], MPI_STATUS_IGNORE);
+    CHECK(!memcmp(got, want, N));
+  }
+  MPI_Request_free(&p[0]);
+  MPI_Request_free(&p[1]);
+
+  memcpy(got, mine, N);
+  MPI_Bcast(got, count, t, 0, MPI_COMM_WORLD);
+  if (rank == 0) CHECK(!memcmp(got, mine, N));
+  if (rank == 1) {
+    memcpy(want, mine, N);
+    position = 0;
+    PMPI_Unpack(packed, bytes, &position, want, count, t, MPI_COMM_SELF);
+    CHECK(!memcmp(got, want, N));
+  }
+}
+
+int main(int argc, char** argv) {
+  MPI_Init(&argc, &argv);
+  MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+  MPI_Comm_size(MPI_COMM_WORLD, &size);
+  peer = rank ^ 1;
+  CHECK(size % 2 == 0);
+  MPI_Datatype t[8];
+  MPI_Type_vector(20, 3, 5, MPI_INT, &t[0]);
+  const int lengths[4] = {1, 0, 3, 2}, places[4] = {40, 3, 7, 20};
+  MPI_Type_indexed(4, lengths, places, MPI_DOUBLE, &t[1]);
+  const int members[3] = {1, 2, 3};
+  const MPI_Aint offsets[3] = {0, 8, 32};
+  const MPI_Datatype kinds[3] = {MPI_INT, MPI_DOUBLE, MPI_CHAR};
+  MPI_Datatype record;
+  MPI_Type_create_struct(3, members, offsets, kinds, &record);
+  MPI_Type_create_resized(record, 0, 40, &t[2]);
+  const int whole[3] = {6, 7, 8}, part[3] = {2, 3, 4}, from[3] = {1, 2, 3};
+  MPI_Type_create_subarray(3, whole, part, from, MPI_ORDER_C, MPI_FLOAT, &t[3]);
+  MPI_Type_create_subarray(3, whole, part, from, MPI_ORDER_FORTRAN, MPI_FLOAT, &t[4]);
+  MPI_Datatype column;
+  MPI_Type_vector(8, 1, 8, MPI_FLOAT, &column);
+  MPI_Type_create_hvector(8, 1, 4, column, &t[5]);
+  MPI_Type_vector(4, 1, 2, MPI_SHORT_INT, &t[6]);
+  MPI_Type_dup(t[0], &t[7]);
+  for (int i = 0; i < 8; ++i) {
+    MPI_Type_commit(&t[i]);
+    exchange(t[i], i == 2 ? 50 : 1);
+    exchange(t[i], 2);
+  }
+  for (int i = 0; i < 8; ++i) MPI_Type_free(&t[i]);
+  MPI_Type_free(&column);
+  MPI_Type_free(&record);
+  MPI_Barrier(MPI_COMM_WORLD);
+  if (rank == 0) printf("ok\n");
+  MPI_Finalize();
+  return 0;
+}

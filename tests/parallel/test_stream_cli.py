@@ -1,0 +1,77 @@
+"""`undertow stream plan`, the example and the Trainer callback."""
+
+import json
+
+import pytest
+import torch
+
+from undertow.dist.errors import UserError
+from undertow.parallel.stream.cli import KNOWN, longest, main, shape_of
+
+
+def test_plan_prints_the_plan_and_what_would_fit(capsys):
+    assert main(["plan", "--model", "llama3-8b", "--seq-len", "262144", "--memory", "80GB"]) == 0
+    out = capsys.readouterr().out
+    for word in ("chunks", "layer inputs", "peak", "PFLOP", "gradient checkpointing", "K tokens"):
+        assert word in out
+
+
+def test_time_comes_from_a_machine_file(tmp_path, capsys):
+    from undertow.dist.machine import Machine
+
+    rates = {f"{kind}/bfloat16": 1e15 for kind in ("gemm", "attention_forward", "attention_backward")}
+    Machine("box", flops=rates).dump(tmp_path / "m.json")
+    assert main(["plan", "--model", "qwen3-4b", "--seq-len", "8192", "--machine", str(tmp_path / "m.json")]) == 0
+    assert "s a step" in capsys.readouterr().out
+    Machine("box").dump(tmp_path / "none.json")
+    with pytest.raises(UserError, match="no rate for gemm"):
+        main(["plan", "--model", "qwen3-4b", "--seq-len", "8192", "--machine", str(tmp_path / "none.json")])
+
+
+def test_configs_are_read_and_bad_ones_named(tmp_path):
+    config = dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=2, vocab_size=100, intermediate_size=128)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert shape_of(str(tmp_path)) == shape_of(str(tmp_path / "config.json"))
+    with pytest.raises(UserError, match="cannot read the model config"):
+        shape_of(str(tmp_path / "missing"))
+    with pytest.raises(UserError, match="weights, gradients and state take"):
+        main(["plan", "--model", "llama3-8b", "--seq-len", "100", "--memory", "16GB"])
+    with pytest.raises(UserError, match="no optimizer"):
+        main(["plan", "--model", "llama3-8b", "--seq-len", "100", "--optimizer", "magic"])
+
+
+def test_known_shapes_have_the_parameters_of_their_names():
+    for name, billions in {"llama3-8b": 8.03, "qwen3-8b": 8.19, "qwen3-4b": 4.02}.items():
+        assert abs(KNOWN[name].parameters / 1e9 - billions) < 0.01
+
+
+def test_longest_is_the_last_that_fits():
+    assert longest(lambda tokens: tokens <= 5000) == 4096
+    assert longest(lambda tokens: False) == 0
+
+
+def test_trainer_callback_gives_the_same_training(family, tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    from undertow.parallel.stream.hf_trainer import StreamCallback
+
+    rows = [torch.arange(i, i + 20) % 90 + 3 for i in range(8)]
+    data = [{"input_ids": r, "labels": r.masked_fill(torch.arange(20) < i, -100)} for i, r in enumerate(rows)]
+
+    def train(callbacks):
+        torch.manual_seed(0)
+        model = family("llama")
+        arguments = TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3, use_cpu=True,
+            report_to=[], save_strategy="no", learning_rate=1e-2, disable_tqdm=True,
+        )  # fmt: skip
+        Trainer(model, arguments, train_dataset=data, callbacks=callbacks).train()
+        return model
+
+    callback = StreamCallback(chunk=7)
+    plain, streamed = train([]), train([callback])
+    assert callback.engine is not None and set(callback.engine.report().values()) == {"streamed"}
+    assert "forward" not in vars(streamed)
+    for (name, a), b in zip(plain.named_parameters(), streamed.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)

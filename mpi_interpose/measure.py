@@ -47,7 +47,8 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        return self.library_ns / self.ours_ns
+        """The gain that the table believes: the better of the two library medians against ours."""
+        return min(self.library_ns, self.again_ns) / self.ours_ns
 
 
 def program(mpi: Mpi) -> Path:
@@ -80,7 +81,9 @@ def parse(text: str) -> list[Row]:
     for line in text.splitlines():
         words = line.split()
         if len(words) == 9 and words[0] in ("pack", "unpack", "send", "recv", "both"):
-            rows.append(Row(*words[:3], int(words[3]), int(words[4]), *map(float, words[5:8]), int(words[8])))
+            use, cls, name = words[:3]
+            library_ns, again_ns, ours_ns = map(float, words[5:8])
+            rows.append(Row(use, cls, name, int(words[3]), int(words[4]), library_ns, again_ns, ours_ns, int(words[8])))
     return rows
 
 
@@ -130,7 +133,7 @@ def table_text(rows: list[Row], mpi: Mpi) -> str:
     """The model's file: comments, then `use class log2(block) log2(bytes) library_ns ours_ns`."""
     lines = [f"# {mpi.version}", f"# {os.cpu_count()} cores, measured by `undertow mpi measure`; see model.hh"]
     for (use, cls, block, size), row in cells(rows).items():
-        lines.append(f"{use} {cls} {block} {size} {row.library_ns:.0f} {row.ours_ns:.0f}")
+        lines.append(f"{use} {cls} {block} {size} {min(row.library_ns, row.again_ns):.0f} {row.ours_ns:.0f}")
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,193 @@
+"""The command line, the datatype notation, the model's table and the report, without more than one short MPI run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ir_reference import indices, size
+from mpis import PROGRAMS, Install, environment, find
+from test_core import read
+
+from undertow.mpi_interpose import cli, core, launch, measure, spec
+from undertow.mpi_interpose.errors import InterposeError
+from undertow.mpi_interpose.toolchain import find_mpicc
+
+
+@pytest.fixture
+def mpich() -> Install:
+    install = find("mpich-wheel")
+    if install is None:
+        pytest.skip("the wheel mpich is not installed")
+    return install
+
+
+@pytest.mark.parametrize(
+    "text, want, extent",
+    [
+        ("vector(3, 2, 4, float)", [0, 16, 32], 40),
+        ("hvector(2, 1, -8, int)", [0, -8], 12),
+        ("indexed([2, 0, 1], [5, 9, 0], short)", [10, 0], 14),
+        ("indexed_block(1, [3, 1], double)", [24, 8], 24),
+        ("struct([1, 2], [0, 8], [int, double])", [0, 8], 24),
+        ("subarray([4, 5], [2, 2], [1, 3], float)", [32, 52], 80),
+        ("resized(0, 64, contiguous(2, float))", [0], 64),
+        ("contiguous(3, resized(0, 8, int))", [0, 8, 16], 24),
+    ],
+)
+def test_the_notation_means_what_mpi_means(text: str, want: list[int], extent: int) -> None:
+    made = spec.read(text)
+    ir = read(core.parse(made.ir))
+    places = indices(ir)
+    starts = places[np.concatenate([[True], np.diff(places) != 1])]
+    assert np.array_equal(starts, want) and made.extent == extent and made.size == size(ir)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "vector(1, 2", "vector(1,2,3)", "walrus(3, int)", "int8", "3", "[int]", "__import__('os')"]
+)
+def test_a_bad_notation_is_one_clear_error(text: str) -> None:
+    with pytest.raises(InterposeError, match="datatype"):
+        spec.read(text)
+
+
+def test_explain_shows_the_form_before_and_after(mpich: Install, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["explain", "vector(64, 4, 4, float)", "--mpicc", mpich.mpicc]) == 0
+    out = capsys.readouterr().out
+    assert "(loop 64 16 (loop 4 4 (bytes 4)))" in out and "(bytes 1024)" in out and "passed through" in out
+
+
+def test_doctor_names_the_mpi(mpich: Install, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["doctor", "--mpicc", mpich.mpicc, "--mpirun", mpich.mpirun[0]]) == 0
+    out = capsys.readouterr().out
+    assert "MPICH" in out and "flavour" in out and "large-count" in out
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["run", "--mode", "fast", "--", "true"], "--mode fast"),
+        (["run", "--", "no-such-program"], "not a program"),
+        (["build", "--mpicc", "/bin/true"], "neither -show nor --showme"),
+        (["explain", "walrus(3)"], "walrus"),
+        (["report", "/no/such/file"], "cannot read the report"),
+        (["frobnicate"], "frobnicate"),
+    ],
+)
+def test_bad_input_is_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert message in err and len(err.strip().splitlines()) == 1 and "Traceback" not in err
+
+
+def test_without_a_compiler_or_an_mpi_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from undertow.mpi_interpose import compile as compiling
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("MPICC", raising=False)
+    with pytest.raises(InterposeError, match="no C\\+\\+ compiler"):
+        compiling.compiler()
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(InterposeError, match="no mpicc found"):
+        find_mpicc()
+
+
+def test_run_merges_the_ranks_reports(mpich: Install, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    program = [str(mpich.python), str(PROGRAMS / "messages.py"), "sends_and_receives", "no_overtaking"]
+    command = ["mpi", "run", "--mode", "force", "--report", str(report), "--", *mpich.mpirun, "-n", "2", *program]
+    done = subprocess.run(
+        [sys.executable, "-m", "undertow", *command],
+        env=environment(mpich),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0 and "ok" in done.stdout, done.stderr
+    data = json.loads(report.read_text())
+    assert data["ranks"] == [0, 1] and data["mismatches"] == 0
+    assert data["functions"]["MPI_Ssend_c"]["taken"] == 2
+    row = next(row for row in data["types"] if row["size"] == 768)
+    assert row["class"] == "strided" and row["send"]["taken"] == 12 and "vector" in row["combiners"]
+    assert "datatypes on 2 rank(s)" in done.stderr
+
+
+def test_exit_status_and_switch_are_handed_on(mpich: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launch.run([sys.executable, "-c", "raise SystemExit(7)"], "auto", None, mpich.mpicc) == 7
+    monkeypatch.setenv("UNDERTOW_DISABLE", "1")
+    code = "import os; raise SystemExit('LD_PRELOAD' in os.environ and 'undertow' in os.environ['LD_PRELOAD'])"
+    assert launch.run([sys.executable, "-c", code], "force", None, mpich.mpicc) == 0
+
+
+def test_the_table_errs_towards_passing_through() -> None:
+    rows = measure.parse(
+        "pack strided a 16 65536 1000.0 900.0 100.0 0\n"
+        "pack strided b 17 66000 1000.0 1000.0 800.0 0\n"
+        "send table c 4 4096 500 500 100 0\nboth table c 4 4096 500 500 100 0\nnoise\n"
+    )
+    assert len(rows) == 4
+    cells = measure.cells(rows)
+    assert cells[("pack", "strided", 4, 16)].name == "b" and ("both", "table", 2, 12) not in cells
+
+
+def test_auto_mode_follows_the_table(mpich: Install, tmp_path: Path) -> None:
+    """A table that favours 16-byte vectors: these are packed by us, others and contiguous ones are not."""
+    table, report = tmp_path / "model.txt", tmp_path / "report"
+    table.write_text("send strided 4 12 9000 1000\nrecv strided 4 12 1000 9000\n")
+    code = """
+import numpy as np
+from mpi4py import MPI
+a, b = np.arange(4096, dtype='f'), np.zeros(4096, 'f')
+for length, step in ((4, 8), (512, 1024), (1, 1)):
+    t = MPI.FLOAT.Create_vector(1024 // length, length, step).Commit()
+    for _ in range(5):
+        MPI.COMM_SELF.Sendrecv([a, 1, t], 0, 0, [b, 1, t], 0, 0)
+    t.Free()
+"""
+    env = environment(mpich, LD_PRELOAD=mpich.preload, UNDERTOW_MPI_MODEL=table, UNDERTOW_MPI_REPORT=report)
+    subprocess.run([str(mpich.python), "-c", code], env=env, check=True, timeout=60)
+    rows = {row["block"]: row for row in json.loads(Path(f"{report}.0.json").read_text())["types"]}
+    assert (rows[16]["send"]["taken"], rows[16]["recv"]["taken"]) == (5, 0)
+    assert rows[2048]["send"] == {**rows[2048]["send"], "taken": 0, "passed": 5}
+    assert rows[4096]["send"]["taken"] == 0
+
+
+def test_pack_is_sampled_and_corrects_a_wrong_table(mpich: Install, tmp_path: Path) -> None:
+    """The table says that we lose by 100; the samples of both paths decide instead, and both paths were timed."""
+    table, report = tmp_path / "model.txt", tmp_path / "report"
+    table.write_text("pack strided 4 14 1000 100000\n")
+    code = """
+from mpi4py import MPI
+import numpy as np
+a = np.zeros(1023 * 8 + 4, 'f')
+t = MPI.FLOAT.Create_vector(1024, 4, 8).Commit()
+out = bytearray(t.Get_size())
+for _ in range(640):
+    t.Pack(a, out, 0, MPI.COMM_SELF)
+t.Free()
+"""
+    env = environment(mpich, LD_PRELOAD=mpich.preload, UNDERTOW_MPI_MODEL=table, UNDERTOW_MPI_REPORT=report)
+    subprocess.run([str(mpich.python), "-c", code], env=env, check=True, timeout=60)
+    row = next(r for r in json.loads(Path(f"{report}.0.json").read_text())["types"] if r["block"] == 16)["pack"]
+    assert row["ours_ns"] > 0 and row["library_ns"] > 0 and row["taken"] + row["passed"] == 640
+    assert row["taken"] >= 10  # one sample in 64 at least
+
+
+def test_an_abi_program_is_recognised(mpich: Install, tmp_path: Path) -> None:
+    wrapper = Path(mpich.mpicc).with_name("mpicc_abi")
+    if not wrapper.exists():
+        pytest.skip("no mpicc_abi")
+    (tmp_path / "p.c").write_text("#include <mpi.h>\nint main(void) { MPI_Init(0, 0); return MPI_Finalize(); }\n")
+    for name, compiler in (("native", mpich.mpicc), ("abi", str(wrapper))):
+        subprocess.run([compiler, str(tmp_path / "p.c"), "-o", str(tmp_path / name)], check=True, env=dict(os.environ))
+        command = [*mpich.mpirun, "-n", "1", str(tmp_path / name)]
+        assert launch.wants_abi(command) == (name == "abi")
+        assert launch.mpi_of(command, mpich.mpicc, launch.wants_abi(command)).flavour == (
+            "abi" if name == "abi" else "mpich"
+        )

@@ -27,8 +27,9 @@ class Watch:
             for part in module.modules():
                 for owner in (part._parameters, part._buffers, part._modules):
                     self._add(owner)
+        self._optimizers = [(o, o.state, o.param_groups) for o in state.optimizers.values()]
         for optimizer in state.optimizers.values():
-            self._sizes.append((optimizer.state, len(optimizer.state)))
+            self._add(optimizer.state)
             self._sizes.append((optimizer.param_groups, len(optimizer.param_groups)))
             for group in optimizer.param_groups:
                 self._sizes.append((group["params"], len(group["params"])))
@@ -44,8 +45,8 @@ class Watch:
             for leaf in fixed
         )
         self._tensors = [local_tensor(leaf.value) for leaf in fixed if isinstance(leaf.value, torch.Tensor)]
-        self._sources = [leaf.value for leaf in fixed if isinstance(leaf.value, torch.Tensor)]
-        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self._live = [value for _, _, value in self._held if isinstance(value, torch.Tensor)]
+        self._places = [_place(tensor) for tensor in self._live]
         self.fixed = {leaf.key: tensor for leaf, tensor in zip(fixed, self._tensors)}
 
     def _add(self, owner: dict[Any, Any]) -> None:
@@ -56,10 +57,16 @@ class Watch:
         """Whether every watched dictionary holds the same objects as before, at the same addresses."""
         return (
             self.usable
+            and all(o.state is state and o.param_groups is groups for o, state, groups in self._optimizers)
             and all(len(owner) == size for owner, size in self._sizes)
             and all(owner.get(key) is value for owner, key, value in self._held)
-            and [local_tensor(tensor).data_ptr() for tensor in self._sources] == self._addresses
+            and [_place(tensor) for tensor in self._live] == self._places
         )
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, torch.Size]:
+    """Where a live tensor's data lies: `.data` may be given another storage, or another shape of the same one."""
+    return local_tensor(tensor).data_ptr(), tensor.shape
 
 
 def _is_state(state: AppState, leaf: Leaf) -> bool:

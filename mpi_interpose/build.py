@@ -16,14 +16,14 @@ from .generate import entries, exports, reals
 from .toolchain import Mpi
 
 GLUE = ("resolve", "decode", "types", "report", "model", "transfer", "requests", "state", "entries")
-POLICY = Path(__file__).parent / "policy"
+POLICY = CSRC / "policy"
 
 
 def generated(mpi: Mpi) -> dict[str, str]:
     symbols = set(mpi.symbols)
     texts = {"reals.inc": reals(symbols), "entries.inc": entries(symbols), "exports.cc": exports(symbols)}
     if mpi.flavour == "openmpi":
-        texts["fortran.cc"] = fortran.source()
+        texts["fortran.cc"] = fortran.source(symbols)
     return texts
 
 

@@ -129,9 +129,9 @@ def probe(mpicc: str) -> Mpi:
     """Compile and run the probe with `mpicc`; cached by the wrapper's answer and the library file's time and size."""
     command = show(mpicc)
     includes = tuple(word for word in command if word.startswith(("-I", "-D")))
-    cached = (
-        cache_folder() / "probes" / (hashlib.sha256(" ".join([mpicc, *command]).encode()).hexdigest()[:20] + ".json")
-    )
+    names = [*SYMBOLS, *(f"MPI_{name}" for name in (*OWN, *OWN_OPTIONAL))]
+    question = "\n".join([mpicc, *command, PROBE, *names])
+    cached = cache_folder() / "probes" / (hashlib.sha256(question.encode()).hexdigest()[:20] + ".json")
     known = _recall(cached)
     if known:
         return known
@@ -139,7 +139,6 @@ def probe(mpicc: str) -> Mpi:
         source, program = Path(folder) / "probe.c", Path(folder) / "probe"
         source.write_text(PROBE)
         run([mpicc, str(source), "-o", str(program), "-ldl"], f"compiling a probe with {mpicc}")
-        names = [*SYMBOLS, *(f"MPI_{name}" for name in (*OWN, *OWN_OPTIONAL))]
         answer = run([str(program), *names], f"running a probe built by {mpicc}", env=environment())
     facts = dict(line.split(" ", 1) for line in answer.splitlines() if not line.startswith("has ") and " " in line)
     symbols = tuple(sorted(line[4:] for line in answer.splitlines() if line.startswith("has ")))

@@ -47,9 +47,10 @@ def draw(timeline: Timeline, path: Path, *, max_ranks: int = 8) -> None:
                 )
             if span.seconds > 0:
                 shown.add(span.kind)
+                thin = span.seconds < 0.004 * timeline.makespan_s  # a white edge would hide it
                 axes.barh(
                     row, span.seconds / scale, left=span.start_s / scale, height=0.72, zorder=2,
-                    color=COLOURS[span.kind], edgecolor="white", linewidth=0.6,
+                    color=COLOURS[span.kind], edgecolor=COLOURS[span.kind] if thin else "white", linewidth=0.6,
                 )  # fmt: skip
     axes.set_yticks(range(len(lanes)), [f"rank {rank}  {lane}" for rank, lane in lanes], fontsize=8)
     axes.set_ylim(len(lanes) - 0.5, -0.5)

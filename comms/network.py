@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ..dist.errors import UserError
 from ..dist.machine import Machine
 
-TOPOLOGIES = ("ports", "pairs", "bus")
+TOPOLOGIES = {"ports": "port", "pairs": "pair", "bus": "bus"}  # name: what the rate is a property of
 Resource = tuple[Hashable, ...]
 
 
@@ -58,7 +58,7 @@ def of_machine(machine: Machine, *, topology: str = "ports", transport: str = ""
             remedy="measure it with undertow probe",
         )
     link = machine.links[transport] if transport else max(machine.links.values(), key=lambda one: one.bytes_per_s)
-    return Network(link.latency_s, duplex=link.duplex, **{f"{topology.rstrip('s')}_bytes_per_s": link.bytes_per_s})
+    return Network(link.latency_s, duplex=link.duplex, **{f"{TOPOLOGIES[topology]}_bytes_per_s": link.bytes_per_s})
 
 
 def fair_rates(flows: Mapping[int, Sequence[Resource]], capacity: Mapping[Resource, float]) -> dict[int, float]:

@@ -26,7 +26,7 @@ from .schedule_text import load
 from .simulate import ASSUMED, simulate
 from .timeline import lane_table, span_table
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 _MANY_ROWS = 60
 _FILE_COLUMNS = 120  # a file or pipe has no width of its own
 
@@ -121,7 +121,7 @@ def _summary(console: Console, plan: Schedule, machine: Machine, network: Networ
     limit = min(network.port_bytes_per_s, network.pair_bytes_per_s, network.bus_bytes_per_s)
     assumed = " (rates are assumed: no --machine file was given)" if machine is ASSUMED else ""
     console.print(
-        f"machine: {machine.name}{assumed}; link {format_rate(limit)} per {topology.rstrip('s')}, "
+        f"machine: {machine.name}{assumed}; link {format_rate(limit)} per {TOPOLOGIES[topology]}, "
         f"{format_seconds(network.latency_s)}, {'duplex' if network.duplex else 'one direction at a time'}",
         soft_wrap=True,
     )

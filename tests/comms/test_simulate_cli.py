@@ -30,6 +30,8 @@ def test_text_form_goes_through_a_file(tmp_path, capsys):
     path.write_text(text)
     assert main(["simulate", str(path), "--all", "--rendezvous", "--topology", "pairs"]) == 0
     assert "per pair" in capsys.readouterr().out
+    assert main(["simulate", str(path), "--topology", "bus"]) == 0
+    assert "per bus" in capsys.readouterr().out
     assert main(["simulate", str(path), "--ranks", "3"]) == 2
     assert "is a schedule for 2 ranks" in capsys.readouterr().err
 

@@ -128,6 +128,10 @@ class _Run:
                 if rank == 0 and len(cases) > 1:
                     _show(self._report(found, now))  # what is known already, should a later case fail or be stopped
                 rows += now
+        if world_size > 1:
+            import torch.distributed as dist
+
+            dist.destroy_process_group()
         return None if rank else self._report(found, rows)
 
     def _report(self, found: dict[str, str], rows: Sequence[Row]) -> Report:

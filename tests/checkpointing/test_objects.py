@@ -326,3 +326,30 @@ def test_numpy_arrays_and_scalars_in_states(tmp_path):
             assert "allow_types" in str(error)
         else:
             assert (other.value["array"] == thing.value["array"]).all()
+
+
+def test_states_changed_in_place_between_saves(tmp_path):
+    """The same list, or a tuple that is equal but for a type inside: each save has its own."""
+    inner: list[Any] = [1, [2, torch.ones(2)]]
+    thing, states = Thing(inner), []
+    job = Job(layers=1)
+    job.optimizer.param_groups[0]["note"] = [1]
+    with job.checkpointer(tmp_path, keep=None, thing=thing) as ckpt:
+        for step in range(3):
+            states.append((repr(thing.value), repr(job.optimizer.param_groups[0]["note"])))
+            ckpt.save(step)
+            inner.append(step)
+            inner[1][1].add_(1)
+            job.optimizer.param_groups[0]["note"].append(step)
+        ckpt.save(3)
+        thing.value = (1, 2.0)
+        ckpt.save(4)
+        thing.value = (True, 2)
+        ckpt.save(5)
+        assert all(report.ok for report in ckpt.wait()), ckpt.reports
+        for step, expected in [(5, "(True, 2)"), (4, "(1, 2.0)")]:
+            ckpt.restore(step)
+            assert repr(thing.value) == expected
+        for step in (2, 1, 0):
+            ckpt.restore(step)
+            assert (repr(thing.value), repr(job.optimizer.param_groups[0]["note"])) == states[step]

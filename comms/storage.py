@@ -44,6 +44,11 @@ class Storage:
                 f"rank {rank} was given the inputs {', '.join(sorted(inputs)) or 'none'}",
                 expected=f"{', '.join(sorted(wanted)) or 'none'}, as schedule {schedule.name} declares them",
             )
+        for name, tensor in given.items():
+            if name not in values or (name not in inputs and values[name].role != "output"):
+                raise UserError(f"rank {rank} was given a tensor for {name}", expected="the name of an output")
+            if tensor.device.type != torch.device(device).type:
+                raise UserError(f"{name} of rank {rank} is on {tensor.device}", expected=f"a tensor on {device}")
         slots: dict[str, int] = {}
         for value in values.values():
             slots[value.slot] = max(slots.get(value.slot, 0), math.prod(_shape(value)) * _DTYPES[value.dtype].itemsize)

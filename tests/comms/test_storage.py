@@ -61,6 +61,15 @@ def test_an_output_smaller_than_its_slot_is_refused():
         Storage(parse(text), 0, inputs, outputs={"out": torch.zeros(4, 1, 1, 1)})
 
 
+def test_tensors_that_nobody_asked_for_or_on_another_device_are_refused():
+    schedule = ring_all_gather(2, 4)
+    for outputs in ({"ouput": torch.zeros(8)}, {"x": torch.zeros(4)}):
+        with pytest.raises(UserError, match="ouput|given the inputs|name of an output"):
+            Storage(schedule, 0, {"x": torch.zeros(4)} if "ouput" in outputs else {}, outputs=outputs)
+    with pytest.raises(UserError, match="x of rank 0 is on meta; expected a tensor on cpu"):
+        Storage(schedule, 0, {"x": torch.zeros(4, device="meta")})
+
+
 def test_non_contiguous_tensors():
     schedule = ring_all_gather(2, 4, [3])
     x = [torch.randn(3, 4).t() for _ in range(2)]

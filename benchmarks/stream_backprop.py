@@ -80,19 +80,19 @@ def chunked_loss(model: Any, tokens: Tensor) -> Tensor:
 @contextlib.contextmanager
 def tiled_mlps(model: nn.Module, rows: int) -> Iterator[None]:
     """Every MLP in tiles of the sequence, each recomputed in backward: the tiling of ALST."""
-    found = [m.mlp for m in model.modules() if hasattr(m, "mlp")]
+    found: list[Any] = [m.mlp for m in model.modules() if hasattr(m, "mlp")]
 
     def tile(mlp: nn.Module):
         plain = type(mlp).forward.__get__(mlp)
         return lambda x: torch.cat([checkpoint(plain, part, use_reentrant=False) for part in x.split(rows, 1)], 1)
 
     for mlp in found:
-        mlp.__dict__["forward"] = tile(mlp)
+        mlp.forward = tile(mlp)
     try:
         yield
     finally:
         for mlp in found:
-            del mlp.__dict__["forward"]
+            del mlp.forward
 
 
 @contextlib.contextmanager
@@ -184,13 +184,13 @@ def shape_of(model: Any) -> DecoderShape:
 
 def check(name: str, device: torch.device, tokens: int, chunk: int) -> list[dict[str, Any]]:
     """bf16 gradients of Hugging Face and of ours against float32 ones: worst ratio of the errors over parameters."""
-    exact = build(name, 2, device, torch.float32)
+    exact: Any = build(name, 2, device, torch.float32)
     torch.manual_seed(1)
     ids = torch.randint(0, exact.config.vocab_size, (1, tokens), device=device)
     with armed("hf+ce", exact, chunk) as step:
         step(ids)
     truth = {n: p.grad.cpu() for n, p in exact.named_parameters()}
-    model = exact.to(torch.bfloat16)
+    model: Any = exact.to(torch.bfloat16)
     rows = []
     errors: dict[str, dict[str, float]] = {}
     for arm in ("hf+ce", "hf", "ours", "ours+stash", "ours+offload+stash", "ours+offload+every2"):

@@ -9,6 +9,7 @@ takes `undertow.parallel.stream.hf_trainer.StreamCallback()` instead.
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 
@@ -24,10 +25,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 32}
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 32}
     small = Qwen3Config(**sizes, num_attention_heads=4, num_key_value_heads=2)
-    load = AutoModelForCausalLM.from_pretrained if options.model else AutoModelForCausalLM.from_config
-    model = load(options.model or small).to(device).train()
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_pretrained(options.model) if options.model else auto.from_config(small)
+    model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     tokens = torch.randint(0, model.config.vocab_size, (1, options.tokens), device=device)
     with stream_backprop(model) as stream:

@@ -141,8 +141,8 @@ def backward(
     lq, lk = q_BHLD.shape[2], k_BGLD.shape[2]
     bounds = _bounds(lq, q_BHLD.device), _bounds(lk, q_BHLD.device), lq, lk
     rows = [
-        backward_packed(*row, *bounds, scale=scale, causal=causal, window=window)
-        for row in zip(dout_BHLE, q_BHLD, k_BGLD, v_BGLE, out_BHLE, lse_BHL)
+        backward_packed(dout, q, k, v, out, lse, *bounds, scale=scale, causal=causal, window=window)
+        for dout, q, k, v, out, lse in zip(dout_BHLE, q_BHLD, k_BGLD, v_BGLE, out_BHLE, lse_BHL)
     ]
     if len(rows) == 1:
         return rows[0][0].unsqueeze(0), rows[0][1].unsqueeze(0), rows[0][2].unsqueeze(0)

@@ -27,7 +27,7 @@ def merge_into(out_BHTD: Tensor, lse_BHT: Tensor, part_BHTD: Tensor, part_lse_BH
         return
     batch, heads, rows, width = out_BHTD.shape
     part_lse_BHT = part_lse_BHT.contiguous()
-    _merge_kernel[(-(-rows // BLOCK_ROWS), batch * heads)](
+    _merge_kernel[(-(-rows // BLOCK_ROWS), batch * heads)](  # pyright: ignore[reportIndexIssue]
         out_BHTD, part_BHTD, lse_BHT, part_lse_BHT, heads, rows, width,
         *out_BHTD.stride()[:3], *part_BHTD.stride()[:3], BLOCK_ROWS, 1 << (width - 1).bit_length(),
     )  # fmt: skip

@@ -55,7 +55,7 @@ def _by_kernel(
     gradient = torch.empty_like(logits_RV) if want_gradient else None
     weights = nll if weights_R is None else weights_R.float().contiguous()
     if rows:
-        _row_loss_kernel[(rows,)](
+        _row_loss_kernel[(rows,)](  # pyright: ignore[reportIndexIssue]
             logits_RV, labels_R, weights, nll, logits_RV if gradient is None else gradient,
             width, logits_RV.stride(0), 0 if gradient is None else gradient.stride(0),
             weights_R is not None, want_gradient, BLOCK, num_warps=16,

@@ -178,8 +178,8 @@ def _packed_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     causal = group[0].causal
     how = {"scale": mask.scale, "causal": causal, "window": mask.window if causal else None}
-    tensors = (t[0] for t in (dout, q, k, v, out, lse))
-    dq, dk, dv = flash2.backward_packed(*tensors, *_bounds(group, q.device), **how)
+    bounds = _bounds(group, q.device)
+    dq, dk, dv = flash2.backward_packed(dout[0], q[0], k[0], v[0], out[0], lse[0], *bounds, **how)
     return dq.unsqueeze(0), dk.unsqueeze(0), dv.unsqueeze(0)
 
 

@@ -160,7 +160,7 @@ class HfAdapter:
         self.head_model = next((m for m in roots if m.get_output_embeddings() is not None), roots[0])
         self.decoder, self.layers = _decoder(self.head_model)
         configs = {id(m.config): m.config for m in self.decoder.modules() if hasattr(m, "config")}
-        self._configs = list(configs.values())
+        self._configs: list[Any] = list(configs.values())
         self._signature = inspect.signature(type(self.decoder).forward)
         self._engine: Engine | None = None
         self._given: tuple[Tensor | None, Tensor | None] = (None, None)

@@ -101,8 +101,8 @@ class Answer:
             )
         if self.scene.autocast[0]:  # as scaled_dot_product_attention does under autocast
             q_BHCD, k_BGCD, v_BGCE = (t.to(self.scene.autocast[1]) for t in (q_BHCD, k_BGCD, v_BGCE))
-        scale = float(q_BHCD.shape[-1]) ** -0.5 if scale is None else scale
-        mask = Mask(self.scene.layout, start, stop, scale, window, self.scene.attention_backend)
+        factor = float(q_BHCD.shape[-1]) ** -0.5 if scale is None else scale
+        mask = Mask(self.scene.layout, start, stop, factor, window, self.scene.attention_backend)
         if self.keys is not None:
             self.keys.write(start, k_BGCD.detach(), v_BGCE.detach())
         if self.purpose == "keys":

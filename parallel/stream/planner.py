@@ -118,7 +118,7 @@ def _place(
     best = build(chosen, nothing)
     if stash is False:
         return best
-    attention = list(nothing)
+    attention: list[str] = list(nothing)
     for layer in reversed(range(layers)):
         for where in ("device", "host"):
             if where == "device" and offload and stash:

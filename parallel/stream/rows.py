@@ -63,8 +63,9 @@ def _is_head(module: nn.Module | None) -> bool:
 
 def _plain_weight(module: nn.Module | None) -> Callable[[], Tensor] | None:
     """For an exact `nn.Linear` without bias and hooks: how to get its weight."""
-    plain = type(module) is nn.Linear and module.bias is None
-    if not plain or module._forward_hooks or module._forward_pre_hooks:
+    if not isinstance(module, nn.Linear) or type(module) is not nn.Linear or module.bias is not None:
+        return None
+    if module._forward_hooks or module._forward_pre_hooks:
         return None
     return lambda: module.weight
 

@@ -84,7 +84,7 @@ def backward_packed(
     """Gradients (dq, dk, dv) of `forward_packed`, shaped as its inputs."""
     width = max(q_HND.shape[2], v_GNE.shape[2])
     dout, q, k, v, out = (_even(t.transpose(0, 1), width) for t in (dout_HNE, q_HND, k_GND, v_GNE, out_HNE))
-    no_state = torch.empty(0, device=q.device, dtype=torch.uint64)
+    no_state = torch.empty(2, device=q.device, dtype=torch.uint64)
     grads = _backward(
         dout,
         q,

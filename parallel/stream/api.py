@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ...dist.errors import UserError
 from ...dist.launch import detect
@@ -51,6 +52,11 @@ def enable(
     if every not in (None, 1, 2):
         raise UserError(f"every={every}", expected="1 (each layer's input) or 2 (every second one)")
     adapter = _adapter(model)
+    spacing = every
+    if any(isinstance(layer, FSDPModule) for layer in adapter.layers):
+        if every == 2:
+            raise UserError("every=2 with FSDP", remedy="leave it out: a neighbour's weights are not there in backward")
+        spacing = 1
     engine: Engine
 
     def planner(x: Tensor) -> StreamPlan:
@@ -69,7 +75,7 @@ def enable(
             host_bytes=0 if offload is False and not stash else host,
             chunk=chunk,
             loss_rows=loss_rows,
-            every=every,
+            every=spacing,
             offload=offload,
             stash=stash,
             kernel=on_cuda,

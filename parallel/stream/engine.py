@@ -189,6 +189,8 @@ class Engine:
             )
         call = LayerCall(scene, layer, args, kwargs)
         params = call.parameters()
+        if any(hasattr(parameter, "ds_id") for parameter in params):
+            raise Unsupported("the weights are partitioned by ZeRO stage 3")
         if torch.is_grad_enabled() and (x.requires_grad or params):
             slot = self._slot(tape, plan, call)
             y, *extras = StreamedLayer.apply(call, slot, x, *params)  # type: ignore[misc]

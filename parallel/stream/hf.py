@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -300,13 +301,15 @@ class HfAdapter:
     def _norm_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         forward, tape = overrides.original(module), self._engine and self._engine.tape
         last = self._head_open and tape and not tape.plain and args and args[0] is tape.output
-        if last and len(args) == 1 and not kwargs:
+        if last and len(args) == 1 and not kwargs and not isinstance(module, FSDPModule):
             return Rows(args[0], Pipeline().then(forward, module))
         return forward(*args, **kwargs)
 
     def _head_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         forward = overrides.original(module)
         if self._head_open and args and isinstance(args[0], Rows):
+            if isinstance(module, FSDPModule):  # its weight is gathered for this call only
+                return forward(args[0].tensor())
             return args[0].then(forward, module)
         return forward(*args, **kwargs)
 

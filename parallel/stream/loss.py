@@ -13,6 +13,7 @@ Legend: N selected rows, R rows of a chunk, d channels, V vocabulary, B batch, T
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -141,8 +142,10 @@ class _Sweep:
         if total is None:
             total = torch.zeros(weight.shape, dtype=torch.float32 if low else weight.dtype, device=weight.device)
             self._totals[id(weight)] = total
-        if low and weight.is_cuda:
+        if low and weight.is_cuda and _sums_in_float32(weight.dtype):
             torch.addmm(total, dz.T, hidden, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
+        elif low and weight.is_cuda:
+            total += dz.T @ hidden
         elif low:
             total.addmm_(dz.T.float(), hidden.float())
         else:
@@ -156,6 +159,17 @@ class _Sweep:
             total = self._totals.pop(id(param), None)
             grads.append(None if total is None else total.to(param.dtype))
         return grads
+
+
+@functools.cache
+def _sums_in_float32(dtype: torch.dtype) -> bool:
+    """Whether this torch adds a low-precision product to a float32 sum in one call; tried once."""
+    total, one = torch.ones(16, 16, device="cuda"), torch.ones(16, 16, dtype=dtype, device="cuda")
+    try:
+        torch.addmm(total, one, one, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17).all())
 
 
 class _WeightedNLL(torch.autograd.Function):

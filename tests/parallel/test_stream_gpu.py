@@ -90,7 +90,7 @@ def test_memory_does_not_grow_with_layers_when_inputs_are_away(seed):
                 model(input_ids=ids, labels=ids).loss.backward()
             peaks[layers] = torch.cuda.max_memory_allocated() - base
         assert engine.courier is not None and engine.courier.sent_bytes >= layers * ids.numel() * 256 * 2
-        assert peaks[layers] < 1.25 * engine.last_plan.device_bytes
+        assert peaks[layers] < 1.5 * engine.last_plan.device_bytes
         del model
     assert peaks[9] < peaks[3] * 1.05, peaks
 

@@ -86,7 +86,7 @@ def under_ddp(rank, world, make):
     return totals["plain"] == totals["streamed"], totals
 
 
-def under_fsdp(rank, world, make):
+def under_fsdp(rank, world, make, head_apart):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -96,6 +96,8 @@ def under_fsdp(rank, world, make):
     mesh = init_device_mesh("cpu", (world,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    if head_apart:
+        fully_shard(model.lm_head, mesh=mesh)
     fully_shard(model, mesh=mesh)
     ids, counts = batch_of(rank), {}
     for way in ("plain", "streamed"):
@@ -120,6 +122,7 @@ def test_ddp_sends_what_it_sent_before(ranks, family, tied):
     assert all(same for same, _ in results), results
 
 
-def test_fsdp2_gathers_and_reduces_as_often_as_checkpointing(ranks, family):
-    for counts in ranks(2, under_fsdp, lambda: family("qwen3")):
+@pytest.mark.parametrize("head_apart", [False, True])
+def test_fsdp2_gathers_and_reduces_as_often_as_checkpointing(ranks, family, head_apart):
+    for counts in ranks(2, under_fsdp, lambda: family("qwen3"), head_apart):
         assert counts["streamed"] == counts["plain"] and counts["plain"]

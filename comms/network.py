@@ -51,14 +51,19 @@ def of_machine(machine: Machine, *, topology: str = "ports", transport: str = ""
     """
     if topology not in TOPOLOGIES:
         raise UserError(f"topology '{topology}'", expected=f"one of {', '.join(TOPOLOGIES)}")
-    if transport not in machine.links and (transport or not machine.links):
+    link = machine.links.get(transport or fastest(machine))
+    if link is None:
         raise UserError(
             f"machine {machine.name} has no link '{transport or 'of any kind'}'",
             expected=f"one of {', '.join(machine.links) or 'those that `undertow probe` measures'}",
             remedy="measure it with undertow probe",
         )
-    link = machine.links[transport] if transport else max(machine.links.values(), key=lambda one: one.bytes_per_s)
     return Network(link.latency_s, duplex=link.duplex, **{f"{TOPOLOGIES[topology]}_bytes_per_s": link.bytes_per_s})
+
+
+def fastest(machine: Machine) -> str:
+    """The name of the link with the highest bandwidth; '' when the machine has none."""
+    return max(machine.links, key=lambda name: machine.links[name].bytes_per_s, default="")
 
 
 def fair_rates(flows: Mapping[int, Sequence[Resource]], capacity: Mapping[Resource, float]) -> dict[int, float]:

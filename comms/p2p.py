@@ -44,7 +44,7 @@ class _Part:
     addresses: Mapping[int, Any]
     lanes: list[list[Node]]
     own: list[Node]
-    early: list[Node]
+    early: dict[int, Recv]
 
 
 def _part(graph: Graph, rank: int, addresses: Mapping[int, Any], *, prepost: bool) -> _Part:
@@ -54,13 +54,13 @@ def _part(graph: Graph, rank: int, addresses: Mapping[int, Any], *, prepost: boo
     for name, value in graph.schedule.by_rank[rank].items():
         first.setdefault(f"slot {value.slot}" if value.slot else name, name)
     fresh = set(first.values())
-    early = [
-        node
+    early = {
+        node.id: node.action
         for lane in lanes
         for node in lane
         if isinstance(node.action, Recv) and all(part.value in fresh for part in node.action.writes)
-    ]
-    return _Part(graph, addresses, lanes, own, early if prepost else [])
+    }
+    return _Part(graph, addresses, lanes, own, early if prepost else {})
 
 
 class P2P:
@@ -205,7 +205,7 @@ class _Run:
 
     def go(self) -> None:
         """Run all lanes: the caller's thread takes the first that computes."""
-        self.owner.worker("communication").submit(self._post_early)
+        self.posting = self.owner.worker("communication").submit(self._post_early)
         own = self.part.own
         start = torch.cuda.current_stream(self.owner.device).record_event() if self.cuda else None
         for lane in self.part.lanes:
@@ -266,6 +266,9 @@ class _Run:
             try:
                 if self.cuda:
                     communication.submit(lambda: self._enqueue(node.id, action, stream)).get()
+                elif node.id in self.part.early:
+                    self.posting.get()
+                    self.owner._transport.wait(self.posted.pop(node.id), self.owner.timeout_s)
                 else:
                     works = communication.submit(lambda: self._issue(node.id, action)).get()
                     self.owner._transport.wait(works, self.owner.timeout_s)
@@ -273,19 +276,17 @@ class _Run:
                 raise PeerLost(self._lost(node, str(error))) from error
 
     def _issue(self, node: int, action: Send | Recv) -> list[Any]:
-        """The message's works: those of a receive posted before, or new ones. In the communication thread."""
+        """Start the message. In the communication thread."""
         parts = action.reads if isinstance(action, Send) else action.writes
-        posted = self.posted.pop(node, None)
-        return posted or self.owner._transport.issue(self.part.addresses[node], action, self.storage.views(parts))
+        return self.owner._transport.issue(self.part.addresses[node], action, self.storage.views(parts))
 
     def _enqueue(self, node: int, action: Send | Recv, stream: Any) -> None:
         with torch.cuda.stream(stream):
             self.owner._transport.wait(self._issue(node, action), self.owner.timeout_s)
 
     def _post_early(self) -> None:
-        for node in self.part.early:
-            assert isinstance(node.action, Recv)
-            self.posted[node.id] = self._issue(node.id, node.action)
+        for node, action in self.part.early.items():
+            self.posted[node] = self._issue(node, action)
 
     def _lost(self, node: Node, reason: str) -> str:
         """Names rank, lane, action, value and peer of what did not happen."""

@@ -20,7 +20,7 @@ from .builders.catalog import CATALOG, by_name
 from .check import check
 from .cost import rank_costs
 from .gantt import draw
-from .network import TOPOLOGIES, Network, of_machine
+from .network import TOPOLOGIES, Network, fastest, of_machine
 from .schedule import Schedule
 from .schedule_text import load
 from .simulate import ASSUMED, simulate
@@ -84,7 +84,7 @@ def _simulate(
     if not few:
         console.print(f"rank 0 of {plan.world}; --all shows {len(timeline.spans)} actions\n")
     console.print(lane_table(timeline))
-    _summary(console, plan, rates, network, topology)
+    _summary(console, plan, rates, network, f"{transport or fastest(rates)}, per {TOPOLOGIES[topology]}")
     console.print(f"modelled time: {format_seconds(timeline.makespan_s)}")
 
 
@@ -116,12 +116,12 @@ def _list(console: Console) -> None:
     console.print("and `undertow simulate t3`: the evaluation of the T3 paper, or its hardware under your model")
 
 
-def _summary(console: Console, plan: Schedule, machine: Machine, network: Network, topology: str) -> None:
+def _summary(console: Console, plan: Schedule, machine: Machine, network: Network, link: str) -> None:
     costs = rank_costs(plan)
     limit = min(network.port_bytes_per_s, network.pair_bytes_per_s, network.bus_bytes_per_s)
     assumed = " (rates are assumed: no --machine file was given)" if machine is ASSUMED else ""
     console.print(
-        f"machine: {machine.name}{assumed}; link {format_rate(limit)} per {TOPOLOGIES[topology]}, "
+        f"machine: {machine.name}{assumed}; link {format_rate(limit)} ({link}), "
         f"{format_seconds(network.latency_s)}, {'duplex' if network.duplex else 'one direction at a time'}",
         soft_wrap=True,
     )

@@ -43,7 +43,11 @@ def test_machine_file_json_and_picture(tmp_path, capsys):
     arguments = ["--ranks", "12", "--machine", str(machine), "--json", str(data), "--png", str(picture)]
     assert main(["simulate", "ring_all_gather", *arguments]) == 0
     out = capsys.readouterr().out
-    assert "machine: box; link 1 GB/s per port" in out and "one direction at a time" in out and "assumed" not in out
+    assert (
+        "machine: box; link 1 GB/s (gloo, per port)" in out
+        and "one direction at a time" in out
+        and "assumed" not in out
+    )
     assert "rank 0 of 12; --all shows" in out
     found = json.loads(data.read_text())
     assert found["modelled"] is True and found["world"] == 12 and len(found["spans"]) == 12 * 23

@@ -12,6 +12,7 @@ from __future__ import annotations
 import mmap
 import os
 import shutil
+import stat
 import threading
 import time
 from contextlib import suppress
@@ -139,8 +140,18 @@ class HostTier:
                 if stale != self.folder.root and not owner.exists():
                     shutil.rmtree(stale)
                     log.info("freed the shared memory of %s, which is gone", owner)
+        self._make_own(self.folder.root)
         self.folder.take()
         (self.folder.root / ROOT_FILE).write_text(f"{self._root}\n")
+
+    @staticmethod
+    def _make_own(root: Path) -> None:
+        """Everyone may write to /dev/shm: what bears our name there must be this user's own, or it is not read."""
+        with suppress(FileExistsError):
+            os.mkdir(root, 0o700)
+        status = os.lstat(root)
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+            raise UserError(f"{root} is not this user's folder", remedy="remove it, or pass host_every=0")
 
     def prepare(self, plan: SavePlan, *, pinned: bool) -> None:
         """Make the generations for `plan`. All ranks; whatever is valid in memory stays so until a newer save is."""

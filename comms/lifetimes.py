@@ -72,12 +72,13 @@ def _slot(graph: Graph, clocks: dict[int, np.ndarray], rank: int, slot: str, own
 
 
 def _ordered(graph: Graph, clocks: dict[int, np.ndarray], old: _Access, new: _Access) -> bool:
-    """Has `old` certainly ended when `new` starts, or is `new` the in-place sum that reads `old` row by row?"""
+    """Has `old` certainly ended when `new` starts, or is it an in-place sum: the same rows of the same result?"""
     if old.node != new.node:
         before = graph.nodes[old.node]
         return bool(clocks[new.node][before.lane_id] > before.index)
     action = graph.nodes[new.node].action
-    in_place = isinstance(action, Compute) and action.kind in ("reduce", "merge")
+    if not isinstance(action, Compute) or action.kind not in ("reduce", "merge") or old.is_write:
+        return False
     values = graph.schedule.by_rank[graph.nodes[new.node].rank]
     a, b = values[old.part.value], values[new.part.value]
     same_rows = (a.dtype, a.row_size, old.part.start, old.part.stop) == (
@@ -86,7 +87,8 @@ def _ordered(graph: Graph, clocks: dict[int, np.ndarray], old: _Access, new: _Ac
         new.part.start,
         new.part.stop,
     )
-    return in_place and not old.is_write and same_rows
+    results = {at % len(action.writes) for at, read in enumerate(action.reads) if read == old.part}
+    return same_rows and results == {action.writes.index(new.part)}
 
 
 def _range(part: Slice, owner: Value, owners: list[Value]) -> tuple[int, int]:

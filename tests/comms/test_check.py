@@ -143,6 +143,13 @@ BREAKS = {
         "slot reuse",
         "kv.3",
     ),
+    "two results of a merge that change places in memory": (
+        ATTEND.replace("output in running.o", "output in other").replace("output in running.l", "output in running.o"),
+        "output in other",
+        "output in running.l",
+        "slot reuse",
+        "has read l.to.3[0:4]",
+    ),
     "a term of the sum left out": (
         SCATTER,
         "reduce add(sum.1[0:4], from.2[0:4]) => out[0:4]",

@@ -1,8 +1,9 @@
 """Operations that schedules name: an executor is handed a table {op name: function}.
 
 A function gets the read slices, the written slices and the action's parameters, and fills the written slices in place:
-``fn(reads, writes, **params) -> None``. A reduce may be given a write that shares memory with one of its reads. These
-few are needed by the collectives; attention blocks and their merge come from `parallel`, as callers' tables.
+``fn(reads, writes, **params) -> None``. A reduce or merge may be given a write that is the memory of a read with the
+same place in its group (out over out, never out over log-sum-exp). These few are needed by the collectives; attention
+blocks and their merge come from `parallel`, as callers' tables.
 """
 
 from __future__ import annotations

@@ -6,9 +6,12 @@ import random
 from collections import Counter
 from dataclasses import fields, replace
 
+import torch
+
 from undertow.comms import local
 from undertow.comms.actions import Compute, Recv, Send, Slice, Value, Wait
 from undertow.comms.check import find_problems
+from undertow.comms.p2p import P2P
 from undertow.comms.schedule import Lane, Program, Schedule
 
 
@@ -101,6 +104,32 @@ def test_check_accepts_only_what_computes_the_right_answer(case_name, make_case,
                 assert case.matches(local.run(changed, case.inputs, case.ops, seed=interleaving)), (trial, str(changed))
     assert verdicts["accepted"] >= 3, verdicts  # a check that refuses everything would pass the rest
     assert len(verdicts) >= 6, verdicts
+
+
+def _execute(rank, world, runs):
+    with P2P(timeout_s=20) as executor:
+        return [
+            {name: tensor.numpy() for name, tensor in executor.run(schedule, inputs[rank], ops).items()}
+            for schedule, inputs, ops in runs
+        ]
+
+
+def test_what_check_accepts_runs_right_on_gloo_too(make_case, ranks, seed):
+    rng = random.Random(seed)
+    runs, cases = [], []
+    for name in ("all_to_all", "reduce_scatter_ring_subchunks", "gemm_direct", "attention"):
+        case = make_case(name, 3)
+        accepted: list[Schedule] = []
+        while len(accepted) < 6:
+            changed = mutate(mutate(case.schedule, rng), rng)
+            if changed != case.schedule and not find_problems(changed, rendezvous=True):
+                accepted.append(changed)
+        runs += [(changed, case.inputs, case.ops) for changed in accepted]
+        cases += [case] * len(accepted)
+    results = ranks(3, _execute, runs)
+    for at, case in enumerate(cases):
+        outputs = [{name: torch.from_numpy(array) for name, array in results[rank][at].items()} for rank in range(3)]
+        assert case.matches(outputs), str(runs[at][0])
 
 
 def test_mutations_reach_every_kind_of_action(make_case, seed):

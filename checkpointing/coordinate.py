@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import secrets
+import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
@@ -25,6 +26,7 @@ class Coordinator:
 
     def __init__(self, rank: int, world: int, store: dist.Store, token: str) -> None:
         self.rank, self.world, self.store, self.token = rank, world, store, token
+        self._threads = threading.local()
         self.round = 0  # counts the restores of this run, alike on all ranks
 
     @classmethod
@@ -46,16 +48,24 @@ class Coordinator:
             store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
         return cls(rank, world, store, token)
 
+    @property
+    def _mine(self) -> dist.Store:
+        """The calling thread's own connection. A wait blocks every other call on its connection, and each tier votes in
+        a thread of its own: on a shared one the ranks would wait for words that they keep each other from saying."""
+        if not hasattr(self._threads, "store"):
+            self._threads.store = self.store.clone()
+        return self._threads.store
+
     def say(self, name: str, value: Any) -> None:
         """Publish this rank's word for `name`."""
-        self.store.set(f"{name}/{self.rank}", cast(str, pickle.dumps(value)))  # it takes bytes; its stub says str
+        self._mine.set(f"{name}/{self.rank}", cast(str, pickle.dumps(value)))  # it takes bytes; its stub says str
 
     def hear(self, name: str, rank: int, *, deadline_s: float) -> Any:
         """The word of `rank`; waits until the monotonic time `deadline_s`, then raises `PeerLost`."""
         key = f"{name}/{rank}"
         try:
-            self.store.wait([key], timedelta(seconds=max(0.05, deadline_s - time.monotonic())))
-            return pickle.loads(self.store.get(key))
+            self._mine.wait([key], timedelta(seconds=max(0.05, deadline_s - time.monotonic())))
+            return pickle.loads(self._mine.get(key))
         except (RuntimeError, dist.DistError) as error:
             raise PeerLost(f"rank {rank} did not answer '{name}' in time ({str(error).splitlines()[0]})") from error
 
@@ -74,4 +84,4 @@ class Coordinator:
 
     def forget(self, name: str) -> None:
         """Delete this rank's word, so that a long run does not fill the store."""
-        self.store.delete_key(f"{name}/{self.rank}")
+        self._mine.delete_key(f"{name}/{self.rank}")

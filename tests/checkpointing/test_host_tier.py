@@ -1,0 +1,250 @@
+"""Checkpoints in shared memory: they outlive a killed process, never an overwritten one, and are freed in the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from ckpt_job import Job, same
+
+from undertow.checkpointing import host_tier
+from undertow.checkpointing.files import FileOps
+from undertow.dist.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def own_memory(tmp_path, monkeypatch):
+    """A folder in place of /dev/shm: what these tests leave behind is nobody's problem, and neither is its size."""
+    memory = tmp_path / "shm"
+    memory.mkdir()
+    monkeypatch.setattr(host_tier, "SHARED_MEMORY", memory)
+    return memory
+
+
+def held(memory: Path) -> list[str]:
+    return sorted(path.name for path in memory.rglob("step-*"))
+
+
+def killed(root: Path, steps: int, at: str, *, every: int = 0) -> None:
+    """Fork a process that saves every step to memory and dies by SIGKILL in the save of the last one, inside `at`."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            job, step = Job(layers=1), 0
+
+            class Dies(FileOps):
+                def die(self, where: str) -> None:
+                    if where == at and step == steps:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+                def write_file(self, path: Path, data: bytes) -> None:
+                    self.die(path.name)
+                    super().write_file(path, data)
+
+                def rename(self, source: Path, target: Path) -> None:
+                    super().rename(source, target)
+                    self.die("rename")
+
+            with job.checkpointer(root, every=every, host_every=1) as ckpt:
+                ckpt.host.folder.ops = Dies(direct=False)
+                for step in range(1, steps + 1):
+                    ckpt.step(step)
+                    job.advance(step)
+                    if step < steps or at != "copy":
+                        ckpt.wait()
+                    else:
+                        os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+def expected(step: int) -> dict:
+    """The state at the save of `step`."""
+    job = Job(layers=1)
+    for number in range(1, step):
+        job.advance(number)
+    return job.state()
+
+
+@pytest.mark.parametrize("at", ["__0_1.distcp", ".metadata", "manifest.json", "rename", "COMMIT.json", "copy"])
+def test_a_killed_process_restarts_from_the_step_before(tmp_path, at):
+    killed(tmp_path / "c", 5, at)
+    other = Job(seed=9, layers=1)
+    with other.checkpointer(tmp_path / "c", host_every=1) as ckpt:
+        step = ckpt.restore()
+        assert step in (4, 5) if at == "copy" else step == 4
+        assert same(other.state(), expected(step))
+
+
+def test_a_process_killed_again_and_again_never_loses_more_than_a_step(tmp_path):
+    last = 0
+    for kill in range(3):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                job = Job(seed=50 * (kill > 0), layers=1)  # the first one's weights come back in the others
+                with job.checkpointer(tmp_path / "c", host_every=1) as ckpt:
+                    start = ckpt.restore() or 0
+                    for step in range(start, start + 4):
+                        if step:
+                            job.advance(step)
+                        ckpt.step(step + 1)
+                        ckpt.wait()
+                    os.kill(os.getpid(), signal.SIGKILL)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        last += 4
+    other = Job(seed=50, layers=1)
+    with other.checkpointer(tmp_path / "c", host_every=1) as ckpt:
+        assert ckpt.restore() == last
+    assert same(other.state(), expected(last))
+
+
+def test_memory_and_disk_together(tmp_path, own_memory):
+    """Every step in memory, every third on disk; the newest of both is restored, and disk alone is enough."""
+    root = tmp_path / "c"
+    killed(root, 8, "COMMIT.json", every=3)
+    assert "step-000000007" in held(own_memory)
+    other = Job(seed=9, layers=1)
+    with other.checkpointer(root, host_every=1) as ckpt:
+        assert ckpt.restore() == 7
+        assert same(other.state(), expected(7))
+        assert ckpt.folder.committed() == [3, 6]
+    alone = Job(seed=9, layers=1)
+    with alone.checkpointer(root) as ckpt:
+        assert ckpt.restore() == 6
+    assert same(alone.state(), expected(6))
+
+
+def test_the_disk_gets_what_memory_held(tmp_path):
+    job, states = Job(layers=1), {}
+    with job.checkpointer(tmp_path / "c", every=2, host_every=1, keep=None) as ckpt:
+        for step in range(7):
+            states[step] = job.state()
+            ckpt.step(step)
+            job.advance(step)
+        reports = ckpt.wait()
+        assert all(report.ok for report in reports), reports
+        assert {report.tier for report in reports} == {"host", "disk"}
+        assert ckpt.folder.committed() == [0, 2, 4, 6]
+    for step in (6, 4, 2, 0):
+        other = Job(seed=9, layers=1)
+        with other.checkpointer(tmp_path / "c") as ckpt:
+            ckpt.restore(step)
+        assert same(other.state(), states[step])
+
+
+def test_memory_is_freed_when_the_disk_is_as_new(tmp_path, own_memory):
+    job = Job(layers=1)
+    with job.checkpointer(tmp_path / "c", every=1, host_every=1) as ckpt:
+        for step in range(3):
+            ckpt.step(step)
+            job.advance(step)
+    assert held(own_memory) == []
+    with job.checkpointer(tmp_path / "c", host_every=1) as ckpt:
+        ckpt.save(9, disk=False, host=True)
+    assert held(own_memory) == ["step-000000009"]
+    with job.checkpointer(tmp_path / "c", host_every=1) as ckpt:
+        assert ckpt.restore() == 9
+
+
+def test_a_rollback_forgets_what_came_after(tmp_path):
+    job, states = Job(layers=1), {}
+    with job.checkpointer(tmp_path / "c", every=2, host_every=1, keep=None) as ckpt:
+        for step in range(6):
+            ckpt.step(step)
+            ckpt.wait()
+            job.advance(step)
+        ckpt.restore(2)
+        job.advance(77)
+        states[3] = job.state()
+        ckpt.save(3, disk=False, host=True)
+        ckpt.wait()
+        job.advance(78)
+        assert ckpt.restore() == 3
+        assert same(job.state(), states[3])
+
+
+def test_memory_of_a_folder_that_is_gone_is_freed(tmp_path, own_memory):
+    import shutil
+
+    killed(tmp_path / "c", 3, "COMMIT.json")
+    assert held(own_memory)
+    shutil.rmtree(tmp_path / "c")
+    with Job(layers=1).checkpointer(tmp_path / "other", host_every=1):
+        assert held(own_memory) == []
+
+
+def test_too_little_memory_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(host_tier.shutil, "disk_usage", lambda path: usage(10**5, 0, 10**5))
+    job = Job(layers=1)
+    with job.checkpointer(tmp_path / "c", host_every=1) as ckpt:
+        with pytest.raises(UserError, match="generations of .* need .* of shared memory"):
+            ckpt.step(1)
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [".lock"]
+
+
+def test_one_generation_is_refused(tmp_path):
+    with pytest.raises(UserError, match="host_generations is 1"):
+        Job(layers=1).checkpointer(tmp_path / "c", host_every=1, host_generations=1)
+
+
+def test_memory_that_is_damaged_falls_back_to_the_disk(tmp_path, own_memory):
+    killed(tmp_path / "c", 8, "COMMIT.json", every=3)
+    (path,) = own_memory.rglob("step-000000007")
+    os.truncate(path / "__0_0.distcp", 100)
+    other = Job(seed=9, layers=1)
+    with other.checkpointer(tmp_path / "c", host_every=1) as ckpt:
+        step = ckpt.restore()
+        assert step in (5, 6)  # an older generation, or the disk
+        assert same(other.state(), expected(step))
+
+
+def two_ranks(rank: int, world: int, root: str, memory: str) -> int | None:
+    host_tier.SHARED_MEMORY = Path(memory)
+    job = Job(layers=2)
+    with job.checkpointer(Path(root), every=4, host_every=1) as ckpt:
+        start = ckpt.restore() or 0
+        for step in range(start, start + 3):
+            ckpt.step(step + 1)
+            job.advance(step + 1)
+        assert all(report.ok for report in ckpt.wait()), [report.reason for report in ckpt.reports]
+        state = job.state()
+        assert ckpt.restore() == start + 3
+        job.advance(start + 3)
+        assert same(job.state(), state)
+        return start
+
+
+def test_two_ranks_share_memory(ranks, tmp_path, own_memory):
+    assert ranks(2, two_ranks, str(tmp_path / "c"), str(own_memory)) == [0, 0]
+    assert ranks(2, two_ranks, str(tmp_path / "c"), str(own_memory)) == [3, 3]
+
+
+def test_memory_that_somebody_else_made_is_refused(tmp_path, own_memory, monkeypatch):
+    """/dev/shm may be written by everyone: a folder of our name that is not ours must not be restored from."""
+    job = Job(layers=1)
+    with job.checkpointer(tmp_path / "c", host_every=1) as ckpt:
+        name = ckpt.host.folder.root.name
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    path = own_memory / name
+    if path.exists():
+        import shutil
+
+        shutil.rmtree(path)
+    path.symlink_to(elsewhere)
+    with pytest.raises(UserError, match="not this user's"):
+        Job(layers=1).checkpointer(tmp_path / "c", host_every=1)
+    assert list(elsewhere.iterdir()) == []

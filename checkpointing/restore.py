@@ -140,6 +140,8 @@ def compare(state: AppState, leaves: Sequence[Leaf], manifest: Manifest, where: 
     stored = {name(path, key) for key, path in manifest.paths.items()} | {None}
     problems = [f"'{key}' is not in the checkpoint" for key in sorted(live.keys() - stored, key=str)]
     problems += [f"'{key}' is only in the checkpoint" for key in sorted(stored - live.keys(), key=str)]
+    problems += [_other_kind(label, optimizer, manifest) for label, optimizer in state.optimizers.items()]
+    problems = list(filter(None, problems))
     for leaf in leaves:
         record = manifest.tensors.get(leaf.key)
         if record is None or leaf.path[0] in state.others:
@@ -154,6 +156,19 @@ def compare(state: AppState, leaves: Sequence[Leaf], manifest: Manifest, where: 
             expected="the same names and shapes",
             remedy="build the model with the checkpoint's configuration, or pass another folder",
         )
+
+
+def _other_kind(label: str, optimizer: torch.optim.Optimizer, manifest: Manifest) -> str:
+    """What tells that a checkpoint is of another kind of optimizer: each side has options that the other lacks. A later
+    torch, or a scheduler, adds options to one side only."""
+    stored = {
+        str(path[3]) for path in manifest.paths.values() if path[:2] == (label, "param_groups") and len(path) == 4
+    }
+    live = {key for group in optimizer.param_groups for key in group}
+    if not stored - live or not live - stored:
+        return ""
+    lacks, has = (", ".join(sorted(names)[:3]) for names in (live - stored, stored - live))
+    return f"'{label}' is a {type(optimizer).__name__} with {lacks} here and has {has} in the checkpoint"
 
 
 def _rank_word(path: Sequence[str | int]) -> bool:

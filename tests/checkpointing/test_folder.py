@@ -5,8 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -76,8 +75,6 @@ def test_the_lock_does_not_outlive_its_owner_in_a_forked_child(folder):
     """Data loader workers inherit the open file; they must not keep the folder locked after `release`."""
     pid = os.fork()
     if not pid:
-        import time
-
         time.sleep(30)
         os._exit(0)
     try:
@@ -91,20 +88,22 @@ def test_the_lock_does_not_outlive_its_owner_in_a_forked_child(folder):
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
-    code = (
-        "import sys, time; from pathlib import Path; from undertow.checkpointing.folder import Folder;"
-        "from undertow.checkpointing.files import FileOps;"
-        "Folder(Path(sys.argv[1]), FileOps()).take(); print('taken', flush=True); time.sleep(60)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "c")], stdout=subprocess.PIPE, text=True)
+    ready, say = os.pipe()
+    pid = os.fork()
+    if not pid:
+        Folder(tmp_path / "c", OPS).take()
+        os.write(say, b"taken")
+        time.sleep(60)
+        os._exit(0)
     try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "taken\n"
-        with pytest.raises(UserError, match=f"process {process.pid} on"):
+        assert os.read(ready, 5) == b"taken"
+        with pytest.raises(UserError, match=f"process {pid} on"):
             Folder(tmp_path / "c", OPS).take()
     finally:
-        process.kill()
-        process.wait()
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+        os.close(ready)
+        os.close(say)
     folder = Folder(tmp_path / "c", OPS)
     folder.take()
     folder.release()

@@ -13,9 +13,11 @@ from undertow.checkpointing.layout import PAGE, WORD, place
 DTYPES = (torch.float32, torch.bfloat16, torch.uint8, torch.float64, torch.int64, torch.bool)
 
 
+SHAPES = ((), (0,), (1,), (17,), (39, 3), (5, 33), (40, 40), (0, 7), (2000,))  # few, because torch makes each frame
+
+
 def random_frames(rng: random.Random, prefix: str, count: int):
-    shapes = [tuple(rng.randrange(0, 40) for _ in range(rng.randrange(0, 3))) for _ in range(count)]
-    return [(f"{prefix}{i}", frame(shape, rng.choice(DTYPES))) for i, shape in enumerate(shapes)]
+    return [(f"{prefix}{i}", frame(rng.choice(SHAPES), rng.choice(DTYPES))) for i in range(count)]
 
 
 def test_every_byte_of_the_image_comes_from_one_place(seed):

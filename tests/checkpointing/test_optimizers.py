@@ -121,6 +121,32 @@ def test_names_and_values_are_those_of_torch(tmp_path, kind):
                 assert stored.tensors[f"optimizer.state.{name}.{key}"].shape == tuple(value.shape)
 
 
+@pytest.mark.parametrize(("one", "two"), [("AdamW fused", "SGD momentum"), ("SGD", "RMSprop"), ("Adagrad", "Adam")])
+def test_another_kind_of_optimizer_is_refused_with_nothing_changed(tmp_path, one, two):
+    job = Job(optimizer=KINDS[one])
+    job.advance(0)
+    with job.checkpointer(tmp_path) as ckpt:
+        ckpt.save(1)
+        ckpt.wait()
+    other = Job(seed=9, optimizer=KINDS[two])
+    other.advance(1)
+    before = other.state()
+    with other.checkpointer(tmp_path) as ckpt, pytest.raises(UserError, match="'optimizer' is a .* in the checkpoint"):
+        ckpt.restore()
+    assert same(other.state(), before)
+
+
+def test_a_new_option_of_a_later_torch_is_no_other_kind(tmp_path):
+    job = Job()
+    with job.checkpointer(tmp_path) as ckpt:
+        ckpt.save(1)
+        ckpt.wait()
+    job.optimizer.param_groups[0]["new_option"] = 7
+    with job.checkpointer(tmp_path) as ckpt:
+        assert ckpt.restore() == 1
+    assert job.optimizer.param_groups[0]["new_option"] == 7
+
+
 def test_param_groups_added_later(tmp_path):
     job = Job()
     extra = nn.Linear(job.width, job.width)

@@ -39,8 +39,8 @@ def live() -> Live:
 def table(root: Path, entries: Sequence[Entry], *, remove: Collection[Path] | None = None) -> Table:
     """The list of a folder; with `remove` a column that says what a prune takes away."""
     made = Table(title=f"{root}: {sum(entry.usable for entry in entries)} whole", title_justify="left")
-    for name, justify in (("step", "right"), ("size", "right"), ("ranks", "right"), ("age", "right")):
-        made.add_column(name, justify=justify)
+    for name in ("step", "size", "ranks", "age"):
+        made.add_column(name, justify="right")
     made.add_column("valid?", overflow="fold")
     if remove is not None:
         made.add_column("prune")

@@ -53,7 +53,7 @@ class Coordinator:
         """The calling thread's own connection. A wait blocks every other call on its connection, and each tier votes in
         a thread of its own: on a shared one the ranks would wait for words that they keep each other from saying."""
         if not hasattr(self._threads, "store"):
-            self._threads.store = self.store.clone()
+            self._threads.store = self.store.clone()  # type: ignore[attr-defined]  # its stub lacks it
         return self._threads.store
 
     def say(self, name: str, value: Any) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import random
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,12 +29,14 @@ class RecordingOps(FileOps):
     def __init__(self) -> None:
         super().__init__(direct=False)
         self.log: list[tuple] = []
+        self.times_ns: list[int] = []
         self._paths: dict[int, Path] = {}
         self._lock = threading.Lock()
 
     def note(self, *entry: Any) -> None:
         with self._lock:
             self.log.append(entry)
+            self.times_ns.append(time.monotonic_ns())
 
     def mkdir(self, path: Path) -> None:
         missing = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -155,6 +158,8 @@ class Disk:
             return []  # above what is modelled
         if kind == "mkdir":
             folder, name = self._find(path)
+            if name in self._folders[folder]:
+                return []  # another rank was first
             inode = self._new_folder()
             self._folders[folder][name] = inode
             return [Op(entries=((folder, name, inode),))]
@@ -245,6 +250,12 @@ def _write(content: bytearray, op: Op, safe: bool, rng: random.Random, keep: flo
         end = begin + SECTOR if fate == "torn" else len(op.data)
         piece = op.data[begin:end]
         content[op.offset + begin : op.offset + begin + len(piece)] = piece
+
+
+def merge(logs: Iterable[list[tuple[int, tuple]]]) -> list[tuple]:
+    """The logs of several ranks of one host as one: an operation is noted before its rank tells others that it is done,
+    so times keep every order that the ranks have made."""
+    return [entry for _, entry in sorted((item for log in logs for item in log), key=lambda item: item[0])]
 
 
 def build(image: dict[str, bytes | None], root: Path) -> None:

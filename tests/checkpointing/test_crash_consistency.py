@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import io
 import random
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from ckpt_job import Job, same
-from crash_disk import Disk, RecordingOps, build, read_image
+from crash_disk import Disk, RecordingOps, build, merge, read_image
 
 from undertow.checkpointing import plan
 from undertow.checkpointing.files import FileOps
@@ -35,6 +38,7 @@ class Tape:
     def __init__(self, base: Path) -> None:
         base.mkdir()
         self.base, self.ops = base, RecordingOps()
+        self.layers = 1
         self.versions: dict[int, list[dict[str, Any]]] = {}
         self.job = Job(width=64, layers=1)
         # in a folder that is not there yet: its own name must be durable too
@@ -63,18 +67,18 @@ def promised(marks: list[Any]) -> tuple[int, int] | None:
     return newest
 
 
-def restored(root: Path) -> tuple[int | None, dict[str, Any]]:
-    other = Job(seed=99, width=64, layers=1)
+def restored(root: Path, layers: int = 1) -> tuple[int | None, dict[str, Any]]:
+    other = Job(seed=99, width=64, layers=layers)
     with other.checkpointer(root, chunk_bytes=CHUNK) as ckpt:
         return ckpt.restore(), other.state()
 
 
-def judge(tape: Tape, marks: list[Any], image: dict[str, bytes | None], root: Path) -> None:
+def judge(tape: Any, marks: list[Any], image: dict[str, bytes | None], root: Path) -> None:
     """Restore from `image`: what comes back is a state that was saved, and none older than what was promised."""
     expected = promised(marks)
     build(image, root)
     try:
-        step, state = restored(root / "new" / "ckpt")
+        step, state = restored(root / "new" / "ckpt", tape.layers)
     except UserError:
         assert expected is None, f"{expected} was promised and nothing can be restored"
         return
@@ -148,6 +152,43 @@ def test_a_power_failure_during_the_clean_up_after_a_power_failure(tmp_path, see
             checked += 1
         shutil.rmtree(root)
     assert checked > 20
+
+
+def save_on_ranks(rank: int, world: int, base: str) -> tuple[list[tuple[int, tuple]], bytes]:
+    """Saves of two steps and of one again, recorded; each rank writes its half of the tensors."""
+    plan.SMALL_BYTES = 4096
+    ops, job, versions = RecordingOps(), Job(width=64, layers=2), {}
+    with job.checkpointer(Path(base) / "new" / "ckpt", ops=ops, chunk_bytes=CHUNK) as ckpt:
+        for step in (1, 2, 2):
+            versions.setdefault(step, []).append(job.state())
+            ckpt.save(step)
+            job.advance(step)
+            assert ckpt.wait()[-1].ok
+            if rank == 0:
+                ops.note("mark", "saved", step, len(versions[step]) - 1)
+    stored = io.BytesIO()  # tensors as such would travel in shared memory, which ends with the rank
+    torch.save(versions, stored)
+    return list(zip(ops.times_ns, ops.log)), stored.getvalue()
+
+
+@pytest.mark.slow
+def test_no_power_failure_loses_what_two_ranks_wrote(ranks, tmp_path, seed):
+    (tmp_path / "real").mkdir()
+    results = ranks(2, save_on_ranks, str(tmp_path / "real"))
+    tape = SimpleNamespace(versions=torch.load(io.BytesIO(results[0][1]), weights_only=True), layers=2)
+    disk = Disk(tmp_path / "real", merge(log for log, _ in results))
+    written = {entry[1].name for log, _ in results for _, entry in log if entry[0] == "create"}
+    assert {"__0_0.distcp", "__1_0.distcp"} <= written
+    judged = set()
+    for count in range(len(disk.ops) + 1):
+        marks = disk.marks(count)
+        for trial, keep in enumerate((0.0, 0.5)):
+            image = disk.after_crash(count, random.Random(f"{seed}/{count}/{trial}"), keep)
+            known = hash((promised(marks), tuple(sorted(image.items()))))
+            if known not in judged:
+                judged.add(known)
+                judge(tape, marks, image, tmp_path / "crashed")
+    assert len(judged) > 40
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.5, 1.0])

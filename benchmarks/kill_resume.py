@@ -2,9 +2,9 @@
 
 `python -m undertow.benchmarks.kill_resume --trials 20` (200 for the long one). Every trial is `undertow train` itself,
 in forked ranks, because a torchrun start would take longer than the run. Half of the kills strike inside a named stage
-of a save, seen as an open span in the victim's own trace; the others come at a random time from outside. SIGKILL cannot
-show what a power failure loses; that is tested by replaying the disk's operations. The claim: losses, weights and
-optimizer state are bit-identical in every trial, and nothing is ever found damaged.
+of a save, seen as an open span in the victim's own trace; the others somewhere in a step, or at any time from outside.
+SIGKILL cannot show what a power failure loses; that is tested by replaying the disk's operations. The claim: losses,
+weights and optimizer state are bit-identical in every trial, and nothing is ever found damaged.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from undertow.checkpointing.catalogue import entries
 from undertow.dist.errors import UndertowError, UserError
 from undertow.dist.progress import Progress
 from undertow.dist.trace import Trace, open_spans, trace_path
+from undertow.dist.trace_read import read_attempts
 from undertow.examples.kill_and_resume import IN_FLIGHT, compare
 
 STAGES = ("snapshot", "copy", "flush", "flush", "flush", "fsync", "vote", "commit", "fence")
@@ -64,14 +65,18 @@ class Row:
         return self.identical and not self.damaged
 
 
-def moment(seed: int, trial: int, *, ranks: int, saves: int, run_s: float) -> Moment:
-    """The seeded moment of a trial: even trials inside a stage, odd ones at a random time."""
+def moment(seed: int, trial: int, *, begun: Sequence[Mapping[str, int]], run_s: float) -> Moment:
+    """The seeded moment of a trial: every other one inside a stage of a save, most others somewhere in a step, one in
+    eight from outside at any time, the start included. `begun`: for each rank of an undisturbed run that took `run_s`,
+    how often each span began, so that a kill does not miss."""
     rng = random.Random(f"{seed}/{trial}")
-    rank = rng.randrange(ranks)
-    if trial % 2:
-        return Moment(rank, "", 0, rng.uniform(0.05, 0.95) * run_s)
-    stage = rng.choice(STAGES)
-    return Moment(0 if stage == "vote" else rank, stage, rng.randrange(1, saves + 1), rng.choice([0.0, 0.0005, 0.003]))
+    rank = rng.randrange(len(begun))
+    if trial % 8 == 7:
+        return Moment(rank, "", 0, rng.uniform(0.02, 0.7) * run_s)
+    stage = rng.choice(STAGES) if trial % 2 == 0 else "step"
+    rank = rank if begun[rank].get(stage) else 0  # rank 0 alone counts votes
+    delay_s = rng.choice([0.0, 0.0005, 0.003]) if trial % 2 == 0 else rng.uniform(0.0, 0.03)
+    return Moment(rank, stage, rng.randrange(1, begun[rank][stage] + 1), delay_s)
 
 
 class Job:
@@ -195,6 +200,12 @@ def reference(out: Path, options: Sequence[str], ranks: int, timeout_s: float) -
     return time.monotonic() - job.began_s
 
 
+def spans_begun(out: Path, ranks: int) -> list[Counter[str]]:
+    """How often each span began on each rank of the reference."""
+    traces = [read_attempts(trace_path(out / "reference" / "trace", rank)) for rank in range(ranks)]
+    return [Counter(e["name"] for attempt in trace for e in attempt.events if e["ph"] == "B") for trace in traces]
+
+
 def run_trial(
     trial: int, when: Moment, out: Path, options: Sequence[str], ranks: int, timeout_s: float, *, restarts: int = 1
 ) -> Row:
@@ -268,11 +279,11 @@ def main(
     prepare()
     options = ["--recipe", recipe]
     run_s = reference(out, options, ranks, timeout_s)
-    saves = sum(span == "snapshot" for span in _begun(trace_path(out / "reference" / "trace", 0)))
+    begun = spans_begun(out, ranks)
     rows = []
     with Progress(trials, "kill and resume", unit="trial") as bar:
         for trial in range(trials):
-            when = moment(seed, trial, ranks=ranks, saves=saves, run_s=run_s)
+            when = moment(seed, trial, begun=begun, run_s=run_s)
             rows.append(run_trial(trial, when, out, options, ranks, timeout_s))
             bar.update(identical=sum(row.identical for row in rows), flush=summary(rows)["inside_a_flush"])
     Console(width=None if sys.stdout.isatty() else 140).print(table(rows))
@@ -286,12 +297,6 @@ def main(
     enough = trials < 20 or summary(rows)["inside_a_flush"] >= 5  # type: ignore[operator]
     if not all(row.good for row in rows) or not enough:
         raise typer.Exit(1)
-
-
-def _begun(trace: Path) -> list[str]:
-    from undertow.dist.trace_read import read_attempts
-
-    return [event["name"] for attempt in read_attempts(trace) for event in attempt.events if event["ph"] == "B"]
 
 
 if __name__ == "__main__":

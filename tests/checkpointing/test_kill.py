@@ -30,7 +30,8 @@ def test_a_dozen_kills_and_resumed_runs_are_bit_identical(tmp_path, data):
     kill_resume.prepare()
     options = ["--recipe", "tiny", "--steps", "20", "--data", str(data)]
     run_s = reference(tmp_path, options, 2, 60)
-    moments = [moment(SEED, trial, ranks=2, saves=4, run_s=run_s) for trial in range(8)]
+    begun = kill_resume.spans_begun(tmp_path, 2)
+    moments = [moment(SEED, trial, begun=begun, run_s=run_s) for trial in range(8)]
     moments += [Moment(0, "flush", 2, 0.0), Moment(1, "flush", 3, 0.001)]
     moments += [Moment(0, "commit", 3, 0.002), Moment(1, "fsync", 1, 0.0)]
     rows = [run_trial(trial, when, tmp_path, options, 2, 60) for trial, when in enumerate(moments)]
@@ -69,10 +70,11 @@ def test_a_run_that_is_killed_while_it_resumes(tmp_path, data):
 
 
 def test_moments_are_a_function_of_seed_and_trial():
-    assert [moment(3, t, ranks=2, saves=5, run_s=1.0) for t in range(50)] == [
-        moment(3, t, ranks=2, saves=5, run_s=1.0) for t in range(50)
-    ]
-    drawn = [moment(3, t, ranks=3, saves=5, run_s=2.0) for t in range(200)]
-    assert {when.rank for when in drawn} == {0, 1, 2}
-    assert {when.inside for when in drawn} == {"", *kill_resume.STAGES}
+    begun = [{**dict.fromkeys(kill_resume.STAGES, 5), "step": 30}, {**dict.fromkeys(kill_resume.STAGES, 4), "step": 30}]
+    del begun[1]["vote"]
+    drawn = [moment(3, trial, begun=begun, run_s=2.0) for trial in range(400)]
+    assert drawn == [moment(3, trial, begun=begun, run_s=2.0) for trial in range(400)]
+    assert {when.rank for when in drawn} == {0, 1}
+    assert {when.inside for when in drawn} == {"", "step", *kill_resume.STAGES}
+    assert all(1 <= when.nth <= begun[when.rank][when.inside] for when in drawn if when.inside)
     assert all(0 < when.delay_s < 2.0 for when in drawn if not when.inside)

@@ -45,7 +45,10 @@ def test_usage_names_every_verb():
     assert all(f"\n  {verb} " in done.stdout for verb in VERBS)
 
 
-@pytest.mark.parametrize("verb", [verb for verb, (module, _) in VERBS.items() if exists(module)])
+# The id is more than the verb's name, because pytest-mpi skips any test that has the keyword 'mpi'.
+@pytest.mark.parametrize(
+    "verb", [verb for verb, (module, _) in VERBS.items() if exists(module)], ids="undertow {}".format
+)
 def test_every_verb_helps(verb):
     done = run("-m", "undertow", verb, "--help")
     assert done.returncode == 0, done.stderr

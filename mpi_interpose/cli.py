@@ -182,11 +182,12 @@ def main(argv: list[str]) -> int:
     except SystemExit as leave:
         return int(leave.code or 0)
     except Exception as error:
-        # typer's own usage errors carry a message and an exit code; anything else is a defect and keeps its traceback.
-        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
-            sys.stderr.write(f"undertow mpi: {error.format_message()}\n")
-            return int(error.exit_code)
-        raise
+        # typer's own usage errors carry a message; anything else is a defect and keeps its traceback.
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        sys.stderr.write(f"undertow mpi: {message()}\n")
+        return int(getattr(error, "exit_code", 2))
 
 
 if __name__ == "__main__":

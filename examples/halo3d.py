@@ -78,8 +78,9 @@ def step(field: np.ndarray, width: int) -> np.ndarray:
     total = field[c, c, c].copy()
     for axis in range(3):
         for shift in (-1, 1):
-            place = [c] * 3
-            place[axis] = slice(width + shift, (shift - width) or None)
+            place: list[slice] = [c] * 3
+            stop = shift - width
+            place[axis] = slice(width + shift, stop) if stop else slice(width + shift, None)
             total += field[tuple(place)]
     return total / 7
 

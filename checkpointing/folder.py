@@ -211,6 +211,9 @@ def _whole(path: Path) -> bool:
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest of the checkpoint folder `path`, after COMMIT.json has vouched for it; else `BadCheckpoint`."""
+    for name in (COMMIT, MANIFEST):
+        if not (path / name).is_file():  # reading a pipe that somebody has planted would never end
+            raise BadCheckpoint(f"{path / name} is missing or no regular file")
     try:
         commit = json.loads((path / COMMIT).read_bytes())
         data = (path / MANIFEST).read_bytes()

@@ -83,9 +83,7 @@ class Job:
     """`undertow train` on `ranks` forked processes; their output goes to `log`."""
 
     def __init__(self, options: Sequence[str], ranks: int, log: Path, victim: Moment | None = None) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = _free_port()
         self.codes: dict[int, int | None] = {}
         self.began_s = time.monotonic()
         self._log = log
@@ -133,6 +131,15 @@ class Job:
         self.wait(timeout_s)
         if any(self.codes.values()):
             raise UndertowError(f"a run that nobody disturbed failed ({self._log}):\n{self._log.read_text()[-2000:]}")
+
+
+def _free_port() -> int:
+    """A free port below the range from which the system gives ports to connections: one of those would take it."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def prepare() -> None:

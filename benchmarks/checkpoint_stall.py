@@ -133,7 +133,6 @@ class Undertow(Method):
             optimizer=job.optimizer,
             keep=1,
             host_every=int(host),
-            host_generations=2,
             arena_bytes=None if arena is None else int(arena * job.state_bytes),
         )
         job._open.append(self.ckpt.close)

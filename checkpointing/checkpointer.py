@@ -114,6 +114,7 @@ class Checkpointer:
         self._pipeline = Pipeline(committers, writers=writers, trace=self._trace)
         self._plan_key: tuple | None = None
         self._fresh_key: tuple = ()
+        self._pickles: dict[str, tuple[str, bytes]] = {}
         self._watch: Watch | None = None
         self._plans = 0
         self._saved_step: int | None = None
@@ -214,7 +215,7 @@ class Checkpointer:
         sources = [values[index.fqn] for index in plan.lazy]
         if [t.data_ptr() for t in sources] != [t.data_ptr() for t in self._sources]:
             self._sources, self._sampler = sources, Sampler(sources)
-        save = Save(step, plan, {index.fqn: values[index.fqn] for index in plan.objects}, began_s)
+        save = Save(step, plan, {index.fqn: values[index.fqn] for index in plan.objects}, began_s, self._pickles)
         self._staging.fill([_local(values[index.fqn]) for index in plan.eager])
         seals = [Seal(plan.image.chunks - 1, sources, self._sampler)] if sources else []
         self._copier.begin()

@@ -59,12 +59,14 @@ class SaveReport:
 
 @dataclass
 class Save:
-    """One save on its way into one or two tiers. `objects` are the values to pickle, taken when the save began."""
+    """One save on its way into one or two tiers. `objects` are the values to pickle, taken when the save began;
+    `known` holds what the saves before have pickled: key → (repr, bytes) of plain values, which rarely change."""
 
     step: int
     plan: SavePlan
     objects: Mapping[str, Any]
     began_s: float
+    known: dict[str, tuple[str, bytes]]
     call_s: float = 0.0
     fence_s: float = 0.0
     snapshot: Snapshot = field(init=False)
@@ -86,11 +88,25 @@ class Save:
             return {key: self._pickled[key] for key in self.objects}
 
     def _keep(self, key: str, value: Any) -> None:
+        text = repr(value) if _is_plain(value) else ""
+        known = self.known.get(key)
+        if text and known is not None and known[0] == text:
+            self._pickled[key] = known[1]
+            return
         try:
             self._pickled[key] = _pickle(value)
-        except Exception as error:  # a user's object: it costs this save, on all ranks, and not the training
+        except Exception as error:  # whatever the user's object raises costs this save, not the training
             self._pickled[key] = b""
             self.problem = self.problem or f"'{key}' cannot be pickled ({type(error).__name__}: {error})"
+            return
+        if text:
+            self.known[key] = (text, self._pickled[key])
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether `repr` tells everything about a value."""
+    parts = value if type(value) in (tuple, list) else (value,)
+    return all(type(part) in (int, float, bool, str, type(None)) for part in parts)
 
 
 def _pickle(value: Any) -> bytes:
@@ -138,6 +154,8 @@ class Committer:
         self._ended: queue.Queue[tuple[Save, str, float, float]] = queue.Queue()
         self._open = 0
         self._idle = threading.Condition()
+        self._metadata_key: Any = None
+        self._metadata = b""
         self._thread = threading.Thread(target=self._loop, name=f"undertow-commit-{tier}", daemon=True)
         self._thread.start()
 
@@ -265,8 +283,9 @@ class Committer:
                 files,
                 plan.tensors,
                 objects,
-                dict(plan.metadata.planner_data),
+                plan.metadata.planner_data,
                 {"undertow": __version__, "torch": torch.__version__},
+                plan.rendered,
             )
             self.folder.commit(scratch, manifest, metadata)
             for step in to_remove(self.folder.committed(), self._keep):
@@ -279,16 +298,20 @@ class Committer:
         return ""
 
     def _dcp_metadata(self, save: Save, objects: Mapping[str, ObjectRecord]) -> bytes:
+        """The .metadata file; made anew only when an object's place has changed, because pickling it holds the
+        interpreter lock that the training thread needs."""
         metadata = save.plan.metadata
         assert metadata is not None
-        storage = {
-            MetadataIndex(key, shard.offsets, position): _StorageInfo(shard.file, shard.start, shard.length)
-            for key, record in save.plan.tensors.items()
-            for position, shard in enumerate(record.shards)
-        }
-        storage |= {MetadataIndex(key): _StorageInfo(r.file, r.start, r.length) for key, r in objects.items()}
-        save_id = f"undertow-{self.coordinator.token}-{save.step}"
-        whole = type(metadata)(
-            metadata.state_dict_metadata, metadata.planner_data, storage, StorageMeta(save_id=save_id)
-        )
-        return pickle.dumps(whole)
+        key = (metadata, dict(objects))
+        before = self._metadata_key
+        if before is None or before[0] is not metadata or before[1] != key[1]:
+            storage = {
+                MetadataIndex(key, shard.offsets, position): _StorageInfo(shard.file, shard.start, shard.length)
+                for key, record in save.plan.tensors.items()
+                for position, shard in enumerate(record.shards)
+            }
+            storage |= {MetadataIndex(key): _StorageInfo(r.file, r.start, r.length) for key, r in objects.items()}
+            save_id = StorageMeta(save_id=f"undertow-{self.coordinator.token}")
+            whole = type(metadata)(metadata.state_dict_metadata, metadata.planner_data, storage, save_id)
+            self._metadata_key, self._metadata = key, pickle.dumps(whole)
+        return self._metadata

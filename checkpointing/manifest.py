@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,10 @@ class ObjectRecord:
 
 @dataclass(frozen=True)
 class Manifest:
+    """A checkpoint's contents. `rendered` is `render(tensors, paths)` where the writer has made it before: those two
+    do not change from save to save, and making JSON of thousands of tensors would hold the interpreter lock for tens of
+    milliseconds of a training step each time."""
+
     step: int
     world_size: int
     chunk_bytes: int
@@ -77,9 +82,20 @@ class Manifest:
     objects: dict[str, ObjectRecord]
     paths: dict[str, tuple[str | int, ...]]
     facts: dict[str, Any] = field(default_factory=dict)
+    rendered: str = ""
 
     def dumps(self) -> bytes:
-        return json.dumps({"format": FORMAT, **asdict(self)}, separators=(",", ":")).encode()
+        changing = {
+            "format": FORMAT,
+            "step": self.step,
+            "world_size": self.world_size,
+            "chunk_bytes": self.chunk_bytes,
+            "files": {name: asdict(record) for name, record in self.files.items()},
+            "objects": {key: asdict(record) for key, record in self.objects.items()},
+            "facts": self.facts,
+        }
+        static = self.rendered or render(self.tensors, self.paths)
+        return f"{json.dumps(changing, separators=(',', ':'))[:-1]},{static}}}".encode()
 
     @classmethod
     def loads(cls, data: bytes, where: Path) -> Manifest:
@@ -191,6 +207,12 @@ def _text(raw: Any) -> str:
 
 def _texts(raw: Any) -> tuple[str, ...]:
     return tuple(_text(value) for value in raw)
+
+
+def render(tensors: Mapping[str, TensorRecord], paths: Mapping[str, tuple[str | int, ...]]) -> str:
+    """The members "tensors" and "paths" of the manifest's JSON object."""
+    members = {"tensors": {key: asdict(record) for key, record in tensors.items()}, "paths": dict(paths)}
+    return json.dumps(members, separators=(",", ":"))[1:-1]
 
 
 def checksum(data: Any) -> str:

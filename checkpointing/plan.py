@@ -28,7 +28,7 @@ from ..dist.units import format_bytes
 from .coordinate import Coordinator
 from .frames import frame
 from .layout import CHUNK_BYTES, Image, place
-from .manifest import ShardRecord, TensorRecord
+from .manifest import ShardRecord, TensorRecord, render
 from .state import Leaf, local_tensor
 
 SMALL_BYTES = 256 * 1024  # a lazy tensor below this is cheaper to copy at once than to track
@@ -39,7 +39,8 @@ class SavePlan:
     """One rank's part of a checkpoint: the shard file's image, and the keys behind its tensors and objects.
 
     `eager_host` of the image's eager tensors lie in host memory and come first; the rest are on the device.
-    `metadata` (DCP's, of the whole checkpoint) and `tensors` (where each of its tensors lies) are there on rank 0 only.
+    `metadata` (DCP's, of the whole checkpoint) and `tensors` (where each of its tensors lies, as records and as the
+    manifest's JSON) are there on rank 0 only.
     """
 
     rank: int
@@ -51,6 +52,7 @@ class SavePlan:
     objects: tuple[MetadataIndex, ...]
     metadata: Metadata | None = None
     tensors: dict[str, TensorRecord] = field(default_factory=dict)
+    rendered: str = ""
 
     @property
     def shard_name(self) -> str:
@@ -122,7 +124,8 @@ def make_plan(
     if metadata is None:
         return plan
     words = coordinator.hear_all(f"{name}/placed", timeout_s=timeout_s)
-    return dataclasses.replace(plan, tensors=_tensor_records(metadata, words))
+    tensors = _tensor_records(metadata, words)
+    return dataclasses.replace(plan, tensors=tensors, rendered=render(tensors, metadata.planner_data))
 
 
 def _tensor_records(metadata: Metadata, words: list[list[tuple]]) -> dict[str, TensorRecord]:

@@ -166,10 +166,11 @@ def _object_leaves(path: tuple[str], value: Any) -> Iterator[Leaf]:
 
 def rng_state() -> dict[str, Any]:
     """The generators of torch (CPU and the current CUDA device), Python and NumPy, as plain containers and tensors."""
+    version, internal, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
-        "python": random.getstate(),
+        "python": (version, torch.tensor(internal), gauss),
         "numpy": (
             kind,
             torch.from_numpy(np.asarray(keys).astype(np.int64)),
@@ -187,7 +188,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     """Put back what `rng_state` returned."""
     torch.set_rng_state(state["torch"])
     version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
+    random.setstate((version, tuple(map(int, internal)), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     if "cuda" in state and torch.cuda.is_available():

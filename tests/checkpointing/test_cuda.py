@@ -1,4 +1,4 @@
-"""Lazy copies from a CUDA device: exact under load, with little host memory, in host memory, and never torn unnoticed."""
+"""Lazy copies from a CUDA device: exact under load, with little host memory, and never torn unnoticed."""
 
 import pytest
 import torch

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from mpis import Install, environment, start
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+import undertow.examples
+
+EXAMPLES = Path(undertow.examples.__file__).parent
 
 
 @pytest.mark.parametrize("mode", [None, "auto", "force"])

@@ -38,7 +38,7 @@ def live() -> Live:
 
 def table(root: Path, entries: Sequence[Entry], *, remove: Collection[Path] | None = None) -> Table:
     """The list of a folder; with `remove` a column that says what a prune takes away."""
-    made = Table(title=f"{root}: {sum(entry.usable for entry in entries)} whole", title_justify="left")
+    made = Table(title=f"{sum(entry.usable for entry in entries)} whole in {root}", title_justify="left")
     for name in ("step", "size", "ranks", "age"):
         made.add_column(name, justify="right")
     made.add_column("valid?", overflow="fold")
@@ -46,7 +46,8 @@ def table(root: Path, entries: Sequence[Entry], *, remove: Collection[Path] | No
         made.add_column("prune")
     for entry in entries:
         metrics = "".join(f"  {name} {value:.4g}" for name, value in entry.metrics.items())
-        state = entry.state + (f": {entry.problem}" if entry.problem else "") + metrics
+        problem = entry.problem.replace(f"{entry.path}/", "")  # the row says where
+        state = entry.state + (f": {problem}" if problem else "") + metrics
         cells = [str(entry.step), format_bytes(entry.nbytes), str(entry.world_size or ""), _age(entry.age_s), state]
         if remove is not None:
             cells.append("remove" if entry.path in remove else "keep")

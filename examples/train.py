@@ -19,17 +19,18 @@ import torch.distributed as dist
 import typer
 
 from ..checkpointing import Checkpointer
-from ..comms.gradients import GradientAverage
 from ..dist import launch
 from ..dist.errors import UserError
 from ..dist.launch import Launch
 from ..dist.log import get_logger
 from ..dist.progress import Progress
 from ..dist.trace import Trace, trace_path
+from ..dist.units import parse_bytes
 from . import corpus as text
 from .lm import ByteLM
 from .metrics import Metrics, plot_losses
 from .recipes import RECIPES, TrainConfig, recipe
+from .systems import PLAIN, Parallel, Systems
 
 log = get_logger(__name__)
 
@@ -47,28 +48,29 @@ class Result:
 class Run:
     """One process's part of a run."""
 
-    def __init__(self, config: TrainConfig, out: Path, data: Path | None, here: Launch, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        out: Path,
+        data: Path | None,
+        here: Launch,
+        device: torch.device,
+        systems: Systems = PLAIN,
+    ) -> None:
         self.config, self.out, self.here, self.device = config, out, here, device
-        if config.batch % here.world_size:
-            raise UserError(
-                f"batch {config.batch} rows over {here.world_size} ranks",
-                expected="rows per rank × data-parallel ranks = batch",
-                remedy=f"pass --batch {-(-config.batch // here.world_size) * here.world_size}",
-            )
-        per_rank = config.batch // here.world_size
-        self.rows = slice(here.rank * per_rank, (here.rank + 1) * per_rank)
         self.corpus = text.load(data)
         torch.manual_seed(config.seed)
         self.model = ByteLM(config.model).to(device)
+        self.parallel = Parallel(systems, self.model, here)
+        self.rows = self.parallel.rows(config.batch)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
         )
-        self.average = GradientAverage(self.model.parameters())
 
     def loss(self, window: torch.Tensor) -> torch.Tensor:
         window = window.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            return self.model(window[:, :-1], window[:, 1:])
+            return self.parallel.loss(window)
 
     def step(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One update; the loss over all ranks and the gradient's norm before clipping, both on the device."""
@@ -81,12 +83,9 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(window)
         loss.backward()
-        self.average()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        loss = loss.detach().float()
-        if self.here.world_size > 1:
-            dist.all_reduce(loss)
-            loss /= self.here.world_size
+        self.parallel.reduce()
+        norm = self.parallel.clip(config.clip)
+        loss = self.parallel.mean(loss)
         self.optimizer.step()
         return loss, norm
 
@@ -95,7 +94,7 @@ class Run:
         """On the held-out text, each rank its share of the rows."""
         batches = self.corpus.evaluation(batch=8, length=self.config.length, limit_bytes=self.config.eval_bytes)
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for window in batches[self.here.rank :: self.here.world_size]:
+        for window in batches[self.parallel.place :: self.parallel.data]:
             count = window[:, 1:].numel()
             total += torch.tensor([self.loss(window).double() * count, count], device=self.device)
         if self.here.world_size > 1:
@@ -129,6 +128,8 @@ def train(run: Run, *, resume: bool, checkpoints: bool, trace: Trace) -> Result:
                     ckpt.step(step)
                 with trace.span("step", lane="train", step=step):
                     pending.append((step, *run.step(step)))
+                if step == start and rank0:
+                    log.info("%s", run.parallel.explain())
                 if (step + 1) % config.log_every and step + 1 < config.steps:
                     bar.update()
                     continue
@@ -167,7 +168,7 @@ def hash_of(tensors: dict[str, torch.Tensor]) -> str:
     digest = xxhash.xxh3_128()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(memoryview(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+        digest.update(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -223,6 +224,10 @@ def command(
     log_every: Annotated[int | None, typer.Option(help="Steps between readings of the loss.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads per rank.")] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Streamed backpropagation: long rows in little memory.")
+    ] = False,
+    stream_budget: Annotated[str | None, typer.Option(help="Memory for its activations, e.g. 64MiB.")] = None,
 ) -> int:
     """Train the byte-level language model on real text; alone, under torchrun, srun or mpirun."""
     config = recipe(
@@ -237,6 +242,7 @@ def command(
         eval_every=eval_every,
         log_every=log_every,
     )
+    systems = Systems(stream=stream, stream_budget_bytes=parse_bytes(stream_budget) if stream_budget else None)
     here = launch.detect()
     where = _device(device, here)
     if threads:
@@ -245,7 +251,7 @@ def command(
     out = out or Path("runs") / recipe_name
     launch.init_process_group(here, device=where)
     try:
-        run = Run(config, out, data, here, where)
+        run = Run(config, out, data, here, where, systems)
         problem = [""]
         if here.rank == 0:
             try:

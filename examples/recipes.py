@@ -45,7 +45,7 @@ def tiny() -> TrainConfig:
 def demo() -> TrainConfig:
     """For `make demo`: about a minute on two cores."""
     model = LMConfig(layers=4, width=256, heads=4, kv_heads=2, hidden=704)
-    return TrainConfig(model, steps=120, batch=8, length=192, lr=2e-3, checkpoint_every=10, eval_bytes=65_536)
+    return TrainConfig(model, steps=100, batch=8, length=192, lr=2e-3, checkpoint_every=10, eval_bytes=65_536)
 
 
 def small() -> TrainConfig:

@@ -4,7 +4,8 @@
 #   make quick   the tests that take less than ten seconds each
 #   make check   ruff, pyright and the import rules
 #   make wheel   build/wheels/undertow-*.whl
-#   make clean   remove what the targets above made
+#   make system  install what only root can (Slurm, MPIs, compilers), with apt-get and sudo
+#   make clean   remove what the targets above made, but not the system's packages
 # VENV=folder uses another virtual environment, PYTHON=python3.12 another interpreter, ARGS='-k ring -x' goes to pytest.
 
 VENV ?= .venv
@@ -13,7 +14,7 @@ ARGS ?=
 export VENV PYTHON
 TEST_EXTRAS = plots test mpi hf
 
-.PHONY: help demo test quick check wheel clean
+.PHONY: help demo test quick check wheel system clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -37,6 +38,9 @@ check:
 wheel:
 	@.ci/setup test
 	@.ci/wheel
+
+system:
+	@.ci/system-packages
 
 clean:
 	rm -rf build undertow.egg-info .venv

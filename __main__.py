@@ -12,9 +12,11 @@ VERBS = {
     "train": (".examples.train", "train the byte-level language model, with checkpoints and resume"),
     "demo": (".examples.demo", "train, kill a rank, restart, and show that the runs are bit-identical"),
     "ckpt": (".checkpointing.cli", "list, verify, inspect and prune checkpoints"),
+    "stream": (".parallel.stream.cli", "plan streamed backpropagation for a model and a length"),
     "probe": (".dist.probe", "measure this machine and write its JSON file"),
     "simulate": (".comms.simulate_cli", "simulate a communication schedule and draw its timeline"),
     "bench": (".benchmarks.cli", "run a benchmark against its rivals"),
+    "stream": (".parallel.stream.cli", "plan streamed backpropagation: memory, time and the longest sequence"),
     "mpi": (".mpi_interpose.cli", "the MPI datatype interposer: run, doctor, measure, explain, build"),
     "env": (".dist.environment", "print everything that a bug report needs"),
 }

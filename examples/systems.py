@@ -27,15 +27,19 @@ if TYPE_CHECKING:
 class Systems:
     """The switches of a run; none of them changes what is computed, beyond rounding.
 
-    `stream`: streamed backpropagation, planned within `stream_budget_bytes` (None: what is free).
+    `stream`: streamed backpropagation, planned within `stream_budget_bytes` (None: what is free), in chunks of
+    `stream_chunk` rows (None: planned).
     """
 
     stream: bool = False
     stream_budget_bytes: int | None = None
+    stream_chunk: int | None = None
 
     def __post_init__(self) -> None:
-        if self.stream_budget_bytes is not None and not self.stream:
-            raise UserError("a stream budget without streaming", remedy="pass --stream too")
+        if not self.stream and (self.stream_budget_bytes, self.stream_chunk) != (None, None):
+            raise UserError("a stream budget or chunk without streaming", remedy="pass --stream too")
+        if self.stream_chunk is not None and self.stream_chunk < 1:
+            raise UserError(f"chunks of {self.stream_chunk} rows", expected="at least 1")
 
     def mesh(self, world_size: int) -> Mesh:
         return MeshShape.of(data=-1).fit(world_size)
@@ -53,7 +57,9 @@ class Parallel:
         self.data = self.mesh.mesh.size("data")
         self.place = self.mesh.mesh.coordinates(here.rank)["data"]
         self._average = GradientAverage(model.parameters(), self.mesh.group("data"))
-        self._engine = enable(model, budget_bytes=systems.stream_budget_bytes) if systems.stream else None
+        self._engine = None
+        if systems.stream:
+            self._engine = enable(model, budget_bytes=systems.stream_budget_bytes, chunk=systems.stream_chunk)
 
     def rows(self, batch: int) -> slice:
         """This rank's rows of a batch of `batch`."""

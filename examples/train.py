@@ -228,6 +228,7 @@ def command(
         bool, typer.Option("--stream", help="Streamed backpropagation: long rows in little memory.")
     ] = False,
     stream_budget: Annotated[str | None, typer.Option(help="Memory for its activations, e.g. 64MiB.")] = None,
+    stream_chunk: Annotated[int | None, typer.Option(help="Rows of a chunk (default: planned).")] = None,
 ) -> int:
     """Train the byte-level language model on real text; alone, under torchrun, srun or mpirun."""
     config = recipe(
@@ -242,7 +243,11 @@ def command(
         eval_every=eval_every,
         log_every=log_every,
     )
-    systems = Systems(stream=stream, stream_budget_bytes=parse_bytes(stream_budget) if stream_budget else None)
+    systems = Systems(
+        stream=stream,
+        stream_budget_bytes=parse_bytes(stream_budget, name="--stream-budget") if stream_budget else None,
+        stream_chunk=stream_chunk,
+    )
     here = launch.detect()
     where = _device(device, here)
     if threads:

@@ -95,6 +95,17 @@ def test_ranks_do_not_change_the_answer(finished, tmp_path, data, ranks):
     assert losses(shared)[0] == pytest.approx(losses(finished)[0], abs=2e-6)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_streaming_does_not_change_the_answer(finished, tmp_path, data, ranks):
+    """Streaming adds in another order: the same fp32 noise as other ranks."""
+    streamed = run(tmp_path / "streamed", data, "--stream", "--stream-chunk", "24", ranks=ranks)
+    for alone, together in zip(losses(finished), losses(streamed), strict=True):
+        assert abs(alone - together) < 2e-5
+    log = streamed.with_suffix(".log").read_text()
+    assert "streamed backpropagation:" in log
+    assert log.split("chunks")[1].split()[:3] == ["3", "of", "24"]
+
+
 def test_going_on_gives_the_same_bits_and_every_step_once(tmp_path, data):
     """Stop at step 5 by configuration, go on to 8 with --resume; one line for each step."""
     straight = run(tmp_path / "straight", data, "--log-every", "2")
@@ -123,6 +134,8 @@ WRONG = {
     "no steps": (["--steps", "0"], "steps is 0"),
     "a device that is none": (["--device", "tpu"], "--device tpu"),
     "a long row": (["--length", "0"], "length is 0"),
+    "a budget for nothing": (["--stream-budget", "1MiB"], "a stream budget or chunk without streaming"),
+    "a budget that is no size": (["--stream", "--stream-budget", "much"], "much"),
 }
 
 

@@ -1,5 +1,6 @@
 """Lazy, asynchronous, multi-level checkpoints: state to tiers and back."""
 
 from .checkpointer import Checkpointer
+from .preemption import Preemption
 
-__all__ = ["Checkpointer"]
+__all__ = ["Checkpointer", "Preemption"]

@@ -36,6 +36,7 @@ from .layout import CHUNK_BYTES
 from .manifest import BadCheckpoint
 from .pipeline import Pipeline
 from .plan import make_plan, signature
+from .preemption import Preempter, Preemption
 from .recover import choose
 from .restore import (
     Reader,
@@ -62,8 +63,9 @@ class Checkpointer:
     (None: all). `host_every`: steps between saves to host memory, which survives a killed process but not the machine;
     `host_generations` of them are held (one always valid, one being written, one being flushed). `per_rank`: objects
     whose state differs by rank. `arena_bytes`: host memory for bytes on their way (default: the rank's part of the
-    state, at most half of what is free). `timeout_s`: how long ranks wait for each other. `allow_types`: classes that
-    may be unpickled from stored objects. Create it on every rank, after init_process_group, and call every method on
+    state, at most half of what is free). `timeout_s`: how long ranks wait for each other. `preemption`: signals upon
+    which `step` saves at once and sets `preempted`. `allow_types`: classes that may be unpickled from stored objects.
+    Create it on every rank, after init_process_group, and call every method on
     every rank; only `wait` and `close` block.
     """
 
@@ -81,6 +83,7 @@ class Checkpointer:
         chunk_bytes: int = CHUNK_BYTES,
         writers: int = 2,
         timeout_s: float = 300.0,
+        preemption: Preemption | None = None,
         allow_types: Sequence[type] = (),
         trace: Trace | None = None,
         ops: FileOps | None = None,
@@ -95,6 +98,7 @@ class Checkpointer:
             raise UserError("nothing to checkpoint was given", remedy="pass model=…, optimizer=… by name")
         self.every, self.host_every, self.timeout_s = every, host_every, timeout_s
         self.reports: list[SaveReport] = []
+        self.preempted = False
         self.failures = 0
         self._chunk_bytes, self._arena_bytes, self._allow = chunk_bytes, arena_bytes, tuple(allow_types)
         self._trace = trace or Trace(None)
@@ -120,6 +124,7 @@ class Checkpointer:
         self._saved_step: int | None = None
         self._current: Snapshot | None = None
         self._arena: Arena | None = None
+        self._preempter = Preempter(preemption, self._coordinator.lifeline) if preemption is not None else None
         self._handles = [o.register_step_pre_hook(self._before_update) for o in self.state.optimizers.values()]
 
     def _committer(self, tier: str, folder: Folder, keep: int | None) -> Committer:
@@ -146,8 +151,14 @@ class Checkpointer:
     # -- saving ---------------------------------------------------------------------------------------------------
 
     def step(self, step: int) -> bool:
-        """Save if `step` is due. Call once per step, anywhere before the optimizer's step; whether a save began."""
+        """Save if `step` is due. Call once per step, anywhere before the optimizer's step; whether a save began.
+
+        After a signal of `preemption` all ranks save the same step, wait until it is committed, and find `preempted`
+        set: then leave the loop.
+        """
         self._report()
+        if self._preempter is not None and not self.preempted and self._preempter.at(step):
+            return self._save_at_once(step, self._preempter)
         if step == self._saved_step:
             return False
         disk = self.every > 0 and step % self.every == 0
@@ -165,6 +176,16 @@ class Checkpointer:
             begun = self._begin(step, self._values(), began_s, disk, host and self.host is not None)
         self._saved_step = step
         return begun
+
+    def _save_at_once(self, step: int, preempter: Preempter) -> bool:
+        if step != self._saved_step:
+            self.save(step)
+        reports = [report for report in self.wait() if report.step == step and report.tier == "disk"]
+        preempter.end()
+        self.preempted = True
+        ok = self._off or any(report.ok for report in reports)
+        log.info("the signal's save of step %d %s; leave the loop", step, "is committed" if ok else "failed")
+        return ok
 
     def _values(self) -> Mapping[str, Any]:
         """Every value to save by key, tensors as this rank's part; plans anew when the state's shape has changed."""
@@ -344,6 +365,8 @@ class Checkpointer:
         try:
             self.wait()
         finally:
+            if self._preempter is not None:
+                self._preempter.end()
             for handle in self._handles:
                 handle.remove()
             self._pipeline.close()

@@ -1,8 +1,9 @@
 """How ranks agree about a checkpoint without touching the training job's collectives: a key-value store of their own.
 
 A vote that is late or missing must cost one checkpoint, not the job, so nothing here is a collective: rank 0 hosts a
-`TCPStore`, the others write their word into it, and every wait has a time-out that names the ranks that are missing.
-The store is used from background threads; the training threads never wait in it.
+`TCPStore`, the others write their word into it, and every wait has a time-out that names the ranks that are missing,
+and ends at once when the `Lifeline` says that such a rank is dead. The store is used from background threads; the
+training threads never wait in it.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import torch.distributed as dist
 
 from ..dist import launch
 from ..dist.errors import PeerLost
+from .lifeline import Lifeline
 
 
 class Coordinator:
     """Rank `rank` of `world`. Messages are keyed by a name that all ranks derive alike, such as 'save/12/vote'."""
 
-    def __init__(self, rank: int, world: int, store: dist.Store, token: str) -> None:
-        self.rank, self.world, self.store, self.token = rank, world, store, token
+    def __init__(self, rank: int, world: int, store: dist.Store, token: str, lifeline: Lifeline) -> None:
+        self.rank, self.world, self.store, self.token, self.lifeline = rank, world, store, token, lifeline
         self._threads = threading.local()
         self.round = 0  # counts the restores of this run, alike on all ranks
 
@@ -34,19 +36,26 @@ class Coordinator:
         """One for torch.distributed's default group (or for one process when there is none). Collective."""
         token = secrets.token_hex(4)
         if not dist.is_initialized() or dist.get_world_size() == 1:
-            return cls(0, 1, dist.HashStore(), token)
+            lifeline = Lifeline(0, 1, token)
+            lifeline.start()
+            return cls(0, 1, dist.HashStore(), token, lifeline)
         rank, world = dist.get_rank(), dist.get_world_size()
         host = launch.detect().master_addr
-        store = None
+        store, pulse = None, 0
+        lifeline = Lifeline(rank, world, token)
         if rank == 0:
+            pulse = lifeline.listen(host)
             store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
-        word = [(host, store.port, token) if store is not None else None]
+        word = [(host, store.port, pulse, token) if store is not None else None]
         dist.broadcast_object_list(word, src=0)
         assert word[0] is not None
-        host, port, token = word[0]
+        host, port, pulse, token = word[0]
         if store is None:
             store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
-        return cls(rank, world, store, token)
+            lifeline = Lifeline(rank, world, token)
+            lifeline.connect(host, pulse, timeout_s=timeout_s)
+        lifeline.start()
+        return cls(rank, world, store, token, lifeline)
 
     @property
     def _mine(self) -> dist.Store:
@@ -61,13 +70,22 @@ class Coordinator:
         self._mine.set(f"{name}/{self.rank}", cast(str, pickle.dumps(value)))  # it takes bytes; its stub says str
 
     def hear(self, name: str, rank: int, *, deadline_s: float) -> Any:
-        """The word of `rank`; waits until the monotonic time `deadline_s`, then raises `PeerLost`."""
-        key = f"{name}/{rank}"
-        try:
-            self._mine.wait([key], timedelta(seconds=max(0.05, deadline_s - time.monotonic())))
-            return pickle.loads(self._mine.get(key))
-        except (RuntimeError, dist.DistError) as error:
-            raise PeerLost(f"rank {rank} did not answer '{name}' in time ({str(error).splitlines()[0]})") from error
+        """The word of `rank`; waits until the monotonic time `deadline_s`, or until `rank` is known to be dead, then
+        raises `PeerLost`."""
+        key, pause_s = f"{name}/{rank}", 0.001
+        while True:
+            dead = rank in self.lifeline.gone  # asked before its last word is looked for
+            try:  # `wait` would do, but every time-out of it prints a warning
+                if self._mine.check([key]):
+                    return pickle.loads(self._mine.get(key))
+            except (RuntimeError, dist.DistError) as error:
+                raise PeerLost(f"rank 0 is gone, so '{name}' has no answer ({str(error).splitlines()[0]})") from error
+            if dead:
+                raise PeerLost(f"rank {rank} died before it answered '{name}'")
+            if time.monotonic() >= deadline_s:
+                raise PeerLost(f"rank {rank} did not answer '{name}' in time")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.05)
 
     def hear_all(self, name: str, *, timeout_s: float) -> list[Any]:
         """Every rank's word, in rank order."""
@@ -81,6 +99,7 @@ class Coordinator:
             self.say("part", True)
             if self.rank == 0:
                 self.hear_all("part", timeout_s=timeout_s)
+        self.lifeline.close()
 
     def forget(self, name: str) -> None:
         """Delete this rank's word, so that a long run does not fill the store."""

@@ -166,6 +166,9 @@ class HostTier:
             raise UserError(found, remedy="pass host_every=0, or fewer host_generations")
         self._mine = [Generation(folder / plan.shard_name, plan, pinned=pinned) for folder in found]
         self._slots = [_Slot(folder) for folder in found]
+        self.coordinator.say(f"{name}/open", True)
+        if self.coordinator.rank == 0:  # whose first claim renames a folder
+            self.coordinator.hear_all(f"{name}/open", timeout_s=300)
 
     def _make_folders(self, name: str) -> list[Path] | str:
         words = self.coordinator.hear_all(f"{name}/size", timeout_s=300)

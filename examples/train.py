@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import typer
 
-from ..checkpointing import Checkpointer
+from ..checkpointing import Checkpointer, Preemption
 from ..dist import launch
 from ..dist.errors import UserError
 from ..dist.launch import Launch
@@ -102,9 +102,14 @@ class Run:
         return (total[0] / total[1]).item() / math.log(2)
 
 
-def train(run: Run, *, resume: bool, checkpoints: bool, trace: Trace) -> Result:
-    """Run to the last step. With `resume`, continue from the newest checkpoint that verifies on all ranks."""
+def train(run: Run, *, resume: bool, checkpoints: bool, trace: Trace) -> Result | None:
+    """Run to the last step. With `resume`, continue from the newest checkpoint that verifies on all ranks.
+
+    None when SIGTERM or SIGUSR1 ended the run early: it is saved, and the file `preempted` says at which step, for
+    batch scripts, which cannot rely on exit codes (torchrun and srun replace them).
+    """
     config, rank0 = run.config, run.here.rank == 0
+    preempted = run.out / "preempted"
     ckpt = Checkpointer(
         run.out / "checkpoints",
         model=run.model,
@@ -112,8 +117,11 @@ def train(run: Run, *, resume: bool, checkpoints: bool, trace: Trace) -> Result:
         every=config.checkpoint_every if checkpoints else 0,
         keep=config.keep,
         trace=trace,
+        preemption=Preemption() if checkpoints else None,
     )
     with ckpt:
+        if rank0:
+            preempted.unlink(missing_ok=True)
         start = ckpt.restore() if resume else None
         if resume and start is None:
             log.info("no checkpoint in %s yet: starting from step 0", run.out)
@@ -126,6 +134,10 @@ def train(run: Run, *, resume: bool, checkpoints: bool, trace: Trace) -> Result:
             for step in range(start, config.steps):
                 if checkpoints:
                     ckpt.step(step)
+                if ckpt.preempted:
+                    if rank0:
+                        preempted.write_text(f"{step}\n")
+                    return None
                 with trace.span("step", lane="train", step=step):
                     pending.append((step, *run.step(step)))
                 if step == start and rank0:
@@ -269,7 +281,8 @@ def command(
         _introduce(run)
         with Trace(trace_path(out / "trace", here.rank), here.rank) as trace:
             result = train(run, resume=resume, checkpoints=config.checkpoint_every > 0, trace=trace)
-        _conclude(run, result)
+        if result is not None:
+            _conclude(run, result)
     finally:
         dist.destroy_process_group()
     return 0

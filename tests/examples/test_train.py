@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import sysconfig
+import time
 from pathlib import Path
 
 import pytest
@@ -119,6 +121,29 @@ def test_going_on_gives_the_same_bits_and_every_step_once(tmp_path, data):
     assert losses(out) == losses(straight)
     assert [line["step"] for line in read(out / "metrics.jsonl") if "loss" in line] == list(range(STEPS))
     assert "restored step 3" in out.with_suffix(".log").read_text()
+    one, two = (json.loads((path / "result.json").read_text()) for path in (straight, out))
+    assert one == two
+
+
+def test_a_signal_saves_and_the_run_goes_on_later(tmp_path, data):
+    """SIGUSR1 to one of two ranks: both save the same step and leave a marker; --resume ends bit-identical."""
+    straight = run(tmp_path / "straight", data, "--steps", "60", ranks=2)
+    out, log = tmp_path / "told", tmp_path / "told.log"
+    prepare()
+    words = ["--recipe", "tiny", "--steps", "60", "--checkpoint-every", "1000", "--data", str(data), "--out", str(out)]
+    job = Job(words, 2, log)
+    deadline_s = time.monotonic() + 60
+    while len(read(out / "metrics.jsonl")) < 3:
+        assert time.monotonic() < deadline_s, log.read_text()
+        time.sleep(0.01)
+    os.kill(job.pids[1], signal.SIGUSR1)
+    job.wait(100)
+    assert set(job.codes.values()) == {0}, log.read_text()
+    step = int((out / "preempted").read_text())
+    assert 3 <= step < 60 and not (out / "result.json").exists()
+    run(out, data, "--steps", "60", "--checkpoint-every", "1000", "--resume", ranks=2)
+    assert not (out / "preempted").exists()
+    assert losses(out) == losses(straight)
     one, two = (json.loads((path / "result.json").read_text()) for path in (straight, out))
     assert one == two
 

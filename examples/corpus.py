@@ -1,8 +1,8 @@
 """Real text that every machine has: the Python source of the interpreter's standard library, read in place.
 
-Files are de-duplicated by content and held out by their content's hash, so the split is the same wherever the same
-files are; a printed hash over all of them pins the data. A batch is a pure function of (seed, step): any rank, any
-world size and any restart can compute the one it needs.
+Files are de-duplicated by content and held out by their content's hash (of few files, the last twentieth of each), so
+the split is the same wherever the same files are; a printed hash over all of them pins the data. A batch is a pure
+function of (seed, step): any rank, any world size and any restart can compute the one it needs.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def load(path: Path | None = None, *, minimum_bytes: int = 100_000) -> Corpus:
     keys = sorted(texts)
     held_out = _join([texts[key] for key in keys if key[0] % 20 == 0])
     train = _join([texts[key] for key in keys if key[0] % 20])
-    if len(keys) == 1:  # one file: its last twentieth is held out
-        cut = len(texts[keys[0]]) * 19 // 20
-        train, held_out = _join([texts[keys[0]][:cut]]), _join([texts[keys[0]][cut:]])
+    if len(held_out) * 100 < len(train) or len(train) < len(held_out):  # few files: the last twentieth of each
+        cuts = [(texts[key], len(texts[key]) * 19 // 20) for key in keys]
+        train, held_out = _join([text[:cut] for text, cut in cuts]), _join([text[cut:] for text, cut in cuts])
     if len(train) < minimum_bytes or len(held_out) < minimum_bytes // 100:
         raise UserError(
             f"{root} holds {len(train)} training and {len(held_out)} held-out bytes in {len(keys)} distinct files",

@@ -78,6 +78,22 @@ def test_hidden_and_installed_files_are_left_out(folder):
     assert load(root).manifest == before
 
 
+@pytest.mark.parametrize("files", range(2, 12, 3))
+def test_few_files_of_which_none_is_held_out_by_its_hash(tmp_path, files):
+    """A dozen files leave none held out every other time; then each gives its end, and nothing is in both parts."""
+    number = 0
+    for index in range(files):
+        while True:
+            number += 1
+            text = f"{number:09d}".encode() * 10_000
+            if hashlib.sha256(text).digest()[0] % 20:
+                break
+        (tmp_path / f"{index}.txt").write_bytes(text)
+    corpus = load(tmp_path)
+    ends = [part.tobytes() for part in (corpus.train, corpus.held_out)]
+    assert len(ends[0]) == files * 85_500 + files - 1 and len(ends[1]) == files * 4_500 + files - 1
+
+
 def test_one_file_holds_out_its_end(tmp_path):
     text = bytes(range(1, 256)) * 1000
     (tmp_path / "one.txt").write_bytes(text)

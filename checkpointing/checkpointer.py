@@ -12,13 +12,12 @@ on; the next interval tries again.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from ..dist import launch
 from ..dist.errors import UserError
@@ -27,31 +26,18 @@ from ..dist.trace import Trace
 from .arena import Arena, Memory
 from .committer import Committer, Part, Save, SaveReport
 from .coordinate import Coordinator
-from .copies import copier_for
 from .files import FileOps
 from .flush import ShardFile
 from .folder import Folder
 from .host_tier import HostFile, HostTier
 from .layout import CHUNK_BYTES
-from .manifest import BadCheckpoint
+from .live import LiveState, local
 from .pipeline import Pipeline
-from .plan import make_plan, signature
 from .preemption import Preempter, Preemption
 from .recover import choose
-from .restore import (
-    Reader,
-    apply_objects,
-    compare,
-    load_tensors,
-    materialise_optimizers,
-    read_objects,
-    targets_of,
-)
-from .sample import Sampler
+from .restore import load
 from .snapshot import OnChunk, Seal, Snapshot
-from .staging import Staging
-from .state import AppState, Leaf, local_tensor
-from .watch import Watch
+from .state import AppState
 
 log = get_logger(__name__)
 
@@ -100,7 +86,7 @@ class Checkpointer:
         self.reports: list[SaveReport] = []
         self.preempted = False
         self.failures = 0
-        self._chunk_bytes, self._arena_bytes, self._allow = chunk_bytes, arena_bytes, tuple(allow_types)
+        self._arena_bytes, self._allow = arena_bytes, tuple(allow_types)
         self._trace = trace or Trace(None)
         self._off = launch.detect().disabled
         self._coordinator = Coordinator.from_default_group(timeout_s=timeout_s)
@@ -116,11 +102,8 @@ class Checkpointer:
             self._memory = self._committer("host", self.host.folder, None)
             committers.append(self._memory)
         self._pipeline = Pipeline(committers, writers=writers, trace=self._trace)
-        self._plan_key: tuple | None = None
-        self._fresh_key: tuple = ()
         self._pickles: dict[str, tuple[str, bytes]] = {}
-        self._watch: Watch | None = None
-        self._plans = 0
+        self._live = LiveState(self.state, self._coordinator, chunk_bytes=chunk_bytes, timeout_s=timeout_s)
         self._saved_step: int | None = None
         self._current: Snapshot | None = None
         self._arena: Arena | None = None
@@ -173,7 +156,7 @@ class Checkpointer:
         began_s = time.monotonic()
         with self._trace.span("snapshot", step=step):
             self.fence()
-            begun = self._begin(step, self._values(), began_s, disk, host and self.host is not None)
+            begun = self._begin(step, began_s, disk, host and self.host is not None)
         self._saved_step = step
         return begun
 
@@ -187,63 +170,37 @@ class Checkpointer:
         log.info("the signal's save of step %d %s; leave the loop", step, "is committed" if ok else "failed")
         return ok
 
-    def _values(self) -> Mapping[str, Any]:
-        """Every value to save by key, tensors as this rank's part; plans anew when the state's shape has changed."""
-        if self._watch is not None and self._watch.unchanged():
-            fresh = self.state.fresh_leaves(self._names)
-            if signature(fresh) == self._fresh_key:
-                return {**self._watch.fixed, **{leaf.key: leaf.value for leaf in fresh}}
-        leaves = self.state.leaves()
-        key = signature(leaves)
-        if key != self._plan_key:
-            self._replan(leaves, key)
-        self._names = self.state.parameter_names()
-        self._watch = Watch(self.state, leaves)
-        self._fresh_key = signature(self.state.fresh_leaves(self._names))
-        return {leaf.key: _local(leaf.value) for leaf in leaves}
-
-    def _replan(self, leaves: Sequence[Leaf], key: tuple) -> None:
-        self._pipeline.drain()
-        self._plans += 1
-        name = f"plan/{self._plans}"
-        self._plan = make_plan(leaves, self._coordinator, name, timeout_s=self.timeout_s, chunk_bytes=self._chunk_bytes)
-        tensors = [local_tensor(leaf.value) for leaf in leaves if isinstance(leaf.value, torch.Tensor)]
-        self._copier = copier_for(tensors)
-        self._staging = Staging(self._plan, self._copier.device)
-        self._sources: list[torch.Tensor] = []
-        pinned = self._copier.device.type == "cuda"
+    def _resize(self) -> None:
+        """Fit the memory to a new plan."""
         if self.host is not None:
-            self.host.prepare(self._plan, pinned=pinned)
+            self.host.prepare(self._live.plan, pinned=self._live.pinned)
         if self._arena is not None:
             self._arena.close()
             self._arena = None
-        self._pinned = pinned
-        self._plan_key = key
 
     def _ring(self) -> Arena:
         """The arena, made when a save first needs it: with a host tier most runs never do."""
         if self._arena is None:
-            image = self._plan.image
+            image = self._live.plan.image
             budget = min(self._arena_bytes or _default_arena(image.size), image.size)
-            self._arena = Arena(budget, image.chunk_bytes, pinned=self._pinned)
+            self._arena = Arena(budget, image.chunk_bytes, pinned=self._live.pinned)
         return self._arena
 
-    def _begin(self, step: int, values: Mapping[str, Any], began_s: float, disk: bool, host: bool) -> bool:
+    def _begin(self, step: int, began_s: float, disk: bool, host: bool) -> bool:
+        values = self._live.values(self._pipeline.drain, self._resize)
         claimed = self.host.claim(step, flush=disk) if self.host is not None and host else None
         if claimed is None and not disk:
             return False
-        plan = self._plan
-        sources = [values[index.fqn] for index in plan.lazy]
-        if [t.data_ptr() for t in sources] != [t.data_ptr() for t in self._sources]:
-            self._sources, self._sampler = sources, Sampler(sources)
+        plan, staging, copier = self._live.plan, self._live.staging, self._live.copier
         save = Save(step, plan, {index.fqn: values[index.fqn] for index in plan.objects}, began_s, self._pickles)
-        self._staging.fill([_local(values[index.fqn]) for index in plan.eager])
-        seals = [Seal(plan.image.chunks - 1, sources, self._sampler)] if sources else []
-        self._copier.begin()
+        staging.fill([local(values[index.fqn]) for index in plan.eager])
+        sources, sampler = self._live.sources(values)
+        seals = [Seal(plan.image.chunks - 1, sources, sampler)] if sources else []
+        copier.begin()
         memory, parts, on_chunk = self._route(save, claimed, disk)
-        save.snapshot = Snapshot(step, plan, sources, self._staging, self._copier, memory, on_chunk, seals)
+        save.snapshot = Snapshot(step, plan, sources, staging, copier, memory, on_chunk, seals)
         self._current, self._save = save.snapshot, save
-        if self._copier.device.type == "cuda":  # queueing copies is cheap here, and late ones would be waited for
+        if copier.device.type == "cuda":  # queueing copies is cheap here, and late ones would be waited for
             while save.snapshot.fill_next(wait=False):
                 pass
         save.call_s = time.monotonic() - began_s
@@ -258,14 +215,14 @@ class Checkpointer:
         index, folder = claimed or (-1, None)
         memory: Memory = self._ring() if self.host is None or folder is None else self.host.generation(index)
         if self.host is not None and folder is not None:
-            kept = HostFile(folder / name, self.host.generation(index), self._copier)
+            kept = HostFile(folder / name, self.host.generation(index), self._live.copier)
             takers.append(lambda snapshot, chunk, slot, mark: kept.note(mark))
             after = partial(self.host.done, index, save.step, "host")
             parts.append((self._memory, Part(save, kept, disposable=False, after=after)))
         if disk:
             scratch = self.folder.scratch(save.step, self._coordinator.token)
             file = ShardFile(self.folder.ops, scratch / name, save.plan.image)
-            takers.append(partial(self._pipeline.flush, file, memory, self._copier))
+            takers.append(partial(self._pipeline.flush, file, memory, self._live.copier))
             part = Part(save, file)
             if self.host is not None and folder is not None:
                 part.after = partial(self.host.done, index, save.step, "flush")
@@ -289,7 +246,7 @@ class Checkpointer:
         snapshot.release_sources()
         self._save.fence_s += time.monotonic() - began_s
 
-    def _before_update(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    def _before_update(self, *unused: object) -> None:
         self.fence()
 
     # -- restoring ------------------------------------------------------------------------------------------------
@@ -305,17 +262,7 @@ class Checkpointer:
                 return None
             folder, number, manifest = found
             path = folder.final(number)
-            reader = Reader(path, manifest)
-            compare(self.state, self.state.leaves(), manifest, path)
-            try:
-                values = read_objects(self.state, reader, self._allow)
-            except BadCheckpoint as error:
-                raise UserError(str(error)) from error
-            materialise_optimizers(self.state, manifest)
-            leaves = self.state.leaves()
-            targets = targets_of(self.state, leaves, manifest)
-            load_tensors(targets, reader)
-            apply_objects(self.state, leaves, targets, manifest, values)
+            load(self.state, path, manifest, self._allow)
             if step is not None:
                 self._roll_back(number)
         self._saved_step = number
@@ -384,10 +331,6 @@ class Checkpointer:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _local(value: Any) -> Any:
-    return local_tensor(value) if isinstance(value, torch.Tensor) else value
 
 
 def _default_arena(image_bytes: int) -> int:

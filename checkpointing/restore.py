@@ -92,6 +92,21 @@ class Reader:
             ) from error
 
 
+def load(state: AppState, path: Path, manifest: Manifest, allowed: Sequence[type]) -> None:
+    """Put the verified checkpoint at `path` into `state`. `UserError`, with nothing changed, when it does not fit."""
+    reader = Reader(path, manifest)
+    compare(state, state.leaves(), manifest, path)
+    try:
+        values = read_objects(state, reader, allowed)
+    except BadCheckpoint as error:
+        raise UserError(str(error)) from error
+    materialise_optimizers(state, manifest)
+    leaves = state.leaves()
+    targets = targets_of(state, leaves, manifest)
+    load_tensors(targets, reader)
+    apply_objects(state, leaves, targets, manifest, values)
+
+
 def materialise_optimizers(state: AppState, manifest: Manifest) -> None:
     """Give optimizers that have not stepped yet the state tensors that the checkpoint will fill."""
     names = state.parameter_names()

@@ -1,0 +1,79 @@
+"""The state as it is now, by key, and the plan to save it, made anew only when the state's shape has changed.
+
+A save every step can afford neither to list the state nor to plan, so both are kept: `Watch` says whether anything was
+replaced, and what is not a tensor of a module or an optimizer is read anew each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .coordinate import Coordinator
+from .copies import copier_for
+from .plan import SavePlan, make_plan, signature
+from .sample import Sampler
+from .staging import Staging
+from .state import AppState, Leaf, local_tensor
+from .watch import Watch
+
+
+class LiveState:
+    """`state` on this rank. `plan`, `copier` and `staging` are there after the first `values`."""
+
+    plan: SavePlan
+
+    def __init__(self, state: AppState, coordinator: Coordinator, *, chunk_bytes: int, timeout_s: float) -> None:
+        self.state, self._coordinator = state, coordinator
+        self._chunk_bytes, self._timeout_s = chunk_bytes, timeout_s
+        self._plan_key: tuple | None = None
+        self._fresh_key: tuple = ()
+        self._names: dict[int, str] = {}
+        self._watch: Watch | None = None
+        self._plans = 0
+        self._sources: list[torch.Tensor] = []
+
+    def values(self, before_planning: Callable[[], None], after_planning: Callable[[], None]) -> Mapping[str, Any]:
+        """Every value to save by key, tensors as this rank's part. Collective when the shape has changed; then the two
+        functions are called, before the old plan goes and when the new one is there."""
+        if self._watch is not None and self._watch.unchanged():
+            fresh = self.state.fresh_leaves(self._names)
+            if signature(fresh) == self._fresh_key:
+                return {**self._watch.fixed, **{leaf.key: leaf.value for leaf in fresh}}
+        leaves = self.state.leaves()
+        key = signature(leaves)
+        if key != self._plan_key:
+            before_planning()
+            self._replan(leaves)
+            after_planning()
+            self._plan_key = key
+        self._names = self.state.parameter_names()
+        self._watch = Watch(self.state, leaves)
+        self._fresh_key = signature(self.state.fresh_leaves(self._names))
+        return {leaf.key: local(leaf.value) for leaf in leaves}
+
+    def _replan(self, leaves: Sequence[Leaf]) -> None:
+        self._plans += 1
+        name = f"plan/{self._plans}"
+        self.plan = make_plan(leaves, self._coordinator, name, timeout_s=self._timeout_s, chunk_bytes=self._chunk_bytes)
+        self.copier = copier_for([local_tensor(leaf.value) for leaf in leaves if isinstance(leaf.value, torch.Tensor)])
+        self.staging = Staging(self.plan, self.copier.device)
+        self._sources = []
+
+    @property
+    def pinned(self) -> bool:
+        return self.copier.device.type == "cuda"
+
+    def sources(self, values: Mapping[str, Any]) -> tuple[list[torch.Tensor], Sampler]:
+        """The lazy tensors in plan order, and the sampler that watches them."""
+        sources = [values[index.fqn] for index in self.plan.lazy]
+        if not self._sources or [t.data_ptr() for t in sources] != [t.data_ptr() for t in self._sources]:
+            self._sources, self._sampler = sources, Sampler(sources)
+        return sources, self._sampler
+
+
+def local(value: Any) -> Any:
+    """A tensor as this rank's part; anything else as it is."""
+    return local_tensor(value) if isinstance(value, torch.Tensor) else value

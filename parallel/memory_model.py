@@ -104,9 +104,10 @@ def scratch_bytes(shape: DecoderShape, chunks: int) -> int:
     return shape.layer_parameters * (shape.element_size if chunks == 1 else max(4, shape.element_size))
 
 
-def tile_bytes(shape: DecoderShape, rows: int, chunk: int) -> int:
-    """dk and dv as a backward kernel returns them, for one tile of the prefix."""
-    return 2 * shape.kv * shape.element_size * min(max(rows - chunk, chunk), KEY_TILE)
+def tile_bytes(shape: DecoderShape, rows: int, chunk: int, kernel: bool = True) -> int:
+    """dk and dv as a backward kernel returns them, for one tile of the prefix; on a CPU low precision is widened."""
+    each = shape.element_size if kernel or shape.element_size >= 4 else 8  # then k, v of the tile are float32 as well
+    return 2 * shape.kv * each * min(max(rows - chunk, chunk), KEY_TILE)
 
 
 def loss_bytes(shape: DecoderShape, rows: int, kernel: bool) -> int:
@@ -143,7 +144,7 @@ def moments(
     forward = kept + in_flight + buffers + working // 3
     fetched = row * ((1 if inputs_on_host else 0) + (1 if derived else 0))
     in_mlp = working
-    in_attention = tile_bytes(shape, rows, chunk) + chunk * e * (8 * d + 4 * shape.q + 4 * kv)
+    in_attention = tile_bytes(shape, rows, chunk, kernel) + chunk * e * (8 * d + 4 * shape.q + 4 * kv)
     at_the_end = shape.layer_parameters * e if chunks > 1 else 0
     backward = kept + row + fetched + buffers + gradients + sums + max(in_mlp, in_attention, at_the_end)
     loss = kept + 2 * row + loss_bytes(shape, loss_rows, kernel)

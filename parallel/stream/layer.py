@@ -30,6 +30,7 @@ from .layout import Layout
 from .ownership import is_ours
 from .protocol import Unsupported
 from .store import Bounds, Slot
+from .sums import WeightSums
 
 
 class NoAttention(Unsupported):
@@ -197,7 +198,7 @@ class LayerCall:
         """Gradients of `parameters()`; fills `dx` [B, T, d] (None: x wants no gradient), which may be `dy` itself."""
         bounds, params = self.scene.bounds, self.parameters()
         keys = KeyValues(self.scene.layout.tokens) if len(bounds) > 1 else None
-        total = _Sum(len(params), once=len(bounds) == 1)
+        total = WeightSums(params, once=len(bounds) == 1)
         with _kept_random(dy.device, self.scene.replay_random):
             slot.begin()
             if keys is not None:
@@ -206,7 +207,7 @@ class LayerCall:
             for chunk in reversed(range(len(bounds))):
                 self._backward_chunk(chunk, slot, dy, dextras, dx, keys, params, total)
                 slot.release(chunk)
-        return total.rounded(params)
+        return total.rounded()
 
     def _write_keys(self, chunk: int, x: Tensor, keys: KeyValues) -> None:
         with torch.no_grad(), contextlib.suppress(KeysReady):
@@ -222,12 +223,12 @@ class LayerCall:
         dx: Tensor | None,
         keys: KeyValues | None,
         params: list[nn.Parameter],
-        total: _Sum,
+        total: WeightSums,
     ) -> None:
         start, stop = self.scene.bounds[chunk]
         x = slot.rows(chunk).detach().requires_grad_(dx is not None)
         self._restore_random(chunk, x.device)
-        with torch.enable_grad():
+        with torch.enable_grad(), total.taking_over(self.scene.autocast[0]):
             y, extras = self._on(chunk, x, Answer(self.scene, "gradient", chunk, keys, slot))
         outputs, gradients = [y], [dy[:, start:stop]]
         for extra, dextra in zip(extras, dextras):
@@ -263,30 +264,6 @@ def _by_row(extra: Tensor, x: Tensor) -> Tensor:
     if not _flat(extra, x):
         raise Unsupported(f"a recorded output of shape {tuple(extra.shape)} does not follow the rows of the chunk")
     return extra.unflatten(0, (x.shape[0], x.shape[1]))
-
-
-class _Sum:
-    """Weight gradients of one layer: float32 (float64 stays) over chunks, rounded to the weight's type once."""
-
-    def __init__(self, count: int, once: bool) -> None:
-        self._parts: list[Tensor | None] = [None] * count
-        self._once = once
-
-    def add(self, grads: tuple[Tensor | None, ...]) -> None:
-        for i, grad in enumerate(grads):
-            part = self._parts[i]
-            if grad is None:
-                continue
-            if part is None:
-                low = grad.dtype in (torch.bfloat16, torch.float16)
-                self._parts[i] = grad.float() if low and not self._once else grad
-            else:
-                part += grad
-
-    def rounded(self, params: list[nn.Parameter]) -> list[Tensor | None]:
-        for i, (part, param) in enumerate(zip(self._parts, params)):
-            self._parts[i] = None if part is None else part.to(param.dtype)
-        return self._parts
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -13,7 +13,6 @@ Legend: N selected rows, R rows of a chunk, d channels, V vocabulary, B batch, T
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -22,7 +21,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..kernels.row_loss import row_loss
+from ..merge import lse_dtype
 from .rows import Pipeline, Rows
+from .sums import WeightSums, add_product
 
 IGNORE = -100
 CHUNK_BYTES = 512 << 20
@@ -45,8 +46,8 @@ class _Sweep:
         if self.weight is not None and self.weight.shape != (self.weight.shape[0], x.shape[-1]):
             self.weight = None
         self.params = pipeline.parameters()
-        self._totals: dict[int, Tensor] = {}
-        self._x_shape, self.dx = x.shape, None
+        self.sums = WeightSums(self.params)
+        self._x_shape, self._dx = x.shape, None
         self._device, self._autocast = x.device, torch.is_autocast_enabled(x.device.type)
 
     def chunks(self) -> Iterator[tuple[int, int]]:
@@ -85,24 +86,27 @@ class _Sweep:
             with torch.enable_grad(), self.precision():
                 z = self.pipeline(x)
             value, dz = of_logits(z.detach())
-            self._add(torch.autograd.grad(z, [x, *self.params], dz, allow_unused=True), start, stop, self.params)
+            self._add(torch.autograd.grad(z, [x, *self.params], dz, allow_unused=True), start, stop)
             return value
-        with torch.enable_grad():
+        with torch.enable_grad(), self.sums.taking_over():
             hidden = x
             for function in self.pipeline.before:
                 hidden = function(hidden)
         z = hidden.detach() @ self.weight.detach().T
         value, dz = self._through_after(z, of_logits)
         if self.weight.requires_grad:
-            self._add_product(self.weight, dz, hidden.detach())
+            add_product(self.sums.total(self.weight), dz, hidden.detach())
         dhidden = dz @ self.weight.detach()
         if hidden is x:
-            self._add((dhidden,), start, stop, [])
+            self._add((dhidden,), start, stop)
         else:
-            params = [p for p in self.params if p is not self.weight]
-            grads = torch.autograd.grad(hidden, [x, *params], dhidden, allow_unused=True)
-            self._add(grads, start, stop, params)
+            self._add(torch.autograd.grad(hidden, [x, *self.params], dhidden, allow_unused=True), start, stop)
         return value
+
+    def _add(self, grads: tuple[Tensor | None, ...], start: int, stop: int) -> None:
+        if grads[0] is not None:
+            self._add_rows(grads[0], start, stop)
+        self.sums.add(grads[1:])
 
     def _through_after(self, z: Tensor, of_logits: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         if not self.pipeline.after:
@@ -115,65 +119,23 @@ class _Sweep:
         value, dshown = of_logits(shown.detach())
         return value, torch.autograd.grad(shown, z, dshown)[0]
 
-    def _add(self, grads: tuple[Tensor | None, ...], start: int, stop: int, params: list[nn.Parameter]) -> None:
-        if grads[0] is not None:
-            self._add_rows(grads[0], start, stop)
-        for param, grad in zip(params, grads[1:]):
-            if grad is None:
-                continue
-            if id(param) in self._totals:
-                self._totals[id(param)] += grad
-            else:
-                self._totals[id(param)] = grad.float() if grad.dtype in (torch.bfloat16, torch.float16) else grad
-
     def _add_rows(self, grad: Tensor, start: int, stop: int) -> None:
-        if self.dx is None:
+        if self._dx is None:
             make = torch.empty if self.index is None else torch.zeros
-            self.dx = make(self.flat.shape, dtype=self.flat.dtype, device=self.flat.device)
+            self._dx = make(self.flat.shape, dtype=self.flat.dtype, device=self.flat.device)
         if self.index is None:
-            self.dx[start:stop] = grad
+            self._dx[start:stop] = grad
         else:
-            self.dx.index_copy_(0, self.index[start:stop], grad.to(self.dx.dtype))
+            self._dx.index_copy_(0, self.index[start:stop], grad.to(self._dx.dtype))
 
-    def _add_product(self, weight: Tensor, dz: Tensor, hidden: Tensor) -> None:
-        """total += dz.T @ hidden, the sum in float32 (float64 stays)."""
-        low = weight.dtype in (torch.bfloat16, torch.float16)
-        total = self._totals.get(id(weight))
-        if total is None:
-            total = torch.zeros(weight.shape, dtype=torch.float32 if low else weight.dtype, device=weight.device)
-            self._totals[id(weight)] = total
-        if low and weight.is_cuda and _sums_in_float32(weight.dtype):
-            torch.addmm(total, dz.T, hidden, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
-        elif low and weight.is_cuda:
-            total += dz.T @ hidden
-        elif low:
-            total.addmm_(dz.T.float(), hidden.float())
-        else:
-            total.addmm_(dz.T, hidden)
-
-    def results(self, params: list[nn.Parameter]) -> list[Tensor | None]:
-        """dx [B, T, d] and the gradients of `params`, each in the type of what it belongs to."""
-        dx = torch.zeros_like(self.flat) if self.dx is None else self.dx
-        grads: list[Tensor | None] = [dx.view(self._x_shape)]
-        for param in params:
-            total = self._totals.pop(id(param), None)
-            grads.append(None if total is None else total.to(param.dtype))
-        return grads
-
-
-@functools.cache
-def _sums_in_float32(dtype: torch.dtype) -> bool:
-    """Whether this torch adds a low-precision product to a float32 sum in one call; tried once."""
-    total, one = torch.ones(16, 16, device="cuda"), torch.ones(16, 16, dtype=dtype, device="cuda")
-    try:
-        torch.addmm(total, one, one, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
-    except (RuntimeError, TypeError):
-        return False
-    return bool((total == 17).all())
+    def dx(self) -> Tensor:
+        """The gradient of x, once all chunks have run."""
+        return (torch.zeros_like(self.flat) if self._dx is None else self._dx).view(self._x_shape)
 
 
 class _WeightedNLL(torch.autograd.Function):
-    """sum of weight * nll over the selected rows, gradients formed on the way."""
+    """sum of weight * nll over the selected rows, gradients formed on the way; params stay float32 sums until backward,
+    so that they are rounded once."""
 
     @staticmethod
     def forward(
@@ -199,17 +161,19 @@ class _WeightedNLL(torch.autograd.Function):
                 sweep.know(z)
                 nll = row_loss(z, label, None, False)[0]
             total += (nll if weight is None else nll * weight).sum()
-        ctx.grads = sweep.results(list(params)) if differentiable else None
+        ctx.found = (sweep.dx(), sweep.sums) if differentiable else None
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.grads is None:
+        found, ctx.found = ctx.found, None
+        if found is None:
             raise RuntimeError("a streamed loss was differentiated twice; retain_graph=True is not supported")
-        dx, *dparams = (None if g is None else g.mul_(dloss.to(g.dtype)) for g in ctx.grads)
-        ctx.grads = None
-        return dx, None, None, None, None, None, *dparams
+        dx, sums = found
+        dx.mul_(dloss)  # one number in float32, which a bfloat16 tensor does not round before it multiplies
+        sums.scale(dloss)
+        return dx, None, None, None, None, None, *sums.rounded()
 
 
 class _MapRows(torch.autograd.Function):
@@ -227,7 +191,7 @@ class _MapRows(torch.autograd.Function):
             sweep.know(z)
             values.append(score.value(z, start, stop))
         ctx.save_for_backward(x, index)
-        ctx.how, ctx.params = (pipeline, sweep.rows, score), params
+        ctx.how = pipeline, sweep.rows, score
         ctx.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
         return torch.cat(values) if values else x.new_zeros(0, dtype=torch.float32)
 
@@ -242,8 +206,7 @@ class _MapRows(torch.autograd.Function):
             for start, stop in sweep.chunks():
                 weight = dvalues[start:stop]
                 sweep.gradient(start, stop, lambda z, a=start, b=stop, w=weight: (w, score.gradient(z, a, b, w)))
-        dx, *dparams = sweep.results(list(ctx.params))
-        return dx, None, None, None, None, *dparams
+        return sweep.dx(), None, None, None, None, *sweep.sums.rounded()
 
 
 class Score(Protocol):
@@ -330,10 +293,12 @@ def causal_loss(
     logits: Rows | Tensor, labels_BT: Tensor, num_items: Tensor | int | None = None, *, rows: int | None = None
 ) -> Tensor:
     """Mean cross-entropy over the rows that are not -100, or their sum divided by `num_items`; labels are aligned."""
-    total = weighted_nll(logits, labels_BT, rows=rows)
-    if num_items is None:
-        return total / (labels_BT != IGNORE).sum()
-    return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
+    count = (labels_BT != IGNORE).sum() if num_items is None else num_items
+    count = count.to(logits.device) if isinstance(count, Tensor) else torch.tensor(count, device=logits.device)
+    if logits.dtype == torch.float16:  # 1 / count may be too small for it; a scaled loss then brings its own factor
+        return weighted_nll(logits, labels_BT, rows=rows) / count
+    share = torch.ones((), dtype=lse_dtype(logits.dtype), device=logits.device) / count
+    return weighted_nll(logits, labels_BT, share.expand(labels_BT.shape), rows=rows)
 
 
 def token_log_probs(logits: Rows | Tensor, labels_BT: Tensor, *, rows: int | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from undertow.parallel.blocks import reference, select
 from undertow.parallel.blocks import tiled as tiled_module
 from undertow.parallel.merge import empty_like, merge
 
-NO_GPU = pytest.mark.skipif(torch.cuda.device_count() == 0, reason="no CUDA device")
+NO_GPU = pytest.mark.skipif(torch.cuda.device_count() == 0, reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 SHAPES = [  # B, H, G, Lq, Lk, D, E
     (2, 4, 2, 7, 19, 8, 8),

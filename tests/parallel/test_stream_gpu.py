@@ -3,6 +3,8 @@
 python -m pytest -m gpu tests/parallel      # about a minute
 """
 
+import math
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from undertow.parallel.stream import stream_backprop
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() == 0, reason="no CUDA device"),
+    pytest.mark.skipif(torch.cuda.device_count() == 0, reason="needs a CUDA device"),
 ]
 SIZES = dict(
     vocab_size=1000, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
@@ -71,8 +73,9 @@ def test_bfloat16_is_as_close_to_float32_as_hugging_face(kind, shape, backend, s
                 low_loss, found = errors(model, exact, **inputs)
         assert set(engine.report().values()) == {"streamed"}
         assert abs(low_loss - loss) < 2e-2
-        worst = max(found[n] / plain[n] for n in found)
-        assert worst < 1.15, f"{place}: {worst:.3f} times Hugging Face's error"
+        # One parameter's ratio is a random number (see test_stream_bfloat16); their geometric mean hardly is.
+        ratio = math.exp(sum(math.log(found[n] / plain[n]) for n in found) / len(found))
+        assert ratio < 1.05, f"{place}: {ratio:.3f} times Hugging Face's error"
 
 
 def test_memory_does_not_grow_with_layers_when_inputs_are_away(seed):

@@ -12,7 +12,7 @@ from undertow.parallel.stream import loss as L
 from undertow.parallel.stream import objectives as O
 
 B, T, D, V = 3, 17, 12, 40
-NO_GPU = pytest.mark.skipif(torch.cuda.device_count() == 0, reason="no CUDA device")
+NO_GPU = pytest.mark.skipif(torch.cuda.device_count() == 0, reason="needs a CUDA device")
 
 
 class Norm(nn.Module):

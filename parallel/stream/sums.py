@@ -1,0 +1,173 @@
+"""Weight gradients of one layer, or of the head, added up over chunks in float32 and rounded to their type once.
+
+The plain way rounds once, after one long product over all rows. A chunk's own product rounded to bfloat16 before it is
+added would make the error of a weight's gradient 1.4 times as large, and would write and read a whole weight more per
+chunk. So while a chunk runs, `F.linear` with one of the layer's weights, and the product of a norm's weight with rows,
+are taken over by functions whose backward adds straight to the sum. Other uses of a weight (experts in one tensor) go
+through autograd as they are, and so does everything under autocast and inside compiled code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+LOW = (torch.bfloat16, torch.float16)
+BLOCK_ROWS = 512  # rows that a CPU converts to float32 at a time
+
+
+def add_product(total: Tensor, dy_ND: Tensor, x_Nd: Tensor) -> None:
+    """total [D, d] += dy.T @ x; the sum is not rounded to the type of dy and x when `total` is float32."""
+    if total.dtype == dy_ND.dtype:
+        total.addmm_(dy_ND.T, x_Nd)
+    elif total.is_cuda and _sums_in_float32(dy_ND.dtype):
+        torch.addmm(total, dy_ND.T, x_Nd, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
+    elif total.is_cuda:
+        total += dy_ND.T @ x_Nd
+    else:
+        for dy, x in zip(dy_ND.split(BLOCK_ROWS), x_Nd.split(BLOCK_ROWS)):
+            total.addmm_(dy.T.to(total.dtype), x.to(total.dtype))
+
+
+@functools.cache
+def _sums_in_float32(dtype: torch.dtype) -> bool:
+    """Whether this torch adds a low-precision product to a float32 sum in one call; tried once."""
+    total, one = torch.ones(16, 16, device="cuda"), torch.ones(16, 16, dtype=dtype, device="cuda")
+    try:
+        torch.addmm(total, one, one, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17).all())
+
+
+class WeightSums:
+    """The sums for `params`; float32 for low types, the parameter's own type otherwise. `once`: there is one chunk, so
+    nothing is added and autograd's own gradients are kept as they are."""
+
+    def __init__(self, params: Sequence[nn.Parameter], once: bool = False) -> None:
+        self._params, self._once = params, once
+        self._parts: list[Tensor | None] = [None] * len(params)
+        self._index = {id(p): i for i, p in enumerate(params)}
+        self._low = any(p.dtype in LOW for p in params)
+
+    def taking_over(self, autocast: bool = False) -> contextlib.AbstractContextManager:
+        """While a chunk runs forward: linear maps and scales add to the sums in their backward."""
+        return _TakeOver(self) if self._low and not self._once and not autocast else contextlib.nullcontext()
+
+    def holds(self, weight: Any, dim: int) -> bool:
+        """Whether `weight` is one of `params`, of low precision and of `dim` dimensions."""
+        return weight is not None and id(weight) in self._index and weight.dtype in LOW and weight.dim() == dim
+
+    def total(self, weight: Tensor) -> Tensor:
+        """The sum of `weight`, zeros at first; to be added to in place."""
+        i = self._index[id(weight)]
+        part = self._parts[i]
+        if part is None:
+            dtype = torch.float32 if weight.dtype in LOW else weight.dtype
+            part = self._parts[i] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+        return part
+
+    def add(self, grads: Sequence[Tensor | None]) -> None:
+        """What autograd found for `params` in one chunk."""
+        for i, grad in enumerate(grads):
+            part = self._parts[i]
+            if grad is None:
+                continue
+            if part is None:
+                self._parts[i] = grad.float() if grad.dtype in LOW and not self._once else grad
+            else:
+                part += grad
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiply all sums in place."""
+        for part in self._parts:
+            if part is not None:
+                part.mul_(factor)
+
+    def rounded(self) -> list[Tensor | None]:
+        """The gradients, in the types of their parameters; the sums are given up one by one."""
+        for i, param in enumerate(self._params):
+            part, self._parts[i] = self._parts[i], None
+            self._parts[i] = None if part is None else part.to(param.dtype)
+        return self._parts
+
+
+_PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+
+
+class _TakeOver(TorchFunctionMode):
+    def __init__(self, sums: WeightSums) -> None:
+        super().__init__()
+        self._sums = sums
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if func is F.linear:
+                x, weight, bias = _of_linear(*args, **kwargs)
+                if self._sums.holds(weight, 2) and x.dtype == weight.dtype:
+                    return _Linear.apply(x, weight, bias, self._sums)
+            elif func in _PRODUCTS and len(args) == 2 and not kwargs:
+                weight, x = args if self._sums.holds(args[0], 1) else reversed(args)
+                if self._sums.holds(weight, 1) and _scales(weight, x):
+                    return _Scale.apply(x, weight, self._sums)
+        return func(*args, **kwargs)
+
+
+def _of_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    return input, weight, bias
+
+
+def _scales(weight: Tensor, x: Any) -> bool:
+    types = (weight.dtype, torch.float32)
+    return isinstance(x, Tensor) and x.dim() > 1 and x.dtype in types and x.shape[-1:] == weight.shape
+
+
+class _Linear(torch.autograd.Function):
+    """F.linear whose gradients of weight and bias go to the sums instead of to autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sums: WeightSums) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.sums, ctx.bias = sums, bias
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = dy.flatten(0, -2)
+        add_product(ctx.sums.total(weight), rows, x.flatten(0, -2))
+        dx, dbias = dy @ weight if ctx.needs_input_grad[0] else None, None
+        if ctx.sums.holds(ctx.bias, 1):
+            total = ctx.sums.total(ctx.bias)
+            total += rows.sum(0, dtype=total.dtype)
+        elif ctx.needs_input_grad[2]:
+            dbias = rows.sum(0)
+        return dx, None, dbias, None
+
+
+class _Scale(torch.autograd.Function):
+    """x * weight, row by row, likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, sums: WeightSums) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.sums = sums
+        return x * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        total = ctx.sums.total(weight)
+        total += (dy * x).flatten(0, -2).sum(0, dtype=total.dtype)
+        return dy * weight if ctx.needs_input_grad[0] else None, None, None

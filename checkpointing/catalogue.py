@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..dist.errors import UserError
 from .folder import FINAL, read_manifest
-from .manifest import COMMIT, BadCheckpoint, Manifest
+from .manifest import COMMIT, BadCheckpoint, Manifest, metrics_of
 from .verify import check_lengths
 
 HIDDEN = re.compile(r"^\.step-(\d{9,})\.(tmp|old|bad|left)-")
@@ -84,13 +84,6 @@ def _committed(step: int, path: Path, now_s: float) -> Entry:
     except (BadCheckpoint, UserError) as error:
         return Entry(step, path, "damaged", str(error), nbytes, age_s)
     return Entry(step, path, "whole", "", nbytes, age_s, manifest.world_size, metrics_of(manifest))
-
-
-def metrics_of(manifest: Manifest) -> dict[str, float]:
-    """The metrics that were saved with a checkpoint."""
-    stored = manifest.facts.get("metrics")
-    pairs = stored.items() if isinstance(stored, dict) else ()
-    return {str(name): float(value) for name, value in pairs if isinstance(value, (int, float))}
 
 
 def size_of(path: Path) -> int:

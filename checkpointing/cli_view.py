@@ -13,9 +13,9 @@ from rich.live import Live
 from rich.table import Table
 
 from ..dist.units import format_bytes, format_seconds
-from .catalogue import Entry, metrics_of
+from .catalogue import Entry
 from .diff import Difference
-from .manifest import Manifest
+from .manifest import Manifest, metrics_of
 from .tensor_stream import pieces, stored_bytes
 
 

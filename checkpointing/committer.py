@@ -26,10 +26,10 @@ from ..dist.trace import Trace
 from ..dist.units import format_bytes, format_seconds
 from ..dist.version import __version__
 from .coordinate import Coordinator
-from .folder import Folder
-from .manifest import METADATA, FileRecord, Manifest, ObjectRecord, checksums
+from .folder import Folder, read_manifest
+from .manifest import METADATA, BadCheckpoint, FileRecord, Manifest, ObjectRecord, checksums, metrics_of
 from .plan import SavePlan
-from .retention import to_remove
+from .retention import Retention, to_remove
 from .snapshot import Snapshot
 from .state import Fresh
 
@@ -67,6 +67,7 @@ class Save:
     objects: Mapping[str, Any]
     began_s: float
     known: dict[str, tuple[str, bytes]]
+    metrics: Mapping[str, float] = field(default_factory=dict)  # stored with the checkpoint, for retention
     call_s: float = 0.0
     fence_s: float = 0.0
     snapshot: Snapshot = field(init=False)
@@ -143,10 +144,17 @@ class Part:
 
 
 class Committer:
-    """The committing thread of one tier. `keep`: how many newest checkpoints to retain (None: all)."""
+    """The committing thread of one tier. `keep`: which checkpoints to retain, or how many newest (None: all)."""
 
     def __init__(
-        self, tier: str, folder: Folder, coordinator: Coordinator, *, keep: int | None, timeout_s: float, trace: Trace
+        self,
+        tier: str,
+        folder: Folder,
+        coordinator: Coordinator,
+        *,
+        keep: int | Retention | None,
+        timeout_s: float,
+        trace: Trace,
     ) -> None:
         self.tier, self.folder, self.coordinator = tier, folder, coordinator
         self._keep, self._timeout_s, self._trace = keep, timeout_s, trace
@@ -156,6 +164,7 @@ class Committer:
         self._idle = threading.Condition()
         self._metadata_key: Any = None
         self._metadata = b""
+        self._metrics: dict[int, Mapping[str, float]] = {}
         self._thread = threading.Thread(target=self._loop, name=f"undertow-commit-{tier}", daemon=True)
         self._thread.start()
 
@@ -284,18 +293,30 @@ class Committer:
                 plan.tensors,
                 objects,
                 plan.metadata.planner_data,
-                {"undertow": __version__, "torch": torch.__version__},
+                {"undertow": __version__, "torch": torch.__version__}
+                | ({"metrics": dict(save.metrics)} if save.metrics else {}),
                 plan.rendered,
             )
             self.folder.commit(scratch, manifest, metadata)
-            for step in to_remove(self.folder.committed(), self._keep):
-                self.folder.remove(step)
+            self._retain()
         except BaseException as error:
             with suppress(OSError):  # a late rank may still write there; the next job clears it away
                 if part.disposable:
                     self.folder.ops.rmtree(scratch)
             return f"{type(error).__name__}: {error}"
         return ""
+
+    def _retain(self) -> None:
+        """Remove what no rule keeps; metrics are read only when a rule asks for them."""
+        steps = self.folder.committed()
+        if isinstance(self._keep, Retention) and self._keep.best:
+            for step in steps:
+                if step not in self._metrics:
+                    with suppress(BadCheckpoint):  # damaged: it has no metrics, and restore will set it aside
+                        self._metrics[step] = metrics_of(read_manifest(self.folder.final(step)))
+        for step in to_remove(steps, self._keep, self._metrics):
+            self.folder.remove(step)
+            self._metrics.pop(step, None)
 
     def _dcp_metadata(self, save: Save, objects: Mapping[str, ObjectRecord]) -> bytes:
         """The .metadata file; made anew only when an object's place has changed, because pickling it holds the

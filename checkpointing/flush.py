@@ -24,7 +24,7 @@ class ShardFile:
     def __init__(self, ops: FileOps, path: Path, image: Image) -> None:
         self.ops, self.path, self.image = ops, path, image
         self._handle = -1
-        self._sums: list[str] = [""] * image.chunks
+        self.sums: list[str] = [""] * image.chunks
         self._issued = self._done = 0
         self._changed = threading.Condition()
 
@@ -39,7 +39,7 @@ class ShardFile:
     def write(self, chunk: int, slot: int, memory: Memory) -> None:
         """Hash and write a chunk from its slot."""
         begin, end = self.image.chunk_range(chunk)
-        self._sums[chunk] = checksum(memory.view(slot, end - begin))
+        self.sums[chunk] = checksum(memory.view(slot, end - begin))
         rounded = -(-(end - begin) // SECTOR) * SECTOR  # the last chunk's rest is cut off again by `finish`
         self.ops.pwrite(self._open(), memory.view(slot, rounded), begin)
 
@@ -63,7 +63,7 @@ class ShardFile:
         """Make the file durable; its record."""
         handle, self._handle = self._open(), -1
         self.ops.finish(handle, self.image.size)
-        return FileRecord(self.image.size, tuple(self._sums))
+        return FileRecord(self.image.size, tuple(self.sums))
 
     def abandon(self) -> None:
         if self._handle >= 0:

@@ -3,6 +3,7 @@
     root/.step-000000120.tmp-1a2b3c4d/   being written
     root/step-000000120/                 renamed when every file is durable; valid once COMMIT.json is in it
     root/.step-000000140.bad-…/          damaged, set aside by a restore; `.left-…`: of a branch that a run rolled back
+    root/RESTARTS.json                   how often a job has started from the newest checkpoint
     root/LATEST                          a hint for people and scripts; restore never trusts it
     root/.lock                           held by the job that writes here
 
@@ -38,6 +39,7 @@ from .manifest import (
 from .verify import check_lengths
 
 log = get_logger(__name__)
+RESTARTS = "RESTARTS.json"
 FINAL = re.compile(r"^step-(\d{9,})$")
 OURS = re.compile(r"^(\.?step-\d{9,}(\.(tmp|old|bad|left)-[0-9a-f-]+)?|LATEST|RESTARTS\.json|\.lock|.*\.part)$")
 
@@ -187,6 +189,22 @@ class Folder:
         self.ops.rename(final, aside)
         self.ops.fsync_dir(self.root)
         return aside
+
+    def count_start(self, step: int) -> int:
+        """Note that a job starts from `step`; how often that has happened in a row. A run that dies before its next
+        checkpoint again and again shows here."""
+        path = self.root / RESTARTS
+        try:
+            before = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            before = {}  # the first start, or a note that a crash has torn: only counting begins anew
+        again = isinstance(before, dict) and before.get("step") == step and isinstance(before.get("starts"), int)
+        starts = before["starts"] + 1 if again else 1
+        try:
+            self.ops.write_file(path, json.dumps({"step": step, "starts": starts}).encode())
+        except OSError as error:
+            log.warning("cannot note the start in %s (%s)", path, error.strerror)
+        return starts
 
     def remove(self, step: int) -> None:
         self.ops.rmtree(self.final(step))

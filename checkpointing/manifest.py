@@ -229,3 +229,10 @@ def checksums(data: bytes, chunk_bytes: int) -> FileRecord:
 
 def commit_bytes(manifest: bytes, step: int, epoch_s: float) -> bytes:
     return json.dumps({"format": FORMAT, "step": step, "manifest": checksum(manifest), "epoch_s": epoch_s}).encode()
+
+
+def metrics_of(manifest: Manifest) -> dict[str, float]:
+    """The metrics that were saved with a checkpoint."""
+    stored = manifest.facts.get("metrics")
+    pairs = stored.items() if isinstance(stored, dict) else ()
+    return {str(name): float(value) for name, value in pairs if isinstance(value, (int, float))}

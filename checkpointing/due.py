@@ -1,0 +1,64 @@
+"""Which steps are due: a fixed number of steps apart, or as often as `Frequency` says from what was measured.
+
+All ranks must save the same steps, and only rank 0's clock counts: at each save, which all ranks begin in the same
+step, it says when the next one is due, and the others read that.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from .committer import SaveReport
+from .coordinate import Coordinator
+from .frequency import Frequency
+
+
+class Due:
+    """Answers `is_due` for every step, and is told of each save by `saved`. `every` 0: never."""
+
+    def __init__(self, every: int | Frequency, coordinator: Coordinator, *, timeout_s: float) -> None:
+        self._every, self._coordinator, self._timeout_s = every, coordinator, timeout_s
+        self._next: int | None = None
+        self._saves = 0
+        self._last: tuple[int, float] | None = None
+        self._step_s: deque[float] = deque(maxlen=64)
+        self.interval: int | None = every if isinstance(every, int) else None
+
+    def is_due(self, step: int) -> bool:
+        """Called once a step, on every rank."""
+        if isinstance(self._every, int):
+            return self._every > 0 and step % self._every == 0
+        now_s = time.monotonic()
+        if self._last is not None and step == self._last[0] + 1:
+            self._step_s.append(now_s - self._last[1])
+        self._last = (step, now_s)
+        if self._next is None:
+            self._next = step + self._every.first
+        return step >= self._next
+
+    def saved(self, step: int, reports: Sequence[SaveReport]) -> None:
+        """A save of `step` has begun; `reports` of those that have ended. Collective with `Frequency`."""
+        if isinstance(self._every, int):
+            return
+        self._saves += 1
+        name = f"due/{self._saves}"
+        if self._coordinator.rank == 0:
+            self.interval = self._choose(self._every, [r for r in reports if r.ok and r.tier == "disk"][-8:])
+            self._coordinator.say(name, self.interval)
+        else:
+            deadline_s = time.monotonic() + self._timeout_s
+            self.interval = self._coordinator.hear(name, 0, deadline_s=deadline_s)
+        assert self.interval is not None
+        self._next = step + self.interval
+
+    def _choose(self, policy: Frequency, ended: Sequence[SaveReport]) -> int:
+        if not ended or not self._step_s:  # nothing measured yet
+            return policy.first
+        return policy.steps(
+            stall_s=statistics.median(r.call_s + r.fence_s for r in ended),
+            commit_s=statistics.median(r.commit_s for r in ended),
+            step_s=statistics.median(self._step_s),
+        )

@@ -1,0 +1,168 @@
+"""Where a save goes: host memory, the checkpoint folder, and a mirror of it, each optional, each with its committer.
+
+A save is copied off the device once, into the memory that `route` names; the tiers share those bytes. Restoring looks
+into the folders in the order of `folders`, nearest first. A further kind of tier needs a `Folder`, a `TierFile` and a
+line in `route`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..dist.errors import UserError
+from ..dist.log import get_logger
+from ..dist.trace import Trace
+from .arena import Memory
+from .committer import Committer, Part, Save
+from .coordinate import Coordinator
+from .copies import HostCopier
+from .files import FileOps
+from .flush import ShardFile
+from .folder import Folder
+from .host_tier import HostFile, HostTier
+from .mirror import Mirror, MirrorFile
+from .pipeline import Pipeline
+from .retention import Retention
+from .snapshot import OnChunk, Snapshot
+
+log = get_logger(__name__)
+Claim = tuple[int, Path]  # a generation of the host tier, and its folder
+
+
+class Tiers:
+    """The tiers of one `Checkpointer`. Create on all ranks; rank 0 takes the folders, and its verdict is everyone's."""
+
+    def __init__(
+        self,
+        root: Path,
+        coordinator: Coordinator,
+        *,
+        keep: int | Retention | None,
+        mirror: Mirror | None,
+        host_generations: int,
+        ops: FileOps,
+        timeout_s: float,
+        trace: Trace,
+    ) -> None:
+        self.coordinator, self._timeout_s, self._trace = coordinator, timeout_s, trace
+        self.folder = Folder(root, ops)
+        self.host = HostTier(root, coordinator, generations=host_generations) if host_generations else None
+        self._mirror, self._mirrored = mirror, -1
+        self._mirror_folder = Folder(Path(mirror.root), ops) if mirror else None
+        self._take()
+        self._committers = {"disk": self._committer("disk", self.folder, keep)}
+        if self.host is not None:
+            self._committers["host"] = self._committer("host", self.host.folder, None)
+        if self._mirror_folder is not None and mirror is not None:  # last: the disk's commits feed it
+            self._committers["mirror"] = self._committer("mirror", self._mirror_folder, mirror.keep)
+
+    @property
+    def committers(self) -> Sequence[Committer]:
+        return tuple(self._committers.values())
+
+    @property
+    def folders(self) -> list[Folder]:
+        """Where to look for a checkpoint, nearest first."""
+        host = None if self.host is None else self.host.folder
+        return [folder for folder in (host, self.folder, self._mirror_folder) if folder is not None]
+
+    def _committer(self, tier: str, folder: Folder, keep: int | Retention | None) -> Committer:
+        return Committer(tier, folder, self.coordinator, keep=keep, timeout_s=self._timeout_s, trace=self._trace)
+
+    def _take(self) -> None:
+        problem = ""
+        if self.coordinator.rank == 0:
+            try:
+                self.folder.take()
+                if self._mirror_folder is not None:
+                    self._mirror_folder.take()
+                if self.host is not None:
+                    self.host.take()
+            except UserError as error:
+                self._release_folders()
+                problem = str(error)
+            self.coordinator.say("open", problem)
+        else:
+            problem = self.coordinator.hear("open", 0, deadline_s=time.monotonic() + self._timeout_s)
+        if problem:
+            self.coordinator.part()
+            raise UserError(problem)
+
+    def route(
+        self,
+        save: Save,
+        claimed: Claim | None,
+        disk: bool,
+        arena: Callable[[], Memory],
+        pipe: Pipeline,
+        copier: HostCopier,
+    ) -> tuple[Memory, list[tuple[Committer, Part]], OnChunk]:
+        """Through which memory a save goes, its part for each tier, and what to do with each filled chunk."""
+        name, parts, takers = save.plan.shard_name, [], []
+        memory = arena() if self.host is None or claimed is None else self.host.generation(claimed[0])
+        if self.host is not None and claimed is not None:
+            kept = HostFile(claimed[1] / name, self.host.generation(claimed[0]), copier)
+            takers.append(lambda snapshot, chunk, slot, mark: kept.note(mark))
+            after = partial(self.host.done, claimed[0], save.step, "host")
+            parts.append((self._committers["host"], Part(save, kept, disposable=False, after=after)))
+        if disk:
+            file = ShardFile(
+                self.folder.ops, self.folder.scratch(save.step, self.coordinator.token) / name, save.plan.image
+            )
+            takers.append(partial(pipe.flush, file, memory, copier))
+            part = Part(save, file, after=self._after_disk(save, claimed, file))
+            parts.append((self._committers["disk"], part))
+
+        def on_chunk(snapshot: Snapshot, chunk: int, slot: int, mark: Any) -> None:
+            for take in takers:
+                take(snapshot, chunk, slot, mark)
+
+        return memory, parts, on_chunk
+
+    def _after_disk(self, save: Save, claimed: Claim | None, file: ShardFile) -> Callable[[bool], None]:
+        mirror = self._mirror
+        copy_on = mirror is not None and save.step // mirror.every > self._mirrored // mirror.every
+        if copy_on:
+            self._mirrored = save.step
+
+        def after(ok: bool) -> None:
+            if self.host is not None and claimed is not None:
+                self.host.done(claimed[0], save.step, "flush", ok)
+            if copy_on:  # whatever came of it, so that all ranks vote alike
+                self._copy_on(save, file)
+
+        return after
+
+    def _copy_on(self, save: Save, written: ShardFile) -> None:
+        folder, name = self._mirror_folder, save.plan.shard_name
+        assert folder is not None
+        path = folder.scratch(save.step, self.coordinator.token) / name
+        file = MirrorFile(folder.ops, self.folder.final(save.step) / name, path, written)
+        self._committers["mirror"].submit(Part(save, file))
+
+    def roll_back(self, step: int) -> None:
+        """After an explicit restore: newer checkpoints are set aside, or a restart would jump back into them."""
+        if self.coordinator.rank:
+            return
+        for folder in filter(None, (self.folder, self._mirror_folder)):
+            for later in [found for found in folder.committed() if found > step]:
+                log.info("set aside the newer checkpoint %d as %s", later, folder.set_aside(later, "left"))
+        if self.host is not None:
+            self.host.forget_after(step)
+
+    def close(self) -> None:
+        """Give memory and folders back. Host memory is freed when a checkpoint on disk is as new; otherwise it stays
+        for a later restore."""
+        if self.host is not None:
+            disk, memory = self.folder.committed(), self.host.folder.committed()
+            self.host.close(remove=not memory or (bool(disk) and disk[-1] >= memory[-1]))
+        self._release_folders()
+
+    def _release_folders(self) -> None:
+        self.folder.release()
+        if self._mirror_folder is not None:
+            self._mirror_folder.release()

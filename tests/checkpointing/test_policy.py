@@ -1,0 +1,283 @@
+"""When to save, what to keep, where to copy it, and who is told."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from undertow.checkpointing import Checkpointer, Frequency, Mirror, Retention
+from undertow.checkpointing.folder import read_manifest
+from undertow.checkpointing.frequency import young_daly
+from undertow.checkpointing.manifest import metrics_of
+from undertow.checkpointing.observe import PrometheusFile, TensorBoardScalars
+from undertow.dist.errors import UserError
+
+
+def pair():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(16, 16)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+
+def train(ckpt, model, optimizer, steps, metric=None):
+    for step in steps:
+        ckpt.step(step, metrics=None if metric is None else {"loss": metric(step)})
+        model(torch.ones(2, 16)).square().sum().backward()
+        optimizer.step()
+        ckpt.wait()
+
+
+def kept(root):
+    return [int(path.name.split("-")[1]) for path in sorted(root.glob("step-*"))]
+
+
+# -- retention -------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_by_a_metric_stay_and_metrics_are_stored(tmp_path):
+    model, optimizer = pair()
+    losses = {0: 5.0, 1: 1.0, 2: 3.0, 3: 0.5, 4: 4.0, 5: 6.0}
+    policy = Retention(last=1, best=2, metric="loss")
+    with Checkpointer(tmp_path / "c", model=model, optimizer=optimizer, every=1, keep=policy) as ckpt:
+        train(ckpt, model, optimizer, range(6), losses.get)
+    assert kept(tmp_path / "c") == [1, 3, 5]
+    assert metrics_of(read_manifest(tmp_path / "c" / "step-000000003")) == {"loss": 0.5}
+    # another process goes on with the same policy, and knows the older metrics from the manifests
+    with Checkpointer(tmp_path / "c", model=model, optimizer=optimizer, every=1, keep=policy) as ckpt:
+        train(ckpt, model, optimizer, range(6, 8), {6: 0.1, 7: 9.0}.get)
+    assert kept(tmp_path / "c") == [3, 6, 7]
+
+
+# -- the mirror ------------------------------------------------------------------------------------------------------
+
+
+def test_the_mirror_gets_every_kth_and_a_lost_disk_is_restored_from_it(tmp_path):
+    model, optimizer = pair()
+    options = {"every": 2, "keep": 1, "mirror": Mirror(tmp_path / "far", every=4)}
+    with Checkpointer(tmp_path / "near", model=model, optimizer=optimizer, **options) as ckpt:
+        train(ckpt, model, optimizer, range(11))
+        assert {(r.step, r.ok) for r in ckpt.reports if r.tier == "mirror"} == {(0, True), (4, True), (8, True)}
+        at_8 = [name for name in kept(tmp_path / "far")]
+    assert at_8 == [0, 4, 8] and kept(tmp_path / "near") == [10]
+    for name in ("__0_0.distcp", "__0_1.distcp", ".metadata"):
+        assert (tmp_path / "far" / "step-000000008" / name).is_file()
+    shutil.rmtree(tmp_path / "near")
+    again, other = pair()
+    with Checkpointer(tmp_path / "near", model=again, optimizer=other, **options) as ckpt:
+        assert ckpt.restore() == 8
+
+
+def test_the_mirrors_bytes_are_the_disks(tmp_path):
+    model, optimizer = pair()
+    with Checkpointer(
+        tmp_path / "near", model=model, optimizer=optimizer, every=1, keep=None, mirror=Mirror(tmp_path / "far")
+    ) as ckpt:
+        train(ckpt, model, optimizer, range(3))
+    for step in range(3):
+        near, far = (tmp_path / place / f"step-{step:09d}" for place in ("near", "far"))
+        assert (near / "__0_0.distcp").read_bytes() == (far / "__0_0.distcp").read_bytes()
+
+
+def test_damage_on_the_disk_does_not_travel_on(tmp_path, monkeypatch):
+    """A byte is flipped between the disk's commit and the copy: the mirror refuses, and training goes on."""
+    from undertow.checkpointing import mirror as room
+
+    real = room.MirrorFile.finish
+
+    def flipped(self):
+        path = f"/proc/self/fd/{self._source}"
+        with open(path, "r+b") as file:
+            file.seek(2048)
+            byte = file.read(1)
+            file.seek(2048)
+            file.write(bytes([byte[0] ^ 1]))
+        return real(self)
+
+    monkeypatch.setattr(room.MirrorFile, "finish", flipped)
+    model, optimizer = pair()
+    with Checkpointer(
+        tmp_path / "near", model=model, optimizer=optimizer, every=1, mirror=Mirror(tmp_path / "far")
+    ) as ckpt:
+        train(ckpt, model, optimizer, range(1))
+        (report,) = [r for r in ckpt.reports if r.tier == "mirror"]
+        assert not report.ok and "has changed on the disk" in report.reason
+    assert kept(tmp_path / "far") == []
+
+
+def test_several_ranks_mirror_together(ranks, tmp_path):
+    def job(rank, world):
+        model, optimizer = pair()
+        with Checkpointer(
+            tmp_path / "near", model=model, optimizer=optimizer, every=1, mirror=Mirror(tmp_path / "far", every=2)
+        ) as ckpt:
+            train(ckpt, model, optimizer, range(5))
+            return [(r.step, r.ok) for r in ckpt.reports if r.tier == "mirror"]
+
+    assert ranks(3, job) == [[(0, True), (2, True), (4, True)]] * 3
+    assert kept(tmp_path / "far") == [0, 2, 4]
+
+
+@pytest.mark.parametrize("wrong", [{"every": 0}, {"keep": 0}])
+def test_a_wrong_mirror(tmp_path, wrong):
+    with pytest.raises(UserError):
+        Mirror(tmp_path, **wrong)
+
+
+def test_a_mirror_of_somebody_else_is_refused_and_the_folder_is_given_back(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "thesis.tex").write_text("precious")
+    model, _ = pair()
+    with pytest.raises(UserError, match="holds other files"):
+        Checkpointer(tmp_path / "near", model=model, mirror=Mirror(tmp_path / "far"))
+    Checkpointer(tmp_path / "near", model=model).close()
+
+
+# -- frequency -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cost_s", "mtbf_s"), [(0.01, 3600.0), (1.0, 3600.0), (10.0, 86400.0), (100.0, 86400.0)])
+def test_the_interval_loses_least(cost_s, mtbf_s):
+    """Daly's model of the whole running time has its minimum there: nothing 5 % beside it is better by 1e-4."""
+
+    def slowdown(interval_s):  # Daly 2006, eq. 20 without restart time
+        return mtbf_s * (math.exp((interval_s + cost_s) / mtbf_s) - 1) / interval_s
+
+    best = young_daly(cost_s, mtbf_s)
+    assert slowdown(best) <= min(slowdown(best * f) for f in (0.5, 0.8, 1.25, 2.0))
+    assert slowdown(best) <= min(slowdown(best * f) for f in (0.95, 1.05)) * (1 + 1e-4)
+
+
+def test_the_longest_bound_counts():
+    policy = Frequency(mtbf_s=3600, overhead=0.01)
+    assert policy.interval_s(stall_s=0.001, commit_s=60) == 60
+    assert policy.interval_s(stall_s=2.0, commit_s=1) == 200
+    assert policy.interval_s(stall_s=0.01, commit_s=1) == pytest.approx(math.sqrt(72), rel=0.01)
+    assert policy.steps(stall_s=0.001, commit_s=60, step_s=0.5) == 120
+    assert policy.steps(stall_s=0.0, commit_s=0.0, step_s=0.5) == 1
+    assert "by time to commit" in policy.explain(stall_s=0.001, commit_s=60, step_s=0.5)
+
+
+def test_all_ranks_save_the_same_steps_by_rank_0s_clock(ranks, tmp_path):
+    def job(rank, world):
+        model, optimizer = pair()
+        policy = Frequency(mtbf_s=0.5, overhead=1.0, first=2)
+        with Checkpointer(tmp_path / "c", model=model, optimizer=optimizer, every=policy, keep=None) as ckpt:
+            train(ckpt, model, optimizer, range(40))
+            return sorted(r.step for r in ckpt.reports), [r.ok for r in ckpt.reports]
+
+    ends = ranks(3, job)
+    assert all(end == ends[0] for end in ends)
+    steps, fine = ends[0]
+    assert all(fine) and steps[0] == 2 and len(steps) >= 2
+    assert steps == kept(tmp_path / "c")
+
+
+@pytest.mark.parametrize("wrong", [{"mtbf_s": 0}, {"overhead": 0}, {"overhead": 2}, {"first": 0}])
+def test_a_wrong_frequency(wrong):
+    with pytest.raises(UserError):
+        Frequency(**wrong)
+
+
+# -- observers -------------------------------------------------------------------------------------------------------
+
+
+class Writer:
+    def __init__(self):
+        self.seen = []
+
+    def add_scalar(self, name, value, step):
+        self.seen.append((name, value, step))
+
+
+def test_prometheus_and_tensorboard_see_every_save(tmp_path):
+    model, optimizer = pair()
+    writer = Writer()
+    observers = [PrometheusFile(tmp_path / "undertow.prom", job="a"), TensorBoardScalars(writer)]
+    with Checkpointer(tmp_path / "c", model=model, optimizer=optimizer, every=1, observers=observers) as ckpt:
+        train(ckpt, model, optimizer, range(3))
+        nbytes = sum(report.nbytes for report in ckpt.reports)
+    text = (tmp_path / "undertow.prom").read_text()
+    assert 'undertow_checkpoint_saves_total{job="a",ok="true",tier="disk"} 3.0' in text
+    assert 'undertow_checkpoint_step{job="a",tier="disk"} 2.0' in text
+    written = next(line for line in text.splitlines() if line.startswith("undertow_checkpoint_bytes_total{"))
+    assert float(written.split()[-1]) == nbytes
+    assert {step for _, _, step in writer.seen} == {0, 1, 2}
+    assert {name for name, _, _ in writer.seen} >= {"checkpoint/disk/stall_ms", "checkpoint/disk/commit_s"}
+
+
+def test_an_observer_that_fails_costs_no_save(tmp_path):
+    calls = []
+
+    def broken(report, arena_bytes):
+        calls.append(report.step)
+        raise ValueError("no")
+
+    model, optimizer = pair()
+    with Checkpointer(tmp_path / "c", model=model, optimizer=optimizer, every=1, observers=[broken]) as ckpt:
+        train(ckpt, model, optimizer, range(3))
+    assert calls == [0] and kept(tmp_path / "c") == [0, 1, 2]
+
+
+# -- writers other than the optimizer --------------------------------------------------------------------------------
+
+
+def test_load_state_dict_is_fenced(tmp_path):
+    """Loading into the model, a part of it, or the optimizer while a save is in flight does not tear the save."""
+    for what in ("model", "part", "optimizer"):
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(torch.nn.Linear(700, 700), torch.nn.Linear(700, 700))
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.ones(1, 700)).sum().backward()
+        optimizer.step()
+        before = copy.deepcopy(model.state_dict())
+        with Checkpointer(tmp_path / what, model=model, optimizer=optimizer) as ckpt:
+            ckpt.save(1)
+            target = {"model": model, "part": model[1], "optimizer": optimizer}[what]
+            state = copy.deepcopy(target.state_dict())
+            if what == "optimizer":
+                state["state"][0]["exp_avg"] += 1
+            else:
+                state = {key: value + 1 for key, value in state.items()}
+            target.load_state_dict(state)
+            (report,) = ckpt.wait()
+            assert report.ok, report
+            assert ckpt.restore() == 1
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_copied_or_pickled_model_is_not_watched(tmp_path):
+    import io
+
+    model, optimizer = pair()
+    with Checkpointer(tmp_path / "c", model=model, optimizer=optimizer) as ckpt:
+        ema = copy.deepcopy(model)
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        ckpt.save(1)
+        ema.load_state_dict(model.state_dict())
+        assert ckpt._current is not None  # the copy's load did not fence
+    buffer.seek(0)
+    torch.load(buffer, weights_only=False).load_state_dict(model.state_dict())
+
+
+# -- starts ----------------------------------------------------------------------------------------------------------
+
+
+def test_starts_from_one_step_are_counted(tmp_path, caplog):
+    model, optimizer = pair()
+    with Checkpointer(tmp_path / "c", model=model, optimizer=optimizer, every=1) as ckpt:
+        train(ckpt, model, optimizer, range(2))
+    for start in (1, 2, 3):
+        with Checkpointer(tmp_path / "c", model=model, optimizer=optimizer, every=1) as ckpt:
+            assert ckpt.restore() == 1
+        assert json.loads((tmp_path / "c" / "RESTARTS.json").read_text()) == {"step": 1, "starts": start}
+    assert "start 3 from step 1" in caplog.text
+    with Checkpointer(tmp_path / "c", model=model, optimizer=optimizer, every=1) as ckpt:
+        train(ckpt, model, optimizer, range(2, 3))
+        assert ckpt.restore() == 2
+    assert json.loads((tmp_path / "c" / "RESTARTS.json").read_text()) == {"step": 2, "starts": 1}

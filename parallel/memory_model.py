@@ -162,18 +162,26 @@ def checkpointing_bytes(shape: DecoderShape, rows: int, *, chunked_loss: bool, o
 
 
 def step_flops(
-    shape: DecoderShape, batch: int, tokens: int, *, attention_kept: float, derived: float = 0.0
+    shape: DecoderShape, batch: int, tokens: int, *, attention_kept: float, derived: float = 0.0, chunks: int = 1
 ) -> dict[str, float]:
     """FLOPs of one forward and backward by kind: 'gemm', 'attention_forward', 'attention_backward'.
 
     `attention_kept` and `derived` are fractions of the layers. Attention counts visible pairs only (causal: half).
+    With several chunks, backward projects keys and values of all but the last chunk once more (queries too, which a
+    layer cannot leave out).
     """
     rows = batch * tokens
     forward = 2.0 * rows * shape.layers * shape.layer_parameters
     head = 3 * 2.0 * rows * shape.vocab * shape.width
     attention = 2.0 * batch * tokens * tokens * shape.q * shape.layers
+    keys = 2.0 * rows * shape.layers * shape.width * (shape.q + 2 * shape.kv) * (1 - 1 / chunks)
     return {
-        "gemm": forward * (4 + derived) + head,
+        "gemm": forward * (4 + derived) + head + keys,
         "attention_forward": attention * (2 - attention_kept + derived),
         "attention_backward": 2.5 * attention,
     }
+
+
+def sum_bytes(shape: DecoderShape, chunks: int) -> int:
+    """Device memory traffic of adding a chunk's weight gradients to their float32 sums, over a step."""
+    return 0 if chunks == 1 else 8 * chunks * shape.layers * shape.layer_parameters

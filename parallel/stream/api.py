@@ -1,8 +1,9 @@
 """Switch streaming on and off: `stream_backprop(model)` as a context, or `enable(model)` … `disable(model)`.
 
 Inside, `model(input_ids=…, labels=…).loss.backward()` (or the plain protocol's own call) is streamed; parameters,
-state dict, optimizer and training loop stay as they are. By default everything is chosen: the plan is made anew for
-each forward from the bytes that are free then.
+state dict, optimizer and training loop stay as they are. By default everything is chosen: a plan is made from the bytes
+that are free when a batch shape first comes, and kept for that shape as long as it fits, so that equal steps round
+equally.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def enable(
 ) -> Engine:
     """Stream `model` until `disable`; returns the engine (`report()`, `last_plan`).
 
-    `budget_bytes`: device bytes above weights and gradients (default: what is free on CUDA, no limit on a CPU).
+    `budget_bytes`: device bytes above weights and gradients (default: what is free; 80 % of it on a CPU).
     `host_budget_bytes`: for offload (default: 80 % of free host memory on CUDA, none on a CPU). `chunk`: rows.
     `offload`, `stash`: force all, or none, of layer inputs off the device, of attention outputs kept. `every=2`: keep
     every second layer input. `plan` replaces planning. `UserError` for a model that has no decoder layers.
@@ -58,16 +59,21 @@ def enable(
             raise UserError("every=2 with FSDP", remedy="leave it out: a neighbour's weights are not there in backward")
         spacing = 1
     engine: Engine
+    plans: dict[tuple, StreamPlan] = {}
 
     def planner(x: Tensor) -> StreamPlan:
         if plan is not None:
             return _checked(plan, x, len(adapter.layers))
         on_cuda = x.device.type == "cuda"
-        budget = _free_bytes(model, x.device) if budget_bytes is None and on_cuda else budget_bytes
+        budget = _free_bytes(model, x.device) if budget_bytes is None else budget_bytes
+        budget = budget if engine.limit_bytes is None else min(budget, engine.limit_bytes)
+        key = x.shape, x.dtype, torch.is_grad_enabled()
+        if key in plans and plans[key].device_bytes <= budget:
+            return plans[key]
         host = host_budget_bytes
         if host is None:
             host = _host_bytes(engine) if on_cuda else 0
-        return make_plan(
+        plans[key] = make_plan(
             adapter.shape(x),
             x.shape[0],
             x.shape[1],
@@ -80,6 +86,7 @@ def enable(
             stash=stash,
             kernel=on_cuda,
         )
+        return plans[key]
 
     engine = Engine(adapter, planner, attention_backend=attention_backend)
     engine.enable()
@@ -146,6 +153,8 @@ def _checked(plan: StreamPlan, x: Tensor, layers: int) -> StreamPlan:
 
 def _free_bytes(model: nn.Module, device: torch.device) -> int:
     """Bytes that this process can still allocate, less the gradients that do not exist yet."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available * HOST_SHARE) // detect().local_world_size
     free, _ = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     missing = [p for p in model.parameters() if p.requires_grad and p.grad is None]

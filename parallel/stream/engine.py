@@ -9,6 +9,7 @@ shown once. Outside of a pass (`generate`, a call with a cache) the model is unt
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,9 +17,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from ...dist.units import format_bytes
 from ..memory_model import DecoderShape
 from . import overrides
 from .layer import Answer, LayerCall, NoAttention, Scene, StreamedLayer
@@ -80,6 +83,10 @@ class Tape:
     batch: int = 0
 
 
+def _is_partitioned(layer: nn.Module) -> bool:
+    return any(hasattr(parameter, "ds_id") for parameter in layer.parameters())
+
+
 class Engine:
     """Streams one model. `report()` says for each layer whether it was streamed, and why not."""
 
@@ -93,6 +100,8 @@ class Engine:
         self._names = {id(layer): f"layer {i}" for i, layer in enumerate(adapter.layers)}
         self._streamed: set[str] = set()
         self._enabled = False
+        self.limit_bytes: int | None = None  # on any budget: half of what a plan promised when memory ran out after all
+        self.plain = False  # run everything as without streaming, layer inputs checkpointed (`gate` compares)
 
     # Switching on and off
 
@@ -116,7 +125,7 @@ class Engine:
 
     def report(self) -> dict[str, str]:
         """'streamed' or the reason why not, per layer; layers that have not run yet are missing."""
-        everything = self.reasons.get("model")
+        everything = "streaming was measured to be slower" if self.plain else self.reasons.get("model")
         return {
             name: everything or self.reasons.get(name, "streamed")
             for name in self._names.values()
@@ -132,14 +141,40 @@ class Engine:
         prepared = self.adapter.begin(args, kwargs)
         if prepared is None:
             return forward(*args, **kwargs)
-        if "model" not in self.reasons:
+        failed: StreamPlan | None = None
+        while "model" not in self.reasons and not self.plain:
+            tape = Tape()
             try:
-                with self._pass(Tape()), self.adapter.active():
+                with self._pass(tape), self.adapter.active():
                     return forward(*prepared[0], **prepared[1])
             except Unsupported as reason:
                 self._note("model", str(reason))
+            except torch.OutOfMemoryError:
+                if not self._may_try_again(tape) or tape.plan == failed:
+                    raise
+                failed = tape.plan
+            del tape
+            gc.collect()  # the exception's frames held what the pass had kept
         with self._pass(Tape(plain=True)):
             return forward(*prepared[0], **prepared[1])
+
+    def _may_try_again(self, tape: Tape) -> bool:
+        """After memory ran out in a forward pass: whether a tighter plan is worth a try on this rank alone."""
+        if tape.plan is None:
+            return False
+        self.degrade(tape.plan)
+        return not any(isinstance(layer, FSDPModule) or _is_partitioned(layer) for layer in self.adapter.layers)
+
+    def degrade(self, plan: StreamPlan) -> None:
+        """Memory ran out in spite of `plan`: the next one may promise half of its bytes."""
+        self.limit_bytes = plan.device_bytes // 2
+        warnings.warn(
+            f"undertow: out of memory with a plan of {format_bytes(plan.device_bytes)}; "
+            f"plans now stay below {format_bytes(self.limit_bytes)}",
+            stacklevel=3,
+        )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     @contextlib.contextmanager
     def _pass(self, tape: Tape) -> Iterator[None]:
@@ -189,7 +224,7 @@ class Engine:
             )
         call = LayerCall(scene, layer, args, kwargs)
         params = call.parameters()
-        if any(hasattr(parameter, "ds_id") for parameter in params):
+        if _is_partitioned(layer):
             raise Unsupported("the weights are partitioned by ZeRO stage 3")
         if torch.is_grad_enabled() and (x.requires_grad or params):
             slot = self._slot(tape, plan, call)
@@ -225,6 +260,7 @@ class Engine:
             self.attention_backend,
             any(self.adapter.wants_random_replay(layer) for layer in self.adapter.layers),
             (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
+            lambda: self.degrade(plan),
         )
         if self.courier is None and "host" in (*plan.inputs, *plan.attention):
             self.courier = Courier(x.device)

@@ -55,6 +55,7 @@ class Scene:
     attention_backend: str | None = None
     replay_random: bool = False
     autocast: tuple[bool, torch.dtype] = (False, torch.bfloat16)
+    out_of_memory: Callable[[], None] = lambda: None  # told before the error of a backward goes on
 
     def precision(self, device: torch.device) -> contextlib.AbstractContextManager:
         """The autocast state of the forward call. Its weight cache is off: a cast cached without gradients must not
@@ -312,6 +313,10 @@ class StreamedLayer(torch.autograd.Function):
             shape, dtype = ctx.input
             fits = dy.shape == shape and dy.dtype == dtype
             dx = dy if fits and is_ours(dy, held) else torch.empty(shape, dtype=dtype, device=dy.device)
-        grads = call.backward(slot, dy, dextras, dx)
+        try:
+            grads = call.backward(slot, dy, dextras, dx)
+        except torch.OutOfMemoryError:
+            call.scene.out_of_memory()
+            raise
         ctx.call = ctx.slot = None
         return None, None, dx, *grads

@@ -1,22 +1,28 @@
 """From free bytes and a model's sizes to a `StreamPlan`: a pure function, the same answer on every rank.
 
-Preferences, in order: one chunk when that fits and the sequence is short (chunking buys nothing there); inputs on the
-device, for the last layers first because their backward comes first; the rest on the host; every second input not
-kept at all when the host is full too. What room remains goes to attention outputs, which saves their recomputation.
-When nothing fits, smaller chunks are tried down to `SMALLEST`, and the last resort is returned with a reason, so that a
-run degrades instead of failing in the planner.
+Chunk lengths from the whole sequence down to `SMALLEST` are tried, each with layer inputs where they fit: on the device
+(the last layers first, because their backward comes first), the rest on the host, every second one not kept at all when
+the host is full too. What room remains goes to attention outputs, which saves their recomputation. Of what fits, the
+plan with the least predicted work wins: one chunk is plain checkpointing of whole layers with a chunked loss, so
+chunking is chosen only where it does not fit, or where the room that it frees saves more attention than chunks cost.
+When nothing fits, the tightest plan is returned with a reason, so that a run degrades instead of failing here.
 """
 
 from __future__ import annotations
 
-from ..memory_model import DecoderShape, Moments, loss_bytes, moments
+from dataclasses import replace
+
+from ..memory_model import DecoderShape, Moments, loss_bytes, moments, step_flops, sum_bytes
 from .loss import default_rows
 from .plan import StreamPlan
 
-SHORT = 16384  # rows up to which one chunk is as fast as any
-PREFERRED = 8192
 SMALLEST = 512
 MARGIN = 0.06  # of the budget, for the allocator
+# Relative speeds of an H100 (measured: 8192³ GEMM, cuDNN attention at 32K, device copy); only their ratios matter here.
+RATES = {"gemm": 787e12, "attention_forward": 641e12, "attention_backward": 545e12}
+BYTES_PER_S = 3.0e12
+HOST_BYTES_PER_S = 50e9
+HOST_SEEN = 0.02  # of a copy to the host and back: it is hidden, but device memory is preferred
 
 
 def plan(
@@ -42,17 +48,47 @@ def plan(
     usable = None if budget_bytes is None else int(budget_bytes * (1 - MARGIN))
     rows = loss_rows or _loss_rows(shape, batch * tokens, usable, kernel)
     tried = _chunks(batch, tokens, chunk)
-    last = None
-    for size in tried:
-        for derive in _spacings(every):
-            last = _place(shape, batch, tokens, size, rows, usable, host_bytes, derive, offload, stash, kernel)
-            if last is not None:
-                reason = "" if size == tried[0] else f"chunks of {tried[0]} rows do not fit the budget"
-                return _with(last, reason, loss_rows)
+    found = [
+        placed
+        for size in tried
+        for derive in _spacings(every)
+        if (placed := _place(shape, batch, tokens, size, rows, usable, host_bytes, derive, offload, stash, kernel))
+    ]
+    if found:
+        best = min(found, key=lambda candidate: cost(candidate, shape))
+        return replace(best, reason=_reason(best, found, tried, shape), loss_rows=loss_rows or best.loss_rows)
     place = "host" if host_bytes > 0 and offload is not False else "device"
     inputs = tuple("derived" if every == 2 and layer % 2 else place for layer in range(shape.layers))
     tightest = StreamPlan(batch, tokens, min(tried[-1], tokens), inputs, ("none",) * shape.layers, rows)
-    return _with(_predicted(tightest, shape, kernel), "even the smallest plan exceeds the budget", loss_rows)
+    return replace(_predicted(tightest, shape, kernel), reason="even the smallest plan exceeds the budget")
+
+
+def cost(plan: StreamPlan, shape: DecoderShape) -> float:
+    """Seconds of one forward and backward on a machine of `RATES`: for comparing plans, not for promising."""
+    chunks, layers = len(plan.bounds), len(plan.inputs)
+    kept = (layers - plan.attention.count("none")) / layers
+    work = step_flops(
+        shape,
+        plan.batch,
+        plan.tokens,
+        attention_kept=kept,
+        derived=plan.inputs.count("derived") / layers,
+        chunks=chunks,
+    )
+    copies = HOST_SEEN * 2 * plan.host_bytes / HOST_BYTES_PER_S
+    return sum(amount / RATES[kind] for kind, amount in work.items()) + sum_bytes(shape, chunks) / BYTES_PER_S + copies
+
+
+def _reason(best: StreamPlan, found: list[StreamPlan], tried: list[int], shape: DecoderShape) -> str:
+    if len(tried) == 1:
+        return ""
+    if len(best.bounds) == 1:
+        return "one chunk fits: plain checkpointing of whole layers, with a chunked loss"
+    longest = max(found, key=lambda candidate: candidate.chunk)
+    if longest.chunk > best.chunk:
+        gain = cost(longest, shape) / cost(best, shape) - 1
+        return f"longer chunks fit, but the room saves more attention ({gain:.1%} of a step, predicted)"
+    return "longer chunks do not fit the budget"
 
 
 def _loss_rows(shape: DecoderShape, rows: int, usable: int | None, kernel: bool) -> int:
@@ -66,10 +102,10 @@ def _loss_rows(shape: DecoderShape, rows: int, usable: int | None, kernel: bool)
 def _chunks(batch: int, tokens: int, chunk: int | None) -> list[int]:
     if chunk is not None:
         return [min(chunk, tokens)]
-    first = tokens if batch * tokens <= SHORT else min(tokens, max(SMALLEST, PREFERRED // batch))
-    sizes = [first]
-    while sizes[-1] > SMALLEST:
-        sizes.append(max(SMALLEST, sizes[-1] // 2))
+    sizes = [tokens]
+    while sizes[-1] * batch > SMALLEST and sizes[-1] > 128:
+        half = -(-sizes[-1] // 2)
+        sizes.append(min(-(-half // 128) * 128, sizes[-1] - 1) if half > 128 else 128)  # whole tiles for the kernels
     return sizes
 
 
@@ -151,18 +187,4 @@ def _predicted(plan: StreamPlan, shape: DecoderShape, kernel: bool) -> StreamPla
     host = plan.inputs.count("host") * rows * shape.width * shape.element_size
     host += plan.attention.count("host") * rows * (shape.q * shape.element_size + 4 * shape.heads)
     peak = _moments(plan, shape, kernel).peak
-    return StreamPlan(plan.batch, plan.tokens, plan.chunk, plan.inputs, plan.attention, plan.loss_rows, peak, host)
-
-
-def _with(plan: StreamPlan, reason: str, loss_rows: int | None) -> StreamPlan:
-    return StreamPlan(
-        plan.batch,
-        plan.tokens,
-        plan.chunk,
-        plan.inputs,
-        plan.attention,
-        loss_rows or plan.loss_rows,
-        plan.device_bytes,
-        plan.host_bytes,
-        reason,
-    )
+    return replace(plan, device_bytes=peak, host_bytes=host)

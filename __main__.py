@@ -13,10 +13,12 @@ VERBS = {
     "demo": (".examples.demo", "train, kill a rank, restart, and show that the runs are bit-identical"),
     "ckpt": (".checkpointing.cli", "list, verify, inspect and prune checkpoints"),
     "stream": (".parallel.stream.cli", "plan streamed backpropagation for a model and a length"),
+    "deepspeed": (".integrations.deepspeed_cli", "check a DeepSpeed configuration, verify and convert its checkpoints"),
     "probe": (".dist.probe", "measure this machine and write its JSON file"),
     "simulate": (".comms.simulate_cli", "simulate a communication schedule and draw its timeline"),
     "bench": (".benchmarks.cli", "run a benchmark against its rivals"),
     "stream": (".parallel.stream.cli", "plan streamed backpropagation: memory, time and the longest sequence"),
+    "workloads": (".examples.workloads.cli", "learning methods on top of the systems: list, train, claim, compare"),
     "mpi": (".mpi_interpose.cli", "the MPI datatype interposer: run, doctor, measure, explain, build"),
     "env": (".dist.environment", "print everything that a bug report needs"),
 }

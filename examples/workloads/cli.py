@@ -1,0 +1,221 @@
+"""`undertow workloads list | train | claim | compare`: learning methods with any of the systems on or off."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+from rich.console import Console
+
+from ...dist import launch
+from ...dist.errors import UserError
+from ...dist.launch import Launch
+from ...dist.progress import Progress
+from . import report
+from .contract import PRESETS, Place, Workload
+from .judge import Verdict, judge
+from .loop import Outcome, run
+from .registry import MODULES, all_workloads, get
+from .switches import Switches
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Learning methods as workloads: each checks its paper's claim, and the toolkit, at small scale.",
+)
+Preset = Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}: seconds, minutes, or a GPU.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Changes = Annotated[list[str] | None, typer.Option("--set", help="Change an option, e.g. --set steps=50.")]
+Lazy = Annotated[str, typer.Option("--checkpoint", help="lazy: asynchronous checkpoints; off.")]
+Stream = Annotated[bool, typer.Option("--stream", help="Streamed backpropagation.")]
+Chunk = Annotated[int | None, typer.Option("--stream-chunk", help="Rows of a chunk (default: planned).")]
+Context = Annotated[int, typer.Option("--context-parallel", help="Ranks that share each sequence.")]
+Overlap = Annotated[str, typer.Option("--overlap", help="auto or off: overlapped tensor parallelism.")]
+Halo = Annotated[str, typer.Option("--halo", help="off, gloo, or mpi (under `undertow mpi run -- mpirun`).")]
+
+
+@app.command("list")
+def list_() -> None:
+    """The workloads, their claims and the systems they exercise."""
+    rows = [
+        (w.name, w.title, w.paper, ", ".join(w.variants), ", ".join(sorted(w.exercises)), str(len(w.claims)))
+        for w in all_workloads()
+    ]
+    report.show(("name", "method", "paper", "variants (first: the method)", "exercises", "claims"), rows, "workloads")
+
+
+@app.command()
+def train(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(MODULES)}.")],
+    variant: Annotated[str | None, typer.Option(help="Default: the method itself.")] = None,
+    preset: Preset = "ci",
+    seed: Annotated[int, typer.Option(help="Seed of data, weights and order.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="The run's folder (default runs/workloads/NAME).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    changes: Changes = None,
+    device: Device = "cpu",
+    checkpoint: Lazy = "lazy",
+    stream: Stream = False,
+    stream_chunk: Chunk = None,
+    context_parallel: Context = 1,
+    overlap: Overlap = "off",
+    halo: Halo = "off",
+) -> None:
+    """Run one variant of one workload; alone, or under torchrun or mpirun."""
+    workload = get(name)
+    switches = Switches(checkpoint, stream, stream_chunk, context_parallel, overlap, halo)
+    variant = variant or workload.method
+    config = workload.config(preset, variant, **{"seed": seed, **parse(changes or [])})
+    out = out or Path("runs/workloads") / name
+    with job(device) as (here, where):
+        folder_for(out, here, {"workload": name, "variant": variant, "preset": preset, **asdict(config)}, resume)
+        place = Place(here, out, out / "shared", switches, where)
+        with Progress(config.steps, f"{name}: {variant}", enabled=here.rank == 0) as bar:
+            outcome = run(workload, variant, preset, config, place, resume=resume, tell=bar.update)
+        if here.rank == 0:
+            outcome.dump(place)
+            report.plot(out, [(workload, [outcome])])
+            head, rows = report.variant_rows(workload, [outcome])
+            report.show(head, rows, workload.title)
+            for system, counts in outcome.evidence.items():
+                typer.echo(f"{system}: " + ", ".join(f"{key} {value:g}" for key, value in counts.items()))
+
+
+@app.command()
+def claim(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(MODULES)}.")],
+    preset: Preset = "ci",
+    seeds: Annotated[int, typer.Option(help="How many seeds, from 0.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Folder (default runs/workloads/claims).")] = None,
+    device: Device = "cpu",
+    checkpoint: Lazy = "lazy",
+) -> None:
+    """Check one workload's claims; exit status 1 when one fails that is expected to hold."""
+    verdicts = comparison([name], preset, seeds, out or Path("runs/workloads/claims"), device, checkpoint)
+    if any(not verdict.holds and verdict.claim.expected for verdict in verdicts):
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    names: Annotated[list[str] | None, typer.Argument(help="Which workloads (default: all).")] = None,
+    preset: Preset = "small",
+    seeds: Annotated[int, typer.Option(help="How many seeds, from 0.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="Folder (default runs/workloads/PRESET).")] = None,
+    device: Device = "cpu",
+    checkpoint: Lazy = "lazy",
+) -> None:
+    """Run every variant of every workload over seeds; print the table of claims, what failed shown as failed."""
+    comparison(names or list(MODULES), preset, seeds, out or Path("runs/workloads") / preset, device, checkpoint)
+
+
+def comparison(names: Sequence[str], preset: str, seeds: int, out: Path, device: str, checkpoint: str) -> list[Verdict]:
+    """All variants and seeds of `names`, reported on the terminal and under `out`."""
+    if seeds < 1:
+        raise UserError(f"--seeds {seeds}", expected="at least 1")
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset}", expected=f"one of {', '.join(PRESETS)}")
+    workloads, switches = [get(name) for name in names], Switches(checkpoint)
+    done: list[tuple[Workload, list[Outcome]]] = []
+    verdicts: list[Verdict] = []
+    with job(device) as (here, where):
+        folder_for(out, here, {"workloads": list(names), "preset": preset, "seeds": seeds}, False)
+        for workload in workloads:
+            outcomes = everything(workload, preset, seeds, out, here, where, switches)
+            done.append((workload, outcomes))
+            verdicts += judge(workload, preset, outcomes)
+            if here.rank == 0:
+                head, rows = report.variant_rows(workload, outcomes)
+                report.show(head, rows, workload.title)
+                report.write(out, preset, done, verdicts)
+        if here.rank == 0:
+            report.show(report.CLAIM_HEAD, report.claim_rows(verdicts), f"claims at preset {preset}")
+            Console(stderr=True).print(f"written: {out / 'table.md'}, {out / 'result.json'}", highlight=False)
+    return verdicts
+
+
+def everything(
+    workload: Workload, preset: str, seeds: int, out: Path, here: Launch, where: torch.device, switches: Switches
+) -> list[Outcome]:
+    outcomes = []
+    configs = [workload.config(preset, v, seed=s) for s in range(seeds) for v in workload.variants]
+    with Progress(sum(c.steps for c in configs), workload.name, enabled=here.rank == 0, unit="update") as bar:
+        for config, (seed, variant) in zip(configs, [(s, v) for s in range(seeds) for v in workload.variants]):
+            home = out / workload.name / f"seed-{seed}"
+            folder = home / "".join(c if c.isalnum() else "-" for c in variant)
+            place = Place(here, folder, home / "shared", switches, where)
+            bar.update(0, variant=variant, seed=seed)
+            outcome = run(workload, variant, preset, config, place, tell=bar.update)
+            if here.rank == 0:
+                outcome.dump(place)
+            outcomes.append(outcome)
+    return outcomes
+
+
+@contextmanager
+def job(device: str) -> Iterator[tuple[Launch, torch.device]]:
+    """The process group of this job, if it has more than one rank."""
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}", expected="cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no CUDA device", remedy="pass --device cpu")
+    here = launch.detect()
+    where = launch.local_device(here, device)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_num_threads(1)  # the models are small: a second thread costs more than it does, and sums in another order
+    if here.world_size > 1:
+        launch.init_process_group(here, device=where)
+    try:
+        yield here, where
+    finally:
+        if here.world_size > 1:
+            dist.destroy_process_group()
+
+
+def folder_for(out: Path, here: Launch, content: dict[str, Any], resume: bool) -> None:
+    """Rank 0 makes the run's folder, or refuses one that holds another run; its verdict is every rank's."""
+    problem = [""]
+    if here.rank == 0:
+        path, now = out / "config.json", json.loads(json.dumps(content))
+        try:
+            if path.exists() and not resume:
+                problem = [f"{out} holds a run already; to mend it: pass another --out, or --resume (train only)"]
+            elif path.exists() and json.loads(path.read_text()) != now:
+                problem = [f"{out} holds a run of another configuration; to mend it: pass another --out"]
+            elif not path.exists() and out.exists() and any(out.iterdir()):
+                problem = [f"{out} holds other files; to mend it: pass another --out"]
+            else:
+                out.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(now, indent=2) + "\n")
+        except (OSError, ValueError) as error:
+            problem = [f"cannot use the folder {out} ({error}); to mend it: pass another --out"]
+    if here.world_size > 1:
+        dist.broadcast_object_list(problem, src=0)
+    if problem[0]:
+        raise UserError(problem[0])
+
+
+def parse(changes: Sequence[str]) -> dict[str, Any]:
+    """`name=value` pairs; values as JSON where they are, else as text."""
+    found: dict[str, Any] = {}
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if not equals:
+            raise UserError(f"--set {change}", expected="name=value")
+        try:
+            found[name] = json.loads(text)
+        except ValueError:
+            found[name] = text
+    return found
+
+
+def main(argv: list[str]) -> int:
+    return app(args=argv, prog_name="undertow workloads", standalone_mode=False) or 0

@@ -1,0 +1,142 @@
+"""What a comparison leaves behind: a table for people (terminal and table.md), result.json for programs, plots."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean, pstdev
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ...dist.log import get_logger
+from .contract import Workload
+from .judge import Verdict
+from .loop import Outcome
+
+log = get_logger(__name__)
+
+
+def _spread(values: Sequence[float]) -> str:
+    shown = f"{fmean(values):.3f}"
+    return shown if len(values) == 1 else f"{shown} ± {pstdev(values):.3f}"
+
+
+def claim_rows(verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
+    rows = []
+    for verdict in verdicts:
+        claim = verdict.claim
+        against = claim.baseline or "a fixed value"
+        sign = "≥" if claim.relation == ">=" else "≤"
+        rows.append(
+            (
+                verdict.workload,
+                claim.text,
+                f"{claim.metric}: {claim.variant} {_spread(verdict.values)}",
+                f"{sign} {_spread(verdict.references)} ({against}, {claim.margin:+g})",
+                f"{sum(verdict.each)}/{len(verdict.seeds)}",
+                verdict.word,
+            )
+        )
+    return rows
+
+
+CLAIM_HEAD = ("workload", "claim", "measured", "asked", "seeds", "verdict")
+
+
+def variant_rows(workload: Workload, outcomes: Sequence[Outcome]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """One row per variant: its metrics over the seeds, and what it cost."""
+    names = list(dict.fromkeys(name for outcome in outcomes for name in outcome.metrics))
+    head = ("variant", "what it is", *names, "updates", "CPU s")
+    rows = []
+    for name, variant in workload.variants.items():
+        own = [outcome for outcome in outcomes if outcome.variant == name]
+        if own:
+            diverged = sum(outcome.diverged for outcome in own)
+            cells = [_spread([outcome.metrics.get(metric, float("nan")) for outcome in own]) for metric in names]
+            note = variant.note + (f" (diverged {diverged}/{len(own)})" if diverged else "")
+            updates = str(round(fmean(outcome.updates for outcome in own)))
+            rows.append((name, note, *cells, updates, f"{fmean(outcome.cpu_s for outcome in own):.1f}"))
+    return head, rows
+
+
+def show(head: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> None:
+    """Print a table: as wide as the terminal, or wide enough for a log."""
+    table = Table(title=title, title_justify="left")
+    for name in head:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [" | ".join(head), " | ".join("---" for _ in head), *(" | ".join(row) for row in rows)]
+    return "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+def write(
+    out: Path, preset: str, done: Sequence[tuple[Workload, Sequence[Outcome]]], verdicts: Sequence[Verdict]
+) -> None:
+    """table.md, result.json and the plots."""
+    seeds = sorted({outcome.seed for _, outcomes in done for outcome in outcomes})
+    systems = sorted({system for _, outcomes in done for outcome in outcomes for system in outcome.systems})
+    parts = [
+        f"# Claims at preset `{preset}`, seeds {', '.join(map(str, seeds))}\n",
+        f"{platform.machine()}, torch {torch.__version__}, systems on: {', '.join(systems) or 'none'}. "
+        "A claim holds when it holds on the mean and in more than half of the seeds.\n",
+        markdown(CLAIM_HEAD, claim_rows(verdicts)),
+    ]
+    for workload, outcomes in done:
+        parts.append(f"## {workload.title}\n\n{workload.paper}. Variants at equal {workload.equal}.\n")
+        parts.append(markdown(*variant_rows(workload, outcomes)))
+    (out / "table.md").write_text("\n".join(parts))
+    content = {
+        "preset": preset,
+        "torch": torch.__version__,
+        "runs": [{**asdict(o), "losses": len(o.losses)} for _, outcomes in done for o in outcomes],
+        "claims": [{**asdict(v), "each": v.each, "holds": v.holds, "verdict": v.word} for v in verdicts],
+    }
+    (out / "result.json").write_text(json.dumps(content, indent=1) + "\n")
+    plot(out, done)
+
+
+def plot(out: Path, done: Sequence[tuple[Workload, Sequence[Outcome]]]) -> None:
+    """losses.png: every variant of every workload, one panel each; says so when matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        log.info("no losses.png: pip install 'undertow[plots]' brings matplotlib")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [(workload, outcomes) for workload, outcomes in done if any(outcome.losses for outcome in outcomes)]
+    if not shown:
+        return
+    columns = min(2, len(shown))
+    height = -(-len(shown) // columns)
+    figure, axes = pyplot.subplots(height, columns, figsize=(6 * columns, 3.4 * height), squeeze=False)
+    for panel in axes.flat[len(shown) :]:
+        panel.set_visible(False)
+    for panel, (workload, outcomes) in zip(axes.flat, shown):
+        first = min(outcome.seed for outcome in outcomes)
+        for outcome in outcomes:
+            if outcome.seed == first and outcome.losses:
+                panel.plot(_smooth(outcome.losses), linewidth=1, label=outcome.variant)
+        panel.set(title=workload.name, xlabel="update", ylabel="training loss")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(out / "losses.png", dpi=110)
+    pyplot.close(figure)
+
+
+def _smooth(values: Sequence[float], width: int = 10) -> list[float]:
+    """The mean over each window of `width` updates."""
+    return [fmean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]

@@ -1,0 +1,147 @@
+"""Parameter sharing, stable version: all weights of a model live in one vector of m floats.
+
+After "In defense of parameter sharing for model compression" (Desai & Shrivastava, ICLR 2024). Weight i of the
+flattened model is λ(layer) · g(i) · ψ[h(i)], with g = ±1. ROAST hashes each chunk by itself, so weights collide even
+where m = n; STABLE hashes the flattened model as a whole: each run of m weights is a permutation of ψ, so at m = n
+nothing collides, and below every entry has the same number of sharers. The gradient of an entry is divided by Σ λ² of
+its sharers, which makes a step independent of ψ's scale. The paper's exact scaler was not at hand; this one follows
+from asking that a step on ψ moves the weights as a step on the weights would.
+
+For the toolkit: what is checkpointed and reduced is m floats, not n, and an entry's gradient is complete only after
+the last layer that shares it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...dist.errors import UserError
+from . import digits
+from .contract import Claim, Config, Metrics, Place, Variant, Workload
+
+SIZES = (64, 64, 48, 10)
+CHUNK = 16  # ROAST's chunk of consecutive weights
+
+
+@dataclass(frozen=True)
+class SharingConfig(Config):
+    """`sharing`: full, stable, roast, prune (train, keep the largest, no retraining) or random (keep any, train)."""
+
+    sharing: str = "stable"
+    compression: int = 50
+    init: float = 0.05  # standard deviation of ψ
+
+
+class SharedMLP(nn.Module):
+    """An MLP whose matrices are views into one vector; biases are left out, as they would not be shared."""
+
+    index: Tensor
+    factor: Tensor
+    scaler: Tensor
+
+    def __init__(self, config: SharingConfig) -> None:
+        super().__init__()
+        shapes = [(out, into) for into, out in zip(SIZES, SIZES[1:])]
+        counts = [out * into for out, into in shapes]
+        weights = sum(counts)
+        memory = max(1, weights // config.compression)
+        generator = torch.Generator().manual_seed(config.seed)
+        stds = torch.cat([torch.full((c,), (2 / into) ** 0.5) for c, (_, into) in zip(counts, shapes)])
+        sign = torch.randint(0, 2, (weights,), generator=generator) * 2.0 - 1
+        if config.sharing == "stable":
+            runs = [torch.randperm(memory, generator=generator) for _ in range(-(-weights // memory))]
+            index = torch.cat(runs)[:weights]
+        elif config.sharing == "roast":
+            starts = torch.randint(0, max(1, memory - CHUNK), (-(-weights // CHUNK),), generator=generator)
+            index = (starts[:, None] + torch.arange(CHUNK)).flatten()[:weights] % memory
+        else:
+            memory, index = weights, torch.arange(weights)
+        lam = stds / config.init
+        squares = torch.zeros(memory).index_add_(0, index, lam**2)
+        scaler = 1 / squares.clamp_min(1e-12) if config.sharing != "roast" else torch.ones(memory)
+        if config.sharing == "random":  # a random subset of the weights, chosen before training
+            sign = sign * (torch.rand(weights, generator=generator) < 1 / config.compression)
+        self.shapes, self.counts = shapes, counts
+        self.psi = nn.Parameter(torch.randn(memory, generator=generator) * config.init)
+        self.register_buffer("index", index, persistent=False)
+        self.register_buffer("factor", lam * sign, persistent=False)
+        self.register_buffer("scaler", scaler, persistent=False)
+        self.psi.register_hook(lambda gradient: gradient * self.scaler)
+
+    def weights(self) -> Tensor:
+        """All weights of the model, flat [n]."""
+        return self.factor * self.psi[self.index]
+
+    def forward(self, x: Tensor, flat: Tensor | None = None) -> Tensor:
+        parts = (self.weights() if flat is None else flat).split(self.counts)
+        for number, (part, shape) in enumerate(zip(parts, self.shapes)):
+            x = F.linear(x if number == 0 else F.relu(x), part.view(shape))
+        return x
+
+
+class Digits:
+    def __init__(self, config: SharingConfig) -> None:
+        self.config = config
+        self.train, _, self.test = digits.load()
+
+    def batch(self, step: int, rows: slice) -> tuple[Tensor, Tensor]:
+        return self.train.batch(seed=self.config.seed, step=step, rows=rows, batch=self.config.batch)
+
+
+def build(config: SharingConfig, data: Digits, place: Place) -> SharedMLP:
+    if config.sharing not in ("full", "stable", "roast", "prune", "random"):
+        raise UserError(f"sharing {config.sharing}", expected="full, stable, roast, prune or random")
+    return SharedMLP(config)
+
+
+def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+@torch.no_grad()
+def evaluate(model: SharedMLP, data: Digits, config: SharingConfig) -> Metrics:
+    flat = model.weights()
+    if config.sharing == "prune":  # the fully informed rival: keeps the largest weights of the trained model
+        keep = max(1, len(flat) // config.compression)
+        flat = flat * (flat.abs() >= flat.abs().topk(keep).values[-1])
+    stored = model.psi.numel() if config.sharing in ("stable", "roast", "full") else len(flat) // config.compression
+    score = digits.accuracy(model(data.test.x, flat), data.test.y) if bool(flat.isfinite().all()) else float("nan")
+    return {"accuracy": score, "stored": float(stored), "weights": float(len(flat))}
+
+
+BASE = SharingConfig(steps=300, batch=128, lr=0.05, optimizer="sgd", clip=0.0, checkpoint_every=100)
+WORKLOAD = Workload(
+    name="stable-rps",
+    title="STABLE-RPS: all weights of a model in one small vector",
+    paper="Desai & Shrivastava, ICLR 2024",
+    presets={"ci": BASE, "small": BASE.but(steps=600), "gpu": BASE.but(steps=2000)},
+    data=lambda config, place: Digits(config),
+    model=build,
+    loss=loss,
+    evaluate=evaluate,
+    variants={
+        "stable x50": Variant("the method at a fiftieth of the weights"),
+        "full": Variant("no sharing", {"sharing": "full", "compression": 1}),
+        "stable x1": Variant("as many floats as weights", {"compression": 1}),
+        "stable x1, init 1": Variant("the same from another scale", {"compression": 1, "init": 1.0}),
+        "roast x1": Variant("chunk-wise hashing, no scaler", {"sharing": "roast", "compression": 1}),
+        "roast x50, init 1": Variant("its best scale here", {"sharing": "roast", "init": 1.0}),
+        "prune x50": Variant("largest weights of the trained model", {"sharing": "prune"}),
+        "random x50": Variant("random weights kept, then trained", {"sharing": "random"}),
+    },
+    claims=(
+        Claim("continuity: nothing lost at m = n", "accuracy", "stable x1", "full", -0.02),
+        Claim("stability: ψ's scale does not matter", "accuracy", "stable x1, init 1", "stable x1", -0.02),
+        Claim("beats pruning at 50×", "accuracy", "stable x50", "prune x50", 0.1),
+        Claim("beats a random subset at 50×", "accuracy", "stable x50", "random x50", 0.1),
+        Claim("beats ROAST at 50×", "accuracy", "stable x50", "roast x50, init 1", 0.0, expected=False),
+    ),
+    exercises=frozenset({"checkpoint"}),
+    equal="updates",
+    needs=("scikit-learn",),
+)

@@ -1,0 +1,70 @@
+"""Which systems a run of a workload switches on, and the one place where a combination is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass
+
+from ...dist.errors import UserError
+
+SYSTEMS = {
+    "checkpoint": "lazy asynchronous checkpoints (--checkpoint lazy)",
+    "stream": "streamed backpropagation (--stream)",
+    "ring": "TokenRing attention over ranks (--context-parallel N)",
+    "overlap": "overlapped tensor parallelism (--overlap auto)",
+    "halo": "boundary rows by MPI datatypes (--halo mpi, under `undertow mpi run`)",
+}
+PENDING = frozenset({"ring", "overlap"})  # named by workloads, not yet switched by their loop
+
+
+@dataclass(frozen=True)
+class Switches:
+    """None of them changes what is computed, beyond rounding. `halo`: off, gloo (the plain way) or mpi."""
+
+    checkpoint: str = "lazy"
+    stream: bool = False
+    stream_chunk: int | None = None
+    context: int = 1
+    overlap: str = "off"
+    halo: str = "off"
+
+    def __post_init__(self) -> None:
+        choices = {"checkpoint": ("lazy", "off"), "overlap": ("auto", "off"), "halo": ("off", "gloo", "mpi")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"--{name} {getattr(self, name)}", expected=f"one of {', '.join(known)}")
+        if self.context < 1:
+            raise UserError(f"--context-parallel {self.context}", expected="at least 1")
+        if self.stream_chunk is not None and (not self.stream or self.stream_chunk < 1):
+            raise UserError(f"--stream-chunk {self.stream_chunk}", expected="at least 1, together with --stream")
+
+    @property
+    def on(self) -> list[str]:
+        """The systems switched on."""
+        asked = {
+            "checkpoint": self.checkpoint != "off",
+            "stream": self.stream,
+            "ring": self.context > 1,
+            "overlap": self.overlap != "off",
+            "halo": self.halo != "off",
+        }
+        return [name for name, on in asked.items() if on]
+
+    def check(self, workload: str, exercises: Set[str], world_size: int) -> None:
+        """Refuse what this workload, or this version of the package, cannot do."""
+        for system in self.on:
+            if system not in exercises:
+                raise UserError(
+                    f"{workload} does not use {SYSTEMS[system]}", expected=f"one of {', '.join(sorted(exercises))}"
+                )
+            if system in PENDING:
+                raise UserError(f"workloads cannot use {SYSTEMS[system]} yet", remedy="leave the switch out")
+        if self.context > 1 and self.context != world_size:
+            raise UserError(
+                f"--context-parallel {self.context} on {world_size} ranks",
+                expected="as many ranks as shards",
+                remedy=f"start with torchrun --standalone --nproc-per-node {self.context}",
+            )
+
+
+PLAIN = Switches(checkpoint="off")

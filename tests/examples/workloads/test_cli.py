@@ -1,0 +1,64 @@
+"""`undertow workloads` as typed: what it prints, what it leaves behind, what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from undertow.__main__ import main
+from undertow.examples.workloads.registry import MODULES
+
+QUICK = ["--set", "steps=6", "--set", "checkpoint_every=2"]
+
+
+def test_the_list_names_every_workload(capsys):
+    assert main(["workloads", "list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in MODULES)
+
+
+def test_a_run_leaves_its_result_and_can_be_resumed(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["workloads", "train", "stable-rps", "--out", str(out), *QUICK]) == 0
+    result = json.loads((out / "result.json").read_text())
+    assert result["updates"] == 6 and result["evidence"]["checkpoint"]["commits"] == 4
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 6
+    assert "checkpoint: commits 4" in capsys.readouterr().out
+    assert main(["workloads", "train", "stable-rps", "--out", str(out), *QUICK]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert main(["workloads", "train", "stable-rps", "--out", str(out), *QUICK, "--resume"]) == 0
+    again = json.loads((out / "result.json").read_text())
+    assert again["updates"] == 0 and again["weights"] == result["weights"]
+    assert main(["workloads", "train", "stable-rps", "--out", str(out), "--resume", "--seed", "1"]) == 2
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["train", "nothing"], "no workload 'nothing'"),
+        (["train", "stable-rps", "--variant", "y"], "no variant 'y'"),
+        (["train", "stable-rps", "--preset", "y"], "no preset 'y'"),
+        (["train", "stable-rps", "--set", "steps"], "--set steps"),
+        (["train", "stable-rps", "--stream", "--out", "run"], "stable-rps does not use streamed"),
+        (["claim", "stable-rps", "--seeds", "0"], "--seeds 0"),
+        (["compare", "--preset", "y"], "--preset y"),
+    ],
+)
+def test_what_cannot_be_run_is_one_clear_line(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["workloads", *words]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed and "Traceback" not in printed
+
+
+@pytest.mark.slow
+def test_a_comparison_writes_table_result_and_plot(tmp_path, capsys):
+    out = tmp_path / "claims"
+    assert main(["workloads", "claim", "stable-rps", "--out", str(out)]) == 0
+    table, result = (out / "table.md").read_text(), json.loads((out / "result.json").read_text())
+    assert len(result["claims"]) == 5 and all(len(claim["values"]) == 1 for claim in result["claims"])
+    for claim in result["claims"]:
+        assert claim["claim"]["text"] in table and claim["verdict"] in table
+    assert (out / "losses.png").stat().st_size > 10_000
+    assert "beats pruning" in capsys.readouterr().out

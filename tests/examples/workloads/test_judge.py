@@ -1,0 +1,88 @@
+"""Verdicts follow from numbers alone, and a diverged run counts against whoever diverged."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from undertow.dist.errors import UserError
+from undertow.examples.workloads.contract import Claim, Config, Variant, Workload
+from undertow.examples.workloads.judge import judge
+from undertow.examples.workloads.loop import Outcome
+from undertow.examples.workloads.report import claim_rows, markdown
+from undertow.examples.workloads.switches import PENDING, Switches
+
+CLAIM = Claim("ours is better", "score", "ours", "theirs", 0.1)
+
+
+def workload(*claims: Claim) -> Workload:
+    def never(*unused):
+        raise AssertionError("a verdict needs no run")
+
+    variants = {"ours": Variant("ours"), "theirs": Variant("theirs", {"lr": 0.5})}
+    presets = {"ci": Config(steps=3), "small": Config(steps=4), "gpu": Config(steps=5)}
+    return Workload(
+        "x", "X", "none", presets, never, never, never, never, variants, claims, frozenset({"checkpoint"}), "updates"
+    )
+
+
+def outcome(variant: str, seed: int, score: float) -> Outcome:
+    diverged = math.isnan(score)
+    return Outcome("x", variant, "ci", seed, {"score": score}, [1.0], 1, diverged, "", 0.0, 1, [])
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, relation, holds",
+    [
+        ([0.5], [0.4], ">=", True),
+        ([0.49], [0.4], ">=", False),
+        ([0.9, 0.9, 0.1], [0.4, 0.4, 0.4], ">=", True),
+        ([0.9, 0.45, 0.45], [0.4, 0.4, 0.4], ">=", False),  # on the mean, but in one seed of three
+        ([0.5, 0.5, 0.0], [0.4, 0.4, 0.4], ">=", False),  # in two seeds of three, but not on the mean
+        ([0.5], [0.4], "<=", True),
+        ([0.51], [0.4], "<=", False),
+        ([0.2], [math.nan], ">=", True),
+        ([math.nan], [0.4], ">=", False),
+        ([math.nan], [math.nan], ">=", False),
+    ],
+)
+def test_a_claim_holds_on_the_mean_and_in_most_seeds(ours, theirs, relation, holds):
+    runs = [outcome(name, s, v) for name, values in (("ours", ours), ("theirs", theirs)) for s, v in enumerate(values)]
+    (verdict,) = judge(workload(replace(CLAIM, relation=relation)), "ci", runs)
+    assert verdict.holds is holds
+    assert ("holds" in verdict.word) is holds
+
+
+def test_failed_claims_stand_in_the_table_as_failed():
+    runs = [outcome("ours", 0, 0.1), outcome("theirs", 0, 0.4)]
+    for expected, word in ((True, "FAILED"), (False, "FAILED (as measured before)")):
+        (verdict,) = judge(workload(replace(CLAIM, expected=expected)), "ci", runs)
+        assert claim_rows([verdict])[0][-1] == word
+        assert word in markdown(("a",) * 6, claim_rows([verdict]))
+
+
+def test_a_claim_of_another_preset_is_not_judged():
+    runs = [outcome("ours", 0, 0.1), outcome("theirs", 0, 0.4)]
+    assert judge(workload(replace(CLAIM, presets=("gpu",))), "ci", runs) == []
+
+
+@pytest.mark.parametrize("changes", [{"stepz": 1}, {"steps": "many"}, {"steps": 1.5}])
+def test_options_that_do_not_exist_or_are_of_another_kind_are_refused(changes):
+    with pytest.raises(UserError, match="expected"):
+        workload().config("ci", "ours", **changes)
+    assert workload().config("ci", "theirs").lr == 0.5
+    assert workload().config("ci", "theirs", lr=1).lr == 1
+
+
+def test_combinations_are_refused_by_name():
+    with pytest.raises(UserError, match="x does not use streamed"):
+        Switches(stream=True).check("x", {"checkpoint"}, 1)
+    for name in PENDING:
+        switches = {"ring": Switches(context=2), "overlap": Switches(overlap="auto")}[name]
+        with pytest.raises(UserError, match="cannot use .* yet"):
+            switches.check("x", {"checkpoint", name}, 2)
+    for wrong in ({"checkpoint": "eager"}, {"halo": "tcp"}, {"context": 0}, {"stream_chunk": 4}):
+        with pytest.raises(UserError, match="expected"):
+            Switches(**wrong)

@@ -63,10 +63,6 @@ def functional_optimizer(job: Job) -> None:
     )  # fmt: skip
 
 
-def load_model(job: Job) -> None:
-    job.model.load_state_dict(Job(seed=5).model.state_dict())
-
-
 def load_optimizer_values(job: Job) -> None:
     for values in job.optimizer.state.values():
         values["exp_avg"].copy_(torch.full_like(values["exp_avg"], 3))
@@ -85,7 +81,6 @@ WRITERS = [
     exponential_average,
     optimizer_state,
     functional_optimizer,
-    load_model,
     load_optimizer_values,
     unregistered_optimizer,
 ]

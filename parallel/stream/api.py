@@ -52,7 +52,7 @@ def enable(
         raise UserError("streaming is already on for this model", remedy="call disable(model) first")
     if every not in (None, 1, 2):
         raise UserError(f"every={every}", expected="1 (each layer's input) or 2 (every second one)")
-    adapter = _adapter(model)
+    adapter = adapter_for(model)
     spacing = every
     if any(isinstance(layer, FSDPModule) for layer in adapter.layers):
         if every == 2:
@@ -134,7 +134,8 @@ def stream_backprop(
         disable(model)
 
 
-def _adapter(model: nn.Module) -> Adapter:
+def adapter_for(model: nn.Module) -> Adapter:
+    """How the engine sees `model`; `UserError` for a model that has no decoder layers."""
     if isinstance(model, StreamableModel):
         return PlainAdapter(model)
     from .hf import HfAdapter

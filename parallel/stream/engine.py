@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from ...dist.units import format_bytes
 from ..memory_model import DecoderShape
 from . import overrides
+from .deepspeed_zero import are_here, is_partitioned
 from .layer import Answer, LayerCall, NoAttention, Scene, StreamedLayer
 from .layout import Layout
 from .offload import Courier, HostSlot
@@ -81,10 +82,6 @@ class Tape:
     calls: list[LayerCall] = field(default_factory=list)
     output: Tensor | None = None  # of the latest layer
     batch: int = 0
-
-
-def _is_partitioned(layer: nn.Module) -> bool:
-    return any(hasattr(parameter, "ds_id") for parameter in layer.parameters())
 
 
 class Engine:
@@ -163,7 +160,8 @@ class Engine:
         if tape.plan is None:
             return False
         self.degrade(tape.plan)
-        return not any(isinstance(layer, FSDPModule) or _is_partitioned(layer) for layer in self.adapter.layers)
+        layers = self.adapter.layers
+        return not any(isinstance(layer, FSDPModule) or is_partitioned(layer.parameters()) for layer in layers)
 
     def degrade(self, plan: StreamPlan) -> None:
         """Memory ran out in spite of `plan`: the next one may promise half of its bytes."""
@@ -224,8 +222,11 @@ class Engine:
             )
         call = LayerCall(scene, layer, args, kwargs)
         params = call.parameters()
-        if _is_partitioned(layer):
-            raise Unsupported("the weights are partitioned by ZeRO stage 3")
+        if not are_here(layer.parameters()):
+            raise Unsupported(
+                "ZeRO stage 3 has not gathered the layer as a whole; call "
+                "undertow.parallel.stream.deepspeed_zero.prepare(model) before deepspeed.initialize"
+            )
         if torch.is_grad_enabled() and (x.requires_grad or params):
             slot = self._slot(tape, plan, call)
             y, *extras = StreamedLayer.apply(call, slot, x, *params)  # type: ignore[misc]

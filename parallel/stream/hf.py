@@ -300,7 +300,7 @@ class HfAdapter:
 
     def _norm_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         forward, tape = overrides.original(module), self._engine and self._engine.tape
-        last = self._head_open and tape and not tape.plain and args and args[0] is tape.output
+        last = self._head_open and tape and not tape.plain and args and _same(args[0], tape.output)
         if last and len(args) == 1 and not kwargs and not isinstance(module, FSDPModule):
             return Rows(args[0], Pipeline().then(forward, module))
         return forward(*args, **kwargs)
@@ -332,6 +332,14 @@ class HfAdapter:
         plan = self._engine.last_plan if self._engine is not None else None
         rows = (plan.loss_rows or None) if plan is not None else None
         return causal_loss(logits, shift_labels, num_items_in_batch, rows=rows)
+
+
+def _same(x: Any, output: Tensor | None) -> bool:
+    """Whether x is `output`, or an alias of it as hooks of wrappers (DeepSpeed) make one."""
+    if x is output:
+        return True
+    alike = isinstance(x, Tensor) and output is not None and x.shape == output.shape and x.dtype == output.dtype
+    return alike and x.data_ptr() == output.data_ptr()  # type: ignore[union-attr]
 
 
 def _decoder(model: PreTrainedModel) -> tuple[nn.Module, list[nn.Module]]:

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from ..kernels.row_loss import row_loss
 from ..merge import lse_dtype
+from .deepspeed_zero import with_weights
 from .rows import Pipeline, Rows
 from .sums import WeightSums, add_product
 
@@ -285,8 +286,12 @@ def weighted_nll(
     if weights_BT is not None:
         weights = weights_BT.detach().reshape(-1)
         weights = weights if index is None else weights[index]
-    params = pipeline.parameters()
-    return _WeightedNLL.apply(x, labels, weights, index, pipeline, rows, *params)  # type: ignore[return-value]
+
+    def compute() -> Tensor:
+        params = pipeline.parameters()
+        return _WeightedNLL.apply(x, labels, weights, index, pipeline, rows, *params)  # type: ignore[return-value]
+
+    return with_weights(pipeline.weights(), x, compute)
 
 
 def causal_loss(
@@ -305,10 +310,14 @@ def token_log_probs(logits: Rows | Tensor, labels_BT: Tensor, *, rows: int | Non
     """log p(label) of each row [B, T], differentiable; 0 without gradient where the label is -100."""
     x, pipeline = _opened(logits)
     labels, index = _selected(labels_BT)
-    params = pipeline.parameters()
-    values = _MapRows.apply(x, index, pipeline, rows, _LogProb(labels), *params)
-    assert isinstance(values, Tensor)
-    return _placed(values, index, labels_BT)
+    return _placed(_mapped(x, index, pipeline, rows, _LogProb(labels)), index, labels_BT)
+
+
+def _mapped(x: Tensor, index: Tensor | None, pipeline: Pipeline, rows: int | None, score: Score) -> Tensor:
+    def compute() -> Tensor:
+        return _MapRows.apply(x, index, pipeline, rows, score, *pipeline.parameters())  # type: ignore[return-value]
+
+    return with_weights(pipeline.weights(), x, compute)
 
 
 def map_rows(
@@ -323,9 +332,7 @@ def map_rows(
     _, index = _selected(chosen)
     flat = tuple(t.detach().flatten(0, 1) for t in given)
     flat = flat if index is None else tuple(t[index] for t in flat)
-    values = _MapRows.apply(x, index, pipeline, rows, _Written(function, flat), *pipeline.parameters())
-    assert isinstance(values, Tensor)
-    return _placed(values, index, where)
+    return _placed(_mapped(x, index, pipeline, rows, _Written(function, flat)), index, where)
 
 
 def _placed(values: Tensor, index: Tensor | None, like: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ...dist.errors import UserError
+from .deepspeed_zero import gathered, is_partitioned
+
 RowFunction = Callable[[Tensor], Tensor]
 
 
@@ -45,6 +48,10 @@ class Pipeline:
     def parameters(self) -> list[nn.Parameter]:
         unique = {id(p): p for module in self.modules for p in module.parameters() if p.requires_grad}
         return list(unique.values())
+
+    def weights(self) -> list[nn.Parameter]:
+        """All of them, frozen ones too."""
+        return [p for module in self.modules for p in module.parameters()]
 
     def then(self, function: RowFunction, module: nn.Module | None = None) -> Pipeline:
         """This pipeline with one more function; a `Linear` takes the place of the head."""
@@ -85,7 +92,14 @@ class Rows:
     def tensor(self) -> Tensor:
         """The plain tensor, computed on first use with whatever gradient mode is on."""
         if self._tensor is None:
-            self._tensor = self.pipeline(self.x)
+            weights = self.pipeline.weights()
+            if is_partitioned(weights) and torch.is_grad_enabled():
+                raise UserError(
+                    "full logits with gradients, but ZeRO stage 3 has taken the head's weights away",
+                    remedy="use token_log_probs, map_rows or causal_loss of undertow.parallel.stream on them",
+                )
+            with gathered(weights):
+                self._tensor = self.pipeline(self.x)
         return self._tensor
 
     @property

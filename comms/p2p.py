@@ -23,6 +23,7 @@ from .actions import Compute, Recv, Send
 from .board import Board, Stopped, Worker
 from .check import check, out_of_order
 from .graph import Graph, Node, need
+from .link import EmulatedLink, LinkModel
 from .ops import Ops, table
 from .problems import ScheduleError
 from .schedule import Schedule
@@ -68,7 +69,8 @@ class P2P:
 
     A schedule's rank r is the group's r-th rank. `device`: CPU (gloo) or a CUDA device (NCCL). `timeout_s`: the longest
     that a message may make its lane wait. After an error the executor refuses to run again, because messages of the
-    broken run may still be on their way. `trace` records a span for each action.
+    broken run may still be on their way. `trace` records a span for each action. `link` makes gloo as slow as a given
+    link (see `link`).
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class P2P:
         device: torch.device | str = "cpu",
         timeout_s: float = 300.0,
         trace: Trace | None = None,
+        link: LinkModel | None = None,
     ) -> None:
         ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         self.rank, self.world = ranks.index(dist.get_rank()), len(ranks)
@@ -87,6 +90,12 @@ class P2P:
         self._transport: Transport = (
             self._gloo if self.device.type == "cpu" else Nccl(store, ranks, self.rank, self.device, timeout_s)
         )
+        if link is not None:
+            if self.device.type != "cpu":
+                raise UserError(
+                    "an emulated link around NCCL", expected="device='cpu': the emulation holds host threads"
+                )
+            self._transport = EmulatedLink(self._transport, link)
         self._ready: dict[str, _Part] = {}  # by digest, the latest used last
         self._workers: dict[str, Worker] = {}
         self._streams: dict[str, Any] = {}

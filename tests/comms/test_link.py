@@ -1,0 +1,45 @@
+"""The emulated link: arithmetic that can be stated exactly, and real messages that are never early."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from undertow.comms import local
+from undertow.comms.builders.all_gather import ring_all_gather
+from undertow.comms.link import Bucket, EmulatedLink, LinkModel
+from undertow.comms.p2p import P2P
+
+
+def test_a_bucket_queues_messages_and_forgets_idle_time():
+    bucket = Bucket(100.0)
+    assert bucket.take(1.0, 50) == 1.5
+    assert bucket.take(1.0, 50) == 2.0
+    assert bucket.take(9.0, 100) == 10.0
+    assert bucket.carried_bytes == 200
+
+
+def _gather(rank, world, per):
+    schedule = ring_all_gather(world, 8, [4])
+    x = torch.full((8, 4), float(rank))
+    with P2P(timeout_s=30, link=LinkModel(128 / 0.05, 0.01, per)) as executor:
+        executor.prepare(schedule)
+        start = time.monotonic()
+        out = executor.run(schedule, {"x": x})["out"]
+        seconds = time.monotonic() - start
+        transport = executor._transport
+        assert isinstance(transport, EmulatedLink)
+        return out.tolist(), seconds, dict(transport.sent_bytes), dict(transport.received_bytes)
+
+
+@pytest.mark.parametrize("per", ["port", "pair"])
+def test_messages_take_at_least_as_long_as_the_link_says(per, ranks):
+    world = 3
+    schedule = ring_all_gather(world, 8, [4])
+    wanted = local.run(schedule, [{"x": torch.full((8, 4), float(r))} for r in range(world)])
+    for rank, (out, seconds, sent, received) in enumerate(ranks(world, _gather, per)):
+        assert out == wanted[rank]["out"].tolist()
+        assert sent == {(rank + 1) % world: 256} and received == {(rank - 1) % world: 256}
+        assert seconds >= 2 * (0.05 + 0.01)  # two hops, each after the other: a lower bound that no machine can beat

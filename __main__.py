@@ -12,7 +12,6 @@ VERBS = {
     "train": (".examples.train", "train the byte-level language model, with checkpoints and resume"),
     "demo": (".examples.demo", "train, kill a rank, restart, and show that the runs are bit-identical"),
     "ckpt": (".checkpointing.cli", "list, verify, inspect and prune checkpoints"),
-    "stream": (".parallel.stream.cli", "plan streamed backpropagation for a model and a length"),
     "deepspeed": (".integrations.deepspeed_cli", "check a DeepSpeed configuration, verify and convert its checkpoints"),
     "probe": (".dist.probe", "measure this machine and write its JSON file"),
     "simulate": (".comms.simulate_cli", "simulate a communication schedule and draw its timeline"),

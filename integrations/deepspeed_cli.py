@@ -13,6 +13,7 @@ import typer
 from ..checkpointing.deepspeed_config import KNOWN, checkpoint_section, section
 from ..checkpointing.tag_folder import candidates, problems, read_record
 from ..dist.errors import MissingPackage, UserError
+from .deepspeed_sections import describe
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, rich_markup_mode=None)
 
@@ -34,8 +35,6 @@ def deepspeed() -> None:
 @app.command()
 def check(config: Annotated[Path, typer.Argument(help="A DeepSpeed JSON file.")]) -> None:
     """Say what a configuration will do, or what is wrong with its "undertow" section."""
-    from . import deepspeed_plugin  # noqa: F401  # which knows the other systems
-
     try:
         raw = json.loads(config.read_text())
     except (OSError, ValueError) as error:
@@ -44,8 +43,8 @@ def check(config: Annotated[Path, typer.Argument(help="A DeepSpeed JSON file.")]
         raise UserError(f"{config} holds a {type(raw).__name__}", expected="a JSON object")
     found = section(raw)
     stage = raw.get("zero_optimization", {}).get("stage", 0)
+    checkpoint, others = checkpoint_section(found.get("checkpoint")), describe(found, stage)
     print(f"ZeRO stage {stage}")
-    checkpoint = checkpoint_section(found.get("checkpoint"))
     if checkpoint is None:
         print("checkpoints: DeepSpeed's own")
     else:
@@ -55,7 +54,7 @@ def check(config: Annotated[Path, typer.Argument(help="A DeepSpeed JSON file.")]
             else "are copied before save_checkpoint returns"
         )
         print(f"checkpoints: undertow; tensors {late}; ranks wait {checkpoint.timeout_s:g} s for each other")
-    for line in deepspeed_plugin.describe(found, stage):
+    for line in others:
         print(line)
     for name in sorted(set(KNOWN) - set(found)):
         print(f"off: {name} ({KNOWN[name]})")

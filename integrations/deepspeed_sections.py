@@ -1,0 +1,57 @@
+"""What the "undertow" section of a DeepSpeed JSON may say of the systems beside checkpoints; needs no DeepSpeed.
+
+Each system refuses by name what it cannot do under a ZeRO stage, before training starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..checkpointing.deepspeed_config import KNOWN, SECTION, near
+from ..dist.errors import UserError
+from ..dist.units import parse_bytes
+
+KNOWN |= {"stream": "streamed backpropagation"}
+
+
+@dataclass(frozen=True)
+class StreamSection:
+    """`budget`: device memory for activations, as '20GB' (None: what is free); `chunk`: rows (None: planned)."""
+
+    budget: str | int | None = None
+    chunk: int | None = None
+
+
+def stream_section(raw: Any, stage: int) -> StreamSection | None:
+    """From the value of "stream"; refuses what ZeRO stage `stage` cannot do."""
+    if raw in (None, False):
+        return None
+    if raw is not True and not isinstance(raw, Mapping):
+        raise UserError(f"'{SECTION}.stream' is {raw!r}", expected="true, false or an object")
+    options = {} if raw is True else dict(raw)
+    names = [field.name for field in fields(StreamSection)]
+    for name in options:
+        if name not in names:
+            raise UserError(
+                f"'{SECTION}.stream.{name}' is unknown", expected=f"one of {', '.join(names)}", remedy=near(name, names)
+            )
+    if stage == 3:
+        raise UserError(
+            f"'{SECTION}.stream' with ZeRO stage 3",
+            expected="stage 0, 1 or 2: stage 3 gathers weights by hooks on whole-layer calls, which chunks do not make",
+        )
+    found = StreamSection(**options)
+    if found.budget is not None:
+        parse_bytes(found.budget, name=f"{SECTION}.stream.budget")
+    return found
+
+
+def describe(found: Mapping[str, Any], stage: int) -> list[str]:
+    """What `undertow deepspeed check` says about the systems here."""
+    stream = stream_section(found.get("stream"), stage)
+    if stream is None:
+        return []
+    budget = "what is free on the device" if stream.budget is None else str(stream.budget)
+    return [f"streamed backpropagation: within {budget}, chunks {stream.chunk or 'planned'}"]

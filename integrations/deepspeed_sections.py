@@ -1,7 +1,4 @@
-"""What the "undertow" section of a DeepSpeed JSON may say of the systems beside checkpoints; needs no DeepSpeed.
-
-Each system refuses by name what it cannot do under a ZeRO stage, before training starts.
-"""
+"""What the "undertow" section of a DeepSpeed JSON may say of the systems beside checkpoints; needs no DeepSpeed."""
 
 from __future__ import annotations
 
@@ -24,8 +21,8 @@ class StreamSection:
     chunk: int | None = None
 
 
-def stream_section(raw: Any, stage: int) -> StreamSection | None:
-    """From the value of "stream"; refuses what ZeRO stage `stage` cannot do."""
+def stream_section(raw: Any) -> StreamSection | None:
+    """From the value of "stream": true means the defaults, false and null off."""
     if raw in (None, False):
         return None
     if raw is not True and not isinstance(raw, Mapping):
@@ -37,20 +34,15 @@ def stream_section(raw: Any, stage: int) -> StreamSection | None:
             raise UserError(
                 f"'{SECTION}.stream.{name}' is unknown", expected=f"one of {', '.join(names)}", remedy=near(name, names)
             )
-    if stage == 3:
-        raise UserError(
-            f"'{SECTION}.stream' with ZeRO stage 3",
-            expected="stage 0, 1 or 2: stage 3 gathers weights by hooks on whole-layer calls, which chunks do not make",
-        )
     found = StreamSection(**options)
     if found.budget is not None:
         parse_bytes(found.budget, name=f"{SECTION}.stream.budget")
     return found
 
 
-def describe(found: Mapping[str, Any], stage: int) -> list[str]:
+def describe(found: Mapping[str, Any]) -> list[str]:
     """What `undertow deepspeed check` says about the systems here."""
-    stream = stream_section(found.get("stream"), stage)
+    stream = stream_section(found.get("stream"))
     if stream is None:
         return []
     budget = "what is free on the device" if stream.budget is None else str(stream.budget)

@@ -87,12 +87,13 @@ def job(rank, world, stage, section, steps=2):
     return losses, chunks
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_streaming_is_switched_on_and_changes_nothing(ranks, stage):
     pytest.importorskip("deepspeed", reason="needs deepspeed")
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
     import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  # slow to import in each rank
+    import deepspeed.runtime.zero.stage3  # noqa: F401
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a build of a minute
     plain = ranks(2, lambda rank, world: job(rank, world, stage, {}))

@@ -146,9 +146,10 @@ def everything(
     workload: Workload, preset: str, seeds: int, out: Path, here: Launch, where: torch.device, switches: Switches
 ) -> list[Outcome]:
     outcomes = []
-    configs = [workload.config(preset, v, seed=s) for s in range(seeds) for v in workload.variants]
+    runs = [(seed, variant) for seed in range(seeds) for variant in workload.compared(preset)]
+    configs = [workload.config(preset, variant, seed=seed) for seed, variant in runs]
     with Progress(sum(c.steps for c in configs), workload.name, enabled=here.rank == 0, unit="update") as bar:
-        for config, (seed, variant) in zip(configs, [(s, v) for s in range(seeds) for v in workload.variants]):
+        for config, (seed, variant) in zip(configs, runs):
             home = out / workload.name / f"seed-{seed}"
             folder = home / "".join(c if c.isalnum() else "-" for c in variant)
             place = Place(here, folder, home / "shared", switches, where)

@@ -93,6 +93,7 @@ class Variant:
 
     note: str
     changes: Mapping[str, Any] = field(default_factory=dict)
+    presets: tuple[str, ...] = PRESETS  # at which it is compared
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,8 @@ class Claim:
 class Workload:
     """A learning method. `variants` begins with the method itself; `equal` says in what the variants cost the same.
 
-    `roll_back(model, data, step)` is asked after `step` updates and returns None, or an earlier step to go back to and
-    what to change once there; `state(data, model)` gives further objects that a resume needs (curriculum, caches).
+    `roll_back(model, data, step)` is told of each update (`step` are done) and returns None, or an earlier step to go
+    back to and what to change once there; `state(data, model)` gives further objects that a resume needs.
     """
 
     name: str
@@ -144,6 +145,10 @@ class Workload:
         if variant not in self.variants:
             raise UserError(f"no variant '{variant}' of {self.name}", expected=f"one of {', '.join(self.variants)}")
         return self.presets[preset].but(**{**self.variants[variant].changes, **changes})
+
+    def compared(self, preset: str) -> list[str]:
+        """The variants that a comparison at `preset` runs."""
+        return [name for name, variant in self.variants.items() if preset in variant.presets]
 
     @property
     def method(self) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...dist.errors import MissingPackage
 
-DOMAINS = ("plain", "turned", "inverted", "rolled", "turned over", "mirrored", "dimmed")
+DOMAINS = ("plain", "left", "down", "right", "grey", "mirrored", "tilted")
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,19 @@ def moved(split: Split, domain: str) -> Split:
     image = split.x.view(-1, 8, 8)
     changed = {
         "plain": lambda: image,
-        "turned": lambda: image.rot90(1, (1, 2)),
-        "inverted": lambda: 1 - image,
-        "rolled": lambda: image.roll(3, 2),
-        "turned over": lambda: image.rot90(2, (1, 2)),
+        "left": lambda: image.roll(-1, 2),
+        "down": lambda: image.roll(1, 1),
+        "right": lambda: image.roll(1, 2),
+        "grey": lambda: 0.5 - 0.4 * image,
         "mirrored": lambda: image.flip(2),
-        "dimmed": lambda: (image * 0.5).roll(3, 1),
+        "tilted": lambda: _tilt(image),
     }[domain]()
     return Split(changed.reshape(-1, 64).contiguous(), split.y)
+
+
+def _tilt(image: Tensor) -> Tensor:
+    """The upper half a pixel to the right, the lower half a pixel to the left."""
+    return torch.cat((image[:, :4].roll(1, 2), image[:, 4:].roll(-1, 2)), 1)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

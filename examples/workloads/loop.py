@@ -174,6 +174,6 @@ def to_device(batch: Any, device: torch.device) -> Any:
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
         return {name: to_device(value, device) for name, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
+    if isinstance(batch, tuple):
         return tuple(to_device(value, device) for value in batch)
     return batch

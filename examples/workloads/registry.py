@@ -8,7 +8,10 @@ from ...dist.errors import UserError
 from .contract import Workload
 
 MODULES = {
+    "trace": "trace",
     "stable-rps": "stable_rps",
+    "atlas": "atlas",
+    "thoughts": "thoughts",
 }
 
 

@@ -33,12 +33,13 @@ def test_the_description_is_whole(name):
 @pytest.mark.parametrize("name", MODULES)
 def test_claims_at_the_ci_preset(name, tmp_path):
     workload, outcomes = get(name), []
-    for number, variant in enumerate(workload.variants):
+    for number, variant in enumerate(workload.compared("ci")):
         config = workload.config("ci", variant)
         place = Place(detect(), tmp_path / str(number), tmp_path / "shared", Switches())
         outcome = run(workload, variant, "ci", config, place)
         assert outcome.evidence["checkpoint"]["commits"] > 0 and outcome.evidence["checkpoint"]["bytes"] > 0
         assert outcome.evidence["checkpoint"]["chunks"] > 0 and outcome.evidence["checkpoint"]["failed"] == 0
+        assert outcome.evidence["checkpoint"].get("rollbacks", 0) == ("guarded" in variant)
         assert outcome.updates >= config.steps or outcome.diverged
         assert outcome.diverged or all(math.isfinite(value) for value in outcome.metrics.values())
         outcomes.append(outcome)

@@ -30,7 +30,7 @@ from .files import FileOps
 from .frequency import Frequency
 from .hooks import attach
 from .layout import CHUNK_BYTES
-from .live import LiveState, local
+from .live import LiveState
 from .mirror import Mirror
 from .observe import Observer
 from .pipeline import Pipeline
@@ -187,9 +187,9 @@ class Checkpointer:
         plan, staging, copier = self._live.plan, self._live.staging, self._live.copier
         objects = {index.fqn: values[index.fqn] for index in plan.objects}
         save = Save(step, plan, objects, began_s, self._pickles, metrics)
-        staging.fill([local(values[index.fqn]) for index in plan.eager])
-        sources, sampler = self._live.sources(values)
-        seals = [Seal(plan.image.chunks - 1, sources, sampler)] if sources else []
+        staging.fill(self._live.eager)
+        sources, sampler = self._live.sources
+        seals = [Seal(plan.image.chunks - 1, sources, sampler)] if sampler is not None else []
         copier.begin()
         memory, parts, on_chunk = self._tiers.route(save, claimed, disk, self._ring, self._pipeline, copier)
         save.snapshot = Snapshot(step, plan, sources, staging, copier, memory, on_chunk, seals)

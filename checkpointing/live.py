@@ -34,6 +34,9 @@ class LiveState:
         self._watch: Watch | None = None
         self._plans = 0
         self._sources: list[torch.Tensor] = []
+        self._sampler: Sampler | None = None
+        self._eager: list[torch.Tensor] = []
+        self._renewed: list[tuple[int, str]] = []
 
     def values(self, before_planning: Callable[[], None], after_planning: Callable[[], None]) -> Mapping[str, Any]:
         """Every value to save by key, tensors as this rank's part. Collective when the shape has changed; then the two
@@ -41,7 +44,10 @@ class LiveState:
         if self._watch is not None and self._watch.unchanged():
             fresh = self.state.fresh_leaves(self._names)
             if signature(fresh) == self._fresh_key:
-                return {**self._watch.fixed, **{leaf.key: leaf.value for leaf in fresh}}
+                found = {**self._watch.fixed, **{leaf.key: local(leaf.value) for leaf in fresh}}
+                for place, key in self._renewed:
+                    self._eager[place] = found[key]
+                return found
         leaves = self.state.leaves()
         key = signature(leaves)
         if key != self._plan_key:
@@ -52,7 +58,21 @@ class LiveState:
         self._names = self.state.parameter_names()
         self._watch = Watch(self.state, leaves)
         self._fresh_key = signature(self.state.fresh_leaves(self._names))
-        return {leaf.key: local(leaf.value) for leaf in leaves}
+        found = {leaf.key: local(leaf.value) for leaf in leaves}
+        self._take(found)
+        return found
+
+    def _take(self, values: Mapping[str, Any]) -> None:
+        """Note the tensors in plan order, and which of the eager ones every save must read anew."""
+        assert self._watch is not None
+        self._eager = [values[index.fqn] for index in self.plan.eager]
+        self._renewed = [
+            (place, index.fqn) for place, index in enumerate(self.plan.eager) if index.fqn not in self._watch.fixed
+        ]
+        sources = [values[index.fqn] for index in self.plan.lazy]
+        if not self._sources or [t.data_ptr() for t in sources] != [t.data_ptr() for t in self._sources]:
+            self._sampler = Sampler(sources) if sources else None
+        self._sources = sources
 
     def _replan(self, leaves: Sequence[Leaf]) -> None:
         self._plans += 1
@@ -61,17 +81,21 @@ class LiveState:
         self.copier = copier_for([local_tensor(leaf.value) for leaf in leaves if isinstance(leaf.value, torch.Tensor)])
         self.staging = Staging(self.plan, self.copier.device)
         self._sources = []
+        self._sampler = None
 
     @property
     def pinned(self) -> bool:
         return self.copier.device.type == "cuda"
 
-    def sources(self, values: Mapping[str, Any]) -> tuple[list[torch.Tensor], Sampler]:
-        """The lazy tensors in plan order, and the sampler that watches them."""
-        sources = [values[index.fqn] for index in self.plan.lazy]
-        if not self._sources or [t.data_ptr() for t in sources] != [t.data_ptr() for t in self._sources]:
-            self._sources, self._sampler = sources, Sampler(sources)
-        return sources, self._sampler
+    @property
+    def eager(self) -> list[torch.Tensor]:
+        """The eager tensors in plan order, as of the last `values`."""
+        return self._eager
+
+    @property
+    def sources(self) -> tuple[list[torch.Tensor], Sampler | None]:
+        """The lazy tensors in plan order, and the sampler that watches them; None where there is none."""
+        return self._sources, self._sampler
 
 
 def local(value: Any) -> Any:

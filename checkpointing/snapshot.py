@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from .plan import SavePlan
 from .sample import Sampler
 from .staging import Staging
 
+_version = attrgetter("_version")
 OnChunk = Callable[["Snapshot", int, int, Any], None]
 
 
@@ -29,13 +31,13 @@ class Seal:
 
     def __init__(self, chunk: int, tensors: Sequence[torch.Tensor], sampler: Sampler) -> None:
         self.chunk, self._tensors, self._sampler = chunk, tensors, sampler
-        self._versions = [tensor._version for tensor in tensors]
+        self._versions = list(map(_version, tensors))
         sampler.before()
 
     def changed(self) -> torch.Tensor:
         """A 0-d bool, on the tensors' device."""
         flags = self._sampler.changed()
-        moved = [tensor._version for tensor in self._tensors] != self._versions
+        moved = list(map(_version, self._tensors)) != self._versions
         return torch.stack([flag.to(flags[0].device) for flag in flags]).any() | moved
 
 
@@ -60,7 +62,7 @@ class Snapshot:
         self.step, self.plan = step, plan
         self.error: BaseException | None = None
         self._sources: Sequence[torch.Tensor] = sources
-        self._bases = np.array([tensor.data_ptr() for tensor in sources], dtype=np.int64)
+        self._bases = np.fromiter(map(torch.Tensor.data_ptr, sources), np.int64, len(sources))
         self._staging = staging
         self._copier, self._memory, self._on_chunk = copier, memory, on_chunk
         self._next = 0

@@ -2,16 +2,20 @@
 
 Listing a model's state through state_dict takes tens of milliseconds for a few thousand tensors, and a checkpoint every
 step cannot afford that. Tensors are updated in place and rarely replaced, so it is enough to ask each dictionary that
-holds them whether it still holds the same objects, at the same addresses. What is not a tensor of a module or an
+holds them whether it still holds the same objects, at the same addresses, in loops that the interpreter runs in C: this
+runs on the training thread at every save. What is not a tensor of a module or an
 optimizer (options, RNG, users' objects) is read anew each time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from .state import AppState, Leaf, local_tensor
 
@@ -21,52 +25,57 @@ class Watch:
     state_dict from something else than its own parameters and buffers: then every save lists the state anew."""
 
     def __init__(self, state: AppState, leaves: Sequence[Leaf]) -> None:
-        self._held: list[tuple[dict[Any, Any], Any, Any]] = []
-        self._sizes: list[tuple[Any, int]] = []
+        self._owners: list[dict[Any, Any]] = []
+        self._lists: list[list[Any]] = []
         for module in state.modules.values():
             for part in module.modules():
-                for owner in (part._parameters, part._buffers, part._modules):
-                    self._add(owner)
+                self._owners += [part._parameters, part._buffers, part._modules]
         self._optimizers = [(o, o.state, o.param_groups) for o in state.optimizers.values()]
         for optimizer in state.optimizers.values():
-            self._add(optimizer.state)
-            self._sizes.append((optimizer.param_groups, len(optimizer.param_groups)))
-            for group in optimizer.param_groups:
-                self._sizes.append((group["params"], len(group["params"])))
-            for values in optimizer.state.values():
-                self._add(values)
+            self._owners += [optimizer.state, *optimizer.state.values()]
+            self._lists += [optimizer.param_groups, *(group["params"] for group in optimizer.param_groups)]
+        self._sizes = [*map(len, self._owners)], [*map(len, self._lists)]
+        self._keys, held = list(chain.from_iterable(self._owners)), _values(self._owners)
+        self._values = held
         fixed = [leaf for leaf in leaves if leaf.path[0] in state.modules or _is_state(state, leaf)]
-        held = {id(value) for _, _, value in self._held} | {
-            value.data_ptr() for _, _, value in self._held if isinstance(value, torch.Tensor)
-        }
+        tensors = [value for value in held if isinstance(value, torch.Tensor)]
+        known = {*map(id, held), *(local_tensor(tensor).data_ptr() for tensor in tensors)}
         self.usable = all(
             isinstance(leaf.value, torch.Tensor)
-            and (id(leaf.value) in held or local_tensor(leaf.value).data_ptr() in held or leaf.value.numel() == 0)
+            and (id(leaf.value) in known or local_tensor(leaf.value).data_ptr() in known or leaf.value.numel() == 0)
             for leaf in fixed
         )
         self._tensors = [local_tensor(leaf.value) for leaf in fixed if isinstance(leaf.value, torch.Tensor)]
-        self._live = [value for _, _, value in self._held if isinstance(value, torch.Tensor)]
-        self._places = [_place(tensor) for tensor in self._live]
+        self._plain = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
+        self._sharded = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+        self._places = self._where()
         self.fixed = {leaf.key: tensor for leaf, tensor in zip(fixed, self._tensors)}
-
-    def _add(self, owner: dict[Any, Any]) -> None:
-        self._sizes.append((owner, len(owner)))
-        self._held.extend((owner, key, value) for key, value in owner.items())
 
     def unchanged(self) -> bool:
         """Whether every watched dictionary holds the same objects as before, at the same addresses."""
         return (
             self.usable
             and all(o.state is state and o.param_groups is groups for o, state, groups in self._optimizers)
-            and all(len(owner) == size for owner, size in self._sizes)
-            and all(owner.get(key) is value for owner, key, value in self._held)
-            and [_place(tensor) for tensor in self._live] == self._places
+            and ([*map(len, self._owners)], [*map(len, self._lists)]) == self._sizes
+            and all(map(is_, chain.from_iterable(self._owners), self._keys))
+            and all(map(is_, _values(self._owners), self._values))
+            and self._where() == self._places
+        )
+
+    def _where(self) -> tuple[list[int], list[torch.Size], list[tuple[int, torch.Size]]]:
+        """Where the tensors' data lie: `.data` may be given another storage, or another shape of the same one."""
+        return (
+            list(map(torch.Tensor.data_ptr, self._plain)),
+            list(map(_shape, self._plain)),
+            [(local_tensor(tensor).data_ptr(), tensor.shape) for tensor in self._sharded],
         )
 
 
-def _place(tensor: torch.Tensor) -> tuple[int, torch.Size]:
-    """Where a live tensor's data lies: `.data` may be given another storage, or another shape of the same one."""
-    return local_tensor(tensor).data_ptr(), tensor.shape
+_shape = attrgetter("shape")
+
+
+def _values(owners: Sequence[dict[Any, Any]]) -> list[Any]:
+    return list(chain.from_iterable(owner.values() for owner in owners))
 
 
 def _is_state(state: AppState, leaf: Leaf) -> bool:

@@ -17,6 +17,12 @@ from ..dist.errors import UserError
 
 SECTION = "undertow"
 KNOWN = {"checkpoint": "lazy, atomic, verified checkpoints"}  # integrations/deepspeed_plugin adds the other systems
+REFUSED = {  # systems that a user may well ask for here, and why not; false and null are fine
+    "stream": "only 'import undertow.integrations.deepspeed_plugin' teaches DeepSpeed that section",
+    "overlap": "ZeRO partitions and gathers weights by itself, and knows no tensor-parallel layers of ours",
+    "context_parallel": "DeepSpeed averages gradients as if each rank had batches of its own; ranks that share a "
+    "sequence need groups that it is not given yet",
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,8 @@ class CheckpointSection:
 
 
 def section(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The raw section, {} when there is none. `UserError` for a name that is not in `KNOWN`."""
+    """The raw section, {} when there is none. `UserError` for a name that is not in `KNOWN`, with the reason where it is
+    in `REFUSED`."""
     for name in config:
         if name != SECTION and difflib.SequenceMatcher(None, str(name).lower(), SECTION).ratio() > 0.75:
             raise UserError(f"the DeepSpeed configuration has a section '{name}'", remedy=f"write '{SECTION}'")
@@ -43,6 +50,10 @@ def section(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(found, Mapping):
         raise UserError(f"'{SECTION}' is {found!r}", expected=f"an object with some of {', '.join(KNOWN)}")
     for name in found:
+        if name in REFUSED and name not in KNOWN:
+            if found[name] in (None, False):
+                continue
+            raise UserError(f"'{SECTION}.{name}' cannot be switched on here: {REFUSED[name]}")
         if name not in KNOWN:
             raise UserError(
                 f"'{SECTION}.{name}' is unknown", expected=f"one of {', '.join(KNOWN)}", remedy=near(name, KNOWN)

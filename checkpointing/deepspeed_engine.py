@@ -31,7 +31,7 @@ from .deepspeed_config import CheckpointSection, checkpoint_section, section
 from .files import FileOps
 from .lazy_file import HostBuffers, LazyFile, check_file
 from .manifest import BadCheckpoint, FileRecord
-from .tag_folder import RECORD, candidates, problems, publish, read_record
+from .tag_folder import RECORD, candidates, problems, publish, read_record, zero_ranks
 
 log = get_logger(__name__)
 LATE = ("module", "optimizer", "optimizer_state_dict", "frozen_param_fragments")  # written by the update alone
@@ -247,6 +247,16 @@ def _finish(reference: weakref.ref[UndertowCheckpointEngine]) -> None:
         engine.cleanup()
 
 
+def same_ranks(folder: Path, ranks: int) -> None:
+    """`UserError` when the tag's ZeRO partitions were made for another number of ranks: DeepSpeed cannot join them."""
+    if (saved := zero_ranks(folder)) not in (0, ranks):
+        raise UserError(
+            f"{folder} is partitioned over {saved} data-parallel ranks, and this job has {ranks}",
+            remedy=f"run 'undertow deepspeed convert {folder.parent} NEW', set "
+            '{"checkpoint": {"load_universal": true}} and load NEW',
+        )
+
+
 # -- teaching DeepSpeed --------------------------------------------------------------------------------------------
 
 
@@ -282,6 +292,8 @@ def install() -> None:
         ours = isinstance(self.checkpoint_engine, UndertowCheckpointEngine)
         if ours and tag is None and not self.load_universal_checkpoint():
             tag = self.checkpoint_engine.choose(Path(load_dir))
+        if ours and tag is not None and not self.load_universal_checkpoint():
+            same_ranks(Path(load_dir) / tag, self.dp_world_size)
         return load(self, load_dir, tag, *args, **options)
 
     kind.save_checkpoint, kind.load_checkpoint = save_checkpoint, load_checkpoint

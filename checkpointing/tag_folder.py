@@ -8,6 +8,7 @@ until then. Other tools see ordinary files and one more.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from .lazy_file import check_file
 from .manifest import BadCheckpoint, FileRecord, checksum
 
 RECORD = "undertow.json"
+OPTIMIZER_FILE = re.compile(r"(?:[a-z0-9]+_)?zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt")
 FORMAT = 1
 
 
@@ -98,3 +100,9 @@ def candidates(root: Path) -> list[str]:
     limit = next((epoch_s for epoch_s, name in found if name == named), float("inf"))
     older = [name for epoch_s, name in sorted(found, reverse=True) if name != named and epoch_s <= limit]
     return ([named] if named else []) + older
+
+
+def zero_ranks(folder: Path) -> int:
+    """Over how many data-parallel ranks the optimizer of this tag is partitioned; 0 when it is whole."""
+    found = [match for path in folder.glob("*.pt") if (match := OPTIMIZER_FILE.fullmatch(path.name))]
+    return max((int(match[1]) + 1 for match in found), default=0)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ..checkpointing.deepspeed_config import KNOWN, checkpoint_section, section
+from ..checkpointing.deepspeed_config import KNOWN, REFUSED, checkpoint_section, section
 from ..checkpointing.tag_folder import candidates, problems, read_record
 from ..dist.errors import MissingPackage, UserError
 from .deepspeed_sections import describe
@@ -58,6 +58,8 @@ def check(config: Annotated[Path, typer.Argument(help="A DeepSpeed JSON file.")]
         print(line)
     for name in sorted(set(KNOWN) - set(found)):
         print(f"off: {name} ({KNOWN[name]})")
+    for name in sorted(set(REFUSED) - set(KNOWN)):
+        print(f"not under DeepSpeed: {name} ({REFUSED[name]})")
 
 
 @app.command()

@@ -1,0 +1,107 @@
+"""A running result: contributions to the rows of one output, combined in the order in which a builder adds them.
+
+Contributions may cover some rows only (half a zigzag shard). Each row of a value is written once, so every combination
+makes a new version of its rows; all versions share one slot, and the last one of each row is the output itself. The
+order is the order of `add`, never that of arrival: that is what makes a sum repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from ..actions import Slice
+from .draft import Draft
+
+Field = tuple[str, Sequence[int | str], str]  # name, shape of a row, dtype
+
+
+@dataclass
+class _Segment:
+    """Rows that get the same contributions. `left`: how many are still to come."""
+
+    start: int
+    stop: int
+    left: int
+    version: list[Slice] | None = None
+
+
+class Running:
+    """One result of `fields` on `rank`, combined by the operation `op` of `kind` ('merge' or 'reduce').
+
+    `expect` every contribution first, then `add` them in order, then `finish`. A contribution that is the first of its
+    rows must stay in memory of its own until it has been combined.
+    """
+
+    def __init__(
+        self, draft: Draft, rank: int, fields: Sequence[Field], rows: int, op: str, kind: str, role: str
+    ) -> None:
+        self.draft, self.rank, self.fields, self.rows = draft, rank, list(fields), rows
+        self.op, self.kind, self.role = op, kind, role
+        self.expected: list[tuple[int, int]] = []
+        self._segments: list[_Segment] = []
+        self._versions = 0
+
+    def expect(self, start: int, stop: int) -> None:
+        if start < stop:
+            self.expected.append((start, stop))
+
+    @property
+    def sole(self) -> bool:
+        """Is there one contribution only? It may then be written straight into `final`."""
+        return self.expected == [(0, self.rows)]
+
+    def final(self, start: int, stop: int) -> list[Slice]:
+        return [Slice(name, start, stop) for name, _, _ in self.fields]
+
+    @property
+    def segments(self) -> list[_Segment]:
+        if not self._segments:
+            edges = sorted({edge for ends in self.expected for edge in ends})
+            self._segments = [
+                _Segment(a, b, sum(start <= a and b <= stop for start, stop in self.expected))
+                for a, b in zip(edges, edges[1:])
+            ]
+        return self._segments
+
+    def add(self, part: Sequence[Slice], start: int, stop: int, lane: str) -> list[Slice]:
+        """Combine rows `start`:`stop`; returns slices that show that `part` has been read (none if it must stay)."""
+        inside = [s for s in self.segments if start <= s.start and s.stop <= stop]
+        shown: list[Slice] = []
+        for (last, held), group in groupby(inside, key=lambda s: (s.left == 1, s.version and s.version[0].value)):
+            rows = list(group)
+            low, high = rows[0].start, rows[-1].stop
+            mine = [Slice(s.value, s.start + low - start, s.start + high - start) for s in part]
+            if held is None and not last:
+                written = mine
+            elif held is None:
+                written = self.final(low, high)
+                self.draft.compute(self.rank, "copy", mine, written, kind="copy", lane=lane)
+            else:
+                before = [
+                    Slice(a.value, a.start, b.stop) for a, b in zip(rows[0].version or (), rows[-1].version or ())
+                ]
+                written = self.final(low, high) if last else self._version(low, high)
+                self.draft.compute(self.rank, self.op, [*before, *mine], written, kind=self.kind, lane=lane)
+            if written is not mine:
+                shown.append(written[0])
+            for segment in rows:
+                segment.left -= 1
+                segment.version = [
+                    Slice(w.value, w.start + segment.start - low, w.start + segment.stop - low) for w in written
+                ]
+        return shown
+
+    def _version(self, low: int, high: int) -> list[Slice]:
+        self._versions += 1
+        names = [f"{name}.version.{self._versions}" for name, _, _ in self.fields]
+        for name, (field, row, dtype) in zip(names, self.fields):
+            self.draft.value(self.rank, name, dtype, self.rows, row, slot=f"running.{field}")
+        return [Slice(name, low, high) for name in names]
+
+    def finish(self) -> None:
+        """Declare the output, the last owner of the slot."""
+        for name, row, dtype in self.fields:
+            slot = f"running.{name}" if self._versions else ""
+            self.draft.value(self.rank, name, dtype, self.rows, row, self.role, slot)

@@ -1,0 +1,166 @@
+"""Which tokens of a sequence each rank keeps: contiguous, zigzag, striped, or zigzag within each packed document.
+
+A rank's shard is a list of `Span`s, runs of positions in the order in which the rank stores them. Every length works:
+chunks differ by a token, and a rank may have none. Under a causal mask contiguous shards give the last rank P times
+the work of the first; zigzag pairs an early chunk with a late one (Llama 3, section 3.3.2) and striped deals tokens
+out one by one (Brandon et al. 2023), so that all have nearly the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..dist.errors import UserError
+
+LAYOUTS = ("contiguous", "zigzag", "striped", "zigzag_documents")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Positions `start`, `start + stride`, … : `count` of them."""
+
+    start: int
+    count: int
+    stride: int = 1
+
+    def positions(self) -> range:
+        return range(self.start, self.start + self.count * self.stride, self.stride)
+
+
+def shards(
+    length: int, world: int, layout: str = "zigzag", cu_seqlens: Sequence[int] | None = None
+) -> tuple[tuple[Span, ...], ...]:
+    """The spans of each rank. `cu_seqlens` (0, …, length) is what 'zigzag_documents' cuts by."""
+    if layout not in LAYOUTS:
+        raise UserError(f"layout {layout!r}", expected=f"one of {', '.join(LAYOUTS)}")
+    if length < 0 or world < 1:
+        raise UserError(f"{length} tokens over {world} ranks", expected="at least 0 tokens and 1 rank")
+    if layout == "striped":
+        return tuple((Span(r, len(range(r, length, world)), world),) if r < length else () for r in range(world))
+    if layout == "contiguous":
+        return tuple(_spans([(length * r // world, length * (r + 1) // world)]) for r in range(world))
+    documents = [(0, length)]
+    if layout == "zigzag_documents":
+        if cu_seqlens is None:
+            raise UserError("layout 'zigzag_documents' without cu_seqlens", remedy="pass the documents' bounds")
+        documents = document_bounds(cu_seqlens, length)
+    found: list[list[tuple[int, int]]] = [[] for _ in range(world)]
+    for a, b in documents:
+        edges = [a + (b - a) * c // (2 * world) for c in range(2 * world + 1)]
+        for r in range(world):
+            found[r] += [(edges[r], edges[r + 1]), (edges[2 * world - 1 - r], edges[2 * world - r])]
+    return tuple(_spans(runs) for runs in found)
+
+
+def document_bounds(cu_seqlens: Sequence[int], length: int) -> list[tuple[int, int]]:
+    """(start, stop) of each document; `UserError` unless they ascend from 0 to `length`."""
+    ends = [int(x) for x in cu_seqlens]
+    if not ends or ends[0] != 0 or ends[-1] != length or any(a > b for a, b in zip(ends, ends[1:])):
+        raise UserError(f"cu_seqlens {ends} for {length} tokens", expected=f"0, …, {length}, never descending")
+    return list(zip(ends, ends[1:]))
+
+
+def _spans(runs: Sequence[tuple[int, int]]) -> tuple[Span, ...]:
+    """Runs as spans; empty ones are left out, and one that continues the last joins it."""
+    done: list[Span] = []
+    for a, b in runs:
+        if a < b and done and done[-1].start + done[-1].count == a:
+            done[-1] = Span(done[-1].start, done[-1].count + b - a)
+        elif a < b:
+            done.append(Span(a, b - a))
+    return tuple(done)
+
+
+def rows_of(spans: Sequence[Span]) -> int:
+    return sum(span.count for span in spans)
+
+
+def positions_of(spans: Sequence[Span]) -> Tensor:
+    """[rows] int64: the position of each row of a shard."""
+    return torch.tensor([p for span in spans for p in span.positions()], dtype=torch.int64)
+
+
+def shard_sequence(
+    x: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    layout: str = "zigzag",
+    dim: int = 1,
+    cu_seqlens: Sequence[int] | Tensor | None = None,
+) -> Tensor:
+    """This rank's part of `x`, which every rank of `group` holds whole. No communication; differentiable.
+
+    For inputs, position ids and labels alike; shift labels *before* sharding, because neighbours end up on other ranks.
+    """
+    rank, world = place(group)
+    mine = shards(x.shape[dim], world, layout, as_list(cu_seqlens))[rank]
+    return x.index_select(dim, positions_of(mine).to(x.device))
+
+
+def unshard_sequence(
+    x: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    layout: str = "zigzag",
+    dim: int = 1,
+    length: int,
+    cu_seqlens: Sequence[int] | Tensor | None = None,
+) -> Tensor:
+    """The whole sequence of `length` from all ranks' parts, on every rank; collective.
+
+    Differentiable: the gradient of a shard is the sum of what all ranks ask of it.
+    """
+    rank, world = place(group)
+    spans = shards(length, world, layout, as_list(cu_seqlens))
+    if x.shape[dim] != rows_of(spans[rank]):
+        raise UserError(
+            f"a shard of {x.shape[dim]} rows on rank {rank}",
+            expected=f"{rows_of(spans[rank])}: its part of {length} in layout {layout!r}",
+        )
+    whole: Tensor = _Gather.apply(x.movedim(dim, 0), spans, group)  # pyright: ignore[reportAssignmentType]
+    return whole.movedim(0, dim)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spans: tuple[tuple[Span, ...], ...], group: Any) -> Tensor:
+        ctx.spans, ctx.group = spans, group
+        places = [positions_of(part).to(x.device) for part in spans]
+        if len(spans) == 1:
+            return x.clone()
+        most = max(len(p) for p in places)
+        padded = x.new_zeros(most, *x.shape[1:])
+        padded[: x.shape[0]] = x
+        found = [torch.empty_like(padded) for _ in spans]
+        dist.all_gather(found, padded, group=group)
+        whole = x.new_empty(sum(len(p) for p in places), *x.shape[1:])
+        for part, at in zip(found, places):
+            whole[at] = part[: len(at)]
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        rank, world = place(ctx.group)
+        if world > 1:
+            dist.all_reduce(grad, group=ctx.group)
+        return grad.index_select(0, positions_of(ctx.spans[rank]).to(grad.device)), None, None
+
+
+def place(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """(rank, size) within `group`; (0, 1) where torch.distributed is not initialised."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+def as_list(cu_seqlens: Sequence[int] | Tensor | None) -> list[int] | None:
+    if cu_seqlens is None:
+        return None
+    return [int(x) for x in (cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)]

@@ -18,10 +18,11 @@ def train(plain):
     model = ByteLM(LMConfig(layers=4, width=64, heads=4, kv_heads=2, hidden=176))
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
     text = torch.arange(TOKENS + 1)[None] * 7 % 251
+    memory = PeakBytes()
     with stream_backprop(model, budget_bytes=BUDGET) as engine:
         engine.plain = plain
         for step in range(STEPS):
-            with PeakBytes() if step == STEPS - 1 else contextlib.nullcontext() as memory:
+            with memory if step == STEPS - 1 else contextlib.nullcontext():
                 loss = model(text[:, :-1], text[:, 1:])
                 loss.backward()
             optimizer.step()

@@ -28,7 +28,8 @@ ASSUMED = Machine(
         f"{kind}/{dtype}": rate
         for kind, rates in {
             "gemm": {"bfloat16": 600e12, "float16": 600e12, "float32": 50e12, "float64": 50e12},
-            "attention_forward": {"bfloat16": 400e12, "float16": 400e12, "float32": 25e12},
+            "attention_forward": {"bfloat16": 400e12, "float16": 400e12, "float32": 25e12, "float64": 25e12},
+            "attention_backward": {"bfloat16": 350e12, "float16": 350e12, "float32": 25e12, "float64": 25e12},
         }.items()
         for dtype, rate in rates.items()
     },

@@ -1,0 +1,146 @@
+"""The operations that an attention schedule names, on top of the block attention backends.
+
+A block is cut into tiles that kernels know (see `masks`), each tile is one kernel call, and the calls of a block are
+merged in the dtype of partial results, so no sum is ever kept in bfloat16. Backward kernels want the merged output
+only to form delta = rowsum(dout * out); delta is what travels, and an output with the same delta is made up here:
+dout * delta / |dout|². Where the log-sum-exp has a gradient of its own that breaks down for rows whose dout is zero,
+and one more column carries delta instead.
+
+Legend: N rows, B batch, H query heads, G key heads, D and E head dims; blocks are [N, B, H, D], kernels [B, H, N, D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...comms.ops import Ops
+from ..blocks.select import choose
+from ..masks import BACKWARDS, FULL, Tile
+from ..merge import merge
+from .problem import Problem
+
+Tensors = Sequence[Tensor]
+_COLUMNS = 8  # flash kernels take head dims in multiples of 8
+
+
+def _heads_first(x_NBHD: Tensor) -> Tensor:
+    return x_NBHD.permute(1, 2, 0, 3)
+
+
+def _lse_heads_first(x_NBH: Tensor) -> Tensor:
+    return x_NBH.permute(1, 2, 0)
+
+
+def _pick(x_BHND: Tensor, start: int, stop: int, tile: Tile) -> Tensor:
+    part = x_BHND[:, :, start:stop]
+    return part.flip(2) if tile.kind == BACKWARDS else part
+
+
+def ops(problem: Problem, inner: int, scale: float, *, lse_gradient: bool = False) -> Ops:
+    """The table for schedules of `problem` in which `inner` ranks exchange heads."""
+
+    @cache
+    def tiles(q: int, k: int, q0: int, q1: int, k0: int, k1: int) -> tuple[Tile, ...]:
+        return problem.tiles(q, k, inner, (q0, q1), (k0, k1))
+
+    def attend(reads: Tensors, writes: Tensors, **block: int) -> None:
+        out, lse = _heads_first(writes[0]), _lse_heads_first(writes[1])
+        if len(reads) < 3:
+            out.zero_()
+            lse.fill_(float("-inf"))
+            return
+        q, k, v = map(_heads_first, reads)
+        todo = tiles(**block)
+        if len(todo) != 1 or (todo[0].q0, todo[0].q1) != (0, q.shape[2]):
+            out.zero_()
+            lse.fill_(float("-inf"))
+        done: list[tuple[int, int]] = []
+        for tile in todo:
+            args = _pick(q, tile.q0, tile.q1, tile), _pick(k, tile.k0, tile.k1, tile), _pick(v, tile.k0, tile.k1, tile)
+            causal = tile.kind != FULL
+            backend = choose(*args, causal=causal, window=tile.window)
+            part, part_lse = backend.forward(*args, scale=scale, causal=causal, window=tile.window)
+            if tile.kind == BACKWARDS:
+                part, part_lse = part.flip(2), part_lse.flip(2)
+            rows = slice(tile.q0, tile.q1)
+            if any(a < tile.q1 and tile.q0 < b for a, b in done):
+                part, part_lse = merge(out[:, :, rows], lse[:, :, rows], part.to(out.dtype), part_lse)
+            out[:, :, rows] = part.to(out.dtype)
+            lse[:, :, rows] = part_lse
+            done.append((tile.q0, tile.q1))
+
+    def attend_backward(reads: Tensors, writes: Tensors, **block: int) -> None:
+        if len(reads) < 6:
+            for write in writes:
+                write.zero_()
+            return
+        q, k, v, dout = map(_heads_first, reads[:4])
+        lse, delta = map(_lse_heads_first, reads[4:])
+        out, wide_v, wide_dout = _standing_in(dout, delta, v, lse_gradient)
+        grads = [_heads_first(write) for write in writes]
+        for grad in grads:
+            grad.zero_()
+        for tile in tiles(**block):
+            rows, keys = (tile.q0, tile.q1), (tile.k0, tile.k1)
+            args = _pick(q, *rows, tile), _pick(k, *keys, tile), _pick(wide_v, *keys, tile)
+            causal = tile.kind != FULL
+            backend = choose(*args, causal=causal, window=tile.window)
+            tile_lse = lse[:, :, slice(*rows)]
+            tile_lse = tile_lse.flip(2) if tile.kind == BACKWARDS else tile_lse
+            found = backend.backward(
+                _pick(wide_dout, *rows, tile), *args, _pick(out, *rows, tile), tile_lse,
+                scale=scale, causal=causal, window=tile.window,
+            )  # fmt: skip
+            for grad, part, ends in zip(grads, found, (rows, keys, keys)):
+                part = part.flip(2) if tile.kind == BACKWARDS else part
+                grad[:, :, slice(*ends)] += part[..., : grad.shape[3]].to(grad.dtype)
+
+    return {"attend": attend, "attend_backward": attend_backward, **COMMON}
+
+
+def _standing_in(dout: Tensor, delta: Tensor, v: Tensor, column: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, v, dout) for a backward kernel, such that rowsum(dout * out) is `delta`."""
+    if column:
+        out = torch.zeros_like(dout)
+        out, wide_v, wide_dout = (F.pad(t, (0, _COLUMNS)) for t in (out, v, dout))
+        out[..., -1] = delta.to(out.dtype)
+        wide_dout[..., -1] = 1
+        return out, wide_v, wide_dout
+    wide = dout.to(delta.dtype)
+    size = wide.abs().amax(-1, keepdim=True)
+    size = torch.where(size == 0, torch.ones_like(size), size)
+    unit = wide / size  # so that squares neither overflow nor vanish
+    norm = unit.square().sum(-1, keepdim=True)
+    out = unit * (delta.unsqueeze(-1) / size / torch.where(norm == 0, torch.ones_like(norm), norm))
+    return out.to(dout.dtype), v, dout
+
+
+def _merge_lse(reads: Tensors, writes: Tensors) -> None:
+    """out, lse of two parts [N, B, H, E], [N, B, H] to those of their union; may write over the first."""
+    out, lse = merge(*reads)
+    writes[0].copy_(out)
+    writes[1].copy_(lse)
+
+
+def _add(reads: Tensors, writes: Tensors) -> None:
+    """Sums of as many groups as there are writes; may write over the first group."""
+    width = len(writes)
+    for at, write in enumerate(writes):
+        torch.add(reads[at], reads[width + at], out=write)
+
+
+def _split_heads(reads: Tensors, writes: Tensors) -> None:
+    for part, write in zip(reads[0].chunk(len(writes), dim=2), writes):
+        write.copy_(part)
+
+
+def _join_heads(reads: Tensors, writes: Tensors) -> None:
+    torch.cat(list(reads), dim=2, out=writes[0])
+
+
+COMMON: Ops = {"merge_lse": _merge_lse, "add": _add, "split_heads": _split_heads, "join_heads": _join_heads}

@@ -1,0 +1,173 @@
+"""One attention problem over P ranks, and its schedules by name. Pure: no tensor, no process group, no clock.
+
+A `Problem` is what all ranks must agree on: lengths, heads, mask, layout. From it follow each rank's spans, the
+rectangle of rows that each pair of ranks needs, and with a name the whole `Schedule`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+from ...comms.builders.attention import Heads, Need, Shape, attention
+from ...comms.builders.routes import Route, direct, ring, two_level
+from ...comms.schedule import Schedule
+from ...dist.errors import UserError
+from ..masks import Mask, Tile, tiles
+from ..partition import Span, rows_of, shards
+
+SCHEDULES = {
+    "ring_kv": "keys and values go round a ring",
+    "ring_kv_bidirectional": "half of the keys and values go round each way",
+    "token_ring": "queries go round a ring, results straight home",
+    "token_ring_bookended": "token_ring that begins and ends with half of the local block",
+    "all_gather_kv": "all keys and values to all ranks at once",
+    "need_only_kv": "keys and values straight to the ranks that need them",
+    "need_only_q": "queries straight to the ranks that need them, results straight home",
+    "double_ring": "keys and values: a ring of nodes, and a ring inside each",
+    "ulysses": "all-to-all of heads before and after",
+    "ulysses_ring": "heads within small teams, keys and values round a ring of teams",
+    "ulysses_token": "heads within small teams, queries round a ring of teams",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Global sizes: `lq` queries and `lk` keys over `world` ranks in `layout`; `dtype` by torch's name."""
+
+    world: int
+    lq: int
+    lk: int
+    heads: Heads
+    mask: Mask = Mask()
+    layout: str = "zigzag"
+    node: int = 0  # ranks per node for two-level schedules; 0: the divisor of world nearest to its root
+
+    def __post_init__(self) -> None:
+        h = self.heads
+        if h.q_heads % h.kv_heads:
+            raise UserError(f"{h.q_heads} query heads over {h.kv_heads} key heads", expected="a whole ratio")
+        self.mask.documents(self.lq, self.lk)
+
+    @cached_property
+    def q_spans(self) -> tuple[tuple[Span, ...], ...]:
+        return shards(self.lq, self.world, self.layout, self.mask.cu_seqlens_q)
+
+    @cached_property
+    def k_spans(self) -> tuple[tuple[Span, ...], ...]:
+        return shards(self.lk, self.world, self.layout, self.mask.cu_seqlens_k or self.mask.cu_seqlens_q)
+
+    def tiles(self, q: int, k: int, inner: int, q_rows: tuple[int, int], k_rows: tuple[int, int]) -> tuple[Tile, ...]:
+        """Kernel calls of rows `q_rows` of query team q against rows `k_rows` of key team k, counted from there."""
+        q_team, k_team = _team(self.q_spans, q, inner), _team(self.k_spans, k, inner)
+        return tiles(_rows(q_team, *q_rows), _rows(k_team, *k_rows), self.mask, self.lq, self.lk)
+
+    @property
+    def area(self) -> int:
+        """Visible (query, key) pairs."""
+        whole = tuple(Span(0, n) if n else Span(0, 0) for n in (self.lq, self.lk))
+        return sum(t.area for t in tiles(whole[:1], whole[1:], self.mask, self.lq, self.lk))
+
+    def inner(self, name: str) -> int:
+        """How many ranks exchange heads in the schedule called `name`."""
+        if name == "ulysses":
+            return self.world
+        if name in ("ulysses_ring", "ulysses_token"):
+            fitting = [u for u in range(2, self.world) if self.world % u == 0 and self._exchangeable(u)]
+            return max(fitting, default=self.world)
+        return 1
+
+    def _exchangeable(self, inner: int) -> bool:
+        return self.heads.q_heads % math.lcm(self.heads.kv_heads, inner) == 0
+
+    def possible(self, name: str) -> str:
+        """'' or why this problem has no such schedule."""
+        inner = self.inner(name)
+        if not self._exchangeable(inner):
+            return f"{self.heads.q_heads} query and {self.heads.kv_heads} key heads cannot be dealt to {inner} ranks"
+        if name in ("ulysses_ring", "ulysses_token") and inner in (1, self.world):
+            return f"{self.world} ranks have no divisor that deals the heads evenly"
+        return ""
+
+    def kv_copies(self, name: str) -> int:
+        """How often a key head must be repeated before heads are exchanged; 1 wherever it can be."""
+        return math.lcm(self.heads.kv_heads, self.inner(name)) // self.heads.kv_heads
+
+    def schedule(self, name: str, *, backward: bool = False) -> Schedule:
+        """The schedule called `name`; remembered. `UserError` for a name or a combination that does not exist."""
+        return _build(self, name, backward)
+
+
+@lru_cache(maxsize=256)
+def _build(problem: Problem, name: str, backward: bool) -> Schedule:
+    if name not in SCHEDULES:
+        raise UserError(f"schedule {name!r}", expected=f"'auto' or one of {', '.join(SCHEDULES)}")
+    if reason := problem.possible(name):
+        raise UserError(f"schedule '{name}': {reason}", remedy="choose ring_kv, or schedule='auto'")
+    inner = problem.inner(name)
+    size = problem.world // inner
+    halves = {"ring_kv_bidirectional": "all", "token_ring_bookended": "local"}.get(name, "")
+    heads = replace(problem.heads, kv_heads=problem.heads.kv_heads * problem.kv_copies(name))
+    shape = Shape(
+        tuple(map(rows_of, problem.q_spans)),
+        tuple(map(rows_of, problem.k_spans)),
+        heads,
+        {(i, j): found for i in range(size) for j in range(size) if (found := _needs(problem, inner, i, j, halves))},
+        inner,
+    )
+    moves = "q" if name in ("token_ring", "token_ring_bookended", "need_only_q", "ulysses_token") else "kv"
+    bookends = name == "token_ring_bookended"
+    return attention(name, shape, _routes(problem, name, size), moves=moves, backward=backward, bookends=bookends)
+
+
+def _routes(problem: Problem, name: str, size: int) -> list[Route]:
+    if name == "ring_kv_bidirectional":
+        return [ring(size), ring(size, -1)]
+    if name == "all_gather_kv":
+        return [direct(size, buffers=0, narrow=False)]
+    if name in ("need_only_kv", "need_only_q"):
+        return [direct(size)]
+    if name == "double_ring":
+        near = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
+        return [two_level(size, problem.node or near)]
+    return [ring(size)]
+
+
+def _needs(problem: Problem, inner: int, i: int, j: int, halves: str) -> tuple[Need, ...]:
+    """What query team i needs of key team j; the pair (i, i) always covers all rows."""
+    q_rows, k_rows = rows_of(_team(problem.q_spans, i, inner)), rows_of(_team(problem.k_spans, j, inner))
+    whole = problem.tiles(i, j, inner, (0, q_rows), (0, k_rows))
+    low, high = (min((t.k0 for t in whole), default=0), max((t.k1 for t in whole), default=0))
+    if i == j:
+        low, high = 0, k_rows
+    edges = [low, high]
+    if high - low > 1 and (halves == "all" or (halves == "local" and i == j)):
+        edges = [low, (low + high) // 2, high]
+    found = []
+    for k0, k1 in zip(edges, edges[1:]):
+        part = problem.tiles(i, j, inner, (0, q_rows), (k0, k1)) if len(edges) > 2 else whole
+        q0, q1 = min((t.q0 for t in part), default=0), max((t.q1 for t in part), default=0)
+        if i == j:
+            q0, q1 = 0, q_rows
+        if i == j or part:
+            found.append(Need(q0, q1, k0, k1, sum(t.area for t in part)))
+        elif halves == "all":
+            found.append(Need(0, 0, k0, k1, 0))
+    return tuple(found)
+
+
+def _team(spans: Sequence[tuple[Span, ...]], team: int, inner: int) -> tuple[Span, ...]:
+    return tuple(span for member in spans[team * inner : (team + 1) * inner] for span in member)
+
+
+def _rows(spans: Sequence[Span], start: int, stop: int) -> tuple[Span, ...]:
+    """Rows `start` ≤ r < `stop` of a shard, as spans."""
+    found, row = [], 0
+    for span in spans:
+        a, b = max(start - row, 0), min(stop - row, span.count)
+        if a < b:
+            found.append(Span(span.start + a * span.stride, b - a, span.stride))
+        row += span.count
+    return tuple(found)

@@ -13,6 +13,7 @@ import os
 import selectors
 import socket
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -55,6 +56,7 @@ class Lifeline:
         self._adopt(0, peer)
 
     def start(self) -> None:
+        _LIVES.add(self)
         self._thread = threading.Thread(target=self._serve, name="undertow-lifeline", daemon=True)
         self._thread.start()
 
@@ -163,6 +165,19 @@ class Lifeline:
         self._buffers.pop(peer)
         self._peers = {rank: other for rank, other in self._peers.items() if other is not peer}
         peer.close()
+
+
+_LIVES: weakref.WeakSet[Lifeline] = weakref.WeakSet()
+
+
+def _let_go_in_child() -> None:
+    """A forked child, a data loader's worker for example, must not hold its parent's connections open."""
+    for life in _LIVES:
+        for peer in life._peers.values():
+            peer.close()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def _line(message: Any) -> bytes:

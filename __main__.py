@@ -18,6 +18,8 @@ VERBS = {
     "bench": (".benchmarks.cli", "run a benchmark against its rivals"),
     "stream": (".parallel.stream.cli", "plan streamed backpropagation: memory, time and the longest sequence"),
     "workloads": (".examples.workloads.cli", "learning methods on top of the systems: list, train, claim, compare"),
+    "report": (".integrations.report", "a run as one HTML page: loss, stall, memory, overlap timeline"),
+    "slurm": (".slurm.cli", "sbatch files that save, requeue and resume; the check of a node"),
     "mpi": (".mpi_interpose.cli", "the MPI datatype interposer: run, doctor, measure, explain, build"),
     "env": (".dist.environment", "print everything that a bug report needs"),
 }

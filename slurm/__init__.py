@@ -1,1 +1,1 @@
-"""sbatch templates; imports nothing."""
+"""Templates for Slurm, a command that fills them, and the check that a job runs on each node first."""

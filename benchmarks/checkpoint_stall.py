@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ CPU_LARGE = Size("90 M", LMConfig(layers=12, width=768, heads=12, kv_heads=12, h
 SMALL = Size("125 M", LMConfig(layers=12, width=768, heads=12, kv_heads=12, hidden=2048, **GPT2), 16, 1024, 64)
 MEDIUM = Size("355 M", LMConfig(layers=24, width=1024, heads=16, kv_heads=16, hidden=2816, **GPT2), 12, 1024, 32)
 LARGE = Size("1.3 B", LMConfig(layers=24, width=2048, heads=16, kv_heads=16, hidden=5504, **GPT2), 8, 1024, 48)
+MANY, SMALL_TENSOR = 20_000, 800  # 64 MB of float32
 
 
 @dataclass
@@ -94,6 +96,23 @@ class Job:
         for close in self._open:
             close()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class SmallTensors(Job):
+    """Many tensors of a few kilobytes: what names, records and single copies cost, not bytes."""
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = torch.nn.ParameterList([torch.randn(SMALL_TENSOR, device=self.device) for _ in range(MANY)])
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-5)
+        for parameter in self.model:
+            parameter.grad = torch.full_like(parameter, 1e-3)
+        self.train()
+        self.state_bytes = sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def train(self) -> None:
+        self.optimizer.step()
+        self.step += 1
 
 
 class Method:
@@ -310,7 +329,8 @@ def _trial(size: Size, device: torch.device, folder: Path, every: int, kinds: st
     if not dist.is_initialized():
         init_process_group(detect({}), device=device)
     _close_jobs()
-    job = Job(size, device, Path(tempfile.mkdtemp(prefix="undertow-bench-", dir=folder)))
+    make_job = SmallTensors if kinds == "many" else Job
+    job = make_job(size, device, Path(tempfile.mkdtemp(prefix="undertow-bench-", dir=folder)))
     _jobs.append(job)
     steps = max(4, size.interval // 2) if kinds == "host" else size.interval
 
@@ -362,6 +382,10 @@ def _cases(context: Context) -> Sequence[Case]:
 
             name = f"{size.name}, {kinds} every {every}"
             cases.append(Case(name, build, "no checkpoints", ours, group=kinds, warm_ups=0))
+    if not context.quick:
+        many = Size(f"{MANY:,} tensors", CPU.model, 1, 1, 12)
+        build_many = partial(_trial, many, device, folder, many.interval, "many")
+        cases.append(Case(many.name, build_many, "no checkpoints", "undertow disk (fsync)", group="many", warm_ups=0))
     return cases
 
 

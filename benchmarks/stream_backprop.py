@@ -7,6 +7,9 @@ bfloat16, gradients only, all arms in one process on the same weights and tokens
 float32 gradients of the same weights, ours may not be further away than Hugging Face's own bfloat16 gradients. Rivals
 get our chunked loss, which makes them faster than with their own, and `@cudnn` arms the faster attention kernel. Cells
 are run from short to long until the time is used up; an arm that ran out of memory is not tried at longer sequences.
+`hf+mask` is the baseline of the StreamBP paper: a padding mask, which keeps Hugging Face from causal flash attention.
+With `--streambp FOLDER` the published StreamBP runs in processes of its own (`stream_rival.py` says how to fill
+FOLDER), after our model has left the device. `--batches 1,2,4` repeats everything for each batch size.
 """
 
 from __future__ import annotations
@@ -14,8 +17,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -48,7 +54,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         num_hidden_layers=4, vocab_size=4096, head_dim=16,
     ),
 }  # fmt: skip
-RIVALS = ("hf", "hf+ce", "hf+ce@cudnn", "hf+ce+offload", "alst")
+RIVALS = ("hf", "hf+mask", "hf+ce", "hf+ce@cudnn", "hf+ce+offload", "alst")
 OURS = {
     "ours": {"offload": False, "stash": False},
     "ours+stash": {"offload": False, "stash": True},
@@ -119,7 +125,12 @@ def armed(arm: str, model: Any, chunk: int | None) -> Iterator[Callable[[Tensor]
     tiled = tiled_mlps(model, 16384) if arm == "alst" else contextlib.nullcontext()
 
     def rival(tokens: Tensor) -> tuple[Tensor, Any]:
-        loss = model(input_ids=tokens, labels=tokens).loss if arm == "hf" else chunked_loss(model, tokens)
+        if arm == "hf+mask":
+            mask = torch.ones_like(tokens)
+            mask[:, -tokens.shape[1] // 10 :] = 0  # up to a fifth of the tokens in the paper's script
+            loss = model(input_ids=tokens, labels=tokens.masked_fill(mask == 0, -100), attention_mask=mask).loss
+        else:
+            loss = model(input_ids=tokens, labels=tokens).loss if arm == "hf" else chunked_loss(model, tokens)
         loss.backward()
         return loss.detach(), None
 
@@ -147,8 +158,10 @@ def measure(arm: str, model: Any, tokens: Tensor, chunk: int | None, repeats: in
     seconds, loss, plan = [], torch.zeros(()), None
     try:
         with armed(arm, model, chunk) as step:
+            forget(model, device)  # what the arm before cached; between repeats the allocator keeps its blocks
             for turn in range(repeats + warm):
-                forget(model, device)
+                for parameter in model.parameters():
+                    parameter.grad = None
                 if on_cuda:
                     torch.cuda.reset_peak_memory_stats()
                 synchronize()
@@ -172,7 +185,7 @@ def measure(arm: str, model: Any, tokens: Tensor, chunk: int | None, repeats: in
         shape = shape_of(model)
         rows = tokens.numel()
         predicted = checkpointing_bytes(
-            shape, rows, chunked_loss=arm != "hf", offload="offload" in arm or arm == "alst"
+            shape, rows, chunked_loss=arm not in ("hf", "hf+mask"), offload="offload" in arm or arm == "alst"
         )
         row["predicted_bytes"] = predicted + resident
     return row
@@ -254,7 +267,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", choices=SHAPES, default="llama3-8b")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tokens", default="8192,32768,131072")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batches", default="1", help="batch sizes, one after another")
+    parser.add_argument("--streambp", type=Path, help="folder with streambp and its transformers")
     parser.add_argument("--chunk", type=int, default=8192)
     parser.add_argument("--arms", default=",".join((*RIVALS, *OURS)))
     parser.add_argument("--repeats", type=int, default=3, help="timed steps per cell; fewer where a step is long")
@@ -281,14 +295,17 @@ def main(argv: list[str] | None = None) -> int:
             print(f"gradient error {row['arm']:<22} {row['worst_error']:.2e}, {row['worst_ratio']:.3f} x hf+ce"
                   f"{'  TOO FAR' if wrong else ''}", flush=True)  # fmt: skip
         save()
-    model: Any = build(options.model, options.layers, device, torch.bfloat16)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # a CPU has no fast bfloat16
+    model: Any = build(options.model, options.layers, device, dtype)
     rows: list[dict[str, Any]] = []
     result["rows"] = rows
-    dead: set[str] = set()
-    last: dict[str, tuple[int, float]] = {}
-    for count in map(int, options.tokens.split(",")):
+    shape, dead, last = shape_of(model), set[str](), dict[str, tuple[int, float]]()
+    lengths, batches = ([int(n) for n in given.split(",")] for given in (options.tokens, options.batches))
+    for batch, count in itertools.product(batches, lengths):
+        if count == lengths[0]:
+            dead, last = set(), {}
         torch.manual_seed(2)
-        ids = torch.randint(0, model.config.vocab_size, (options.batch, count), device=device)
+        ids = torch.randint(0, model.config.vocab_size, (batch, count), device=device)
         for arm in options.arms.split(","):
             if "@" in arm and device.type != "cuda":
                 continue
@@ -296,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
             expected = seconds * (count / before) ** 1.8
             left = options.seconds - (time.perf_counter() - begin)
             if arm in dead or expected * 2 > left:
-                print(f"skipped: {arm} at {count}", flush=True)
+                print(f"skipped: {arm} at {batch} x {count}", flush=True)
                 continue
             repeats = max(1, min(options.repeats, int(30 / max(expected, 1e-3))))
             row = measure(arm, model, ids, options.chunk, repeats, warm=expected * 3 < left)
@@ -306,13 +323,39 @@ def main(argv: list[str] | None = None) -> int:
                 last[arm] = (count, row["seconds"])
             print(show([row]).splitlines()[1], flush=True)
             save()
+    del model
+    gc.collect()
+    for batch, count in itertools.product(batches, lengths) if options.streambp else ():
+        left = options.seconds - (time.perf_counter() - begin)
+        rows += published(options, batch, count, device, left) if left > 20 else []
+        save()
     print(show(rows))
     if device.type == "cuda":
         full = SHAPES[options.model]["num_hidden_layers"]
-        result["longest"] = longest(rows, options.layers, full, shape_of(model), [80.0, 141.0])
+        result["longest"] = longest(rows, options.layers, full, shape, [80.0, 141.0])
         print(result["longest"])
     save()
     return int(failed)
+
+
+def published(options: Any, batch: int, tokens: int, device: torch.device, left: float) -> list[dict[str, Any]]:
+    """The row of the published StreamBP, or none when it failed or took too long; says so."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    shape = {**SHAPES[options.model], "num_hidden_layers": options.layers, "max_position_embeddings": 1 << 21}
+    asked = {"shape": shape, "tokens": tokens, "batch": batch, "device": str(device), "dtype": dtype, "repeats": 1}
+    command = [sys.executable, str(Path(__file__).with_name("stream_rival.py")), json.dumps(asked)]
+    environment = {**os.environ, "PYTHONPATH": str(options.streambp.resolve())}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=left)
+    except subprocess.TimeoutExpired:
+        print(f"skipped: streambp at {batch} x {tokens} (more than the {left:.0f} s that were left)", flush=True)
+        return []
+    if done.returncode:
+        print(f"failed: streambp at {batch} x {tokens}: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+        return []
+    return [{**json.loads(done.stdout.strip().splitlines()[-1]), "predicted_bytes": 0}]
 
 
 def facts(device: torch.device) -> dict[str, str]:

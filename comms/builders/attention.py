@@ -169,6 +169,7 @@ class _Team:
         self.results: dict[tuple[int, str], Content] = {}
         self.running: dict[tuple[int, str], Running] = {}
         self.held: dict[tuple[int, int, int], tuple[list[Slice], int, str]] = {}
+        self.carried: dict[tuple[int, int, int], tuple[int, int] | None] = {}
         self.guards: dict[tuple[int, str], list[Slice]] = {}
         self.counts: dict[tuple[int, str], int] = {}
 
@@ -236,6 +237,12 @@ class _Team:
 
     def _carried(self, owner: int, visitor: int, part: int) -> tuple[int, int] | None:
         """Rows of `owner` that come to `visitor`: what it needs, and what those need to whom it hands on."""
+        key = owner, visitor, part
+        if key not in self.carried:
+            self.carried[key] = self._find_carried(*key)
+        return self.carried[key]
+
+    def _find_carried(self, owner: int, visitor: int, part: int) -> tuple[int, int] | None:
         route = self.routes[part]
         if not route.narrow:
             rows = self.rows(self.payload[0], owner)
@@ -331,7 +338,8 @@ class _Team:
                 writes += running.final(low, high)
                 continue
             label = f"{'away' if home != place else 'part'}_{max(part, 0)}.{group[0]}"
-            where, label = self._slot(place, f"own.{group[0]}" if i == j else label, 0 if i == j else 2)
+            stays = home == place and running.begins(low, high)
+            where, label = self._slot(place, f"own.{group[0]}" if stays else label, 0 if stays else 2)
             if home != place:
                 self._free(place, where, "compute")
             parts = [
@@ -343,13 +351,15 @@ class _Team:
             ]  # fmt: skip
             writes += parts
             after.append((group, home, parts, low, high, where, max(part, 0)))
+        if not writes:  # no rows here: a rank with padding only
+            return
         h, area = self.shape.heads, need.area
         width = 2 * (3 * h.head_dim + 2 * h.v_dim) if self.backward else 2 * (h.head_dim + h.v_dim)
         op = "attend_backward" if self.backward else "attend"
         engine = f"attention_{'backward' if self.backward else 'forward'}/{h.dtype}"
         flops = area * h.batch * (h.q_heads // self.shape.inner) * width
         self.draft.compute(self.rank(place), op, reads, writes, flops=flops, engine=engine, params=_params(i, j, need))
-        if slot and writes:
+        if slot:
             self.guards[place, slot].append(writes[0])
         for item in after:
             self._deliver(place, *item)

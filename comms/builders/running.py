@@ -52,6 +52,10 @@ class Running:
         """Is there one contribution only? It may then be written straight into `final`."""
         return self.expected == [(0, self.rows)]
 
+    def begins(self, start: int, stop: int) -> bool:
+        """Would a contribution to these rows be the first of some of them, and so have to stay where it is?"""
+        return any(start <= s.start and s.stop <= stop and s.version is None for s in self.segments)
+
     def final(self, start: int, stop: int) -> list[Slice]:
         return [Slice(name, start, stop) for name, _, _ in self.fields]
 

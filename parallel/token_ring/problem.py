@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 
 from ...comms.builders.attention import Heads, Need, Shape, attention
 from ...comms.builders.routes import Route, direct, ring, two_level
+from ...comms.cost import rank_costs
 from ...comms.schedule import Schedule
 from ...dist.errors import UserError
 from ..masks import Mask, Tile, tiles
@@ -119,20 +120,25 @@ def _build(problem: Problem, name: str, backward: bool) -> Schedule:
     )
     moves = "q" if name in ("token_ring", "token_ring_bookended", "need_only_q", "ulysses_token") else "kv"
     bookends = name == "token_ring_bookended"
-    return attention(name, shape, _routes(problem, name, size), moves=moves, backward=backward, bookends=bookends)
+    built = [
+        attention(name, shape, routes, moves=moves, backward=backward, bookends=bookends)
+        for routes in _routes(problem, name, size)
+    ]
+    return min(built, key=lambda plan: max(cost.sent_bytes for cost in rank_costs(plan)))
 
 
-def _routes(problem: Problem, name: str, size: int) -> list[Route]:
+def _routes(problem: Problem, name: str, size: int) -> list[list[Route]]:
+    """The routes to try. Under a causal mask the direction of a ring decides how many rows may stay behind early."""
     if name == "ring_kv_bidirectional":
-        return [ring(size), ring(size, -1)]
+        return [[ring(size), ring(size, -1)]]
     if name == "all_gather_kv":
-        return [direct(size, buffers=0, narrow=False)]
+        return [[direct(size, buffers=0, narrow=False)]]
     if name in ("need_only_kv", "need_only_q"):
-        return [direct(size)]
+        return [[direct(size)]]
     if name == "double_ring":
         near = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
-        return [two_level(size, problem.node or near)]
-    return [ring(size)]
+        return [[two_level(size, problem.node or near)]]
+    return [[ring(size)], [ring(size, -1)]] if problem.mask.causal and size > 2 else [[ring(size)]]
 
 
 def _needs(problem: Problem, inner: int, i: int, j: int, halves: str) -> tuple[Need, ...]:

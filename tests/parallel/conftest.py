@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -39,6 +42,20 @@ def make_family(name: str, **changes):
     config = AutoConfig.for_model(name, **{**BASE, **FAMILIES[name], **changes})
     implementation = "eager" if name == "gpt_oss" else "sdpa"  # sinks need eager in the plain path
     return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).float().train()
+
+
+@pytest.fixture(scope="session")
+def attention_reference():
+    """The module beside this file; tests have no package to import it from."""
+    return load("attention_reference")
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

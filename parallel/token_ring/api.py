@@ -1,0 +1,252 @@
+"""`token_ring_attention`: exact attention over a sequence that is spread over the ranks of a group, with gradients.
+
+The call is one custom operator, forward and backward, so that autograd, activation checkpointing and torch.compile see
+a single node; what differs from call to call (problem, schedules, group) is a frozen `Call` that the operator finds by
+number. Nothing is kept between forward and backward but the operator's own inputs and results.
+
+Legend: B batch, L rows of this rank, H query heads, G key heads, D and E head dims.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...comms import local
+from ...comms.builders.attention import Heads
+from ...comms.ops import Ops
+from ...dist.errors import UserError
+from ..masks import Mask
+from ..merge import lse_dtype
+from ..partition import as_list, rows_of
+from .block_ops import ops
+from .executors import Home, home
+from .planner import Rates, choose, resolve
+from .problem import Problem
+
+
+@dataclass(frozen=True)
+class Call:
+    """One kind of call, the same on all ranks of `home`'s group."""
+
+    problem: Problem
+    forward: str
+    backward: str
+    scale: float
+    lse_gradient: bool
+    home: Home
+
+
+_KEPT = 4096  # kinds of calls that are remembered; a call must be among them until its backward has run
+_calls: dict[int, Call] = {}
+_numbers: dict[tuple, int] = {}
+_next = itertools.count()
+
+
+def token_ring_attention(
+    q_BLHD: Tensor,
+    k_BLGD: Tensor,
+    v_BLGE: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    prefix: int = 0,
+    cu_seqlens: Sequence[int] | Tensor | None = None,
+    cu_seqlens_k: Sequence[int] | Tensor | None = None,
+    layout: str = "zigzag",
+    lengths: tuple[int, int] | None = None,
+    scale: float | None = None,
+    schedule: str = "auto",
+    backward_schedule: str = "auto",
+    return_lse: bool = False,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> Any:
+    """Attention of the whole sequence: this rank's rows of it, [B, L, H, E] in the dtype of q; collective over `group`.
+
+    q [B, L, H, D], k [B, M, G, D] and v [B, M, G, E] are this rank's shards in `layout` (see `shard_sequence`).
+    `lengths`: the global numbers of queries and keys; None asks the group. `causal` puts the last query at the last
+    key; `window` w lets a query see w keys up to itself; keys before `prefix` are seen by all; `cu_seqlens` are global
+    bounds of packed documents. A query that sees no key gets zeros. `schedule`, `backward_schedule`: see
+    `problem.SCHEDULES`; 'auto' takes the fastest by prediction. With `return_lse` also the log-sum-exp [B, L, H],
+    which has a gradient. Sums are formed in float32 (float64 for float64) in a fixed order.
+    """
+    refused = {"dropout": dropout or None, "softcap": softcap, "alibi_slopes": alibi_slopes}
+    for name, value in refused.items():
+        if value is not None:
+            raise UserError(
+                f"{name} in token_ring_attention",
+                expected="no dropout, no soft cap and no ALiBi: the block kernels have none of them with log-sum-exp",
+                remedy=f"leave {name} out, or keep such layers on one rank",
+            )
+    number = _prepare(
+        tuple(q_BLHD.shape), tuple(k_BLGD.shape), tuple(v_BLGE.shape), q_BLHD.dtype, q_BLHD.device, group,
+        causal, window, prefix, _frozen(cu_seqlens), _frozen(cu_seqlens_k), layout, lengths, scale,
+        schedule, backward_schedule, return_lse,
+    )  # fmt: skip
+    out, lse = torch.ops.undertow.token_ring_attention(q_BLHD, k_BLGD, v_BLGE, number)
+    return (out, lse) if return_lse else out
+
+
+def _frozen(bounds: Sequence[int] | Tensor | None) -> tuple[int, ...] | None:
+    found = as_list(bounds)
+    return None if found is None else tuple(found)
+
+
+@torch.compiler.assume_constant_result
+def _prepare(
+    q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], dtype: torch.dtype, device: torch.device, group: Any,
+    causal: bool, window: int | None, prefix: int, cu_q: tuple[int, ...] | None, cu_k: tuple[int, ...] | None,
+    layout: str, lengths: tuple[int, int] | None, scale: float | None, schedule: str, backward: str, return_lse: bool,
+) -> int:  # fmt: skip
+    """The number of the call, after everything about it has been checked."""
+    if len(q) != 4 or len(k) != 4 or len(v) != 4 or k[:3] != v[:3] or (q[0], q[3]) != (k[0], k[3]):
+        raise UserError(
+            f"q {list(q)}, k {list(k)}, v {list(v)}", expected="[B, L, H, D], [B, M, G, D] and [B, M, G, E]"
+        )
+    where = home(group, device)
+    if lengths is None:  # before the look-up: one rank's shard can be alike in two different calls
+        lengths = (cu_q[-1], (cu_k or cu_q)[-1]) if cu_q is not None else _lengths(q[1], k[1], where)
+    key = (q, k, v, dtype, device, id(where.executor), causal, window, prefix, cu_q, cu_k, layout, lengths, scale,
+           schedule, backward, return_lse)  # fmt: skip
+    if key in _numbers:
+        return _numbers[key]
+    if cu_q is not None and q[0] != 1:
+        raise UserError(f"cu_seqlens with a batch of {q[0]}", expected="packed documents in a batch of 1")
+    name = str(dtype).removeprefix("torch.")
+    partial = "float64" if dtype == torch.float64 else "float32"
+    heads = Heads(q[0], q[2], k[2], q[3], v[3], name, partial)
+    problem = Problem(where.world, *lengths, heads, Mask(causal, window, prefix, cu_q, cu_k), layout)
+    for what, rows, spans in (("queries", q[1], problem.q_spans), ("keys", k[1], problem.k_spans)):
+        if rows != rows_of(spans[where.rank]):
+            raise UserError(
+                f"{rows} {what} on rank {where.rank} of {where.world}",
+                expected=f"{rows_of(spans[where.rank])}: its part of {sum(map(rows_of, spans))} in layout '{layout}'",
+                remedy="cut the sequence with shard_sequence, or pass layout= and lengths=",
+            )
+    rates = Rates.of(where.machine, name)
+    chosen = (
+        resolve(problem, rates, schedule, backward=False),
+        resolve(problem, rates, backward, backward=True),
+    )
+    call = Call(problem, *chosen, scale if scale is not None else 1 / math.sqrt(q[3]), return_lse, where)
+    number = _numbers[key] = next(_next)
+    _calls[number] = call
+    if len(_numbers) > _KEPT:
+        del _calls[_numbers.pop(next(iter(_numbers)))]
+    return number
+
+
+def _lengths(rows_q: int, rows_k: int, where: Home) -> tuple[int, int]:
+    """Sums of the ranks' rows; collective."""
+    if where.executor is None:
+        return rows_q, rows_k
+    mine = torch.tensor([rows_q, rows_k])
+    total = torch.stack(where.executor.gather(mine)).sum(0)
+    return int(total[0]), int(total[1])
+
+
+@lru_cache(maxsize=256)
+def _table(problem: Problem, inner: int, scale: float, lse_gradient: bool) -> Ops:
+    return ops(problem, inner, scale, lse_gradient=lse_gradient)
+
+
+def _run(call: Call, name: str, backward: bool, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Run a schedule on rows-first tensors; key heads are repeated where heads are dealt to more ranks than that."""
+    problem, copies = call.problem, call.problem.kv_copies(name)
+    if copies > 1:
+        inputs = {n: x.repeat_interleave(copies, 2) if n in "kv" else x for n, x in inputs.items()}
+    schedule = problem.schedule(name, backward=backward)
+    table = _table(problem, problem.inner(name), call.scale, call.lse_gradient)
+    if call.home.executor is None:
+        device = inputs["q"].device
+        with torch.no_grad():
+            (found,) = local.run(schedule, [inputs], table, device=device)
+    else:
+        found = call.home.executor.run(schedule, inputs, table, blocking=inputs["q"].device.type == "cpu")
+    if copies > 1 and backward:
+        found = {n: x.unflatten(2, (-1, copies)).sum(3) if n != "dq" else x for n, x in found.items()}
+    return found
+
+
+def _rows_first(x: Tensor) -> Tensor:
+    return x.detach().transpose(0, 1).contiguous()
+
+
+@torch.library.custom_op("undertow::token_ring_attention", mutates_args=())
+def _forward(q: Tensor, k: Tensor, v: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    call = _calls[number]
+    inputs = {"q": _rows_first(q), "k": _rows_first(k), "v": _rows_first(v)}
+    found = _run(call, call.forward, False, inputs)
+    return found["out"].to(q.dtype).transpose(0, 1).contiguous(), found["lse"].transpose(0, 1).contiguous()
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+
+
+@torch.library.custom_op("undertow::token_ring_attention_backward", mutates_args=())
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, number: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    call = _calls[number]
+    inputs = {"q": q, "k": k, "v": v, "dout": dout, "lse": lse, "delta": delta}
+    found = _run(call, call.backward, True, {name: _rows_first(x) for name, x in inputs.items()})
+    dq, dk, dv = (found[name].to(x.dtype).transpose(0, 1).contiguous() for name, x in (("dq", q), ("dk", k), ("dv", v)))
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, number: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    q, k, v, ctx.number = inputs
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _gradient(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse = ctx.saved_tensors
+    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    if dlse is not None:
+        delta = delta - torch.where(torch.isneginf(lse), torch.zeros_like(lse), dlse.to(lse.dtype))
+    found = torch.ops.undertow.token_ring_attention_backward(dout.to(q.dtype), q, k, v, lse, delta, ctx.number)
+    return (*(g if wanted else None for g, wanted in zip(found, ctx.needs_input_grad)), None)
+
+
+_forward.register_autograd(_gradient, setup_context=_save)
+
+
+def explain(
+    lengths: tuple[int, int], *, world: int, batch: int = 1, q_heads: int, kv_heads: int, head_dim: int,
+    v_dim: int | None = None, dtype: torch.dtype = torch.bfloat16, machine: Any = None, layout: str = "zigzag",
+    topology: str = "ports", **mask: Any,
+) -> None:  # fmt: skip
+    """Print, for both phases, every schedule's bytes, buffers and predicted seconds, and which one 'auto' takes.
+
+    Needs no process group. `machine`: a `Machine` (from `undertow probe`); None assumes round figures. `mask`: the
+    fields of `masks.Mask`.
+    """
+    from rich.console import Console
+
+    name = str(dtype).removeprefix("torch.")
+    partial = "float64" if dtype == torch.float64 else "float32"
+    heads = Heads(batch, q_heads, kv_heads, head_dim, v_dim or head_dim, name, partial)
+    problem = Problem(world, *lengths, heads, Mask(**mask), layout)
+    rates = Rates.of(machine, name, topology=topology)
+    for backward in (False, True):
+        Console(highlight=False).print(choose(problem, rates, backward=backward).table())

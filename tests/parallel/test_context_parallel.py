@@ -1,0 +1,95 @@
+"""Models under context parallelism: loss and gradients are those of one process."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from undertow.comms.gradients import GradientAverage
+from undertow.dist.errors import UserError
+from undertow.parallel import enable_context_parallel
+from undertow.parallel.context_parallel import ContextParallel
+
+
+def _train(rank, world, model, batches, options):
+    """Gradients of each batch, on every rank after averaging."""
+    handle = enable_context_parallel(model, **options)
+    average = GradientAverage(model.parameters())
+    found = []
+    for batch in batches:
+        model.zero_grad(set_to_none=True)
+        output = model(**batch)
+        output.loss.backward()
+        average()
+        whole = handle.unshard(output.logits.detach())
+        grads = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
+        found.append((output.loss.item(), whole.numpy(), grads))
+    handle.disable()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "world"), [("llama", 2), ("qwen3", 2), ("mistral", 3)])
+def test_hf_models_train_as_on_one_process(name, world, ranks, seed, family, assert_same_gradients):
+    model = family(name, attention_dropout=0.0)
+    ids = torch.randint(3, 97, (2, 23))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    padding = torch.ones_like(ids)
+    padding[1, 19:] = 0
+    packed = torch.cat([torch.arange(n) for n in (7, 11, 5)])[None]
+    batches = [
+        dict(input_ids=ids, labels=labels),
+        dict(input_ids=ids, labels=labels.masked_fill(padding == 0, -100), attention_mask=padding),
+        dict(input_ids=ids[:1], labels=labels[:1], position_ids=packed),
+    ]
+    if world == 3:
+        model.gradient_checkpointing_enable()
+    results = ranks(world, _train, copy.deepcopy(model), batches, dict(layout="zigzag"))
+    for at, batch in enumerate(batches):
+        model.zero_grad(set_to_none=True)
+        output = model(**batch, use_cache=False)
+        output.loss.backward()
+        exact = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        for result in results:
+            loss, logits, grads = result[at]
+            assert loss == pytest.approx(output.loss.item(), abs=2e-6)
+            real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+            torch.testing.assert_close(torch.from_numpy(logits)[real], output.logits.detach()[real], atol=2e-5, rtol=0)
+            assert_same_gradients({n: torch.from_numpy(g) for n, g in grads.items()}, exact, 2e-5)
+
+
+def test_what_cannot_be_done_is_refused(family):
+    model = family("llama")
+    handle = enable_context_parallel(model)
+    ids = torch.randint(3, 97, (2, 8))
+    left = torch.ones_like(ids)
+    left[0, :2] = 0
+    with pytest.raises(UserError, match="right"):
+        model(input_ids=ids, attention_mask=left)
+    with pytest.raises(UserError, match="batch of 2"):
+        model(input_ids=ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]).expand(2, -1))
+    handle.disable()
+    assert model.generate(ids, max_new_tokens=2, do_sample=False).shape == (2, 10)
+    with pytest.raises(UserError, match="transformers"):
+        enable_context_parallel(torch.nn.Linear(2, 2))
+
+
+def _positions(rank, world):
+    context = ContextParallel(None, 10, "zigzag", (0, 4, 10))
+    share = torch.tensor(float(rank + 1), requires_grad=True)
+    whole = context.loss(share)
+    whole.backward()
+    at = context.shard(torch.cat([torch.arange(4), torch.arange(6)])[None])
+    assert torch.equal(context.positions(), at)
+    assert torch.equal(context.unshard(at)[0], torch.cat([torch.arange(4), torch.arange(6)]))
+    assert dist.get_world_size() == world
+    assert share.grad is not None
+    return whole.item(), share.grad.item()
+
+
+def test_positions_and_loss(ranks):
+    assert ranks(2, _positions) == [(3.0, 2.0)] * 2

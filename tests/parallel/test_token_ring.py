@@ -1,0 +1,233 @@
+"""Every schedule, layout and mask against full attention in float64: out, log-sum-exp and all gradients."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from undertow.comms import local
+from undertow.comms.builders.attention import Heads
+from undertow.comms.check import check
+from undertow.comms.cost import rank_costs
+from undertow.dist.errors import UserError
+from undertow.parallel import shard_sequence, token_ring_attention, unshard_sequence
+from undertow.parallel.masks import Mask
+from undertow.parallel.partition import LAYOUTS, positions_of
+from undertow.parallel.token_ring.block_ops import ops
+from undertow.parallel.token_ring.problem import SCHEDULES, Problem
+
+HEADS = [(4, 4), (8, 2), (4, 1), (12, 4), (10, 5)]
+
+
+def draw(generator: random.Random, layout: str) -> Problem:
+    """A random problem: lengths that nothing divides, cross attention, empty documents, ranks without tokens."""
+    world, lq = generator.choice([1, 2, 3, 4, 5]), generator.randint(1, 40)
+    lk = generator.choice([lq, generator.randint(1, 40)])
+    kind = generator.choice(["full", "causal", "window", "prefix", "documents"])
+    cu_q = cu_k = None
+    if kind == "documents" or layout == "zigzag_documents":
+        cuts = generator.randint(0, 3)
+        cu_q, cu_k = ((0, *sorted(generator.randint(0, n) for _ in range(cuts)), n) for n in (lq, lk))
+    mask = Mask(
+        kind != "full",
+        generator.randint(1, 12) if kind == "window" else None,
+        generator.randint(0, lk) if kind == "prefix" and cu_q is None else 0,
+        cu_q,
+        cu_k,
+    )
+    heads = Heads(2, *generator.choice(HEADS), 8, generator.choice([8, 16, 4]), "float64", "float64")
+    return Problem(world, lq, lk, heads, mask, layout)
+
+
+def tensors(problem: Problem):
+    h = problem.heads
+    sizes = (problem.lq, h.q_heads, h.head_dim), (problem.lk, h.kv_heads, h.head_dim), (problem.lk, h.kv_heads, h.v_dim)
+    return [torch.randn(2, *size, dtype=torch.float64, requires_grad=True) for size in sizes]
+
+
+def local_inputs(schedule_problem, name, rank, **whole):
+    """This rank's rows of [B, L, H, …] tensors, rows first; key heads repeated as the schedule wants them."""
+    at = {n: positions_of((schedule_problem.k_spans if n in "kv" else schedule_problem.q_spans)[rank]) for n in whole}
+    rows = {n: x.detach().transpose(0, 1)[at[n]].contiguous() for n, x in whole.items()}
+    copies = schedule_problem.kv_copies(name)
+    return {n: x.repeat_interleave(copies, 2) if n in "kv" else x for n, x in rows.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("forward", SCHEDULES)
+def test_exact_in_every_legal_order(forward, layout, seed, attention_reference):
+    """All ranks in this process, events in random legal orders over poisoned buffers; forward and backward differ."""
+    generator = random.Random(seed)
+    problems = (draw(generator, layout) for _ in range(200))
+    problem = next(p for p in problems if not p.possible(forward) and p.world > 1)
+    backward = generator.choice([name for name in SCHEDULES if not problem.possible(name)])
+    q, k, v = tensors(problem)
+    out, lse = attention_reference.full_attention(q, k, v, problem.mask, 0.3)
+    with_lse = generator.random() < 0.5
+    dout, empty = torch.randn_like(out), torch.isinf(lse)
+    dlse = torch.randn_like(lse).masked_fill(empty, 0) if with_lse else torch.zeros_like(lse)
+    if with_lse:
+        dout[:, 0] = 0  # a row whose gradient comes through the log-sum-exp alone
+    torch.autograd.backward((out, lse.masked_fill(empty, 0)), (dout, dlse))
+    plan = problem.schedule(forward)
+    check(plan, rendezvous=True)
+    inputs = [local_inputs(problem, forward, r, q=q, k=k, v=v) for r in range(problem.world)]
+    found = local.run(plan, inputs, ops(problem, problem.inner(forward), 0.3), seed=seed)
+    for rank, got in enumerate(found):
+        at = positions_of(problem.q_spans[rank])
+        torch.testing.assert_close(got["out"], out.detach().transpose(0, 1)[at], atol=1e-10, rtol=0)
+        torch.testing.assert_close(got["lse"], lse.detach().transpose(0, 1)[at], atol=1e-10, rtol=0)
+    plan = problem.schedule(backward, backward=True)
+    check(plan, rendezvous=True)
+    delta = (dout * out).sum(-1) - dlse
+    given = dict(q=q, k=k, v=v, dout=dout, lse=lse, delta=delta)
+    inputs = [local_inputs(problem, backward, r, **given) for r in range(problem.world)]
+    table = ops(problem, problem.inner(backward), 0.3, lse_gradient=with_lse)
+    found = local.run(plan, inputs, table, seed=seed)
+    copies = problem.kv_copies(backward)
+    for rank, got in enumerate(found):
+        for name, x, spans in (("dq", q, problem.q_spans), ("dk", k, problem.k_spans), ("dv", v, problem.k_spans)):
+            mine = got[name] if name == "dq" else got[name].unflatten(2, (-1, copies)).sum(3)
+            assert x.grad is not None
+            wanted = x.grad.transpose(0, 1)[positions_of(spans[rank])]
+            torch.testing.assert_close(mine, wanted, atol=1e-9, rtol=0, msg=f"{name} by {backward}")
+
+
+def units(name, *, backward, q_heads=8, kv_heads=8, causal=False, world=4):
+    """(most sent by a rank) / (bytes of one rank's q): float32 everywhere, head dim 16, 32 rows per rank."""
+    rows, dim = 32, 16
+    problem = Problem(world, rows * world, rows * world, Heads(1, q_heads, kv_heads, dim, dim), Mask(causal))
+    costs = rank_costs(problem.schedule(name, backward=backward))
+    return max(c.sent_bytes for c in costs) / (rows * q_heads * dim * 4)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("kv_heads", [8, 1])
+def test_bytes_are_the_closed_forms(world, kv_heads):
+    """Grouped key heads travel as they are; the numbers are those of docs/token-ring.md."""
+    g, d, hops = 8 / kv_heads, 16, world - 1
+    for name in ("ring_kv", "ring_kv_bidirectional", "all_gather_kv", "need_only_kv"):
+        assert units(name, backward=False, kv_heads=kv_heads, world=world) == pytest.approx(hops * 2 / g)
+        assert units(name, backward=True, kv_heads=kv_heads, world=world) == pytest.approx(hops * 4 / g)
+    for name in ("token_ring", "token_ring_bookended", "need_only_q"):
+        assert units(name, backward=False, kv_heads=kv_heads, world=world) == pytest.approx(hops * (2 + 1 / d))
+        assert units(name, backward=True, kv_heads=kv_heads, world=world) == pytest.approx(hops * (3 + 2 / d))
+    if world in (2, 4):
+        kept = max(1.0, world / kv_heads)  # heads that must be repeated because there are fewer than ranks
+        expected = (world - 1) / world * (2 + 1 / d + 2 * kept / g)
+        assert units("ulysses", backward=False, kv_heads=kv_heads, world=world) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_causal_zigzag_moves_only_rows_that_are_needed(world):
+    """The busiest rank sends half of its queries to each rank above it, and whole results (out, lse) to each."""
+    found = units("need_only_q", backward=False, causal=True, world=world)
+    assert found == pytest.approx((world - 1) * (1.5 + 1 / 16))
+    for name in ("token_ring", "token_ring_bookended"):
+        full, causal = (units(name, backward=False, causal=c, world=world) for c in (False, True))
+        assert found <= causal < full
+
+
+def _exact(rank, world, cases, path):
+    torch.manual_seed(0)
+    reference = _load(path)
+    for forward, backward, layout, kind in cases:
+        length = 37
+        bounds = [0, 9, 9, 30, 37] if kind == "documents" or layout == "zigzag_documents" else None
+        window = 7 if kind == "window" else None
+        q, k, v = (torch.randn(1, length, h, 8, dtype=torch.float64, requires_grad=True) for h in (6, 2, 2))
+        mask = Mask(kind != "full", window, 0, *([tuple(bounds)] * 2 if bounds else []))
+        out, lse = reference.full_attention(q, k, v, mask, 8**-0.5)
+        (out.sin().sum() + lse.cos().sum()).backward()
+        mine = [
+            shard_sequence(x.detach(), layout=layout, cu_seqlens=bounds).mT.contiguous().mT.requires_grad_()
+            for x in (q, k, v)
+        ]  # not contiguous
+        got, got_lse = token_ring_attention(
+            *mine, causal=kind != "full", window=window, cu_seqlens=bounds, layout=layout,
+            schedule=forward, backward_schedule=backward, return_lse=True,
+        )  # fmt: skip
+        whole = unshard_sequence(got.detach(), layout=layout, length=length, cu_seqlens=bounds)
+        torch.testing.assert_close(whole, out.detach(), atol=1e-10, rtol=0)
+        (got.sin().sum() + got_lse.cos().sum()).backward()
+        for x, part in zip((q, k, v), mine):
+            wanted = shard_sequence(x.grad, layout=layout, cu_seqlens=bounds)
+            torch.testing.assert_close(part.grad, wanted, atol=1e-9, rtol=0, msg=f"{forward}, {backward}")
+
+
+def _load(path):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("attention_reference", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("world", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_api_on_real_ranks(world, ranks, attention_reference):
+    names = [n for n in SCHEDULES if world == 2 or (world == 3 and "ulysses_" not in n) or n == "ring_kv"]
+    names = [n for n in names if n not in ("ulysses_ring", "ulysses_token")]
+    kinds = ["full", "causal", "window", "documents"]
+    cases = [(n, names[-1 - i], LAYOUTS[i % 4], kinds[(i // 2) % 4]) for i, n in enumerate(names)]
+    cases += [("auto", "auto", "zigzag", "causal"), ("auto", "auto", "striped", "window")]
+    ranks(world, _exact, cases, attention_reference.__file__)
+
+
+def _lifecycle(rank, world):
+    """Two groups at once, a second call before the first's backward, checkpoint re-entry, one gradient only, bits."""
+    from torch.utils.checkpoint import checkpoint
+
+    torch.manual_seed(rank // 2)
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mine = pairs[rank // 2]
+    q, k, v = (torch.randn(2, 5, h, 8, requires_grad=True) for h in (4, 2, 2))
+    wide = dict(causal=True, schedule="token_ring", backward_schedule="ring_kv")
+    first = token_ring_attention(q, k, v, group=mine, **wide)
+    second = token_ring_attention(q, k, v, causal=True, schedule="ring_kv")
+    both = torch.autograd.grad(first.square().sum() + second.sum(), (q, k, v))
+    alone = [torch.autograd.grad(token_ring_attention(q, k, v, group=mine, **wide).square().sum(), (q, k, v))]
+    alone += [torch.autograd.grad(token_ring_attention(q, k, v, causal=True, schedule="ring_kv").sum(), (q, k, v))]
+    for got, *parts in zip(both, *alone):
+        torch.testing.assert_close(got, sum(parts))
+    again = checkpoint(lambda *x: token_ring_attention(*x, group=mine, **wide), q, k, v, use_reentrant=False)
+    for got, wanted in zip(torch.autograd.grad(again.square().sum(), (q, k, v)), alone[0]):
+        assert torch.equal(got, wanted)
+    out = token_ring_attention(q.detach(), k, v.detach(), group=mine, **wide)
+    assert torch.equal(torch.autograd.grad(out.square().sum(), k)[0], alone[0][1])
+    runs = {
+        tuple(x.numpy().tobytes() for x in torch.autograd.grad(
+            token_ring_attention(q, k, v, group=mine, **wide).square().sum(), (q, k, v)))
+        for _ in range(50)
+    }  # fmt: skip
+    assert len(runs) == 1
+
+
+def test_calls_do_not_disturb_each_other_and_repeat_bit_for_bit(ranks):
+    ranks(4, _lifecycle)
+
+
+def _padding(rank, world):
+    cut = dict(layout="contiguous", lengths=(1, 1))
+    q = torch.randn(1, 1 if rank == world - 1 else 0, 2, 8, requires_grad=True)
+    out = token_ring_attention(q, q, q, causal=True, **cut)
+    out.sum().backward()
+    assert out.shape == q.shape and q.grad is not None and q.grad.isfinite().all()
+    try:
+        token_ring_attention(q, q, q, lengths=(9, 9))
+    except UserError as error:
+        return str(error)
+
+
+def test_ranks_without_tokens_and_wrong_shards(ranks):
+    assert all("shard_sequence" in text for text in ranks(3, _padding))
+
+
+@pytest.mark.parametrize("name", ["dropout", "softcap", "alibi_slopes"])
+def test_what_kernels_lack_is_refused_by_name(name):
+    x = torch.randn(1, 4, 2, 8)
+    with pytest.raises(UserError, match=name):
+        token_ring_attention(x, x, x, **{name: 0.1})

@@ -89,11 +89,13 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run a workload: the method itself, or a baseline at equal cost. `changes` edits the config."""
+    """One way to run a workload: the method itself, or a baseline at equal cost. `changes` edits the config; `steps`
+    is its share of the preset's updates, where its updates cost more."""
 
     note: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     presets: tuple[str, ...] = PRESETS  # at which it is compared
+    steps: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,9 @@ class Workload:
             raise UserError(f"no preset '{preset}' of {self.name}", expected=f"one of {', '.join(self.presets)}")
         if variant not in self.variants:
             raise UserError(f"no variant '{variant}' of {self.name}", expected=f"one of {', '.join(self.variants)}")
-        return self.presets[preset].but(**{**self.variants[variant].changes, **changes})
+        base, chosen = self.presets[preset], self.variants[variant]
+        base = replace(base, steps=round(base.steps * chosen.steps))
+        return base.but(**{**chosen.changes, **changes})
 
     def compared(self, preset: str) -> list[str]:
         """The variants that a comparison at `preset` runs."""

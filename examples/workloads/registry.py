@@ -8,6 +8,7 @@ from ...dist.errors import UserError
 from .contract import Workload
 
 MODULES = {
+    "mor": "mor",
     "graphgps": "graphgps",
     "trace": "trace",
     "stable-rps": "stable_rps",

@@ -41,8 +41,7 @@ class CheckpointSection:
 
 
 def section(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The raw section, {} when there is none. `UserError` for a name that is not in `KNOWN`, with the reason where it is
-    in `REFUSED`."""
+    """The raw section, {} when there is none. `UserError` for names not in `KNOWN`, with reasons for `REFUSED`."""
     for name in config:
         if name != SECTION and difflib.SequenceMatcher(None, str(name).lower(), SECTION).ratio() > 0.75:
             raise UserError(f"the DeepSpeed configuration has a section '{name}'", remedy=f"write '{SECTION}'")

@@ -9,13 +9,10 @@ factory, and the two methods that save and load, are wrapped here.
 
 from __future__ import annotations
 
-import atexit
 import functools
 import os
-import queue
-import threading
 import time
-import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +23,10 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointComm
 from ..dist import launch
 from ..dist.errors import UserError
 from ..dist.log import get_logger, warn_once
-from .coordinate import Coordinator
 from .deepspeed_config import CheckpointSection, checkpoint_section, section
 from .files import FileOps
-from .lazy_file import HostBuffers, LazyFile, check_file
+from .lazy_file import LazyFile, check_file
+from .lazy_saver import LazySaver, Phase
 from .manifest import BadCheckpoint, FileRecord
 from .tag_folder import RECORD, candidates, problems, publish, read_record, zero_ranks
 
@@ -43,25 +40,20 @@ class UndertowCheckpointEngine(CheckpointEngine):
     def __init__(self, config: CheckpointSection) -> None:
         self.name = "undertow"
         self.config = config
-        self.reports: list[tuple[str, str]] = []
-        self._coordinator = Coordinator.from_default_group(timeout_s=config.timeout_s)
-        self._ops, self._buffers = FileOps(direct=False), HostBuffers()
+        self._saver = LazySaver(timeout_s=config.timeout_s)
+        self._ops = FileOps(direct=False)
         self._open: _Tag | None = None
-        self._unfenced: list[LazyFile] = []
-        self._jobs: queue.Queue[_Tag | LazyFile | None] = queue.Queue()
-        self._pending = 0
-        self._idle = threading.Condition()
-        self._closed = False
-        self._thread = threading.Thread(target=self._work, name="undertow-deepspeed", daemon=True)
-        self._thread.start()
-        atexit.register(_finish, weakref.ref(self))
+
+    @property
+    def reports(self) -> list[tuple[str, str]]:
+        return self._saver.reports
 
     # -- what DeepSpeed calls ----------------------------------------------------------------------------------------
 
     def create(self, info: CheckpointCommitInfo) -> None:
         """A save begins. One is in flight at a time: host memory for two would be needed otherwise."""
         self.seal()
-        self.drain()
+        self._saver.drain()
         self._open = _Tag(Path(info.save_dir), str(info.tag), info.save_latest)
 
     def save(self, state_dict: Any, path: str) -> None:
@@ -72,38 +64,29 @@ class UndertowCheckpointEngine(CheckpointEngine):
         def late(keys: tuple) -> bool:
             return bool(keys) and keys[0] in LATE and not (keys[0] == "module" and keys[-1] in names)
 
-        file = LazyFile(Path(path), state_dict, late if self.config.lazy else lambda keys: False, self._buffers)
-        self._open.files.append(file)
-        self._unfenced.append(file)
-        self._jobs.put(file)
+        wanted = late if self.config.lazy else lambda keys: False
+        self._saver.add(LazyFile(Path(path), state_dict, wanted, self._saver.buffers))
 
     def seal(self) -> None:
         """This rank has handed over all files of the tag."""
         if self._open is not None:
             tag, self._open = self._open, None
-            with self._idle:
-                self._pending += 1
-            self._jobs.put(tag)
+            self._saver.seal(tag.tag, functools.partial(self._commit, tag))
 
     def get_commit_info(self) -> None:
         """DeepSpeed is about to update parameters: fence. There is never anything for DeepSpeed to commit."""
-        self.fence()
-
-    def fence(self) -> None:
-        for file in self._unfenced:
-            file.fence()
-        self._unfenced.clear()
+        self._saver.fence()
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
         """Called by DeepSpeed where it wants files at once (save_16bit_model)."""
         self.seal()
-        self.drain()
+        self._saver.drain()
         return not self.reports[-1][1]
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """One file, verified first; a file that undertow did not write is loaded as DeepSpeed would, with a warning."""
         self.seal()
-        self.drain()
+        self._saver.drain()
         record = read_record(Path(path).parent)
         if record is None or Path(path).name not in record.files:
             warn_once(log, "%s has no checksums by undertow: loaded as it is", os.path.dirname(path))
@@ -119,90 +102,39 @@ class UndertowCheckpointEngine(CheckpointEngine):
 
     def cleanup(self) -> None:
         """The end of training: everything in flight is committed, `latest` included."""
-        if self._closed:
-            return
-        self._closed = True
         self.seal()
-        self.drain()
-        self._jobs.put(None)
-        self._thread.join()
-        self._coordinator.part()
+        self._saver.close()
 
-    # -- in the background -------------------------------------------------------------------------------------------
+    # -- committing and choosing -------------------------------------------------------------------------------------
 
-    def drain(self) -> None:
-        """Wait until every sealed tag has ended."""
-        self.fence()
-        with self._idle:
-            self._idle.wait_for(lambda: not self._pending)
-
-    def _work(self) -> None:
-        sequence = 0
-        while (job := self._jobs.get()) is not None:
-            if isinstance(job, LazyFile):
-                job.copy()
-                continue
-            sequence += 1
-            reason = self._finish_tag(job, f"tag/{sequence}")
-            for file in job.files:
-                file.release()
-            if reason:
-                log.warning("the checkpoint %s failed and was dropped: %s", job.tag, reason)
-            self.reports.append((job.tag, reason))
-            with self._idle:
-                self._pending -= 1
-                self._idle.notify_all()
-
-    def _finish_tag(self, tag: _Tag, name: str) -> str:
-        """Durable on all ranks, renamed on all ranks, recorded; the reason against, or ''."""
+    def _commit(self, tag: _Tag, files: list[LazyFile], phase: Phase) -> None:
+        """Durable on all ranks, renamed on all ranks, recorded; in the background."""
         written: dict[str, FileRecord] = {}
+        leader = self._saver.coordinator.rank == 0
 
         def write() -> None:
-            for file in tag.files:
-                written[str(file.path)] = file.write()
+            for file in files:
+                written[file.path.name] = file.write()
 
         def rename() -> None:
-            for file in tag.files:
+            for file in files:
                 self._ops.rename(file.part, file.path)
 
-        try:
-            self._together(f"{name}/durable", write)
-            if self._coordinator.rank == 0:  # from here on the tag's older files go
-                self._ops.unlink(tag.folder / RECORD)
-            self._together(f"{name}/begin", lambda: None)
-            words = self._together(f"{name}/renamed", rename, {Path(p).name: r for p, r in written.items()})
-            if self._coordinator.rank == 0:
-                files = {file: record for word in words for file, record in word.items()}
-                if all(file.path.parent == tag.folder for file in tag.files):
-                    publish(tag.root, tag.tag, files, self._ops, latest=tag.latest)
-            self._together(f"{name}/published", lambda: None)
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-        return ""
+        def publish_tag() -> None:
+            if leader and all(file.path.parent == tag.folder for file in files):
+                records = {name: record for word in words for name, record in word.items()}
+                publish(tag.root, tag.tag, records, self._ops, latest=tag.latest)
 
-    def _together(self, name: str, act: Any, word: Any = None) -> list[Any]:
-        """Act on every rank; every rank's word, or the first reason against."""
-        problem = ""
-        try:
-            act()
-        except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-        self._coordinator.say(name, (problem, word))
-        if self._coordinator.rank == 0:
-            words = self._coordinator.hear_all(name, timeout_s=self.config.timeout_s)
-            against = [f"rank {rank}: {reason}" for rank, (reason, _) in enumerate(words) if reason]
-            self._coordinator.say(f"{name}/verdict", ("; ".join(against), [each for _, each in words]))
-        deadline_s = time.monotonic() + 2 * self.config.timeout_s
-        verdict, words = self._coordinator.hear(f"{name}/verdict", 0, deadline_s=deadline_s)
-        if verdict:
-            raise RuntimeError(verdict)
-        return words
+        phase("durable", write)  # from here on the tag's older files go
+        phase("begun", lambda: self._ops.unlink(tag.folder / RECORD) if leader else None)
+        words = phase("renamed", rename, written)
+        phase("published", publish_tag)
 
     def choose(self, root: Path) -> str | None:
         """The tag to load, agreed by all ranks: the one that `latest` names, or the newest older one that verifies."""
         self.seal()
-        self.drain()
-        coordinator, refused = self._coordinator, ""
+        self._saver.drain()
+        coordinator, refused = self._saver.coordinator, ""
         coordinator.round += 1
         tags = candidates(root) if coordinator.rank == 0 else []
         for attempt in range(1_000_000):
@@ -229,22 +161,17 @@ class UndertowCheckpointEngine(CheckpointEngine):
         return None
 
 
+@dataclass(frozen=True)
 class _Tag:
     """One save on its way."""
 
-    def __init__(self, root: Path, tag: str, latest: bool) -> None:
-        self.root, self.tag, self.latest = root, tag, latest
-        self.files: list[LazyFile] = []
+    root: Path
+    tag: str
+    latest: bool
 
     @property
     def folder(self) -> Path:
         return self.root / self.tag
-
-
-def _finish(reference: weakref.ref[UndertowCheckpointEngine]) -> None:
-    engine = reference()
-    if engine is not None:
-        engine.cleanup()
 
 
 def same_ranks(folder: Path, ranks: int) -> None:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .files import FileOps
-from .lazy_file import check_file
+from .lazy_file import check_file, sum_file
 from .manifest import BadCheckpoint, FileRecord, checksum
 
 RECORD = "undertow.json"
@@ -81,6 +81,18 @@ def publish(root: Path, tag: str, files: Mapping[str, FileRecord], ops: FileOps,
     if latest:
         ops.write_file(root / "latest", tag.encode())
     ops.fsync_dir(root)
+
+
+def seal_folder(folder: Path, written: Mapping[Path, FileRecord], ops: FileOps) -> None:
+    """Make `folder` whole before it gets its name: sums of the `written` files and of all others, durable."""
+    records = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            records[path.relative_to(folder).as_posix()] = written.get(path) or sum_file(path)
+    for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        ops.fsync_dir(path)
+    ops.write_file(folder / RECORD, TagRecord(folder.name, records, time.time()).dumps())
+    ops.fsync_dir(folder)
 
 
 def candidates(root: Path) -> list[str]:

@@ -53,6 +53,7 @@ def test_stock_deepspeed_and_its_converters_read_it(ranks, tmp_path, stage):
     stock = run(ranks, 2, tmp_path / "a", stage, 6, load=True, stock=True)[0]
     assert stock["losses"] == straight["losses"][3:] and stock["hash"] == straight["hash"]
     state = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "a"))
+    assert state is not None
     assert hash_of({name: value for name, value in state.items() if name != "1.calls"}) == straight["hash_at_save"]
     assert main(["deepspeed", "convert", str(tmp_path / "a"), str(tmp_path / "u"), "--workers", "1"]) == 0
     alone = run(ranks, 1, tmp_path / "u", stage, 6, load=True, universal=True)[0]

@@ -1,9 +1,11 @@
 """Lazy, asynchronous, multi-level checkpoints: state to tiers and back."""
 
 from .checkpointer import Checkpointer
+from .drop_in import async_save
 from .frequency import Frequency
 from .mirror import Mirror
 from .preemption import Preemption
 from .retention import Retention
+from .stored import open_checkpoint
 
-__all__ = ["Checkpointer", "Frequency", "Mirror", "Preemption", "Retention"]
+__all__ = ["Checkpointer", "Frequency", "Mirror", "Preemption", "Retention", "async_save", "open_checkpoint"]

@@ -21,10 +21,12 @@ import psutil
 from ..dist import launch
 from ..dist.errors import UserError
 from ..dist.log import get_logger
+from ..dist.machine import Machine
 from ..dist.trace import Trace
 from .arena import Arena
 from .committer import Save, SaveReport
 from .coordinate import Coordinator
+from .cost import predict
 from .due import Due
 from .files import FileOps
 from .frequency import Frequency
@@ -242,6 +244,32 @@ class Checkpointer:
         self._pipeline.drain()
         self._report()
         return self.reports
+
+    def explain(self, machine: Machine | None = None, *, window_s: float = 0.0) -> str:
+        """What a save of the state as it is now does, tier by tier, and, from the rates of `machine` (default: what
+        `undertow probe` wrote here), what it will cost beside what the last ones did cost. `window_s`: from the call to
+        the optimizer's first write. Call it on all ranks."""
+        self.fence()
+        self._live.values(self._pipeline.drain, self._resize)
+        plan = self._live.plan
+        arena = min(self._arena_bytes or _default_arena(plan.image.size), plan.image.size)
+        lines = [str(plan).splitlines()[0], self._tiers.explain(self._due.interval, self.host_every, arena)]
+        if machine is None and (path := Machine.default_path()).is_file():
+            machine = Machine.load(path)
+        if machine is not None:
+            cost = predict(
+                plan.image.size,
+                machine,
+                cuda=self._live.pinned,
+                window_s=window_s,
+                arena_bytes=arena,
+                eager_bytes=plan.image.eager_bytes,
+            )
+            lines.append(f"predicted on {machine.name}: {cost}")
+        lines += [f"measured: {report}" for report in self.reports[-len(self._tiers.committers) :]]
+        if self._due.reason:
+            lines.append(self._due.reason)
+        return "\n".join(lines)
 
     def status(self) -> str:
         """One or two words for a progress bar."""

@@ -25,6 +25,7 @@ class Due:
         self._saves = 0
         self._last: tuple[int, float] | None = None
         self._step_s: deque[float] = deque(maxlen=64)
+        self.reason = ""  # why this interval, on rank 0
         self.interval: int | None = every if isinstance(every, int) else None
 
     def is_due(self, step: int) -> bool:
@@ -57,8 +58,10 @@ class Due:
     def _choose(self, policy: Frequency, ended: Sequence[SaveReport]) -> int:
         if not ended or not self._step_s:  # nothing measured yet
             return policy.first
-        return policy.steps(
-            stall_s=statistics.median(r.call_s + r.fence_s for r in ended),
-            commit_s=statistics.median(r.commit_s for r in ended),
-            step_s=statistics.median(self._step_s),
-        )
+        measured = {
+            "stall_s": statistics.median(r.call_s + r.fence_s for r in ended),
+            "commit_s": statistics.median(r.commit_s for r in ended),
+            "step_s": statistics.median(self._step_s),
+        }
+        self.reason = policy.explain(**measured)
+        return policy.steps(**measured)

@@ -155,11 +155,14 @@ class Folder:
         except OSError:
             self._undo(scratch, final, replaced)
             raise
-        self.ops.write_file(self.root / LATEST, f"{final.name}\n".encode())
+        self._hint(final)
         if replaced is not None:
             self.ops.rmtree(replaced)
         self.ops.fsync_dir(self.root)
         return final
+
+    def _hint(self, final: Path) -> None:
+        self.ops.write_file(self.root / LATEST, f"{final.name}\n".encode())
 
     def _leave_branch(self, step: int) -> None:
         """Set later checkpoints aside: a run that writes `step` after them was rolled back and goes on from there."""

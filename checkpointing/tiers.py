@@ -16,6 +16,7 @@ from typing import Any
 from ..dist.errors import UserError
 from ..dist.log import get_logger
 from ..dist.trace import Trace
+from ..dist.units import format_bytes
 from .arena import Memory
 from .committer import Committer, Part, Save
 from .coordinate import Coordinator
@@ -143,6 +144,20 @@ class Tiers:
         path = folder.scratch(save.step, self.coordinator.token) / name
         file = MirrorFile(folder.ops, self.folder.final(save.step) / name, path, written)
         self._committers["mirror"].submit(Part(save, file))
+
+    def explain(self, every: int | None, host_every: int, arena_bytes: int) -> str:
+        """The tiers in words, one line each."""
+
+        def rhythm(steps: int | None) -> str:
+            return "as often as measured" if steps is None else f"every {steps} steps" if steps else "when asked"
+
+        lines = [] if self.host is None else [f"  host    {rhythm(host_every)} → {self.host.folder.root}"]
+        lines.append(
+            f"  disk    {rhythm(every)} → {self.folder.root}, through {format_bytes(arena_bytes)} of host memory"
+        )
+        if self._mirror is not None and self._mirror_folder is not None:
+            lines.append(f"  mirror  one of every {self._mirror.every} steps' → {self._mirror_folder.root}")
+        return "\n".join(lines)
 
     def roll_back(self, step: int) -> None:
         """After an explicit restore: newer checkpoints are set aside, or a restart would jump back into them."""

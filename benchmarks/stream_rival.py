@@ -5,8 +5,8 @@
     PYTHONPATH=OLD python benchmarks/stream_rival.py '{"shape": {...}, "tokens": 32768, ...}'
 
 `benchmarks/stream_backprop.py --streambp OLD` starts it for each length. Its own defaults are used (layer chunks of
-5000 rows, logits in 100), and the all-ones mask without which it fails. The gradient of a fully labelled row is off by
-the factor T / (T - 1) there; `norm` shows it. Prints one JSON row.
+5000 rows, logits in 100), and the all-ones mask without which it fails. Loss and gradient of a fully labelled row are
+(T - 1) / T of the right ones there; `norm` shows it. Prints one JSON row.
 """
 
 from __future__ import annotations

@@ -397,3 +397,29 @@ def test_a_kept_gradient_is_not_overwritten(seed):
         mine = torch.full_like(x, 3.0)
         model(ids).x.backward(mine)
     assert (mine == 3).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_mlps_are_traced_for_the_chunk_and_its_tail_only(
+    dtype, family, gradients_of, assert_same_gradients, seed
+):
+    """What works on rows alone may be compiled by the user; `Module.compile` keeps the module's hooks and names."""
+    model = family("llama", num_hidden_layers=3).to(dtype)
+    _, exact = gradients_of(model, input_ids=ids, labels=ids)
+    traced = []
+
+    def backend(graph, inputs):
+        traced.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    for layer in model.model.layers:
+        layer.mlp.compile(backend=backend, dynamic=False)
+    with stream_backprop(model, chunk=8) as engine:
+        for _ in range(2):
+            _, mine = gradients_of(model, input_ids=ids, labels=ids)
+    assert set(engine.report().values()) == {"streamed"}
+    assert_same_gradients(mine, exact, 1e-5 if dtype == torch.float32 else 3e-2)
+    assert 1 <= len(traced) <= 4, "chunks and tail, with and without gradients"
+    torch._dynamo.reset()

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 BUCKET_BYTES = 32 * 2**20
 
@@ -48,14 +49,22 @@ class GradientAverage:
             return
         flats, works = [], []
         for bucket in self.buckets:
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+            for parameter in bucket:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            grads = [_local(parameter.grad) for parameter in bucket]
             flat = torch.cat([grad.reshape(-1) for grad in grads])
             works.append(dist.all_reduce(flat, group=self.group, async_op=True))
             flats.append((flat, grads))
-        for (flat, grads), work, bucket in zip(flats, works, self.buckets):
+        for (flat, grads), work in zip(flats, works):
             assert work is not None
             work.wait()
             flat.div_(self.world)
-            for parameter, grad, part in zip(bucket, grads, flat.split([grad.numel() for grad in grads])):
+            for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
                 grad.copy_(part.view_as(grad))
-                parameter.grad = grad
+
+
+def _local(grad: torch.Tensor | None) -> torch.Tensor:
+    """A gradient's own memory: of a DTensor the shard of this rank, which other ranks of `group` hold alike."""
+    assert grad is not None
+    return grad.to_local() if isinstance(grad, DTensor) else grad

@@ -45,7 +45,13 @@ def gemm(reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:
     torch.mm(x, w, out=writes[0])
 
 
-BUILT_IN: Ops = {"add": add, "copy": copy, "gemm": gemm}
+def gemm_t(reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:
+    """x[rows, k] @ w[n, k].T → out[rows, n]: the product of a linear layer, whose weight needs no copy."""
+    x, w = reads
+    torch.mm(x, w.t(), out=writes[0])
+
+
+BUILT_IN: Ops = {"add": add, "copy": copy, "gemm": gemm, "gemm_t": gemm_t}
 
 
 def table(schedule: Schedule, ops: Ops | None) -> Ops:

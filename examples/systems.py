@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from ..comms.gradients import GradientAverage
 from ..dist.errors import UserError
 from ..dist.mesh import Mesh, MeshShape
+from ..parallel.context_parallel import ContextParallel
+from ..parallel.overlapped_linear import Team
 from ..parallel.stream import enable
+from . import parallel_lm as tensor_parallel
 
 if TYPE_CHECKING:
     from ..dist.launch import Launch
@@ -28,38 +32,57 @@ class Systems:
     """The switches of a run; none of them changes what is computed, beyond rounding.
 
     `stream`: streamed backpropagation, planned within `stream_budget_bytes` (None: what is free), in chunks of
-    `stream_chunk` rows (None: planned).
+    `stream_chunk` rows (None: planned). `context_parallel`: ranks that share each row's tokens, by TokenRing attention.
+    `tensor_parallel`: ranks that share each matrix product, with `overlap` 'auto', 'on' or 'off'.
     """
 
     stream: bool = False
     stream_budget_bytes: int | None = None
     stream_chunk: int | None = None
+    context_parallel: int = 1
+    tensor_parallel: int = 1
+    overlap: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.stream and (self.stream_budget_bytes, self.stream_chunk) != (None, None):
             raise UserError("a stream budget or chunk without streaming", remedy="pass --stream too")
         if self.stream_chunk is not None and self.stream_chunk < 1:
             raise UserError(f"chunks of {self.stream_chunk} rows", expected="at least 1")
+        asked = {"--stream": self.stream, "--context-parallel": self.context_parallel > 1}
+        asked["--tensor-parallel"] = self.tensor_parallel > 1
+        together = [name for name, on in asked.items() if on]
+        if len(together) > 1:
+            raise UserError(f"{' and '.join(together)} in one run", expected="one of them, with data parallelism")
 
     def mesh(self, world_size: int) -> Mesh:
-        return MeshShape.of(data=-1).fit(world_size)
+        return MeshShape.of(data=-1, context=self.context_parallel, tensor=self.tensor_parallel).fit(world_size)
 
 
 PLAIN = Systems()
 
 
 class Parallel:
-    """`systems` applied to `model` on this rank. Create it before the optimizer, on every rank."""
+    """`systems` applied to `model` on this rank. Create it before the optimizer, on every rank; `close` at the end."""
 
-    def __init__(self, systems: Systems, model: ByteLM, here: Launch) -> None:
+    def __init__(self, systems: Systems, model: ByteLM, here: Launch, device: torch.device) -> None:
         self.systems, self.model = systems, model
-        self.mesh = systems.mesh(here.world_size).build(here)
-        self.data = self.mesh.mesh.size("data")
-        self.place = self.mesh.mesh.coordinates(here.rank)["data"]
-        self._average = GradientAverage(model.parameters(), self.mesh.group("data"))
-        self._engine = None
+        self._built = systems.mesh(here.world_size).build(here, device.type)
+        self.mesh = self._built.mesh
+        self.data, self.place = self.mesh.size("data"), self.mesh.coordinates(here.rank)["data"]
+        self._engine = self._context = self._team = None
         if systems.stream:
             self._engine = enable(model, budget_bytes=systems.stream_budget_bytes, chunk=systems.stream_chunk)
+        if systems.context_parallel > 1:
+            self._context = ContextParallel(self._built.group("context"), 0)
+        if systems.tensor_parallel > 1:
+            self._team = Team(self._built.group("tensor"), overlap=systems.overlap, device=device)
+            tensor_parallel.parallelize(model, self._team, self._built.device_mesh()["tensor"])
+        parameters = list(model.parameters())
+        self._shards = [p for p in parameters if isinstance(p, DTensor)]
+        self._whole = [p for p in parameters if not isinstance(p, DTensor)]
+        self._averages = [GradientAverage(self._whole, self._built.group("data", "context", "tensor"))]
+        if self._shards:
+            self._averages.append(GradientAverage(self._shards, self._built.group("data")))
 
     def rows(self, batch: int) -> slice:
         """This rank's rows of a batch of `batch`."""
@@ -74,27 +97,63 @@ class Parallel:
 
     def loss(self, window_BT: torch.Tensor) -> torch.Tensor:
         """This rank's loss for its rows, int64[B, T + 1]; the mean over the ranks is the loss of the whole batch."""
-        return self.model(window_BT[:, :-1], window_BT[:, 1:])
+        tokens, labels = window_BT[:, :-1], window_BT[:, 1:]
+        if self._team is not None:
+            return tensor_parallel.loss(self.model, tokens, labels, self._team)
+        if self._context is None:
+            return self.model(tokens, labels)
+        context = self._context.with_length(tokens.shape[1])
+        share = self.model(
+            context.shard(tokens),
+            context.shard(labels),
+            positions=context.positions(tokens.device),
+            attend=context.attend,
+            num_items=labels.numel(),
+        )
+        return context.loss(share)
 
     def reduce(self) -> None:
         """Make every gradient that of the whole batch."""
-        self._average()
+        for average in self._averages:
+            average()
+        for parameter in self._shards:  # each saw the tokens of all tensor ranks, and the loss is their mean
+            parameter.grad.to_local().div_(self.systems.tensor_parallel)  # type: ignore[union-attr]
 
-    def clip(self, norm: float) -> torch.Tensor:
-        """Scale the gradients down to a global norm of `norm`; their norm before."""
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), norm)
+    def clip(self, limit: float) -> torch.Tensor:
+        """Scale the gradients down to a global norm of `limit`; their norm before, the same on all ranks."""
+        whole, shards = ([_local_grad(p) for p in kind] for kind in (self._whole, self._shards))
+        norm = torch.nn.utils.get_total_norm(whole)
+        if shards:
+            square = torch.nn.utils.get_total_norm(shards).square()
+            dist.all_reduce(square, group=self._built.group("tensor"))
+            norm = (norm.square() + square).sqrt()
+        torch._foreach_mul_([*whole, *shards], (limit / (norm + 1e-6)).clamp(max=1.0))
+        return norm
 
     def mean(self, loss: torch.Tensor) -> torch.Tensor:
         """`loss` as the whole batch's, on every rank."""
         loss = loss.detach().float()
-        if self.mesh.mesh.world_size > 1:
+        if self.mesh.world_size > 1:
             dist.all_reduce(loss)
-            loss /= self.mesh.mesh.world_size
+            loss /= self.mesh.world_size
         return loss
 
     def explain(self) -> str:
         """What was chosen, after the first step."""
-        lines = [f"ranks: {self.mesh.mesh}"]
+        lines = [f"ranks: {self.mesh}"]
         if self._engine is not None:
             lines += ["streamed backpropagation:", str(self._engine.last_plan)]
+        if self._team is not None:
+            lines += ["overlapped products:", self._team.explain()]
         return "\n".join(lines)
+
+    def close(self) -> None:
+        """Collective."""
+        if self._team is not None:
+            self._team.close()
+
+
+def _local_grad(parameter: torch.nn.Parameter) -> torch.Tensor:
+    grad = parameter.grad
+    assert grad is not None
+    return grad.to_local() if isinstance(grad, DTensor) else grad

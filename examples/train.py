@@ -17,6 +17,7 @@ from typing import Annotated
 import torch
 import torch.distributed as dist
 import typer
+from torch.distributed.tensor import DTensor
 
 from ..checkpointing import Checkpointer, Preemption
 from ..dist import launch
@@ -61,10 +62,14 @@ class Run:
         self.corpus = text.load(data)
         torch.manual_seed(config.seed)
         self.model = ByteLM(config.model).to(device)
-        self.parallel = Parallel(systems, self.model, here)
+        self.parallel = Parallel(systems, self.model, here, device)
         self.rows = self.parallel.rows(config.batch)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
+            self.model.parameters(),
+            lr=config.lr,
+            betas=(0.9, 0.95),
+            weight_decay=config.weight_decay,
+            foreach=None if systems.tensor_parallel == 1 else False,  # which cannot mix DTensors and tensors
         )
 
     def loss(self, window: torch.Tensor) -> torch.Tensor:
@@ -174,13 +179,16 @@ def train(run: Run, *, resume: bool, checkpoints: bool, trace: Trace) -> Result 
 
 
 def hash_of(tensors: dict[str, torch.Tensor]) -> str:
-    """xxh3-128 over names and bytes, in name order: equal hashes mean bit-identical tensors."""
+    """xxh3-128 over names and bytes, in name order: equal hashes mean bit-identical tensors, whatever their layout.
+    Collective where there are DTensors."""
     import xxhash
 
     digest = xxhash.xxh3_128()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        value = tensors[name].detach()
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -241,6 +249,9 @@ def command(
     ] = False,
     stream_budget: Annotated[str | None, typer.Option(help="Memory for its activations, e.g. 64MiB.")] = None,
     stream_chunk: Annotated[int | None, typer.Option(help="Rows of a chunk (default: planned).")] = None,
+    context_parallel: Annotated[int, typer.Option(help="Ranks that share each row's tokens (TokenRing).")] = 1,
+    tensor_parallel: Annotated[int, typer.Option(help="Ranks that share each matrix product.")] = 1,
+    overlap: Annotated[str, typer.Option(help="Of products and messages: auto, on or off.")] = "auto",
 ) -> int:
     """Train the byte-level language model on real text; alone, under torchrun, srun or mpirun."""
     config = recipe(
@@ -259,6 +270,9 @@ def command(
         stream=stream,
         stream_budget_bytes=parse_bytes(stream_budget, name="--stream-budget") if stream_budget else None,
         stream_chunk=stream_chunk,
+        context_parallel=context_parallel,
+        tensor_parallel=tensor_parallel,
+        overlap=overlap,
     )
     here = launch.detect()
     where = _device(device, here)
@@ -283,6 +297,7 @@ def command(
             result = train(run, resume=resume, checkpoints=config.checkpoint_every > 0, trace=trace)
         if result is not None:
             _conclude(run, result)
+        run.parallel.close()
     finally:
         dist.destroy_process_group()
     return 0

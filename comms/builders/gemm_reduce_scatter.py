@@ -28,29 +28,38 @@ def gemm_reduce_scatter(
     overlap: bool = True,
     sum_order: str = "rank",
     sum_dtype: str | None = None,
+    transposed: bool = False,
 ) -> Schedule:
     """Inputs `x` [rows of all ranks, k] and `w` [k, n] → output `out` [rows of this rank, n] of the sum of all x @ w.
 
-    `k`: this rank's shard of the inner dimension. The operation is named `gemm`.
+    `k`: this rank's shard of the inner dimension. The operation is named `gemm`; with `transposed`, `w` is [n, k], as
+    in a linear layer, and the operation `gemm_t`.
     """
     sizes = per_rank(rows, world)
+    op = "gemm_t" if transposed else "gemm"
     draft = Draft("gemm_reduce_scatter", world, algorithm=algorithm, subchunks=subchunks, overlap=overlap)
     for rank in range(world):
         draft.value(rank, "x", dtype, sum(sizes), [k], "input")
-        w = draft.value(rank, "w", dtype, k, [n], "input")
+        w = weight_value(draft, rank, dtype, k, n, transposed)
         y = draft.value(rank, "y", dtype, sum(sizes), [n])
         for owner in chunk_order(world, rank, algorithm, staggered):
             for low, high in pieces(*bounds(sizes)[owner], subchunks):
                 part = Slice("y", low, high)
                 cost = 2 * (high - low) * k * n
-                draft.compute(rank, "gemm", [Slice("x", low, high), w], [part], flops=cost, engine=f"gemm/{dtype}")
+                draft.compute(rank, op, [Slice("x", low, high), w], [part], flops=cost, engine=f"gemm/{dtype}")
         if not overlap and y.rows and world > 1:
             draft.wait(rank, "out" if algorithm == "direct" else "to_next", y)
     scatter(draft, "y", sizes, [n], dtype, algorithm, subchunks, staggered, sum_order, sum_dtype)
     for rank, (start, stop) in enumerate(bounds(sizes)):
         for low, high in pieces(start, stop, subchunks):
             products = [
-                applied("gemm", [origin("x", r, low, high), origin("w", r, 0, k)], high - low) for r in range(world)
+                applied(op, [origin("x", r, low, high), origin("w", r, 0, n if transposed else k)], high - low)
+                for r in range(world)
             ]
             draft.goal(rank, Slice("out", low - start, high - start), combined("add", products))
     return draft.done()
+
+
+def weight_value(draft: Draft, rank: int, dtype: str, k: int, n: int, transposed: bool) -> Slice:
+    """Declare the input `w`, [k, n] or [n, k]."""
+    return draft.value(rank, "w", dtype, n if transposed else k, [k if transposed else n], "input")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import sysconfig
 import time
@@ -108,12 +109,33 @@ def test_streaming_does_not_change_the_answer(finished, tmp_path, data, ranks):
     assert log.split("chunks")[1].split()[:3] == ["3", "of", "24"]
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("system", ["--context-parallel", "--tensor-parallel"])
+def test_a_row_or_a_product_on_several_ranks_does_not_change_the_answer(finished, tmp_path, data, system, ranks):
+    """Two ranks share each row (or product); with four there are two such pairs. The noise of other sums, as above."""
+    together = run(tmp_path / "together", data, system, "2", ranks=ranks)
+    for one, two in zip(losses(finished), losses(together), strict=True):
+        assert abs(one - two) < 2e-5
+    results = [json.loads((out / "result.json").read_text()) for out in (finished, together)]
+    assert results[0]["bits_per_byte"] == pytest.approx(results[1]["bits_per_byte"], abs=1e-4)
+
+
+def test_a_checkpoint_of_tensor_parallel_ranks_is_one_of_the_whole_model(tmp_path, data):
+    """Two tensor-parallel ranks stop early; one plain rank goes on from their checkpoint."""
+    straight = run(tmp_path / "straight", data)
+    out = run(tmp_path / "parts", data, "--tensor-parallel", "2", ranks=2)
+    shutil.rmtree(out / "checkpoints" / f"step-{STEPS:09d}")
+    (out / "result.json").unlink()
+    run(out, data, "--resume")
+    assert "restored step 6" in out.with_suffix(".log").read_text()
+    for one, two in zip(losses(straight), losses(out), strict=True):
+        assert abs(one - two) < 2e-5
+
+
 def test_going_on_gives_the_same_bits_and_every_step_once(tmp_path, data):
     """Stop at step 5 by configuration, go on to 8 with --resume; one line for each step."""
     straight = run(tmp_path / "straight", data, "--log-every", "2")
     out = run(tmp_path / "parts", data, "--log-every", "2")
-    import shutil
-
     for step in (6, STEPS):
         shutil.rmtree(out / "checkpoints" / f"step-{step:09d}")  # as if killed at step 5: step 3 is the newest
     (out / "result.json").unlink()

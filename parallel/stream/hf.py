@@ -1,4 +1,4 @@
-"""The adapter for Hugging Face decoders (transformers 5.17 to 5.23 are tested): no model file is patched.
+"""The adapter for Hugging Face decoders (transformers 5.17, 5.23 and 5.24 are tested): no model file is patched.
 
 Two public registries carry it. The attention interface named `undertow_stream` is where a layer hands over q, k, v of
 its chunk; the mask interface of the same name returns a `Witness` instead of a T x T tensor: a few sampled rows of the

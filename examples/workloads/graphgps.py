@@ -5,8 +5,8 @@ read the same input, h_loc = norm(h + MPNN(h)), h_att = norm(h + MHA(h)), and h 
 message passing is gated as in GatedGCN, without edge features. LayerNorm takes BatchNorm's place, whose statistics
 would depend on how the nodes are spread.
 
-With `--halo` every rank owns a run of nodes: sources of edges from elsewhere come by `halo`, keys and values of the
-attention by all-gather.
+With `--halo` or `--context-parallel` every rank owns a run of nodes. Sources of edges from elsewhere come by `halo`;
+the attention is TokenRing's, not causal, with `--context-parallel`, and otherwise gathers all keys and values.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ...dist.errors import UserError
+from ...parallel import token_ring_attention
 from .contract import Claim, Config, Metrics, Place, Variant, Workload
 from .graphs import IGNORED, Debian, Ring
 from .halo import Ghosts, Gloo, HaloPlan, Mpi, bounds, plan
@@ -50,7 +51,7 @@ class Graphs:
             Debian(config.nodes) if config.graph == "debian" else Ring(config.nodes, config.classes, config.seed)
         )
         self.graph = self.source.graph
-        self.spread = place.switches.halo != "off"
+        self.spread = place.switches.halo != "off" or place.switches.context > 1
         ranks, rank = (place.here.world_size, place.here.rank) if self.spread else (1, 0)
         self.ranks, self.plan = ranks, plan(self.graph.edges, self.graph.nodes, rank, ranks)
 
@@ -107,6 +108,14 @@ class Neighbours:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of own nodes over all, [B, H, n, D]."""
+        if self.place.switches.context > 1:
+            hops = self.ranks - 1  # a forward pass sends its queries on, and results home, once for each other rank
+            self.place.count("ring", calls=1, hops=2 * hops, bytes=2 * hops * q.numel() * q.element_size())
+            parts = (part.transpose(1, 2) for part in (q, k, v))
+            lengths = (self.cuts[-1], self.cuts[-1])
+            return token_ring_attention(
+                *parts, causal=False, layout="contiguous", lengths=lengths, schedule="token_ring"
+            ).transpose(1, 2)
         if self.ranks > 1:
             both = Gather.apply(torch.cat((k, v), -1), self.cuts, self.place.here.rank)
             assert isinstance(both, Tensor)

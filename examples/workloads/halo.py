@@ -42,9 +42,8 @@ class HaloPlan:
 
 
 def bounds(nodes: int, ranks: int) -> list[int]:
-    """Where each rank's nodes begin, and the end; the first ranks have one more where it does not divide."""
-    each, more = divmod(nodes, ranks)
-    return [rank * each + min(rank, more) for rank in range(ranks + 1)]
+    """Where each rank's nodes begin, and the end: the package's contiguous layout."""
+    return [nodes * rank // ranks for rank in range(ranks + 1)]
 
 
 def plan(edges: np.ndarray, nodes: int, rank: int, ranks: int) -> HaloPlan:

@@ -14,7 +14,7 @@ SYSTEMS = {
     "overlap": "overlapped tensor parallelism (--overlap auto)",
     "halo": "boundary rows by MPI datatypes (--halo mpi, under `undertow mpi run`)",
 }
-PENDING = frozenset({"ring", "overlap"})  # named by workloads, not yet switched by their loop
+PENDING = frozenset({"overlap"})  # named by workloads, not yet switched by their loop
 
 
 @dataclass(frozen=True)

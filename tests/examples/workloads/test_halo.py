@@ -51,18 +51,22 @@ def trained(folder: Path, switches: Switches) -> tuple[list[float], dict[str, fl
     return outcome.losses, outcome.metrics, outcome.evidence
 
 
-def on_rank(rank: int, world: int, folder: str) -> tuple[list[float], dict[str, float], dict]:
+def on_rank(rank: int, world: int, folder: str, ring: bool) -> tuple[list[float], dict[str, float], dict]:
     torch.set_num_threads(1)
-    return trained(Path(folder), Switches(halo="gloo"))
+    return trained(Path(folder), Switches(context=world) if ring else Switches(halo="gloo"))
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_shards_of_the_nodes_train_as_the_whole(world, tmp_path, ranks):
+@pytest.mark.parametrize("world, ring", [(2, False), (2, True), (3, True)])
+def test_shards_of_the_nodes_train_as_the_whole(world, ring, tmp_path, ranks):
     """Sums over neighbours and ranks run in another order: float32 rounding, as in test_equivalence."""
     losses, metrics, _ = trained(tmp_path / "one", Switches(checkpoint="off"))
-    for shard_losses, shard_metrics, evidence in ranks(world, on_rank, str(tmp_path / "spread"), timeout_s=120):
+    for shard_losses, shard_metrics, evidence in ranks(world, on_rank, str(tmp_path / "spread"), ring, timeout_s=120):
         assert shard_losses == pytest.approx(losses, rel=2e-4, abs=2e-4)
         assert shard_metrics == pytest.approx(metrics, abs=0.011)  # a near tie may fall the other way: 2 of 200
+        assert ("ring" in evidence) is ring
+        if ring:  # three layers; ten updates and one evaluation
+            assert evidence["ring"]["calls"] == 3 * 11 and evidence["ring"]["bytes"] > 0
+            assert evidence["ring"]["hops"] == 2 * (world - 1) * 3 * 11
         assert evidence["halo"]["bytes"] > 0 and evidence["halo"]["exchanges"] == 3 * (2 * 10 + 1)
 
 

@@ -80,9 +80,11 @@ def test_combinations_are_refused_by_name():
     with pytest.raises(UserError, match="x does not use streamed"):
         Switches(stream=True).check("x", {"checkpoint"}, 1)
     for name in PENDING:
-        switches = {"ring": Switches(context=2), "overlap": Switches(overlap="auto")}[name]
+        switches = {"overlap": Switches(overlap="auto")}[name]
         with pytest.raises(UserError, match="cannot use .* yet"):
             switches.check("x", {"checkpoint", name}, 2)
+    with pytest.raises(UserError, match="--context-parallel 3 on 2 ranks"):
+        Switches(context=3).check("x", {"ring", "checkpoint"}, 2)
     for wrong in ({"checkpoint": "eager"}, {"halo": "tcp"}, {"context": 0}, {"stream_chunk": 4}):
         with pytest.raises(UserError, match="expected"):
             Switches(**wrong)

@@ -206,7 +206,7 @@ def test_streaming_and_lazy_checkpoints_together(tmp_path):
     plain.train()
     both, _ = trainer_for(tmp_path / "b", lazy=True, callbacks=[stream], dropout=0.0, max_steps=4)
     both.train()
-    assert stream.engine is not None and stream.engine.last_plan.chunk == 4
+    assert stream.engine is not None and stream.engine.last_plan is not None and stream.engine.last_plan.chunk == 4
     for one, two in zip(losses(both), losses(plain)):
         assert abs(one - two) < 1e-5 * two  # float32 sums in another order, through four steps of AdamW
     assert newest_whole(tmp_path / "b") == str(tmp_path / "b" / "checkpoint-4")

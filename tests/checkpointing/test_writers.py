@@ -1,0 +1,149 @@
+"""Ways to update a model that are not one plain `optimizer.step()`: each is fenced, and the save is of its moment.
+
+The disk is held and the arena has room for two chunks, so that most of the state has not left when the writer comes.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from ckpt_job import CHUNK_BYTES, HeldOps
+
+from undertow.checkpointing import Checkpointer
+
+WIDTH = 320  # a weight of 400 KiB is copied late
+
+
+class Scaled(nn.Module):
+    """Keeps the largest magnitude it has seen, as fp8 training keeps amax histories: a buffer written in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("amax", torch.zeros(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.amax.copy_(torch.roll(self.amax, 1))
+        self.amax[0] = x.detach().abs().max()
+        return self.inner(x)
+
+
+class Program:
+    """A model, whatever updates it, and the objects to checkpoint."""
+
+    def __init__(self, kind: str, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(*[Scaled() for _ in range(3)])
+        self.kind, self.data = kind, torch.Generator().manual_seed(seed)
+        self.objects: dict[str, Any] = {"model": self.model}
+        if kind == "in backward":
+            self.optimizers = {p: torch.optim.AdamW([p], lr=0.01) for p in self.model.parameters()}
+            for index, (parameter, optimizer) in enumerate(self.optimizers.items()):
+                parameter.register_post_accumulate_grad_hook(self._step_one)
+                self.objects[f"optimizer{index}"] = optimizer
+            return
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
+        self.objects["optimizer"] = self.optimizer
+        if kind == "ema":
+            self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+            self.objects["ema"] = self.ema
+        if kind == "compiled":
+            self.compiled = torch.compile(self.optimizer.step, backend="eager")
+
+    def _step_one(self, parameter: torch.Tensor) -> None:
+        self.optimizers[parameter].step()
+        self.optimizers[parameter].zero_grad()
+
+    def advance(self) -> None:
+        self.model(torch.randn(4, WIDTH, generator=self.data)).square().mean().backward()
+        if self.kind == "in backward":
+            return
+        self.compiled() if self.kind == "compiled" else self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.kind == "ema":
+            self.ema.update_parameters(self.model)
+
+    def state(self) -> dict[str, Any]:
+        return {name: copy.deepcopy(thing.state_dict()) for name, thing in self.objects.items()}
+
+
+def same(one: Any, two: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(value, two[key]) for key, value in one.items())
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(two) and all(map(same, one, two))
+    return one == two
+
+
+@pytest.mark.parametrize("kind", ["plain", "in backward", "ema", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_a_save_is_of_its_moment_and_training_goes_on_alike(tmp_path, kind):
+    one, ops = Program(kind, seed=1), HeldOps()
+    one.advance()
+    with Checkpointer(
+        tmp_path, ops=ops, arena_bytes=2 * CHUNK_BYTES, chunk_bytes=CHUNK_BYTES, data=_Position(one.data), **one.objects
+    ) as ckpt:
+        before = one.state()
+        ckpt.save(1)
+        threading.Timer(0.3, ops.let_go.set).start()
+        one.advance()  # its first write waits at the fence until the disk is let go
+        assert [report.ok for report in ckpt.wait()] == [True], ckpt.reports
+    assert not same(one.state(), before)
+    other = Program(kind, seed=2)
+    with Checkpointer(tmp_path, chunk_bytes=CHUNK_BYTES, data=_Position(other.data), **other.objects) as ckpt:
+        assert ckpt.restore() == 1
+    assert same(other.state(), before)
+    other.advance()
+    assert same(other.state(), one.state())
+
+
+class _Position:
+    """The place in a stream of data, as a state."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.generator.set_state(state["generator"])
+
+
+class Loader:
+    def __init__(self, position: int) -> None:
+        self.position = position
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+def _run(rank: int, world: int, root: str, restore: bool) -> int:
+    loader = Loader(-1 if restore else 100 + rank)
+    with Checkpointer(root, model=nn.Linear(4, 4), per_rank={"loader": loader}, timeout_s=30) as ckpt:
+        if restore:
+            assert ckpt.restore() == 1
+        else:
+            ckpt.save(1)
+    return loader.position
+
+
+@pytest.mark.parametrize(("world", "found"), [(1, [100]), (3, [100, 101, -1])])
+def test_per_rank_state_at_another_number_of_ranks(ranks, tmp_path, world, found):
+    assert ranks(2, _run, str(tmp_path), False) == [100, 101]
+    assert ranks(world, _run, str(tmp_path), True) == found

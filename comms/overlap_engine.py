@@ -1,0 +1,219 @@
+"""Products whose pieces leave or arrive while they are made: the engine of a CPU communication thread over a messenger.
+
+The caller's thread multiplies piece by piece in the plan's order and bumps the tracker; the communication thread fires
+the output map's copies. An owner adds all partials in rank order in float32 (float64 for float64), whoever sent first,
+so a result repeats bit for bit. `comms.p2p` runs any schedule, at about half a millisecond per action; this knows two
+patterns only, and does less for each piece. Gloo matches messages of one pair and tag in order, so a staging buffer
+that the next call reuses cannot get its message early: its receive is not posted yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..dist.errors import PeerLost, UndertowError, UserError
+from ..dist.trace import Trace
+from .board import Worker
+from .chunk_plan import ChunkPlan, Piece
+from .output_map import OutputMap, Rule
+from .tracker import Tracker, TrackerStopped
+from .trigger import GlooMessenger, Messenger, fire
+
+Product = Callable[[int, int], None]  # make rows [low, high) of the product
+_KEPT = 64  # plans whose trackers and staging buffers are kept
+
+
+@dataclass
+class _Prepared:
+    """What calls of one plan share: the map, its tracker, and where foreign partials arrive."""
+
+    rules: OutputMap
+    tracker: Tracker
+    staged: dict[int, torch.Tensor]
+
+
+class OverlapEngine:
+    """The ranks of `group` that multiply together; create, use and `close` on every rank alike, from one thread.
+
+    `messenger` replaces gloo. `timeout_s`: the longest that a piece may be waited for. After an error the engine
+    refuses to go on, because messages of the broken call may still be on their way. `trace`: a span for each piece.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        messenger: Messenger | None = None,
+        timeout_s: float = 300.0,
+        trace: Trace | None = None,
+    ) -> None:
+        self.messenger = messenger or GlooMessenger(group, timeout_s)
+        self.rank, self.world = self.messenger.rank, self.messenger.world
+        self.timeout_s, self.trace = timeout_s, trace or Trace(None)
+        self._thread = Worker(f"undertow-overlap-{self.rank}")
+        self._prepared: dict[tuple[Any, ...], _Prepared] = {}
+        self._broken: list[Any] = []  # of the failed call: tensors must outlive messages on their way
+
+    def plan(self, sizes: tuple[int, ...], subchunks: int = 1) -> ChunkPlan:
+        return ChunkPlan(self.rank, sizes, subchunks)
+
+    def reduce_scatter(self, plan: ChunkPlan, product: Product, y_MN: torch.Tensor, *, overlap: bool = True):
+        """Make `y` by `product`, and return this rank's rows of its sum over the ranks. Collective.
+
+        `product(low, high)` must fill y[low:high]. `overlap=False` makes all of `y` first and sends then: the same bits
+        where the product's rows do not depend on how many are made at once.
+        """
+        self._usable(plan)
+        ready = self._prepare("scatter", plan, y_MN)
+        epoch = ready.tracker.begin()
+        arrivals: dict[tuple[int, int], Any] = {}
+        own = plan.chunk(self.rank)
+        base = plan.own[0]
+        try:
+            for peer, rows in ready.staged.items():
+                for piece in own:
+                    arrivals[peer, piece.part] = self.messenger.post_recv(
+                        rows[piece.low - base : piece.high - base], peer, piece.part
+                    )
+            sending = self._thread.submit(lambda: self._fire(ready, epoch, y_MN))
+            if not overlap:
+                self._make("all rows", product, 0, plan.rows)
+            for piece in plan.scatter_order:
+                if overlap:
+                    self._make(str(piece), product, piece.low, piece.high)
+                ready.tracker.bump(piece, plan.tiles(piece))
+            out = y_MN.new_empty((plan.own[1] - base, y_MN.shape[1]))
+            for piece in own:
+                for peer in ready.staged:
+                    self._arrived(arrivals[peer, piece.part], piece, peer)
+                self._add(ready, piece, base, y_MN, out)
+            self._left(sending.get())
+        except BaseException as error:
+            self._fail(ready, error, arrivals, y_MN)
+            raise
+        return out
+
+    def all_gather(
+        self, plan: ChunkPlan, shard: torch.Tensor, whole: torch.Tensor, use: Product, *, overlap: bool = True
+    ) -> None:
+        """Fill `whole` with all ranks' `shard`s, and call `use(low, high)` for its rows as they arrive. Collective."""
+        self._usable(plan)
+        ready = self._prepare("gather", plan, None)
+        epoch = ready.tracker.begin()
+        arrivals: dict[Piece, Any] = {}
+        low, high = plan.own
+        try:
+            for piece in plan.gather_order:
+                if piece.owner != self.rank:
+                    rows = whole[piece.low : piece.high]
+                    if rows.numel():
+                        arrivals[piece] = self.messenger.post_recv(rows, piece.owner, piece.part)
+            whole[low:high].copy_(shard)
+            for piece in plan.chunk(self.rank):
+                ready.tracker.bump(piece)
+            sending = self._thread.submit(lambda: self._fire(ready, epoch, whole))
+            for piece in plan.gather_order:
+                if piece in arrivals:
+                    self._arrived(arrivals[piece], piece, piece.owner)
+                if overlap:
+                    self._make(str(piece), use, piece.low, piece.high)
+            if not overlap:
+                self._make("all rows", use, 0, plan.rows)
+            self._left(sending.get())
+        except BaseException as error:
+            self._fail(ready, error, arrivals, whole)
+            raise
+
+    def close(self) -> None:
+        """End the thread and, unless a call has failed, the messenger; collective."""
+        self._thread.stop()
+        if not self._broken:
+            self.messenger.close()
+
+    def _usable(self, plan: ChunkPlan) -> None:
+        if self._broken:
+            raise UndertowError(f"rank {self.rank}: this engine has failed before; close it and make a new one")
+        if (plan.rank, plan.world) != (self.rank, self.world) or plan.algorithm != "direct":
+            raise UserError(
+                f"a {plan.algorithm} plan of rank {plan.rank} of {plan.world}",
+                expected=f"a direct one of rank {self.rank} of {self.world}",
+            )
+
+    def _prepare(self, kind: str, plan: ChunkPlan, y: torch.Tensor | None) -> _Prepared:
+        key = (kind, plan) if y is None else (kind, plan, y.shape[1], y.dtype)
+        found = self._prepared.pop(key, None)
+        if found is None:
+            rules = OutputMap.all_gather(plan) if y is None else OutputMap.reduce_scatter(plan)
+            need = {piece: plan.tiles(piece) if y is not None else 1 for piece in plan.scatter_order}
+            shape = (plan.own[1] - plan.own[0], 0 if y is None else y.shape[1])
+            peers = [peer for peer in range(self.world) if peer != self.rank] if y is not None and all(shape) else []
+            staged = {peer: y.new_empty(shape) for peer in peers} if y is not None else {}
+            found = _Prepared(rules, Tracker(need), staged)
+        self._prepared[key] = found
+        if len(self._prepared) > _KEPT:
+            del self._prepared[next(iter(self._prepared))]
+        return found
+
+    def _fire(self, ready: _Prepared, epoch: int, source: torch.Tensor) -> list[tuple[Rule, Any]]:
+        """In the communication thread."""
+
+        def send(rule: Rule) -> Any:
+            rows = source[rule.piece.low : rule.piece.high]
+            if not rows.numel():
+                return None
+            with self.trace.span(f"send {rule.piece} to {rule.dst}", lane="send"):
+                return self.messenger.post_send(rows, rule.dst, rule.piece.part)
+
+        return fire(ready.rules, ready.tracker, epoch, send, self.timeout_s)
+
+    def _make(self, name: str, product: Product, low: int, high: int) -> None:
+        with self.trace.span(f"product {name}", lane="compute"):
+            product(low, high)
+
+    def _add(self, ready: _Prepared, piece: Piece, base: int, y: torch.Tensor, out: torch.Tensor) -> None:
+        """The partials of one own piece in rank order, rounded once."""
+        here = slice(piece.low - base, piece.high - base)
+        parts = [
+            y[piece.low : piece.high] if peer == self.rank else ready.staged[peer][here]
+            for peer in range(self.world)
+            if peer == self.rank or peer in ready.staged
+        ]
+        if len(parts) == 1:
+            out[here].copy_(parts[0])
+            return
+        wide = out[here] if y.dtype in (torch.float32, torch.float64) else parts[0].float()
+        torch.add(parts[0], parts[1], out=wide) if wide.dtype == y.dtype else wide.add_(parts[1])
+        for part in parts[2:]:
+            wide.add_(part)
+        if wide.dtype != y.dtype:
+            out[here].copy_(wide)
+
+    def _arrived(self, handle: Any, piece: Piece, peer: int) -> None:
+        with self.trace.span(f"wait for {piece} from {peer}", lane="compute"):
+            try:
+                self.messenger.wait(handle, self.timeout_s)
+            except RuntimeError as error:
+                raise PeerLost(f"rank {self.rank}: {piece} did not come from rank {peer} ({_short(error)})") from error
+
+    def _left(self, sent: list[tuple[Rule, Any]]) -> None:
+        for rule, handle in sent:
+            try:
+                if handle is not None:
+                    self.messenger.wait(handle, self.timeout_s)
+            except RuntimeError as error:
+                raise PeerLost(
+                    f"rank {self.rank}: {rule.piece} was not taken by rank {rule.dst} ({_short(error)})"
+                ) from error
+
+    def _fail(self, ready: _Prepared, error: BaseException, *alive: Any) -> None:
+        ready.tracker.fail(error if not isinstance(error, TrackerStopped) else error.__cause__ or error)
+        self._broken.append((ready, alive))
+
+
+def _short(error: Exception) -> str:
+    return str(error).split("] ", 1)[-1].split(". ")[0]

@@ -22,7 +22,7 @@ from .engine import Adapter, Engine
 from .plain import PlainAdapter
 from .plan import StreamPlan
 from .planner import plan as make_plan
-from .protocol import StreamableModel
+from .protocol import Attend, StreamableModel
 
 _ENGINE = "_undertow_stream_engine"
 HOST_SHARE = 0.8  # of the free host memory, divided among the ranks of a host
@@ -39,6 +39,7 @@ def enable(
     stash: bool | None = None,
     every: int | None = None,
     attention_backend: str | None = None,
+    attend: Attend | None = None,
     plan: StreamPlan | None = None,
 ) -> Engine:
     """Stream `model` until `disable`; returns the engine (`report()`, `last_plan`).
@@ -46,18 +47,26 @@ def enable(
     `budget_bytes`: device bytes above weights and gradients (default: what is free; 80 % of it on a CPU).
     `host_budget_bytes`: for offload (default: 80 % of free host memory on CUDA, none on a CPU). `chunk`: rows.
     `offload`, `stash`: force all, or none, of layer inputs off the device, of attention outputs kept. `every=2`: keep
-    every second layer input. `plan` replaces planning. `UserError` for a model that has no decoder layers.
+    every second layer input. `plan` replaces planning. `attend`: a differentiable attention of your own (over ranks, for
+    one) in place of the one here. The mask is then its business, and a layer runs in one chunk, so that its collectives
+    run twice per layer on every rank (forward, and again in backward). `UserError` for a model without decoder layers.
     """
     if _ENGINE in model.__dict__:
         raise UserError("streaming is already on for this model", remedy="call disable(model) first")
     if every not in (None, 1, 2):
         raise UserError(f"every={every}", expected="1 (each layer's input) or 2 (every second one)")
+    if attend is not None and (chunk or stash or plan is not None or every == 2):
+        raise UserError(
+            "attend with chunk, stash, every=2 or plan", remedy="leave these out: a layer is one chunk then"
+        )
     adapter = adapter_for(model)
     spacing = every
     if any(isinstance(layer, FSDPModule) for layer in adapter.layers):
         if every == 2:
             raise UserError("every=2 with FSDP", remedy="leave it out: a neighbour's weights are not there in backward")
         spacing = 1
+    if attend is not None:
+        spacing, stash = 1, False
     engine: Engine
     plans: dict[tuple, StreamPlan] = {}
 
@@ -79,7 +88,7 @@ def enable(
             x.shape[1],
             budget_bytes=budget,
             host_bytes=0 if offload is False and not stash else host,
-            chunk=chunk,
+            chunk=chunk if attend is None else x.shape[1],
             loss_rows=loss_rows,
             every=spacing,
             offload=offload,
@@ -88,7 +97,7 @@ def enable(
         )
         return plans[key]
 
-    engine = Engine(adapter, planner, attention_backend=attention_backend)
+    engine = Engine(adapter, planner, attention_backend=attention_backend, attend=attend)
     engine.enable()
     model.__dict__[_ENGINE] = engine
     return engine
@@ -113,6 +122,7 @@ def stream_backprop(
     stash: bool | None = None,
     every: int | None = None,
     attention_backend: str | None = None,
+    attend: Attend | None = None,
     plan: StreamPlan | None = None,
 ) -> Iterator[Engine]:
     """`enable` with these options on entry, `disable` on exit. Backward must run inside."""
@@ -126,6 +136,7 @@ def stream_backprop(
         stash=stash,
         every=every,
         attention_backend=attention_backend,
+        attend=attend,
         plan=plan,
     )
     try:

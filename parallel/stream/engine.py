@@ -29,7 +29,7 @@ from .layer import Answer, LayerCall, NoAttention, Scene, StreamedLayer
 from .layout import Layout
 from .offload import Courier, HostSlot
 from .plan import StreamPlan
-from .protocol import Unsupported
+from .protocol import Attend, Unsupported
 from .store import Derived, Slot
 
 
@@ -87,9 +87,16 @@ class Tape:
 class Engine:
     """Streams one model. `report()` says for each layer whether it was streamed, and why not."""
 
-    def __init__(self, adapter: Adapter, planner: Planner, *, attention_backend: str | None = None) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        planner: Planner,
+        *,
+        attention_backend: str | None = None,
+        attend: Attend | None = None,
+    ) -> None:
         self.adapter, self.planner = adapter, planner
-        self.attention_backend = attention_backend
+        self.attention_backend, self.attend = attention_backend, attend
         self.courier: Courier | None = None
         self.tape: Tape | None = None
         self.last_plan: StreamPlan | None = None
@@ -161,7 +168,9 @@ class Engine:
             return False
         self.degrade(tape.plan)
         layers = self.adapter.layers
-        return not any(isinstance(layer, FSDPModule) or is_partitioned(layer.parameters()) for layer in layers)
+        return self.attend is None and not any(
+            isinstance(layer, FSDPModule) or is_partitioned(layer.parameters()) for layer in layers
+        )
 
     def degrade(self, plan: StreamPlan) -> None:
         """Memory ran out in spite of `plan`: the next one may promise half of its bytes."""
@@ -262,6 +271,7 @@ class Engine:
             any(self.adapter.wants_random_replay(layer) for layer in self.adapter.layers),
             (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
             lambda: self.degrade(plan),
+            self.attend,
         )
         if self.courier is None and "host" in (*plan.inputs, *plan.attention):
             self.courier = Courier(x.device)

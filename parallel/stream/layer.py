@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 from .attention import ChunkAttention, KeyValues, Mask, attend_forward, with_sinks
 from .layout import Layout
 from .ownership import is_ours
-from .protocol import Unsupported
+from .protocol import Attend, Unsupported
 from .store import Bounds, Slot
 from .sums import WeightSums
 
@@ -56,6 +56,7 @@ class Scene:
     replay_random: bool = False
     autocast: tuple[bool, torch.dtype] = (False, torch.bfloat16)
     out_of_memory: Callable[[], None] = lambda: None  # told before the error of a backward goes on
+    attend: Attend | None = None  # in place of attention here, with one chunk only: ring attention, for one
 
     def precision(self, device: torch.device) -> contextlib.AbstractContextManager:
         """The autocast state of the forward call. Its weight cache is off: a cast cached without gradients must not
@@ -103,6 +104,8 @@ class Answer:
             )
         if self.scene.autocast[0]:  # as scaled_dot_product_attention does under autocast
             q_BHCD, k_BGCD, v_BGCE = (t.to(self.scene.autocast[1]) for t in (q_BHCD, k_BGCD, v_BGCE))
+        if self.scene.attend is not None:
+            return self.scene.attend(q_BHCD, k_BGCD, v_BGCE, positions=positions, scale=scale, window=window)
         factor = float(q_BHCD.shape[-1]) ** -0.5 if scale is None else scale
         mask = Mask(self.scene.layout, start, stop, factor, window, self.scene.attention_backend)
         if self.keys is not None:

@@ -399,6 +399,26 @@ def test_a_kept_gradient_is_not_overwritten(seed):
     assert (mine == 3).all()
 
 
+@pytest.mark.parametrize("name", [None, "qwen3"])
+def test_an_attention_of_ones_own_runs_inside_streamed_layers(name, family, gradients_of, assert_same_gradients, seed):
+    model = Tiny() if name is None else family(name)
+    _, exact = gradients_of(model, input_ids=ids, labels=ids)
+    calls = []
+
+    def attend(q, k, v, *, positions=None, scale=None, window=None):
+        calls.append((q.shape[2], torch.is_grad_enabled()))
+        return causal_attention(q, k, v, scale=scale, window=window)
+
+    with stream_backprop(model, attend=attend, offload=True) as engine:
+        _, mine = gradients_of(model, input_ids=ids, labels=ids)
+    layers = len(engine.adapter.layers)
+    assert calls == [(TOKENS, False)] * layers + [(TOKENS, True)] * layers, "as often on every rank"
+    assert set(engine.report().values()) == {"streamed"}
+    assert_same_gradients(mine, exact)
+    with pytest.raises(UserError, match="attend with"):
+        enable(model, attend=attend, chunk=4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_mlps_are_traced_for_the_chunk_and_its_tail_only(

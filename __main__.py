@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 VERBS = {
@@ -18,6 +19,7 @@ VERBS = {
     "bench": (".benchmarks.cli", "run a benchmark against its rivals"),
     "stream": (".parallel.stream.cli", "plan streamed backpropagation: memory, time and the longest sequence"),
     "workloads": (".examples.workloads.cli", "learning methods on top of the systems: list, train, claim, compare"),
+    "plan": (".integrations.plan_cli", "pre-flight: does it fit, step time, schedules, checkpoints, goodput"),
     "report": (".integrations.report", "a run as one HTML page: loss, stall, memory, overlap timeline"),
     "slurm": (".slurm.cli", "sbatch files that save, requeue and resume; the check of a node"),
     "mpi": (".mpi_interpose.cli", "the MPI datatype interposer: run, doctor, measure, explain, build"),
@@ -50,11 +52,23 @@ def main(argv: list[str] | None = None) -> int:
         module = importlib.import_module(VERBS[argv[0]][0], __package__)
         return int(module.main(argv[1:]) or 0)
     except UndertowError as error:
+        _record(error)
         sys.stderr.write(f"undertow {argv[0]}: {error}\n")
         return error.exit_code
     except BrokenPipeError:  # `undertow … | head`
         sys.stderr.close()
         return 141
+    except Exception as error:
+        _record(error)
+        raise
+
+
+def _record(error: Exception) -> None:
+    """Under torchrun: leave the error where its agent looks for the first one, to name it in its summary."""
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,8 @@ def page(run: RunData) -> str:
     if run.missing:
         parts.append(f"<p class=note>Not in this folder: {html.escape(', '.join(run.missing))}.</p>")
     body = "\n".join(parts)
-    return f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{name}: undertow report</title>\n<style>{STYLE}</style>\n{body}\n</html>\n"
+    head = f"<meta charset=utf-8><title>{name}: undertow report</title>\n<style>{STYLE}</style>"
+    return f"<!doctype html>\n<html lang=en>{head}\n{body}\n</html>\n"
 
 
 def window_of(spans: Sequence[Span]) -> tuple[Span, ...]:

@@ -34,7 +34,7 @@ class Span:
 @dataclass(frozen=True)
 class RunData:
     """`memory`: name of a series → [(seconds, bytes)], by rank. `stalls`: step → milliseconds that a save blocked
-    training on the slowest rank. `attempts`: starts of each rank. `missing`: what the folder does not hold, in words."""
+    training on the slowest rank. `attempts`: starts of each rank. `missing`: what the folder does not hold."""
 
     folder: Path
     config: Mapping[str, Any]

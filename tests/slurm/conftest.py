@@ -6,8 +6,10 @@ stay in the foreground as children, and are ended by their id. No munge, no cgro
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -129,8 +131,11 @@ def cluster(tmp_path_factory):
         for command in (["slurmctld", "-D", "-c"], *(["slurmd", "-D", "-N", f"n{i}"] for i in (1, 2))):
             log = (folder / f"{command[0]}-{command[-1]}.out.log").open("w")
             program = shutil.which(command[0], path=path) or command[0]
+            words = [program, *command[1:]]
             daemons.append(
-                subprocess.Popen([program, *command[1:]], env=env, stdout=log, stderr=log, start_new_session=True)
+                subprocess.Popen(
+                    words, env=env, stdout=log, stderr=log, start_new_session=True, preexec_fn=_die_with_parent
+                )
             )
         found = Cluster(folder, env)
         _ready(found, daemons)
@@ -146,6 +151,11 @@ def cluster(tmp_path_factory):
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+
+
+def _die_with_parent() -> None:
+    """So that no daemon stays behind when the test itself is killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _path() -> str:

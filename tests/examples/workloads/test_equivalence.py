@@ -24,6 +24,7 @@ from undertow.examples.workloads.switches import PLAIN, Switches
 
 SHORT = {"steps": 14, "checkpoint_every": 2, "batch": 8}
 TINY = {  # what makes a workload small, and which of its variants trains
+    "mor": ("learned router", {"width": 16, "length": 16, "eval_bytes": 512}),
     "atlas": ("blocks", {"base": 5, "tune": 5, "width": 16}),
     "thoughts": ("trained", {"nodes": 12, "edges": 18, "depth": 3, "width": 32, "stage_updates": 4, "graphs": 8}),
 }

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -55,15 +55,13 @@ class _Held:
     """A message that has really been issued, and is held until the emulated link would have carried it."""
 
     works: list[Any]
-    done: Any  # () -> seconds on the monotonic clock
-    _until: float | None = field(default=None)
+    done: Callable[[], float]  # seconds on the monotonic clock; asked once
 
     def wait(self, timeout: timedelta) -> None:
         for work in self.works:
             work.wait(timeout)
-        if self._until is None:
-            self._until = self.done()
-        while (left := self._until - time.monotonic()) > 0:
+        until_s = self.done()
+        while (left := until_s - time.monotonic()) > 0:
             time.sleep(left)
 
 

@@ -80,9 +80,9 @@ class Enabled:
             raise UserError("attention in chunks (attention_chunk_size)", expected="causal or sliding attention")
         ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, no_mask)  # type: ignore[arg-type]
-        configs = {id(m.config): m.config for m in self.root.modules() if hasattr(m, "config")}
-        self._before: list[tuple[Any, Any]] = [(c, c._attn_implementation_internal) for c in configs.values()]
-        for config in configs.values():
+        found: dict[int, Any] = {id(m.config): m.config for m in self.root.modules() if hasattr(m, "config")}
+        self._before = [(config, config._attn_implementation_internal) for config in found.values()]
+        for config in found.values():
             config._attn_implementation_internal = NAME
         self._signature = inspect.signature(type(self.root).forward)
         self._hooks = [

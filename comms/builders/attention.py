@@ -115,35 +115,48 @@ def attention(
                 draft.compute(rank, "split_heads", [whole], shares, lane="exchange")
     teams = [_Team(draft, shape, column, routes, moves, backward, bookends) for column in range(shape.inner)]
     for team in teams:
+        for at in range(team.size):
+            team.begin(at)
+    for name in INPUTS[backward] if shape.inner > 1 else ():  # staggered, so that no two send to one rank at once
+        for shift in range(shape.inner):
+            for team in teams:
+                for at in range(team.size):
+                    team.exchange(at, name, shift)
+    for team in teams:
         team.build()
     if shape.inner > 1:
-        for rank in range(draft.world):
-            _collect_heads(draft, shape, rank, teams, backward)
+        _collect_heads(draft, shape, teams, backward)
     return draft.done()
 
 
-def _collect_heads(draft: Draft, shape: Shape, rank: int, teams: Sequence[_Team], backward: bool) -> None:
-    team, inner = divmod(rank, shape.inner)
+def _collect_heads(draft: Draft, shape: Shape, teams: Sequence[_Team], backward: bool) -> None:
+    """Every rank gets its rows with all heads back; staggered as the way there."""
+    inner = shape.inner
     for name in (name for group in RESULTS[backward] for name in group):
-        rows = shape.rows(name, rank)
-        out = draft.value(rank, name, shape.field(name)[2], rows, shape.field(name)[1], "output")
-        if not rows:
-            continue
-        start = sum(shape.rows(name, team * shape.inner + m) for m in range(inner))
-        parts, contents = [], []
-        for column, other in enumerate(teams):
-            away = Slice(f"{name}.h", start, start + rows)
-            if column != inner:
-                home = draft.value(
-                    rank, f"{name}.from.{column}", shape.field(name)[2], rows, shape.field(name, shape.inner)[1]
-                )
-                draft.send(other.rank(team), "results_out", rank, f"{name}.heads", away)
-                draft.recv(rank, "results_in", other.rank(team), f"{name}.heads", home)
-                away = home
-            parts.append(away)
-            contents.append(cut(other.results[team, name], start, start + rows))
-        draft.compute(rank, "join_heads", parts, [out], lane="exchange")
-        draft.goal(rank, out, applied("join_heads", contents, rows))
+        parts: dict[tuple[int, int], Slice] = {}
+        for shift in range(inner):
+            for rank in range(draft.world):
+                team, column = divmod(rank, inner)
+                rows, other = shape.rows(name, rank), teams[(column - shift) % inner]
+                start = sum(shape.rows(name, team * inner + m) for m in range(column))
+                away = Slice(f"{name}.h", start, start + rows)
+                if shift and rows:
+                    _, row, dtype = shape.field(name, inner)
+                    home = draft.value(rank, f"{name}.from.{other.column}", dtype, rows, row)
+                    draft.send(other.rank(team), "results_out", rank, f"{name}.heads", away)
+                    draft.recv(rank, "results_in", other.rank(team), f"{name}.heads", home)
+                    away = home
+                parts[rank, other.column] = away
+        for rank in range(draft.world):
+            team, column = divmod(rank, inner)
+            rows = shape.rows(name, rank)
+            start = sum(shape.rows(name, team * inner + m) for m in range(column))
+            _, row, dtype = shape.field(name)
+            out = draft.value(rank, name, dtype, rows, row, "output")
+            if rows:
+                contents = [cut(other.results[team, name], start, start + rows) for other in teams]
+                draft.compute(rank, "join_heads", [parts[rank, i] for i in range(inner)], [out], lane="exchange")
+                draft.goal(rank, out, applied("join_heads", contents, rows))
 
 
 class _Team:
@@ -165,6 +178,7 @@ class _Team:
         self.suffix = ".h" if shape.inner > 1 else ""
         self.payload = ("k", "v") if moves == "kv" else tuple(n for n in INPUTS[backward] if n in OF_QUERIES)
         self.returned = {"kv": ("dk",), "q": ("out", "dq")}[moves]
+        self.places: dict[tuple[int, str], dict[int, Slice]] = {}
         self.content: dict[tuple[int, str], Content] = {}
         self.results: dict[tuple[int, str], Content] = {}
         self.running: dict[tuple[int, str], Running] = {}
@@ -180,8 +194,6 @@ class _Team:
         return sum(self.shape.rows(name, team * self.shape.inner + m) for m in range(self.shape.inner))
 
     def build(self) -> None:
-        for team in range(self.size):
-            self._begin(team)
         for (i, j), needs in self.shape.needs.items():
             for need in needs:
                 if i == j or need.area:
@@ -202,7 +214,7 @@ class _Team:
                 self._block(team, team, team, need, -1)
         self._goals()
 
-    def _begin(self, team: int) -> None:
+    def begin(self, team: int) -> None:
         """Inputs with this share of the heads, and the results that will be made of them."""
         shape, rank, inner = self.shape, self.rank(team), self.shape.inner
         for name in INPUTS[self.backward]:
@@ -211,23 +223,31 @@ class _Team:
                 continue
             _, row, dtype = shape.field(name, inner)
             self.draft.value(rank, f"{name}.h", dtype, self.rows(name, team), row)
-            at, parts = 0, []
+            at, parts, places = 0, [], {}
             for member in range(team * inner, (team + 1) * inner):
                 rows = shape.rows(name, member)
-                share, here = Slice(f"{name}.to.{self.column}", 0, rows), Slice(f"{name}.h", at, at + rows)
+                places[member % inner] = Slice(f"{name}.h", at, at + rows)
                 at += rows
-                if rows and member == rank:
-                    self.draft.compute(rank, "copy", [share], [here], kind="copy", lane="exchange")
-                elif rows:
-                    self.draft.send(member, "heads_out", rank, f"{name}.heads", share)
-                    self.draft.recv(rank, "heads_in", member, f"{name}.heads", here)
                 parts.append(applied("split_heads", [origin(name, member, 0, rows)], rows, output=self.column))
+            self.places[team, name] = places
             self.content[team, name] = join(parts)
         for group in RESULTS[self.backward]:
             fields = [(name + self.suffix, *shape.field(name, inner)[1:]) for name in group]
             role = "scratch" if self.suffix else "output"
             op, kind = ("merge_lse", "merge") if group[0] == "out" else ("add", "reduce")
             self.running[team, group[0]] = Running(self.draft, rank, fields, self.rows(group[0], team), op, kind, role)
+
+    def exchange(self, team: int, name: str, shift: int) -> None:
+        """Take this share of the heads from the member `shift` before this one; 0 is this rank itself."""
+        inner, rank = self.shape.inner, self.rank(team)
+        member = (self.column - shift) % inner
+        here = self.places[team, name][member]
+        share, source = Slice(f"{name}.to.{self.column}", 0, here.rows), team * inner + member
+        if here.rows and not shift:
+            self.draft.compute(rank, "copy", [share], [here], kind="copy", lane="exchange")
+        elif here.rows:
+            self.draft.send(source, "heads_out", rank, f"{name}.heads", share)
+            self.draft.recv(rank, "heads_in", source, f"{name}.heads", here)
 
     def _needs(self, place: int, owner: int, part: int) -> list[tuple[int, int, Need]]:
         """(query team, key team, need) of the blocks that `place` computes once part `part` of `owner` is there."""

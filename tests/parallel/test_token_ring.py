@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from undertow.comms import local
 from undertow.comms.builders.attention import Heads
 from undertow.comms.check import check
 from undertow.comms.cost import rank_costs
+from undertow.comms.network import Network
 from undertow.dist.errors import UserError
 from undertow.parallel import shard_sequence, token_ring_attention, unshard_sequence
 from undertow.parallel.masks import Mask
 from undertow.parallel.partition import LAYOUTS, positions_of
 from undertow.parallel.token_ring.block_ops import ops
+from undertow.parallel.token_ring.planner import Rates, choose, predict
 from undertow.parallel.token_ring.problem import SCHEDULES, Problem
 
 HEADS = [(4, 4), (8, 2), (4, 1), (12, 4), (10, 5)]
@@ -154,6 +157,7 @@ def _exact(rank, world, cases, path):
         torch.testing.assert_close(whole, out.detach(), atol=1e-10, rtol=0)
         (got.sin().sum() + got_lse.cos().sum()).backward()
         for x, part in zip((q, k, v), mine):
+            assert x.grad is not None
             wanted = shard_sequence(x.grad, layout=layout, cu_seqlens=bounds)
             torch.testing.assert_close(part.grad, wanted, atol=1e-9, rtol=0, msg=f"{forward}, {backward}")
 
@@ -162,6 +166,7 @@ def _load(path):
     import importlib.util
 
     spec = importlib.util.spec_from_file_location("attention_reference", path)
+    assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -185,7 +190,7 @@ def _lifecycle(rank, world):
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     mine = pairs[rank // 2]
     q, k, v = (torch.randn(2, 5, h, 8, requires_grad=True) for h in (4, 2, 2))
-    wide = dict(causal=True, schedule="token_ring", backward_schedule="ring_kv")
+    wide: Any = dict(causal=True, schedule="token_ring", backward_schedule="ring_kv")
     first = token_ring_attention(q, k, v, group=mine, **wide)
     second = token_ring_attention(q, k, v, causal=True, schedule="ring_kv")
     both = torch.autograd.grad(first.square().sum() + second.sum(), (q, k, v))
@@ -211,7 +216,7 @@ def test_calls_do_not_disturb_each_other_and_repeat_bit_for_bit(ranks):
 
 
 def _padding(rank, world):
-    cut = dict(layout="contiguous", lengths=(1, 1))
+    cut: Any = dict(layout="contiguous", lengths=(1, 1))
     q = torch.randn(1, 1 if rank == world - 1 else 0, 2, 8, requires_grad=True)
     out = token_ring_attention(q, q, q, causal=True, **cut)
     out.sum().backward()
@@ -228,6 +233,56 @@ def test_ranks_without_tokens_and_wrong_shards(ranks):
 
 @pytest.mark.parametrize("name", ["dropout", "softcap", "alibi_slopes"])
 def test_what_kernels_lack_is_refused_by_name(name):
-    x = torch.randn(1, 4, 2, 8)
+    x, wrong = torch.randn(1, 4, 2, 8), {name: 0.1}
     with pytest.raises(UserError, match=name):
-        token_ring_attention(x, x, x, **{name: 0.1})
+        token_ring_attention(x, x, x, **wrong)  # pyright: ignore[reportArgumentType]
+
+
+def _compiled(rank, world):
+    x = torch.randn(1, 8, 4, 16, requires_grad=True)
+
+    def loss(x):
+        return token_ring_attention(x * 2, x, x, causal=True, lengths=(16, 16)).square().sum()
+
+    (plain,) = torch.autograd.grad(loss(x), x)
+    (compiled,) = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(x), x)
+    assert torch.equal(plain, compiled)
+
+
+@pytest.mark.slow
+def test_compiled_in_one_graph(ranks):
+    ranks(2, _compiled)
+
+
+def test_the_planner_moves_what_is_small():
+    """Bytes decide where the link does: keys for grouped heads, queries where there are few, heads for many ranks."""
+    rates = Rates("slow link", (1e12, 1e12), 1e11, Network(1e-6, port_bytes_per_s=1e8))
+    pure = ("ring_kv", "token_ring", "need_only_q")
+
+    def choice(lq, kv_heads, backward=False, names=pure):
+        problem = Problem(4, lq, 4096, Heads(1, 8, kv_heads, 64, 64))
+        found = choose(problem, rates, backward=backward, names=names)
+        assert all(e.seconds >= e.sent_bytes / 1e8 for e in found.estimates if not e.reason)
+        return found.name
+
+    assert choice(4096, 1) == "ring_kv"
+    assert choice(128, 8) in ("token_ring", "need_only_q")
+    assert choice(4096, 8, backward=True) in ("token_ring", "need_only_q")
+    assert choice(4096, 1, backward=True) == "ring_kv"
+    assert choice(4096, 8, names=(*pure, "ulysses")) == "ulysses"
+
+
+@pytest.mark.parametrize("name", ["ring_kv", "all_gather_kv", "token_ring"])
+def test_simulated_time_is_the_closed_form_where_links_do_not_contend(name):
+    """A link so slow that blocks and merges take no time to speak of: the time is hops × (latency + bytes / rate)."""
+    rates = Rates("slow link", (1e18, 1e18), 1e18, Network(1e-3, pair_bytes_per_s=1e6))
+    problem = Problem(4, 4096, 4096, Heads(1, 2, 2, 16, 16))
+    row = 2 * 16 * 4
+    one_kv, one_q = 2 * 1024 * row / 1e6, 1024 * row / 1e6
+    one_o = 1024 * (row + 2 * 4) / 1e6
+    wanted = {
+        "ring_kv": 3 * (one_kv + 1e-3),
+        "all_gather_kv": 3 * one_kv + 1e-3,
+        "token_ring": one_q + 1e-3 + 3 * one_o + 1e-3,  # a result is a little longer than its queries
+    }[name]
+    assert predict(problem.schedule(name), rates) == pytest.approx(wanted, rel=0.01)

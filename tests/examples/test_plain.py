@@ -1,0 +1,63 @@
+"""The scripts that users copy: each runs as it stands, and in about thirty lines."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+import undertow
+
+EXAMPLES = Path(undertow.__file__).parent / "examples"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("plain_*.py")), ids=lambda path: path.stem)
+def test_they_are_short_and_need_nothing_else_of_the_examples(path):
+    source = path.read_text()
+    assert len(source.splitlines()) <= 33
+    assert set(re.findall(r"undertow\.examples\.(\w+)", source)) <= {path.stem, "lm"}
+
+
+def test_checkpoint(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["plain_checkpoint", str(tmp_path)])
+    runpy.run_module("undertow.examples.plain_checkpoint", run_name="__main__")
+    straight = capsys.readouterr().out.splitlines()
+    runpy.run_module("undertow.examples.plain_checkpoint", run_name="__main__")
+    assert capsys.readouterr().out.splitlines() == straight[-1:]  # from step 40 on, to the same digits
+
+
+def test_stream(capsys):
+    names = runpy.run_module("undertow.examples.plain_stream", run_name="__main__")
+    plan = names["stream"].last_plan
+    assert plan.tokens == 2048 and plan.device_bytes <= 12 << 20
+    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert losses[-1] < losses[0]
+
+
+def run_schedule(rank, world):
+    dist.init_process_group = dist.destroy_process_group = lambda *names: None  # these ranks are joined already
+    names = runpy.run_module("undertow.examples.plain_schedule", run_name="__main__")
+    return names["out"].tolist()
+
+
+def test_schedule(ranks):
+    assert ranks(2, run_schedule) == [[[1.0] * 3] * 2] * 2
+
+
+def test_message_passing():
+    """Under MPI, with the preload; the launcher that belongs to this Python's MPI."""
+    pytest.importorskip("mpi4py", reason="needs mpi4py: pip install 'undertow[mpi]'")
+    launcher = Path(sys.executable).parent / "mpirun"
+    program = [str(launcher if launcher.exists() else "mpirun"), "-n", "2", sys.executable, "-m"]
+    command = [sys.executable, "-m", "undertow", "mpi", "run", "--", *program, "undertow.examples.plain_mpi"]
+    allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    environment = os.environ | allowed | {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 ranks exchanged four columns" in done.stdout

@@ -48,8 +48,9 @@ def enable(
     `host_budget_bytes`: for offload (default: 80 % of free host memory on CUDA, none on a CPU). `chunk`: rows.
     `offload`, `stash`: force all, or none, of layer inputs off the device, of attention outputs kept. `every=2`: keep
     every second layer input. `plan` replaces planning. `attend`: a differentiable attention of your own (over ranks,
-    for one) in place of the one here. The mask is then its business, and a layer runs in one chunk, so that its collectives
-    run twice per layer on every rank (forward, and again in backward). `UserError` for a model without decoder layers.
+    for one) in place of the one here. The mask is then its business, and a layer runs in one chunk, so that its
+    collectives run twice per layer on every rank (forward, and again in backward). `UserError` for a model without
+    decoder layers.
     """
     if _ENGINE in model.__dict__:
         raise UserError("streaming is already on for this model", remedy="call disable(model) first")

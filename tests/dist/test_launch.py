@@ -171,7 +171,7 @@ def test_mpirun_without_a_port(tmp_path):
     program.write_text(MPI_PROGRAM)
     env = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
     done = subprocess.run(
-        [str(mpiexec), "-n", "2", "sh", "-c", f"{sys.executable} {program}"],  # not the launcher's own child
+        [str(mpiexec), "-n", "2", "sh", "-c", f"'{sys.executable}' '{program}'"],  # not the launcher's own child
         capture_output=True,
         text=True,
         timeout=60,

@@ -34,8 +34,8 @@ def test_the_paper_as_table_json_and_picture(rows, tmp_path, capsys):
 def test_a_model_of_one_s_own(tmp_path, capsys):
     file = tmp_path / "own.json"
     arguments = "simulate t3 --hidden 4096 --layers 32 --tokens 2048 --tp 4 --link-GBps 300 --dram-GBps 3000"
-    arguments += f" --peak-TFLOPs 800 --compute-units 132 --llc-MiB 50 --link-latency-us 2 --json {file}"
-    assert main(arguments.split()) == 0
+    arguments += " --peak-TFLOPs 800 --compute-units 132 --llc-MiB 50 --link-latency-us 2"
+    assert main([*arguments.split(), "--json", str(file)]) == 0
     out = capsys.readouterr().out
     assert "hidden 4096" in out and "32 layers" in out and "saved by T3-MCA" in out
     document = json.loads(file.read_text())
@@ -48,8 +48,8 @@ def test_faster_links_leave_less_to_hide(tmp_path):
     saved = []
     for rate in (10, 1000):
         file = tmp_path / f"{rate}.json"
-        line = f"simulate t3 --hidden 2048 --tokens 1024 --tp 4 --link-GBps {rate} --json {file}"
-        assert main(line.split()) == 0
+        line = f"simulate t3 --hidden 2048 --tokens 1024 --tp 4 --link-GBps {rate}"
+        assert main([*line.split(), "--json", str(file)]) == 0
         configs = [row["configs"] for row in json.loads(file.read_text())["rows"]]
         saved.append(sum(c["Sequential"]["seconds"] - c["T3-MCA"]["seconds"] for c in configs))
     assert saved[0] > saved[1] > 0

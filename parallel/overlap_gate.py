@@ -1,8 +1,9 @@
-"""Whether overlap pays, measured on the calls themselves: every arm gives the same bits, so trying them is free.
+"""Whether overlap pays, measured on the calls themselves.
 
 For each product (operation, shapes, dtype) the first calls take the arms in turn; then the slowest rank's median
 decides, alike on all ranks, and the sequential arm wins ties within 3 %. A model of the machine could guess before the
-first call; a measurement cannot be wrong about the machine that it runs on.
+first call; a measurement cannot be wrong about the machine that it runs on. All arms add in the same order, but a BLAS
+may round a product otherwise when it gets fewer rows at a time: where a resumed run must repeat every bit, fix the arm.
 """
 
 from __future__ import annotations

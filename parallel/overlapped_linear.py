@@ -2,8 +2,8 @@
 
 T3 (Pati et al., ASPLOS 2024) in software: the producer works in the order in which its rows are wanted elsewhere, and
 every finished piece leaves at once. Both are schedules of `comms`, so the same object that is executed is proved and
-simulated. Partial sums are added in rank order whoever owns the rows, so overlapped and sequential runs give the same
-bits, and each is the other's backward.
+simulated. Partial sums are added in rank order whoever owns the rows, so the sums do not depend on who is early. Each
+of the two is the other's backward.
 
 Shapes: M rows over all ranks, K and N this rank's inner and outer dimensions, W ranks.
 """
@@ -40,7 +40,8 @@ def shard_rows(rows: int, world: int) -> list[int]:
 class Team:
     """The ranks of `group` that multiply together. Create, use and `close` on every rank alike.
 
-    `overlap`: 'auto' measures each product's arms and keeps the fastest, 'on' takes the finest overlap, 'off' none.
+    `overlap`: 'auto' measures each product's arms and keeps the fastest, 'on' takes the finest overlap, 'off' none. The
+    last two repeat every bit from run to run; with 'auto' that depends on the BLAS (see `overlap_gate`).
     `device`: CPU (gloo) or CUDA (NCCL). `link` emulates a slow link on gloo, `trace` records what ran when.
     """
 

@@ -41,7 +41,7 @@ def _train(out: Path, data: Path, *options: str) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_a_dead_worker_is_replaced(tmp_path):
-    data = Path(sysconfig.get_paths()["stdlib"]) / "json"
+    data = Path(sysconfig.get_paths()["stdlib"]) / "asyncio"
     reference, run = tmp_path / "reference", tmp_path / "run"
     job = _train(reference, data)
     assert job.wait(200) == 0, reference.with_suffix(".log").read_text()

@@ -112,6 +112,11 @@ class ByteLM(nn.Module):
     def stream_layers(self) -> nn.ModuleList:
         return self.blocks
 
+    @property
+    def stream_head(self) -> tuple[nn.Module, nn.Linear]:
+        """Norm and head, whose weight gradients streaming sums in float32."""
+        return self.norm, self.head
+
     def token_logits(self, x_NC: Tensor) -> Tensor:
         return self.head(self.norm(x_NC))
 

@@ -20,6 +20,7 @@ from ..dist.mesh import Mesh, MeshShape
 from ..parallel.context_parallel import ContextParallel
 from ..parallel.overlapped_linear import Team
 from ..parallel.stream import enable
+from ..parallel.token_ring import executors
 from . import parallel_lm as tensor_parallel
 
 if TYPE_CHECKING:
@@ -151,6 +152,8 @@ class Parallel:
         """Collective."""
         if self._team is not None:
             self._team.close()
+        if self._context is not None:
+            executors.forget()
 
 
 def _local_grad(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -45,8 +45,8 @@ def whole(problem: Problem, seed: int) -> list[torch.Tensor]:
 def exact(problem: Problem, seed: int) -> list[torch.Tensor]:
     """out, dq, dk, dv by torch's own attention in float64."""
     q, k, v, dout = (x.double().permute(1, 2, 0, 3) for x in whole(problem, seed))
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=problem.mask.causal, enable_gqa=True)
+    leaves = q, k, v = tuple(x.requires_grad_() for x in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=problem.mask.causal, enable_gqa=True)
     return [x.detach().permute(2, 0, 1, 3) for x in (out, *torch.autograd.grad(out, leaves, dout))]
 
 
@@ -57,7 +57,7 @@ def one_rank(
     at = positions_of(problem.q_spans[rank])
     q, k, v, dout = (x[at].contiguous() for x in whole(problem, seed))
     scale = problem.heads.head_dim**-0.5
-    plans = [problem.schedule(name, backward=b) for b, name in enumerate(names)]
+    plans = [problem.schedule(name, backward=bool(b)) for b, name in enumerate(names)]
     tables = [ops(problem, problem.inner(name), scale) for name in names]
     seconds, error = [], 0.0
     with P2P(link=link, timeout_s=120) as executor:

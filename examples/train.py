@@ -20,7 +20,7 @@ import typer
 from torch.distributed.tensor import DTensor
 
 from ..checkpointing import Checkpointer, Preemption
-from ..dist import launch
+from ..dist import launch, memory
 from ..dist.errors import UserError
 from ..dist.launch import Launch
 from ..dist.log import get_logger
@@ -150,6 +150,8 @@ def train(run: Run, *, resume: bool, checkpoints: bool, trace: Trace) -> Result 
                 if (step + 1) % config.log_every and step + 1 < config.steps:
                     bar.update()
                     continue
+                now = memory.read(run.device)
+                trace.counter("memory", rss=float(now.rss), device=float(now.device_allocated))
                 losses = [(number, loss.item(), norm.item()) for number, loss, norm in pending]  # waits for the device
                 seconds = time.monotonic() - began_s
                 rate = tokens * len(pending) / seconds

@@ -136,7 +136,7 @@ def test_an_unfit_node_is_named(cluster, script):
 
 def test_array_of_benchmarks(cluster):
     path, run = cluster.folder / "array.sbatch", cluster.folder / "array"
-    words = ["--run-dir", str(run), "--case", "checksum --list", "--case", "schedules --list", "--job-name", "array"]
+    words = ["--run-dir", str(run), "--case", "checksum --list", "--case", "copies --list", "--job-name", "array"]
     assert main(["slurm", "render", "array", *words, "--output", str(path)]) == 0
     job = cluster.submit(path)
     deadline_s = time.monotonic() + 150
@@ -144,5 +144,5 @@ def test_array_of_benchmarks(cluster):
         assert time.monotonic() < deadline_s, cluster.logs()
         time.sleep(0.2)
     said = "".join(path.read_text() for path in sorted(cluster.folder.glob("array-*.log")))
-    assert "task 0: checksum --list" in said and "task 1: schedules --list" in said
+    assert "task 0: checksum --list" in said and "task 1: copies --list" in said
     assert "error" not in said.lower(), said

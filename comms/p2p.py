@@ -233,6 +233,8 @@ class _Run:
             self.board.fail(error)
             assert self.board.error is not None
             raise self.board.error from None
+        if self.board.error is not None:
+            raise self.board.error
         if self.cuda:
             for mark in marks:
                 torch.cuda.current_stream(self.owner.device).wait_event(mark)

@@ -1,7 +1,7 @@
 # Each target does all its own set-up, inside this folder (virtual environment .venv, everything else in build/).
 #   make demo    train, kill a rank, restart, and show that the two runs are bit-identical (about 5 minutes)
 #   make test    the whole test suite, on the installed wheel and on the checkout
-#   make quick   the tests that take less than ten seconds each
+#   make quick   the tests that take less than five seconds each
 #   make check   ruff, pyright and the import rules
 #   make wheel   build/wheels/undertow-*.whl
 #   make system  install what only root can (Slurm, MPIs, compilers), with apt-get and sudo

@@ -46,6 +46,7 @@ def test_usage_names_every_verb():
 
 
 # The id is more than the verb's name, because pytest-mpi skips any test that has the keyword 'mpi'.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "verb", [verb for verb, (module, _) in VERBS.items() if exists(module)], ids="undertow {}".format
 )

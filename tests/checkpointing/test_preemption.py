@@ -66,6 +66,7 @@ def test_no_signal_changes_nothing(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.slow
 def test_a_dead_peer_is_named_and_not_waited_for(tmp_path):
     """Rank 1 is killed while rank 0 saves: its close must not wait for the ten minutes of timeout_s."""
     done = subprocess.run(
@@ -107,6 +108,7 @@ sys.exit(codes != [0, -signal.SIGKILL])
 """
 
 
+@pytest.mark.slow
 def test_when_a_peer_is_dead_the_signal_takes_its_usual_effect(tmp_path):
     """The survivor hangs in a collective, as a rank of a dead peer's does; it must die by the signal, or be killed."""
     done = subprocess.run(

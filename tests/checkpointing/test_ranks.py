@@ -108,6 +108,7 @@ CHAINS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chain", CHAINS)
 def test_every_layout_restores_every_other(ranks, tmp_path, chain):
     """Restore, update and save under one layout after the other; a plain run on one rank is the answer."""
@@ -232,6 +233,7 @@ def one_rank_is_late(rank: int, world: int, root: str) -> list[tuple[bool, str]]
         return [(report.ok, report.reason) for report in ckpt.reports]
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_late_costs_one_save(ranks, tmp_path):
     first, second = ranks(2, one_rank_is_late, str(tmp_path))
     assert [ok for ok, _ in first] == [ok for ok, _ in second]

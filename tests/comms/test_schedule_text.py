@@ -84,6 +84,7 @@ schedules = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(schedules)
 def test_text_parses_back_exactly(schedule):

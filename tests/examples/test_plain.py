@@ -50,6 +50,7 @@ def test_schedule(ranks):
     assert ranks(2, run_schedule) == [[[1.0] * 3] * 2] * 2
 
 
+@pytest.mark.slow
 def test_message_passing():
     """Under MPI, with the preload; the launcher that belongs to this Python's MPI."""
     pytest.importorskip("mpi4py", reason="needs mpi4py: pip install 'undertow[mpi]'")

@@ -109,6 +109,7 @@ def test_streaming_does_not_change_the_answer(finished, tmp_path, data, ranks):
     assert log.split("chunks")[1].split()[:3] == ["3", "of", "24"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("system", ["--context-parallel", "--tensor-parallel"])
 def test_a_row_or_a_product_on_several_ranks_does_not_change_the_answer(finished, tmp_path, data, system, ranks):
@@ -120,6 +121,7 @@ def test_a_row_or_a_product_on_several_ranks_does_not_change_the_answer(finished
     assert results[0]["bits_per_byte"] == pytest.approx(results[1]["bits_per_byte"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_tensor_parallel_ranks_is_one_of_the_whole_model(tmp_path, data):
     """Two tensor-parallel ranks stop early; one plain rank goes on from their checkpoint."""
     straight = run(tmp_path / "straight", data)
@@ -147,6 +149,7 @@ def test_going_on_gives_the_same_bits_and_every_step_once(tmp_path, data):
     assert one == two
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_the_run_goes_on_later(tmp_path, data):
     """SIGUSR1 to one of two ranks: both save the same step and leave a marker; --resume ends bit-identical."""
     straight = run(tmp_path / "straight", data, "--steps", "60", ranks=2)

@@ -83,6 +83,7 @@ def test_the_commands_of_the_page_run(page, tmp_path):
     assert (tmp_path / made).stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_the_testing_page_runs(tmp_path):
     (tmp_path / "test_total.py").write_text(_blocks("testing.md", "python")[0])
     command = _blocks("testing.md")[0]

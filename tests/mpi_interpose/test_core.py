@@ -71,6 +71,7 @@ def check_one(rng: random.Random, library: Path | None = None) -> None:
     assert np.array_equal(target, model), (text(ir), low, high)
 
 
+@pytest.mark.slow
 def test_random_types_pack_and_unpack_like_numpy(seed: int) -> None:
     rng = random.Random(seed)
     for _ in range(4000):

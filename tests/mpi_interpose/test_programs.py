@@ -102,6 +102,7 @@ def test_fortran_program(mpi: Install, source: str, tmp_path: Path) -> None:
     assert counts["MPI_Isend"] > 0 and counts["MPI_Irecv"] > 0
 
 
+@pytest.mark.slow
 def test_c_program_of_the_standard_abi(tmp_path: Path) -> None:
     install = find("mpich-wheel")
     wrapper = Path(install.mpicc).with_name("mpicc_abi") if install else None

@@ -14,6 +14,7 @@ GiB = 1 << 30
 LLAMA = DecoderShape(32, 4096, 32, 8, 128, 14336, 128256, 218_112_000)
 
 
+@pytest.mark.slow
 def test_plans_fit_their_budget_and_grow_no_worse_with_it(seed):
     for _ in range(20):
         tokens, host = random.choice([4096, 65536, 262144, 1 << 20]), random.choice([0, 20, 100]) * GiB

@@ -16,6 +16,7 @@ KEYS = [
 ]  # issue 6
 
 
+@pytest.mark.slow
 def test_the_paper_as_table_json_and_picture(rows, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     file, picture = tmp_path / "t3.json", tmp_path / "t3.png"

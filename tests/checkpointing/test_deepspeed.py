@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from deepspeed_job import hash_of, prepare, train  # noqa: E402
 
+pytestmark = pytest.mark.slow  # together more than ten seconds
+
 
 @pytest.fixture(autouse=True, scope="module")
 def imported():

@@ -10,6 +10,8 @@ import torch
 
 from undertow.__main__ import main
 
+pytestmark = pytest.mark.slow  # together more than ten seconds
+
 
 def config(tmp_path, **section) -> str:
     path = tmp_path / "ds.json"

@@ -13,6 +13,8 @@ import torch
 
 from undertow.parallel.stream import stream_backprop
 
+pytestmark = pytest.mark.slow  # together more than ten seconds
+
 pytest.importorskip("transformers")
 TOKENS, CHUNK, SEEDS = 256, 60, 3
 SIZES = dict(max_position_embeddings=TOKENS, hidden_size=64, intermediate_size=96)

@@ -12,6 +12,8 @@ from undertow.dist.errors import UserError
 from undertow.parallel.stream import StreamPlan, disable, enable, stream_backprop
 from undertow.parallel.stream.protocol import causal_attention, plain_loss
 
+pytestmark = pytest.mark.slow  # together more than ten seconds
+
 TOKENS = 19
 ids = torch.arange(2 * TOKENS).reshape(2, TOKENS) % 90 + 3
 

@@ -14,6 +14,8 @@ from torch import nn
 
 from undertow.parallel.stream import stream_backprop
 
+pytestmark = pytest.mark.slow  # together more than ten seconds
+
 pytest.importorskip("transformers")
 TOKENS = 23
 FACTORS = {

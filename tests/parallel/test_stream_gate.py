@@ -7,6 +7,8 @@ from undertow.dist.errors import UserError
 from undertow.parallel.stream import stream_backprop
 from undertow.parallel.stream.gate import Verdict, keep_faster
 
+pytestmark = pytest.mark.slow  # together more than ten seconds
+
 TOKENS = 600
 ids = torch.arange(2 * TOKENS).reshape(2, TOKENS) % 90 + 3
 

@@ -22,6 +22,8 @@ from undertow.examples.workloads.loop import Outcome, run
 from undertow.examples.workloads.registry import MODULES, get
 from undertow.examples.workloads.switches import PLAIN, Switches
 
+pytestmark = pytest.mark.slow  # together more than ten seconds
+
 SHORT = {"steps": 14, "checkpoint_every": 2, "batch": 8}
 TINY = {  # what makes a workload small, and which of its variants trains
     "mor": ("learned router", {"width": 16, "length": 16, "eval_bytes": 512}),

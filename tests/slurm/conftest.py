@@ -87,13 +87,14 @@ class Cluster:
 
     def wait(self, number: str, states: str, *, timeout_s: float = 150) -> dict[str, str]:
         """Until the job is in one of `states` (words); a pending job waits for no requeue delay."""
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s, pending_s = time.monotonic() + timeout_s, 0.0
         while True:
             job = self.job(number)
             if job["JobState"] in states.split():
                 return job
             assert time.monotonic() < deadline_s, f"job {number} is {job}\n{self.logs()}"
-            if job["JobState"] == "PENDING" and int(job["Restarts"]):
+            pending_s = pending_s + 0.2 if job["JobState"] == "PENDING" else 0.0
+            if pending_s > 5 and int(job["Restarts"]):  # the old script's end would be taken for the new start's
                 subprocess.run(
                     ["scontrol", "update", f"jobid={number}", "StartTime=now"], env=self.env, capture_output=True
                 )  # refused while it is starting

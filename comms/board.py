@@ -38,8 +38,8 @@ class Board:
             self._changed.notify_all()
 
     def wait(self, nodes: Iterable[int]) -> list[Any]:
-        """Block until all `nodes` have finished; their marks. Raises `Stopped` when a lane has failed and they have not:
-        what is complete is still sent, so that other ranks miss no more than they must."""
+        """Block until all `nodes` have finished; their marks. Raises `Stopped` when a lane has failed and they have
+        not: what is complete is still sent, so that other ranks miss no more than they must."""
         needed = list(nodes)
         with self._changed:
             self._changed.wait_for(lambda: self.error is not None or all(node in self._marks for node in needed))

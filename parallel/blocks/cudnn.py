@@ -4,6 +4,10 @@ Its causal mask, like torch's, aligns the first query with the first key, so a c
 the prefix (no mask) and the square diagonal (causal), merged by log-sum-exp; backward runs both parts with the merged
 values. On an H100 the split costs 1 to 2 %. A plan is built for each new shape on first use, so the first step with a
 new chunk length is slow.
+
+torch finds a plan again by the strides of q, k and v, not by those of `out`, which its own forward lays out as q. An
+`out` that lies otherwise (a slice of a buffer, one that was kept in another order) would meet a plan made for a
+different one and give wrong gradients without an error, so backward brings `out` into q's order first.
 """
 
 from __future__ import annotations
@@ -41,6 +45,13 @@ def _parts(lq: int, lk: int, causal: bool) -> list[tuple[int, int, bool]]:
     return [diagonal] if lq == lk else [diagonal, (0, lk - lq, False)]
 
 
+def _laid_out_as(q_BHLD: Tensor, out_BHLE: Tensor) -> Tensor:
+    """`out` with the strides that torch's forward gives it: dense, dimensions in the order of q's."""
+    if out_BHLE.stride() == torch.empty_like(q_BHLD, device="meta").stride():
+        return out_BHLE
+    return torch.empty_like(q_BHLD).copy_(out_BHLE)
+
+
 def forward(
     q_BHLD: Tensor, k_BGLD: Tensor, v_BGLE: Tensor, *, scale: float, causal: bool, window: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -72,13 +83,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     lq, lk = q_BHLD.shape[2], k_BGLD.shape[2]
     seed = torch.zeros((), dtype=torch.int64, device=q_BHLD.device)
-    lse = lse_BHL.unsqueeze(-1).contiguous()
+    lse, out = lse_BHL.unsqueeze(-1).contiguous(), _laid_out_as(q_BHLD, out_BHLE)
     parts = []
     for k0, k1, is_causal in _parts(lq, lk, causal):
         k, v = k_BGLD[:, :, k0:k1], v_BGLE[:, :, k0:k1]
         parts.append(
             _backward(
-                dout_BHLE, q_BHLD, k, v, out_BHLE, lse, seed, seed, None, None, None, lq, k1 - k0, 0.0, is_causal,
+                dout_BHLE, q_BHLD, k, v, out, lse, seed, seed, None, None, None, lq, k1 - k0, 0.0, is_causal,
                 scale=scale,
             )
         )  # fmt: skip

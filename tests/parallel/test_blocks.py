@@ -62,6 +62,24 @@ def test_backends_equal_the_definition(name, dtype, device, seed, monkeypatch):
     assert calls, f"{name} takes no {dtype} on {device}"
 
 
+@pytest.mark.gpu
+@NO_GPU
+@pytest.mark.parametrize("name", ["flash2", "cudnn"])
+def test_backward_does_not_depend_on_how_out_lies_in_memory(name, seed):
+    """cuDNN's plans are found again by the strides of q, k and v alone."""
+    backend = select.backend(name)
+    q, k, v, dout = draw((1, 4, 2, 323, 323, 64, 64), torch.bfloat16, "cuda")
+    how = {"scale": 0.125, "causal": True, "window": None}
+    out, lse = backend.forward(q, k, v, **how)
+    longer = torch.zeros(1, 4, 400, 64, dtype=q.dtype, device="cuda")
+    longer[:, :, 77:] = out
+    order = out.transpose(1, 2).contiguous().transpose(1, 2)
+    exact = reference.backward(*(t.double() for t in (dout, q, k, v, out, lse)), **how)
+    for other in (out, longer[:, :, 77:], order, out.contiguous()):
+        for got, want in zip(backend.backward(dout, q, k, v, other, lse, **how), exact):
+            assert relative(got, want) < TOLERANCE[torch.bfloat16], other.stride()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_split_keys_and_merged_backward_are_exact(device, seed):
     """Gradients of each part, computed with the merged out and lse, are that part's share of the whole."""

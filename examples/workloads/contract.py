@@ -120,8 +120,10 @@ class Claim:
 class Workload:
     """A learning method. `variants` begins with the method itself; `equal` says in what the variants cost the same.
 
-    `roll_back(model, data, step)` is told of each update (`step` are done) and returns None, or an earlier step to go
-    back to and what to change once there; `state(data, model)` gives further objects that a resume needs.
+    `after(model, data, step)` is told of each update (`step` are done) and may change what a checkpoint holds.
+    `roll_back(model, data, step)` is told too and returns None, or an earlier step to go back to and what to change
+    once there; a run that may roll back keeps all its checkpoints. `state(data, model)` gives further objects that a
+    resume needs.
     """
 
     name: str
@@ -138,6 +140,7 @@ class Workload:
     equal: str
     needs: tuple[str, ...] = ()  # optional packages
     state: Callable[[Any, nn.Module], dict[str, Any]] | None = None
+    after: Callable[[Any, Any, int], None] | None = None
     roll_back: Callable[[Any, Any, int], tuple[int, Callable[[], None]] | None] | None = None
 
     def config(self, preset: str, variant: str, **changes: Any) -> Config:

@@ -205,11 +205,22 @@ WORKLOAD = Workload(
     variants={
         "gps": Variant("the method: both"),
         "message passing": Variant("no attention", {"attention": False}),
+        "message passing, 6 layers": Variant(
+            "no attention, twice the layers: about as much work", {"attention": False, "layers": 6}, ("small", "gpu")
+        ),
     },
     claims=(
         Claim("attention carries a class across the ring", "accuracy", "gps", None, 0.9),
         Claim("message passing of three layers cannot", "accuracy", "message passing", None, 0.35, "<="),
         Claim("both together beat message passing", "accuracy", "gps", "message passing", 0.4),
+        Claim(
+            "also at equal work",
+            "accuracy",
+            "gps",
+            "message passing, 6 layers",
+            0.4,
+            presets=("small", "gpu"),
+        ),
     ),
     exercises=frozenset({"checkpoint", "ring", "halo"}),
     equal="updates and layers",

@@ -125,6 +125,8 @@ def run(
             updates, step = updates + 1, step + 1
             diverged = not math.isfinite(value)  # a legal end of some baselines
             tell(loss=value)
+            if workload.after is not None:
+                workload.after(model, data, step)
             back = workload.roll_back(model, data, step) if workload.roll_back else None
             if back is not None:
                 step = go_back(keep, *back)

@@ -8,7 +8,11 @@ causal. The table reports that loss (`bits`), beside the one with top-k, which i
 
 Two forms of a recursion give the same numbers: gathered (k tokens, less work) and masked (all T tokens, where the keys
 of those not chosen are pushed to −∞ through eight further channels of the heads). Streaming needs rows in place and a
-length that stays, so it runs the masked one. The random router is kept: at this size it is the honest rival.
+length that stays, so it runs the masked one.
+
+The gate is part of what a recursion computes, whoever chose its tokens: the variants that draw lots, or take every
+token, have it too, and begin with the same weights. So the table tells the choice from the gate; `ungated` is the
+plain recursion without one.
 """
 
 from __future__ import annotations
@@ -33,9 +37,11 @@ PAD = 8  # channels that carry it; kernels want a multiple of eight
 
 @dataclass(frozen=True)
 class MoRConfig(Config):
-    """`router`: learned, random, or none (every token takes every recursion)."""
+    """`router`: learned, random, or none (every token takes every recursion). `gated`: a recursion's change is scaled
+    by a sigmoid of each token's score; the learned router chooses by the same score."""
 
     router: str = "learned"
+    gated: bool = True
     recursions: int = 3
     width: int = 48
     heads: int = 4
@@ -57,10 +63,10 @@ class MoRConfig(Config):
 class Recursion(nn.Module):
     """One pass of the shared block. Called with `chosen` (0 or 1 for each token) it is masked, without it plain."""
 
-    def __init__(self, block: Block, width: int, gate: float, learned: bool) -> None:
+    def __init__(self, block: Block, width: int, gate: float, gated: bool) -> None:
         super().__init__()
         self.block, self.gate = block, gate
-        self.router = nn.Linear(width, 1) if learned else None
+        self.router = nn.Linear(width, 1) if gated else None
 
     def scores(self, x: Tensor) -> Tensor:
         """Router logits [B, T] of rows x [B, T, C]."""
@@ -96,8 +102,7 @@ class MoR(nn.Module):
         self.mor, self.config, self.masked = config, sizes, masked
         self.embedding = nn.Embedding(sizes.vocab, config.width)
         shared = Block(sizes)
-        learned = config.router == "learned"
-        recursions = [Recursion(shared, config.width, config.gate, learned) for _ in range(config.recursions)]
+        recursions = [Recursion(shared, config.width, config.gate, config.gated) for _ in range(config.recursions)]
         self.stream_layers = nn.ModuleList([Block(sizes), *recursions, Block(sizes)])
         self.foretell = nn.ModuleList(nn.Linear(config.width, 1) for _ in range(config.recursions))
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
@@ -184,6 +189,8 @@ class Text:
 def build(config: MoRConfig, data: Text, place: Place) -> MoR:
     if config.router not in ("learned", "random", "none"):
         raise UserError(f"router {config.router}", expected="learned, random or none")
+    if config.router == "learned" and not config.gated:
+        raise UserError("a learned router without a gate", expected="gated=true: the choice learns through it")
     return MoR(config, masked=place.switches.stream)
 
 
@@ -226,8 +233,11 @@ WORKLOAD = Workload(
     evaluate=evaluate,
     variants={
         "learned router": Variant("the method: who recurs is learned"),
-        "random router": Variant("as many bytes recur, drawn by lot", {"router": "random"}),
-        "recursion": Variant("every byte takes all recursions", {"router": "none"}, steps=0.8),
+        "random router": Variant("as many bytes recur, drawn by lot; gated alike", {"router": "random"}),
+        "recursion": Variant("every byte takes all recursions; gated alike", {"router": "none"}, steps=0.8),
+        "ungated": Variant(
+            "every byte takes all recursions, no gate", {"router": "none", "gated": False}, ("small", "gpu"), steps=0.8
+        ),
     },
     claims=(
         Claim("lower loss than recursion at equal work", "bits", "learned router", "recursion", 0.0, "<="),

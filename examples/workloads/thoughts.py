@@ -186,8 +186,8 @@ def loss(model: Thinker, batch: Batch) -> Tensor:
     return F.cross_entropy(model.next_node(x_BTC, ending), batch.label)
 
 
-def roll_back(model: nn.Module, data: Reachability, step: int) -> None:
-    """Never back; this is where the curriculum moves on."""
+def move_on(model: nn.Module, data: Reachability, step: int) -> None:
+    """The curriculum's next stage, when it is time."""
     data.stage = min(1 + step // data.config.stage_updates, data.config.depth + 1)
 
 
@@ -251,5 +251,5 @@ WORKLOAD = Workload(
     exercises=frozenset({"checkpoint"}),
     equal="updates and graphs",
     state=lambda data, model: {"curriculum": data},
-    roll_back=roll_back,
+    after=move_on,
 )

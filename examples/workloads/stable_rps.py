@@ -36,7 +36,7 @@ CHUNK = 16  # ROAST's chunk of consecutive weights
 
 @dataclass(frozen=True)
 class SharingConfig(Config):
-    """`sharing`: one of KINDS. `prune_at`: the share of the updates after which "prune" drops weights; 1: at the end."""
+    """`sharing`: one of KINDS. `prune_at`: the share of the updates after which weights are dropped."""
 
     sharing: str = "stable"
     compression: int = 50

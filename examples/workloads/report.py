@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 
 import torch
 from rich.console import Console
@@ -23,8 +24,12 @@ log = get_logger(__name__)
 
 
 def _spread(values: Sequence[float]) -> str:
-    shown = f"{fmean(values):.3f}"
-    return shown if len(values) == 1 else f"{shown} ± {pstdev(values):.3f}"
+    """Mean ± standard deviation over the seeds that ended with a number."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return "nan"
+    shown = f"{fmean(finite):.3f}" + (f" ± {stdev(finite):.3f}" if len(finite) > 1 else "")
+    return shown if len(finite) == len(values) else f"{shown} ({len(finite)} of {len(values)})"
 
 
 def claim_rows(verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
@@ -89,7 +94,8 @@ def write(
     parts = [
         f"# Claims at preset `{preset}`, seeds {', '.join(map(str, seeds))}\n",
         f"{platform.machine()}, torch {torch.__version__}, systems on: {', '.join(systems) or 'none'}. "
-        "A claim holds when it holds on the mean and in more than half of the seeds.\n",
+        "± is the standard deviation over seeds. A claim holds when it holds on the mean and in more than half of the "
+        "seeds.\n",
         markdown(CLAIM_HEAD, claim_rows(verdicts)),
     ]
     for workload, outcomes in done:

@@ -11,7 +11,7 @@ from undertow.dist.errors import UserError
 from undertow.examples.workloads.contract import Claim, Config, Variant, Workload
 from undertow.examples.workloads.judge import judge
 from undertow.examples.workloads.loop import Outcome
-from undertow.examples.workloads.report import claim_rows, markdown
+from undertow.examples.workloads.report import claim_rows, markdown, variant_rows
 from undertow.examples.workloads.switches import PENDING, Switches
 
 CLAIM = Claim("ours is better", "score", "ours", "theirs", 0.1)
@@ -61,6 +61,14 @@ def test_failed_claims_stand_in_the_table_as_failed():
         (verdict,) = judge(workload(replace(CLAIM, expected=expected)), "ci", runs)
         assert claim_rows([verdict])[0][-1] == word
         assert word in markdown(("a",) * 6, claim_rows([verdict]))
+
+
+def test_seeds_that_diverged_are_left_out_of_the_mean_and_counted():
+    scores = {"ours": (0.2, 0.4, math.nan), "theirs": (math.nan, math.nan, math.nan)}
+    runs = [outcome(name, seed, score) for name, three in scores.items() for seed, score in enumerate(three)]
+    _, (ours, theirs) = variant_rows(workload(CLAIM), runs)
+    assert ours[2] == "0.300 ± 0.141 (2 of 3)" and "(diverged 1/3)" in ours[1]
+    assert theirs[2] == "nan" and "(diverged 3/3)" in theirs[1]
 
 
 def test_a_claim_of_another_preset_is_not_judged():

@@ -194,7 +194,7 @@ class Checkpointer:
         seals = [Seal(plan.image.chunks - 1, sources, sampler)] if sampler is not None else []
         copier.begin()
         memory, parts, on_chunk = self._tiers.route(save, claimed, disk, self._ring, self._pipeline, copier)
-        save.snapshot = Snapshot(step, plan, sources, staging, copier, memory, on_chunk, seals)
+        save.snapshot = Snapshot(step, plan, sources, staging, copier, memory, on_chunk, seals, self._live.addresses)
         self._current, self._save = save.snapshot, save
         if copier.device.type == "cuda":  # queueing copies is cheap here, and late ones would be waited for
             while save.snapshot.fill_next(wait=False):

@@ -88,6 +88,8 @@ class CudaCopier(HostCopier):
         torch.cuda.current_stream(self.device).wait_event(mark)
 
     def bring(self, flag: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        if not flag.is_cuda:
+            return flag, self.mark()
         host = torch.empty_like(flag, device="cpu", pin_memory=True)
         host.copy_(flag, non_blocking=True)
         event = torch.cuda.Event(blocking=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from .coordinate import Coordinator
@@ -24,6 +25,7 @@ class LiveState:
     """`state` on this rank. `plan`, `copier` and `staging` are there after the first `values`."""
 
     plan: SavePlan
+    addresses: np.ndarray  # of the lazy tensors, in plan order
 
     def __init__(self, state: AppState, coordinator: Coordinator, *, chunk_bytes: int, timeout_s: float) -> None:
         self.state, self._coordinator = state, coordinator
@@ -70,7 +72,8 @@ class LiveState:
             (place, index.fqn) for place, index in enumerate(self.plan.eager) if index.fqn not in self._watch.fixed
         ]
         sources = [values[index.fqn] for index in self.plan.lazy]
-        if not self._sources or [t.data_ptr() for t in sources] != [t.data_ptr() for t in self._sources]:
+        self.addresses = np.fromiter(map(torch.Tensor.data_ptr, sources), np.int64, len(sources))
+        if not self._sources or self.addresses.tolist() != [t.data_ptr() for t in self._sources]:
             self._sampler = Sampler(sources) if sources else None
         self._sources = sources
 

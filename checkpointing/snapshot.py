@@ -35,17 +35,20 @@ class Seal:
         sampler.before()
 
     def changed(self) -> torch.Tensor:
-        """A 0-d bool, on the tensors' device."""
+        """A 0-d bool, on the tensors' device or in host memory."""
         flags = self._sampler.changed()
         moved = list(map(_version, self._tensors)) != self._versions
-        return torch.stack([flag.to(flags[0].device) for flag in flags]).any() | moved
+        if moved:
+            return torch.ones((), dtype=torch.bool)
+        return flags[0] if len(flags) == 1 else torch.stack([flag.to(flags[0].device) for flag in flags]).any()
 
 
 class Snapshot:
     """The copy phase of one save of `plan` at `step`.
 
     `sources` are the lazy tensors in plan order, `staging` holds the eager part. When the copies of a chunk into its
-    slot of `memory` have been issued, `on_chunk(snapshot, chunk, slot, mark)` is called, from any thread.
+    slot of `memory` have been issued, `on_chunk(snapshot, chunk, slot, mark)` is called, from any thread. `addresses`
+    of the sources spare asking each of them.
     """
 
     def __init__(
@@ -58,11 +61,13 @@ class Snapshot:
         memory: Memory,
         on_chunk: OnChunk,
         seals: Sequence[Seal] = (),
+        addresses: np.ndarray | None = None,
     ) -> None:
         self.step, self.plan = step, plan
         self.error: BaseException | None = None
         self._sources: Sequence[torch.Tensor] = sources
-        self._bases = np.fromiter(map(torch.Tensor.data_ptr, sources), np.int64, len(sources))
+        known = addresses is not None
+        self._bases = addresses if known else np.fromiter(map(torch.Tensor.data_ptr, sources), np.int64, len(sources))
         self._staging = staging
         self._copier, self._memory, self._on_chunk = copier, memory, on_chunk
         self._next = 0

@@ -170,7 +170,7 @@ def rng_state() -> dict[str, Any]:
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
-        "python": (version, torch.tensor(internal), gauss),
+        "python": (version, torch.from_numpy(np.array(internal, dtype=np.int64)), gauss),
         "numpy": (
             kind,
             torch.from_numpy(np.asarray(keys).astype(np.int64)),

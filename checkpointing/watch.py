@@ -67,7 +67,7 @@ class Watch:
         return (
             list(map(torch.Tensor.data_ptr, self._plain)),
             list(map(_shape, self._plain)),
-            [(local_tensor(tensor).data_ptr(), tensor.shape) for tensor in self._sharded],
+            [(tensor._local_tensor.data_ptr(), tensor.shape) for tensor in self._sharded],  # to_local costs 5 µs
         )
 
 

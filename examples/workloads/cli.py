@@ -171,6 +171,8 @@ def job(device: str) -> Iterator[tuple[Launch, torch.device]]:
     here = launch.detect()
     where = launch.local_device(here, device)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
     torch.set_num_threads(1)  # the models are small: a second thread costs more than it does, and sums in another order
     if here.world_size > 1:
         launch.init_process_group(here, device=where)

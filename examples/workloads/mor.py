@@ -225,7 +225,9 @@ WORKLOAD = Workload(
     presets={
         "ci": BASE,
         "small": replace(BASE, steps=300, width=64, eval_bytes=32_768, checkpoint_every=100),
-        "gpu": replace(BASE, steps=20_000, width=512, heads=8, length=1024, batch=32, lr=1e-3, eval_bytes=2**20),
+        "gpu": replace(BASE, steps=4000, width=512, heads=8, length=512, batch=32, lr=1e-3).but(
+            warmup=200, eval_bytes=2**20, checkpoint_every=1000
+        ),
     },
     data=Text,
     model=build,

@@ -23,7 +23,7 @@ class Problems:
     decoy: np.ndarray
     distance: np.ndarray
 
-    def rows(self, rows: slice) -> Problems:
+    def rows(self, rows: slice | np.ndarray) -> Problems:
         return Problems(*(part[rows] for part in (self.edges, self.root, self.target, self.decoy, self.distance)))
 
 
@@ -66,6 +66,20 @@ def problems(*, seed: int, step: int, count: int, nodes: int, edges: int, depth:
         raise UserError(f"graphs of {nodes} nodes and {edges} edges are hardly ever {depth} deep", remedy="more nodes")
     names = Problems.__dataclass_fields__
     return Problems(*(np.concatenate([getattr(part, name) for part in parts])[:count] for name in names))
+
+
+def renamed(problem: Problems, generator: np.random.Generator) -> Problems:
+    """The same problems with nodes renamed and edges in another order, of each row by itself."""
+    count, nodes = problem.distance.shape
+    name = generator.random((count, nodes)).argsort(1)  # node i becomes name[i]
+    order = generator.random(problem.edges.shape[:2]).argsort(1)
+    edges = np.take_along_axis(problem.edges, order[:, :, None], 1)
+    edges = np.take_along_axis(name, edges.reshape(count, -1), 1).reshape(edges.shape)
+    distance = np.empty_like(problem.distance)
+    np.put_along_axis(distance, name, problem.distance, 1)
+    row = np.arange(count)
+    ends = (name[row, end] for end in (problem.root, problem.target, problem.decoy))
+    return Problems(edges, *ends, distance)
 
 
 def a_shortest_path(problem: Problems, depth: int, generator: np.random.Generator) -> np.ndarray:

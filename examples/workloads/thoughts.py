@@ -5,8 +5,9 @@ the next input without passing through a token, so that it can hold all nodes of
 gives a two-layer construction that solves every depth; `Constructed` is that construction (orthonormal node embeddings;
 an attention whose keys are the edges' sources and whose values are their targets; a threshold and a norm as the MLP),
 exact for every depth at any size. `Thinker` is the trained one, with Coconut's curriculum: in stage k it learns, after
-k − 1 thoughts, to name any node k steps away, at last the answer after D. It needs a GPU: on two CPU minutes it does
-not learn, and the table would show just that. Its stage is state that a resume must bring back.
+k − 1 thoughts, to name any node k steps away, at last the answer after D. Its stage is state that a resume must bring
+back. It is for a GPU: on two CPU minutes it does not learn. Like the paper's it sees a fixed set of graphs many times,
+with nodes renamed and edges shuffled anew each time.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from ...dist.errors import UserError
 from ..lm import ByteLM, LMConfig
 from .contract import Claim, Config, Metrics, Place, Variant, Workload
-from .reachability import Problems, a_shortest_path, problems
+from .reachability import Problems, a_shortest_path, problems, renamed
 
 SHARPNESS = 150.0  # of the construction's softmax; a member of a set of 32 scores 26 above a stranger
 
@@ -39,6 +40,7 @@ class ThoughtsConfig(Config):
     graphs: int = 100  # evaluated for each depth
     width: int = 64
     heads: int = 8
+    pool: int = 0  # graphs to train on, used again and again; 0: fresh ones for every batch
     stage_updates: int = 1000
     earlier: float = 0.1  # share of batches of an earlier stage
 
@@ -83,6 +85,16 @@ def sampled_path(problem: Problems, depth: int, generator: np.random.Generator) 
     return (at == problem.target) | (generator.random(len(at)) < 0.5)
 
 
+Past = list[tuple[Tensor, Tensor]]  # of each layer, keys and values [B, H, T, D]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal, of the last rows of k. Written out: torch's fused backward on CUDA does not repeat its bits."""
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + k.shape[2] - q.shape[2])
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+
+
 class Thinker(nn.Module):
     """A two-layer decoder over [s t |]…, [Q] c1 c2 [R] root, thoughts or path tokens, [A]."""
 
@@ -92,25 +104,47 @@ class Thinker(nn.Module):
         sizes = LMConfig(2, config.width, config.heads, config.heads, 4 * config.width, config.nodes + 4, False)
         self.lm = ByteLM(sizes)
 
-    def hidden(self, x_BTC: Tensor) -> Tensor:
-        """The normed last hidden states."""
-        positions = torch.arange(x_BTC.shape[1], device=x_BTC.device)[None]
+    def hidden(self, x_BTC: Tensor, past: Past | None = None) -> tuple[Tensor, Past]:
+        """The normed last hidden states of `x_BTC`, which follows what `past` holds; and the past for what follows.
+
+        With a past, one token at a time: it sees everything before it.
+        """
+        assert past is None or x_BTC.shape[1] == 1
+        start = past[0][0].shape[2] if past else 0
+        positions = torch.arange(start, start + x_BTC.shape[1], device=x_BTC.device)[None]
+        grown: Past = []
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if past is not None:
+                before = past[len(grown)]
+                k, v = torch.cat((before[0], k), 2), torch.cat((before[1], v), 2)
+            grown.append((k, v))
+            return attention(q, k, v)
+
         for block in self.lm.blocks:
-            x_BTC = block(x_BTC, positions)
-        return self.lm.norm(x_BTC)
+            x_BTC = block(x_BTC, positions, attend)
+        return self.lm.norm(x_BTC), grown
 
-    def think(self, prompt_BT: Tensor, thoughts: int) -> Tensor:
-        """Embeddings of the prompt and of `thoughts` thoughts, each the last hidden state before it."""
-        x_BTC = self.lm.embedding(prompt_BT)
+    def think(self, prompt_BT: Tensor, thoughts: int) -> tuple[Tensor, Past]:
+        """The last hidden state [B, 1, C] after the prompt and `thoughts` thoughts, each the hidden state before it."""
+        h_BTC, past = self.hidden(self.lm.embedding(prompt_BT))
+        h_B1C = h_BTC[:, -1:]
         for _ in range(thoughts):
-            x_BTC = torch.cat((x_BTC, self.hidden(x_BTC)[:, -1:]), 1)
-        return x_BTC
+            h_B1C, past = self.hidden(h_B1C, past)
+        return h_B1C, past
 
-    def next_node(self, x_BTC: Tensor, ending: Tensor | None = None) -> Tensor:
-        """Logits of what follows `x_BTC` and the tokens `ending` [B, K]."""
-        if ending is not None:
-            x_BTC = torch.cat((x_BTC, self.lm.embedding(ending)), 1)
-        return self.lm.head(self.hidden(x_BTC)[:, -1])
+    def say(self, prompt_BT: Tensor, tokens: int) -> Past:
+        """The past after the prompt and `tokens` tokens, each the likeliest."""
+        h_BTC, past = self.hidden(self.lm.embedding(prompt_BT))
+        for _ in range(tokens):
+            token_B1 = self.lm.head(h_BTC[:, -1:]).argmax(-1)
+            h_BTC, past = self.hidden(self.lm.embedding(token_B1), past)
+        return past
+
+    def answer(self, past: Past) -> Tensor:
+        """Logits [B, V] after the token that asks for the answer."""
+        token_B1 = torch.full((past[0][0].shape[0], 1), self.reply, device=past[0][0].device)
+        return self.lm.head(self.hidden(self.lm.embedding(token_B1), past)[0][:, -1])
 
 
 @dataclass
@@ -129,6 +163,7 @@ class Reachability:
 
     def __init__(self, config: ThoughtsConfig, place: Place) -> None:
         self.config, self.device, self.stage = config, place.device, 1
+        self.pool = self.problems(10**9, config.pool, config.depth) if config.pool else None
 
     def state_dict(self) -> dict[str, Any]:
         return {"stage": self.stage}
@@ -139,6 +174,13 @@ class Reachability:
     def problems(self, step: int, count: int, depth: int) -> Problems:
         c = self.config
         return problems(seed=c.seed, step=step, count=count, nodes=c.nodes, edges=c.edges, depth=depth)
+
+    def training(self, step: int, generator: np.random.Generator) -> Problems:
+        """A batch to train on: fresh problems, or some of the pool under other names and in another order."""
+        config = self.config
+        if self.pool is None:
+            return self.problems(step, config.batch, config.depth)
+        return renamed(self.pool.rows(generator.integers(0, config.pool, config.batch)), generator)
 
     def prompt(self, problem: Problems, generator: np.random.Generator) -> Tensor:
         config, count = self.config, len(problem.root)
@@ -157,7 +199,7 @@ class Reachability:
         if stage > 1 and generator.random() < config.earlier:
             stage = int(generator.integers(1, stage))
         final = stage > config.depth or config.how == "discrete"
-        whole = self.problems(step, config.batch, config.depth)
+        whole = self.training(step, generator)
         prompt, path = self.prompt(whole, generator), a_shortest_path(whole, config.depth, generator)
         front = np.where(whole.distance == stage, generator.random(whole.distance.shape), -1).argmax(1)
         label = torch.from_numpy(whole.target if final else front)
@@ -179,11 +221,10 @@ def loss(model: Thinker, batch: Batch) -> Tensor:
         reply = torch.full_like(batch.path[:, :1], model.reply)
         tokens = torch.cat((batch.prompt, batch.path, reply), 1)
         labels = torch.cat((batch.path, reply, batch.label[:, None]), 1)
-        logits = model.lm.head(model.hidden(model.lm.embedding(tokens))[:, -labels.shape[1] :])
+        logits = model.lm.head(model.hidden(model.lm.embedding(tokens))[0][:, -labels.shape[1] :])
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    x_BTC = model.think(batch.prompt, batch.thoughts)
-    ending = torch.full_like(batch.prompt[:, :1], model.reply) if batch.final else None
-    return F.cross_entropy(model.next_node(x_BTC, ending), batch.label)
+    h_B1C, past = model.think(batch.prompt, batch.thoughts)
+    return F.cross_entropy(model.answer(past) if batch.final else model.lm.head(h_B1C[:, 0]), batch.label)
 
 
 def move_on(model: nn.Module, data: Reachability, step: int) -> None:
@@ -201,13 +242,7 @@ def answers(model: nn.Module, data: Reachability, problem: Problems, depth: int)
         return model.answer(problem, depth)
     assert isinstance(model, Thinker)
     prompt = data.prompt(problem, generator)
-    if model.discrete:
-        x_BTC = model.lm.embedding(prompt)
-        for _ in range(depth):  # greedy tokens
-            x_BTC = torch.cat((x_BTC, model.lm.embedding(model.next_node(x_BTC).argmax(-1))[:, None]), 1)
-    else:
-        x_BTC = model.think(prompt, depth)
-    logits = model.next_node(x_BTC, torch.full_like(prompt[:, :1], model.reply))
+    logits = model.answer(model.say(prompt, depth) if model.discrete else model.think(prompt, depth)[1])
     right, wrong = (torch.from_numpy(c).to(logits.device)[:, None] for c in (problem.target, problem.decoy))
     return (logits.gather(1, right) > logits.gather(1, wrong))[:, 0].cpu().numpy()
 
@@ -223,7 +258,8 @@ def evaluate(model: nn.Module, data: Reachability, config: ThoughtsConfig) -> Me
 
 
 CONSTRUCTED = ThoughtsConfig(steps=0, checkpoint_every=0)
-TRAINED = {"how": "trained", "steps": 20_000, "depth": 4, "nodes": 24, "edges": 40, "width": 768, "lr": 1e-4}
+TRAINED = {"how": "trained", "steps": 10_000, "depth": 4, "nodes": 24, "edges": 40, "width": 512, "lr": 3e-4}
+TRAINED |= {"warmup": 500, "pool": 16_384}
 WORKLOAD = Workload(
     name="thoughts",
     title="Continuous chain of thought: a thought holds a whole search front",
@@ -231,7 +267,7 @@ WORKLOAD = Workload(
     presets={
         "ci": CONSTRUCTED,
         "small": replace(CONSTRUCTED, graphs=300),
-        "gpu": replace(CONSTRUCTED, graphs=500, batch=128, stage_updates=3000, checkpoint_every=1000),
+        "gpu": replace(CONSTRUCTED, graphs=500, batch=128, stage_updates=1500, checkpoint_every=1000),
     },
     data=Reachability,
     model=build,

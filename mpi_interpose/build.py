@@ -11,7 +11,7 @@ import hashlib
 from pathlib import Path
 
 from . import fortran
-from .compile import CSRC, Unit, cache_folder, core_units, headers_digest, link
+from .compile import CSRC, Unit, cache_folder, core_units, gpu_units, headers_digest, link
 from .generate import entries, exports, reals
 from .toolchain import Mpi
 
@@ -56,13 +56,14 @@ def _units(mpi: Mpi, folder: Path) -> list[Unit]:
     glue = [Unit(name, CSRC / "abi" / f"{name}.cc", (*flags, stamp)) for name in GLUE]
     if mpi.flavour == "openmpi":
         glue.append(Unit("fortran", folder / "fortran.cc", (*flags, stamp)))
-    return [*core_units(), *glue, Unit("exports", folder / "exports.cc"), Unit("facts", facts)]
+    glue.append(Unit("hook", CSRC / "gpu" / "hook.cc", (*flags, stamp)))
+    return [*core_units(), *gpu_units(), *glue, Unit("exports", folder / "exports.cc"), Unit("facts", facts)]
 
 
 def library(mpi: Mpi) -> Path:
     """The preload library for `mpi`, built unless the cache has it; InterposeError in one line when it cannot be."""
     texts = generated(mpi)
-    sources = [path.read_text() for path in sorted(CSRC.rglob("*.cc"))]
+    sources = [path.read_text() for path in sorted([*CSRC.rglob("*.cc"), *CSRC.rglob("*.ptx")])]
     key = "\n".join([mpi.key, headers_digest(), *sources, *texts.values(), builtin_model(mpi.flavour)])
     folder = cache_folder() / f"{mpi.key}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     target = folder / f"libundertow_mpi_{mpi.flavour}.so"

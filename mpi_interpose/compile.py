@@ -20,6 +20,7 @@ from pathlib import Path
 from .errors import InterposeError
 
 CSRC = Path(__file__).parent / "csrc"
+GPU = ("driver", "lower", "context", "device")
 CORE = ("ir", "passes", "walk", "plan", "exec")
 BASE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-g1", "-fvisibility=hidden", "-Wall", "-Wextra")
 ISA_FLAGS = {
@@ -91,6 +92,15 @@ def core_units(sets: tuple[str, ...] = tuple(ISA_FLAGS)) -> list[Unit]:
     return units + [Unit(f"kernels_{isa}", CSRC / "core" / f"kernels_{isa}.cc", ISA_FLAGS[isa]) for isa in sets]
 
 
+def gpu_units() -> list[Unit]:
+    """The device side without MPI: the driver's functions at run time, and the kernels' PTX as a string."""
+    ptx = (CSRC / "gpu" / "kernels.ptx").read_text()
+    lines = "\n".join('"' + line.replace("\\", "\\\\").replace('"', '\\"') + '\\n"' for line in ptx.splitlines())
+    text = f'extern "C" {{\nextern const char undertow_gpu_kernels[];\nconst char undertow_gpu_kernels[] =\n{lines};\n}}\n'
+    units = [Unit(name, CSRC / "gpu" / f"{name}.cc") for name in GPU]
+    return [*units, Unit("gpu_kernels", text)]
+
+
 def compile_unit(unit: Unit, flags: tuple[str, ...], folder: Path) -> Path:
     """Object file of a unit, from the cache or compiled now."""
     cxx = compiler()
@@ -109,7 +119,7 @@ def compile_unit(unit: Unit, flags: tuple[str, ...], folder: Path) -> Path:
         else:
             path = source
         output = Path(scratch) / "out.o"
-        include = [f"-I{CSRC / 'core'}", f"-I{CSRC / 'abi'}"]
+        include = [f"-I{CSRC / room}" for room in ("core", "abi", "gpu")]
         run([cxx, *BASE_FLAGS, *flags, *unit.flags, *include, "-c", str(path), "-o", str(output)], f"compiling {path}")
         output.replace(target)
     return target

@@ -48,7 +48,6 @@ struct Blocks {
   Blocks(void* b, const N* c, D* d, MPI_Datatype t, int n, Use use, bool allowed)
       : buf(b), type(t), counts(c), displs(d), user(b), user_displs(d) {
     if (!allowed || !c || !d || n <= 0) return;
-    Record* r = record_of(t);
     int64_t total = 0;
     dense.resize(n);
     for (int i = 0; i < n; ++i) {
@@ -57,11 +56,13 @@ struct Blocks {
       if (static_cast<int64_t>(dense[i]) != total) return;
       total += c[i];
     }
-    if (!r || !wanted(r, use, total, kCollectiveGain)) return;
+    const bool device = device_blocks(n);
+    Record* r = device ? device_wanted(t, use, total) : record_of(t);
+    if (!r || !(device || wanted(r, use, total, kCollectiveGain))) return;
     const MPI_Datatype twin = twin_of(r);
     if (handle_key(twin) == handle_key(constants.type_null)) return;
     record = r;
-    slab = slab_get(total * r->plan.size);
+    slab = slab_get(total * r->plan.size, device ? user_bytes(*r, first(n, *r)) : nullptr);
     if (use == kSendUse) each(n, [&](char* at, char* packed, int64_t k) { pack_slab(*r, k, at, packed); });
     buf = slab;
     type = twin;
@@ -72,6 +73,17 @@ struct Blocks {
   }
   Blocks(const Blocks&) = delete;
   Blocks& operator=(const Blocks&) = delete;
+  // The first block that holds something; a displacement may count from a base that is no memory at all.
+  char* first(int n, const Record& r) const {
+    for (int i = 0; i < n; ++i)
+      if (counts[i] > 0) return static_cast<char*>(user) + user_displs[i] * r.plan.extent;
+    return static_cast<char*>(user);
+  }
+  bool device_blocks(int n) const {
+    if (__builtin_expect(!gpu::possible(), 1)) return false;
+    const Record* r = device_record(type);
+    return r && gpu::on_device(user_bytes(*r, first(n, *r)));
+  }
   template <class Body>
   void each(int n, Body body) {
     for (int i = 0; i < n; ++i)
@@ -107,20 +119,21 @@ struct TypedBlocks {
     twins.assign(t, t + n);
     int64_t total = 0;
     bool take = false;
+    const void* device = device_block(n);
     for (int i = 0; i < n; ++i) {
       dense[i] = static_cast<D>(total);
       if (static_cast<int64_t>(dense[i]) != total || c[i] < 0) return;
       if (c[i] == 0) continue;
-      Record* r = records[i] = record_of(t[i]);
+      Record* r = records[i] = device ? device_record(t[i]) : record_of(t[i]);
       int64_t bytes;
-      if (!r || r->wrong.load() || !proved(*r) || __builtin_mul_overflow(static_cast<int64_t>(c[i]), r->plan.size, &bytes)) return;
+      if (!r || r->wrong.load() || !(device || proved(*r)) || __builtin_mul_overflow(static_cast<int64_t>(c[i]), r->plan.size, &bytes)) return;
       twins[i] = twin_of(r);
       if (handle_key(twins[i]) == handle_key(constants.type_null)) return;
-      take = wanted(r, use, c[i], kCollectiveGain) || take;
+      take = (device ? device_wanted(t[i], use, c[i]) != nullptr : wanted(r, use, c[i], kCollectiveGain)) || take;
       total += bytes;
     }
     if (!take) return;
-    slab = slab_get(total);
+    slab = slab_get(total, device);
     if (use == kSendUse) each([&](Record& r, char* at, char* packed, int64_t k) { pack_slab(r, k, at, packed); });
     buf = slab;
     types = twins.data();
@@ -131,6 +144,16 @@ struct TypedBlocks {
   }
   TypedBlocks(const TypedBlocks&) = delete;
   TypedBlocks& operator=(const TypedBlocks&) = delete;
+  const void* device_block(int n) const {  // the first block's bytes that lie on a device, if any do
+    if (__builtin_expect(!gpu::possible(), 1)) return nullptr;
+    for (int i = 0; i < n; ++i) {
+      if (counts[i] <= 0) continue;
+      const char* at = static_cast<const char*>(user) + user_displs[i];
+      const Record* r = record_of(types[i]);
+      if (gpu::on_device(r ? user_bytes(*r, at) : at)) return r ? user_bytes(*r, at) : at;
+    }
+    return nullptr;
+  }
   template <class Body>
   void each(Body body) {
     for (size_t i = 0; i < records.size(); ++i)
@@ -144,7 +167,7 @@ struct TypedBlocks {
 
 template <class F, class N>
 int on_bcast(F next, Site site, void* buf, N count, MPI_Datatype type, int root, MPI_Comm comm) {
-  if (!record_of(type) || !intra(comm)) {
+  if (!(record_of(type) || device_side(buf, type)) || !intra(comm)) {
     count_call(site, false);
     return next(buf, count, type, root, comm);
   }
@@ -165,20 +188,25 @@ template <class N, class Call>
 int exchange(Site site, void* sbuf, N scount, int64_t sblocks, MPI_Datatype stype, void* rbuf, N rcount,
              int64_t rblocks, MPI_Datatype rtype, bool allowed, Call call) {
   const bool place = sbuf == MPI_IN_PLACE || rbuf == MPI_IN_PLACE;
-  SendSide send(sbuf, scount * sblocks, stype, allowed && !place && sblocks > 0, kCollectiveGain);
-  RecvSide recv(rbuf, rcount * rblocks, rtype, allowed && !place && rblocks > 0, kCollectiveGain);
+  const auto may = [&](const void* buf, MPI_Datatype type) { return allowed && (!place || device_side(buf, type)); };
+  SendSide send(sbuf, scount * sblocks, stype, sblocks > 0 && may(sbuf, stype), kCollectiveGain);
+  RecvSide recv(rbuf, rcount * rblocks, rtype, rblocks > 0 && may(rbuf, rtype), kCollectiveGain);
+  if (sbuf == MPI_IN_PLACE && recv.taken()) pack_slab(*recv.record, recv.count, rbuf, recv.slab);
   count_call(site, send.taken() || recv.taken());
   const int rc = call(send.buf, send.type, recv.buf, recv.type);
   if (rc == MPI_SUCCESS && recv.taken()) recv.finish_all();
   return rc;
 }
 
-inline bool any_record(MPI_Datatype a, MPI_Datatype b) { return record_of(a) || record_of(b); }
+// Whether one side may be ours: a type with a record, or a buffer on a device.
+inline bool involved(const void* sbuf, MPI_Datatype stype, const void* rbuf, MPI_Datatype rtype) {
+  return record_of(stype) || record_of(rtype) || device_side(sbuf, stype) || device_side(rbuf, rtype);
+}
 
 template <class F, class N>
 int on_gather(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N rcount, MPI_Datatype rtype,
               int root, MPI_Comm comm) {
-  const bool allowed = any_record(stype, rtype) && intra(comm);
+  const bool allowed = involved(sbuf, stype, rbuf, rtype) && intra(comm);
   const int64_t blocks = allowed && rank_in(comm) == root ? size_of(comm) : 0;
   return exchange(site, sbuf, scount, 1, stype, rbuf, blocks ? rcount : 0, blocks, rtype, allowed,
                   [&](void* s, MPI_Datatype st, void* r, MPI_Datatype rt) {
@@ -189,7 +217,7 @@ int on_gather(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void*
 template <class F, class N>
 int on_scatter(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N rcount, MPI_Datatype rtype,
                int root, MPI_Comm comm) {
-  const bool allowed = any_record(stype, rtype) && intra(comm);
+  const bool allowed = involved(sbuf, stype, rbuf, rtype) && intra(comm);
   const int64_t blocks = allowed && rank_in(comm) == root ? size_of(comm) : 0;
   return exchange(site, sbuf, blocks ? scount : 0, blocks, stype, rbuf, rcount, 1, rtype, allowed,
                   [&](void* s, MPI_Datatype st, void* r, MPI_Datatype rt) {
@@ -200,7 +228,7 @@ int on_scatter(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void
 template <class F, class N>
 int on_allgather(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N rcount, MPI_Datatype rtype,
                  MPI_Comm comm) {
-  const bool allowed = any_record(stype, rtype) && intra(comm);
+  const bool allowed = involved(sbuf, stype, rbuf, rtype) && intra(comm);
   return exchange(site, sbuf, scount, 1, stype, rbuf, rcount, allowed ? size_of(comm) : 0, rtype, allowed,
                   [&](void* s, MPI_Datatype st, void* r, MPI_Datatype rt) {
                     return next(s, scount, st, r, rcount, rt, comm);
@@ -210,7 +238,7 @@ int on_allgather(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, vo
 template <class F, class N>
 int on_alltoall(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N rcount, MPI_Datatype rtype,
                 MPI_Comm comm) {
-  const bool allowed = any_record(stype, rtype) && intra(comm);
+  const bool allowed = involved(sbuf, stype, rbuf, rtype) && intra(comm);
   const int64_t n = allowed ? size_of(comm) : 0;
   return exchange(site, sbuf, scount, n, stype, rbuf, rcount, n, rtype, allowed,
                   [&](void* s, MPI_Datatype st, void* r, MPI_Datatype rt) {
@@ -221,7 +249,7 @@ int on_alltoall(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, voi
 template <class F, class N>
 int on_neighbor_allgather(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N rcount,
                           MPI_Datatype rtype, MPI_Comm comm) {
-  const Degrees d = any_record(stype, rtype) ? degrees_of(comm) : Degrees{};
+  const Degrees d = involved(sbuf, stype, rbuf, rtype) ? degrees_of(comm) : Degrees{};
   return exchange(site, sbuf, scount, 1, stype, rbuf, rcount, d.in, rtype, d.known,
                   [&](void* s, MPI_Datatype st, void* r, MPI_Datatype rt) {
                     return next(s, scount, st, r, rcount, rt, comm);
@@ -231,7 +259,7 @@ int on_neighbor_allgather(F next, Site site, void* sbuf, N scount, MPI_Datatype 
 template <class F, class N>
 int on_neighbor_alltoall(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N rcount,
                          MPI_Datatype rtype, MPI_Comm comm) {
-  const Degrees d = any_record(stype, rtype) ? degrees_of(comm) : Degrees{};
+  const Degrees d = involved(sbuf, stype, rbuf, rtype) ? degrees_of(comm) : Degrees{};
   return exchange(site, sbuf, scount, d.out, stype, rbuf, rcount, d.in, rtype, d.known,
                   [&](void* s, MPI_Datatype st, void* r, MPI_Datatype rt) {
                     return next(s, scount, st, r, rcount, rt, comm);
@@ -241,7 +269,7 @@ int on_neighbor_alltoall(F next, Site site, void* sbuf, N scount, MPI_Datatype s
 template <class F, class N, class D>
 int on_gatherv(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N* rcounts, D* rdispls,
                MPI_Datatype rtype, int root, MPI_Comm comm) {
-  const bool allowed = any_record(stype, rtype) && sbuf != MPI_IN_PLACE && intra(comm);
+  const bool allowed = involved(sbuf, stype, rbuf, rtype) && sbuf != MPI_IN_PLACE && intra(comm);
   const int n = allowed && rank_in(comm) == root ? size_of(comm) : 0;
   SendSide send(sbuf, scount, stype, allowed, kCollectiveGain);
   Blocks<N, D> recv(rbuf, rcounts, rdispls, rtype, n, kRecvUse, n > 0);
@@ -254,7 +282,7 @@ int on_gatherv(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void
 template <class F, class N, class D>
 int on_scatterv(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Datatype stype, void* rbuf, N rcount,
                 MPI_Datatype rtype, int root, MPI_Comm comm) {
-  const bool allowed = any_record(stype, rtype) && rbuf != MPI_IN_PLACE && intra(comm);
+  const bool allowed = involved(sbuf, stype, rbuf, rtype) && rbuf != MPI_IN_PLACE && intra(comm);
   const int n = allowed && rank_in(comm) == root ? size_of(comm) : 0;
   Blocks<N, D> send(sbuf, scounts, sdispls, stype, n, kSendUse, n > 0);
   RecvSide recv(rbuf, rcount, rtype, allowed, kCollectiveGain);
@@ -278,7 +306,7 @@ int gather_to_all(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, v
 template <class F, class N, class D>
 int on_allgatherv(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N* rcounts, D* rdispls,
                   MPI_Datatype rtype, MPI_Comm comm) {
-  const bool allowed = any_record(stype, rtype) && sbuf != MPI_IN_PLACE && intra(comm);
+  const bool allowed = involved(sbuf, stype, rbuf, rtype) && sbuf != MPI_IN_PLACE && intra(comm);
   return gather_to_all(next, site, sbuf, scount, stype, rbuf, rcounts, rdispls, rtype, comm,
                        allowed ? size_of(comm) : -1);
 }
@@ -286,7 +314,7 @@ int on_allgatherv(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, v
 template <class F, class N, class D>
 int on_neighbor_allgatherv(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N* rcounts,
                            D* rdispls, MPI_Datatype rtype, MPI_Comm comm) {
-  const Degrees d = any_record(stype, rtype) ? degrees_of(comm) : Degrees{};
+  const Degrees d = involved(sbuf, stype, rbuf, rtype) ? degrees_of(comm) : Degrees{};
   return gather_to_all(next, site, sbuf, scount, stype, rbuf, rcounts, rdispls, rtype, comm, d.known ? d.in : -1);
 }
 
@@ -304,7 +332,7 @@ int all_to_all_v(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Data
 template <class F, class N, class D>
 int on_alltoallv(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Datatype stype, void* rbuf, N* rcounts,
                  D* rdispls, MPI_Datatype rtype, MPI_Comm comm) {
-  const bool allowed = sbuf != MPI_IN_PLACE && any_record(stype, rtype) && intra(comm);
+  const bool allowed = sbuf != MPI_IN_PLACE && involved(sbuf, stype, rbuf, rtype) && intra(comm);
   const int n = allowed ? size_of(comm) : 0;
   return all_to_all_v(next, site, sbuf, scounts, sdispls, stype, rbuf, rcounts, rdispls, rtype, comm, n, n);
 }
@@ -312,7 +340,7 @@ int on_alltoallv(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Data
 template <class F, class N, class D>
 int on_neighbor_alltoallv(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Datatype stype, void* rbuf,
                           N* rcounts, D* rdispls, MPI_Datatype rtype, MPI_Comm comm) {
-  const Degrees d = any_record(stype, rtype) ? degrees_of(comm) : Degrees{};
+  const Degrees d = involved(sbuf, stype, rbuf, rtype) ? degrees_of(comm) : Degrees{};
   return all_to_all_v(next, site, sbuf, scounts, sdispls, stype, rbuf, rcounts, rdispls, rtype, comm, d.out, d.in);
 }
 

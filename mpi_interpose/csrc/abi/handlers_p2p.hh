@@ -86,7 +86,7 @@ int on_sendrecv_replace(F next, Site site, void* buf, N count, MPI_Datatype type
                         int rtag, MPI_Comm comm, MPI_Status* status) {
   return receive(site, buf, count, type, status, usable_peer(source) && usable_peer(dest),
                  [&](void* b, MPI_Datatype t, MPI_Status* s) {
-                   if (b != buf) pack_slab(*record_of(type), count, buf, static_cast<char*>(b));
+                   if (b != buf) pack_slab(*device_record(type), count, buf, static_cast<char*>(b));
                    return next(b, count, t, dest, stag, source, rtag, comm, s);
                  });
 }

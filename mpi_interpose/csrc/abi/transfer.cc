@@ -16,6 +16,11 @@ std::mutex g_lock;
 std::vector<char*> g_idle[kClasses];
 int64_t g_idle_bytes = 0;
 
+struct Header {
+  int size_class;  // -1: pinned memory of the device side
+  int64_t bytes;
+};
+
 int class_of(int64_t bytes) {
   int c = 8;
   while ((1ll << c) < bytes) ++c;
@@ -24,7 +29,13 @@ int class_of(int64_t bytes) {
 
 }  // namespace
 
-char* slab_get(int64_t bytes) {
+char* slab_get(int64_t bytes, const void* device) {
+  if (device)
+    if (char* block = device_slab_get(kHeader + bytes, device)) {
+      const Header header{-1, bytes};
+      std::memcpy(block, &header, sizeof header);
+      return block + kHeader;
+    }
   const int c = class_of(bytes);
   {
     std::lock_guard<std::mutex> guard(g_lock);
@@ -40,14 +51,17 @@ char* slab_get(int64_t bytes) {
     say("out of memory for a message of %lld bytes", static_cast<long long>(bytes));
     std::abort();
   }
-  std::memcpy(block, &c, sizeof c);
+  const Header header{c, bytes};
+  std::memcpy(block, &header, sizeof header);
   return static_cast<char*>(block) + kHeader;
 }
 
 void slab_put(char* slab) {
   char* block = slab - kHeader;
-  int c;
-  std::memcpy(&c, block, sizeof c);
+  Header header;
+  std::memcpy(&header, block, sizeof header);
+  if (header.size_class < 0) return device_slab_put(block, kHeader + header.bytes);
+  const int c = header.size_class;
   {
     std::lock_guard<std::mutex> guard(g_lock);
     if (g_idle_bytes + (1ll << c) <= kKeepBytes) {
@@ -60,6 +74,7 @@ void slab_put(char* slab) {
 }
 
 void slab_release_all() {
+  device_stop();
   std::lock_guard<std::mutex> guard(g_lock);
   for (auto& list : g_idle) {
     for (char* slab : list) std::free(slab - kHeader);
@@ -84,6 +99,7 @@ bool comparable(const Record& r, int64_t count) {
 }  // namespace
 
 void pack_slab(Record& r, int64_t count, const void* user, char* slab) {
+  if (device_pack(r, count, user, slab)) return;
   pack(r.plan, count, static_cast<const char*>(user), slab);
   if (!comparable(r, count)) return;
   const int64_t n = count * r.plan.size;
@@ -105,6 +121,7 @@ void pack_slab(Record& r, int64_t count, const void* user, char* slab) {
 void unpack_slab(Record& r, int64_t count, const char* slab, void* user, int64_t bytes) {
   const int64_t n = count * r.plan.size;
   if (bytes > n) bytes = n;
+  if (device_unpack(r, count, slab, user, bytes)) return;
   if (bytes < n) {
     walk_unpack(*r.plan.ir, count, r.plan.extent, slab, static_cast<char*>(user), 0, bytes);
     return;

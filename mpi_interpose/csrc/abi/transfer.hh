@@ -5,13 +5,15 @@
 // same, whether or not the peer runs under the preload. A side that is not taken keeps the user's arguments.
 #pragma once
 
+#include "hook.hh"
 #include "model.hh"
 #include "report.hh"
 
 namespace undertow {
 
 // Slabs are kept for reuse by powers of two, so that large messages do not pay page faults each time.
-char* slab_get(int64_t bytes);
+// For a message from or to device memory (`device` not null) the slab is pinned.
+char* slab_get(int64_t bytes, const void* device = nullptr);
 void slab_put(char* slab);
 void slab_release_all();
 
@@ -33,12 +35,13 @@ struct SendSide {
   SendSide(void* user, int64_t count, MPI_Datatype datatype, bool allowed = true, double gain = kGain)
       : buf(user), type(datatype) {
     if (!allowed) return;
-    Record* r = record_of(datatype);
-    if (!r || !wanted(r, kSendUse, count, gain)) return;
+    const bool device = device_side(user, datatype);
+    Record* r = device ? device_wanted(datatype, kSendUse, count) : record_of(datatype);
+    if (!r || !(device || wanted(r, kSendUse, count, gain))) return;
     const MPI_Datatype twin = twin_of(r);
     if (handle_key(twin) == handle_key(constants.type_null)) return;
     record = r;
-    slab = slab_get(count * r->plan.size);
+    slab = slab_get(count * r->plan.size, device ? user_bytes(*r, user) : nullptr);
     pack_slab(*r, count, user, slab);
     buf = slab;
     type = twin;
@@ -68,12 +71,13 @@ struct RecvSide {
   RecvSide(void* target, int64_t n, MPI_Datatype datatype, bool allowed = true, double gain = kGain)
       : buf(target), type(datatype), user(target), count(n) {
     if (!allowed) return;
-    Record* r = record_of(datatype);
-    if (!r || !wanted(r, kRecvUse, n, gain)) return;
+    const bool device = device_side(target, datatype);
+    Record* r = device ? device_wanted(datatype, kRecvUse, n) : record_of(datatype);
+    if (!r || !(device || wanted(r, kRecvUse, n, gain))) return;
     const MPI_Datatype twin = twin_of(r);
     if (handle_key(twin) == handle_key(constants.type_null)) return;
     record = r;
-    slab = slab_get(n * r->plan.size);
+    slab = slab_get(n * r->plan.size, device ? user_bytes(*r, target) : nullptr);
     buf = slab;
     type = twin;
   }

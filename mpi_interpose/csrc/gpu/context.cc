@@ -1,0 +1,172 @@
+// See context.hh.
+#include "context.hh"
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "device.hh"
+
+extern "C" const char undertow_gpu_kernels[];  // PTX; see gpu_kernels.py
+
+namespace undertow::gpu {
+
+namespace {
+
+constexpr int64_t kKeepScratch = 256ll << 20, kKeepTables = 256ll << 20;
+constexpr uint32_t kBlocksPerProcessor = 4;
+
+std::mutex g_lock;
+std::vector<std::unique_ptr<Context>>* g_contexts = new std::vector<std::unique_ptr<Context>>;
+
+void* allocate(int64_t bytes) {
+  Address a = 0;
+  return cuda.cuMemAlloc_v2(&a, static_cast<size_t>(bytes)) == 0 ? reinterpret_cast<void*>(a) : nullptr;
+}
+
+uint32_t tiles_of(const Piece& p) {
+  if (p.kind != kCrossed) {
+    const uint32_t per_tile = kThreads * p.unroll;
+    return (p.words + per_tile - 1) / per_tile;
+  }
+  const PieceDim &o = p.dims[p.ndims - 2], &i = p.dims[p.ndims - 1];
+  uint32_t tiles = ((o.n + kTile - 1) / kTile) * ((i.n + kTile - 1) / kTile);
+  for (int d = 0; d < p.ndims - 2; ++d) tiles *= p.dims[d].n;
+  return tiles;
+}
+
+}  // namespace
+
+Context::Context(Handle context, int ordinal)
+    : handle(context),
+      device(ordinal),
+      scratch(allocate, [](void* p) { cuda.cuMemFree_v2(reinterpret_cast<Address>(p)); }, kKeepScratch) {
+  constexpr int kProcessors = 16;
+  int id = 0;
+  must(cuda.cuDeviceGet(&id, ordinal), "cuDeviceGet");
+  must(cuda.cuDeviceGetAttribute(&processors, kProcessors, id), "cuDeviceGetAttribute");
+  Use use(*this);
+  must(cuda.cuModuleLoadData(&module_, undertow_gpu_kernels), "loading the pack kernels");
+  must(cuda.cuModuleGetFunction(&kernel_, module_, "undertow_copy"), "finding the pack kernel");
+  must(cuda.cuStreamCreate(&stream, 0), "cuStreamCreate");
+}
+
+// Pieces in order, as many per launch as fit its arguments; every launch is one kernel over all its pieces.
+void Context::launch(const std::vector<Piece>& pieces, bool packing, Handle on) {
+  for (size_t at = 0; at < pieces.size(); at += kBatch) {
+    Batch batch{};
+    batch.n = static_cast<uint32_t>(std::min<size_t>(kBatch, pieces.size() - at));
+    batch.packing = packing;
+    for (uint32_t i = 0; i < batch.n; ++i) {
+      batch.pieces[i] = pieces[at + i];
+      batch.pieces[i].tile = batch.tiles;
+      batch.tiles += tiles_of(pieces[at + i]);
+    }
+    const uint32_t grid = std::min(batch.tiles, static_cast<uint32_t>(processors) * kBlocksPerProcessor);
+    void* arguments[] = {&batch};
+    must(cuda.cuLaunchKernel(kernel_, grid, 1, 1, kThreads, 1, 1, 0, on, arguments, nullptr), "launching the pack kernel");
+    ++counters.launches;
+    counters.pieces += batch.n;
+  }
+}
+
+void Context::copy(void* to, const void* from, int64_t bytes, Handle on) {
+  must(cuda.cuMemcpyAsync(reinterpret_cast<Address>(to), reinterpret_cast<Address>(from), static_cast<size_t>(bytes), on),
+       "cuMemcpyAsync");
+  ++counters.copies;
+}
+
+Context::Kept& Context::kept(const Plan& plan) {
+  std::unique_ptr<Kept>& slot = tables_[plan.ir.get()];
+  if (!slot) {
+    slot = std::make_unique<Kept>();
+    slot->ir = plan.ir;
+  }
+  return *slot;
+}
+
+Address Context::upload(Kept& k, const void* data, size_t bytes) {
+  Address a = 0;
+  must(cuda.cuMemAlloc_v2(&a, std::max<size_t>(bytes, 1)), "memory for a datatype's table");
+  k.memory.push_back(a);
+  k.bytes += static_cast<int64_t>(bytes);
+  table_bytes_ += static_cast<int64_t>(bytes);
+  copy(reinterpret_cast<void*>(a), data, static_cast<int64_t>(bytes), stream);
+  wait(stream);  // the vector it comes from does not outlive the call
+  return a;
+}
+
+void Context::drop(Kept& k) {
+  for (Address a : k.memory) cuda.cuMemFree_v2(a);  // waits for kernels that still read it
+  table_bytes_ -= k.bytes;
+}
+
+std::vector<Piece> Context::pieces(const Plan& plan, int64_t count, uint64_t user, uint64_t packed) {
+  std::lock_guard<std::mutex> guard(lock_);
+  if (table_bytes_ > kKeepTables) {
+    for (auto& entry : tables_) drop(*entry.second);
+    tables_.clear();
+  }
+  Tables tables;
+  tables.of_op = [&](size_t op) {
+    Kept& k = kept(plan);
+    const auto found = k.of_op.find(op);
+    if (found != k.of_op.end()) return found->second;
+    const std::vector<int32_t>& offs = plan.ops[op].offs;
+    Table t;
+    t.offs = upload(k, offs.data(), offs.size() * sizeof(int32_t));
+    uint64_t all = static_cast<uint64_t>(plan.ops[op].len);
+    for (int32_t o : offs) all |= static_cast<uint64_t>(static_cast<int64_t>(o));
+    t.grain = all ? static_cast<int64_t>(std::min<uint64_t>(all & -all, 16)) : 16;
+    return k.of_op[op] = t;
+  };
+  tables.whole = [&](const Blocks& blocks, int64_t word) {
+    Kept& k = kept(plan);
+    const auto found = k.whole.find(word);
+    if (found != k.whole.end()) return found->second;
+    std::vector<uint32_t> starts, hints;
+    number_words(blocks, word, starts, hints);
+    Table t;
+    t.runs = static_cast<uint32_t>(blocks.offs.size());
+    t.offs = upload(k, blocks.offs.data(), blocks.offs.size() * sizeof(int64_t));
+    t.starts = upload(k, starts.data(), starts.size() * sizeof(uint32_t));
+    t.hints = upload(k, hints.data(), hints.size() * sizeof(uint32_t));
+    return k.whole[word] = t;
+  };
+  return lower(plan, count, user, packed, tables);
+}
+
+void Context::forget_all() {
+  Use use(*this);
+  scratch.clear();
+  for (auto& entry : tables_) drop(*entry.second);
+  tables_.clear();
+}
+
+Context& context_of(const void* address, const void* other) {
+  Where w = where(address);
+  if (w.memory != Memory::Device && other) w = where(other);
+  if (w.memory != Memory::Device) throw Failure("neither buffer is device memory");
+  std::lock_guard<std::mutex> guard(g_lock);
+  for (auto& c : *g_contexts)
+    if (c->device == w.device && (!w.context || c->handle == w.context)) return *c;
+  Handle handle = w.context;
+  if (!handle) {  // memory of a pool or a mapping: any context of its device will do
+    int id = 0;
+    must(cuda.cuDeviceGet(&id, w.device), "cuDeviceGet");
+    must(cuda.cuDevicePrimaryCtxRetain(&handle, id), "cuDevicePrimaryCtxRetain");
+  }
+  g_contexts->push_back(std::make_unique<Context>(handle, w.device));
+  return *g_contexts->back();
+}
+
+Context* any_context() {
+  std::lock_guard<std::mutex> guard(g_lock);
+  return g_contexts->empty() ? nullptr : g_contexts->front().get();
+}
+
+void forget_contexts() {
+  std::lock_guard<std::mutex> guard(g_lock);
+  for (auto& c : *g_contexts) c->forget_all();
+}
+
+}  // namespace undertow::gpu

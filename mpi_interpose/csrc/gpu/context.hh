@@ -1,0 +1,64 @@
+// One per CUDA context that owns memory we were given: the loaded kernel, a stream, scratch memory and tables.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+#include "driver.hh"
+#include "lower.hh"
+#include "pool.hh"
+
+namespace undertow::gpu {
+
+class Context {
+ public:
+  explicit Context(Handle handle, int device);
+  // Makes the context current for a scope.
+  class Use {
+   public:
+    explicit Use(Context& c) { must(cuda.cuCtxPushCurrent_v2(c.handle), "cuCtxPushCurrent"); }
+    ~Use() {
+      Handle old;
+      cuda.cuCtxPopCurrent_v2(&old);
+    }
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+  };
+
+  void launch(const std::vector<Piece>& pieces, bool packing, Handle on);
+  void copy(void* to, const void* from, int64_t bytes, Handle on);
+  void wait(Handle on) { must(cuda.cuStreamSynchronize(on), "cuStreamSynchronize"); }
+  std::vector<Piece> pieces(const Plan& plan, int64_t count, uint64_t user, uint64_t packed);
+  void forget_all();
+
+  Handle handle, stream = nullptr;
+  int device, processors = 0;
+  Pool scratch;
+
+ private:
+  // Tables of a plan on the device; the reference keeps the plan's address from being used again.
+  struct Kept {
+    Ref ir;
+    std::unordered_map<size_t, Table> of_op;
+    std::unordered_map<int64_t, Table> whole;
+    std::vector<Address> memory;
+    int64_t bytes = 0;
+  };
+  Kept& kept(const Plan& plan);
+  Address upload(Kept& kept, const void* data, size_t bytes);
+  void drop(Kept& kept);
+
+  Handle module_ = nullptr, kernel_ = nullptr;
+  std::mutex lock_;
+  std::unordered_map<const Node*, std::unique_ptr<Kept>> tables_;
+  int64_t table_bytes_ = 0;
+};
+
+// The context of device memory; `other` is asked when `address` is not device memory. Throws Failure for neither.
+Context& context_of(const void* address, const void* other = nullptr);
+Context* any_context();  // null before the first context_of
+void forget_contexts();
+
+}  // namespace undertow::gpu

@@ -1,0 +1,39 @@
+// Packing on a device: pieces are launched, contiguous bytes are copied, and slabs of pinned memory carry messages.
+//
+// Each function returns when its target may be read. The stream is a blocking one of the memory's own context, so work
+// that the program queued on the legacy default stream (what torch and cupy use unless told otherwise) is done before
+// ours; work on other streams must be finished by the program, as with every CUDA-aware MPI.
+#pragma once
+
+#include <atomic>
+
+#include "driver.hh"
+#include "plan.hh"
+
+namespace undertow::gpu {
+
+// count elements between `user` and count * size dense bytes at `packed`; either side, or both, in device memory.
+// Throws Failure when the driver fails and Unsupported when the type is too large for the device.
+void pack(const Plan& plan, int64_t count, const void* user, void* packed);
+void unpack(const Plan& plan, int64_t count, const void* packed, void* user);
+// A receive that brought only `bytes` bytes: the rest of the type's bytes keep their values.
+void unpack_part(const Plan& plan, int64_t count, const void* packed, void* user, int64_t bytes);
+
+// Only queues on `stream` (both sides device or pinned memory); for measurements. `device_side` names the context.
+void enqueue(const Plan& plan, int64_t count, const void* user, void* packed, bool packing, Handle stream);
+
+// Pinned memory that every context may use, for a message from or to `device_side`; null when the driver has none.
+// Freed slabs are kept up to a limit.
+void* slab_get(int64_t bytes, const void* device_side);
+void slab_put(void* slab, int64_t bytes);
+void release_all();  // before the driver goes
+
+enum class HostPath : int { Auto, Direct, Staged };  // how a kernel's packed bytes reach host memory
+extern HostPath host_path;
+
+struct Counters {
+  std::atomic<int64_t> launches{0}, pieces{0}, copies{0}, bytes{0}, slabs{0};
+};
+extern Counters counters;
+
+}  // namespace undertow::gpu

@@ -1,0 +1,77 @@
+"""Compile csrc/gpu/kernels.cu to the PTX text that is shipped and embedded: `python -m undertow.mpi_interpose.gpu_kernels`.
+
+Users need no CUDA compiler: the driver translates PTX for the device at hand and keeps the result in its own cache. The
+text is committed, so that a change of the kernels shows in review, and `--check` (run by the tests where nvcc is found)
+says whether it belongs to the source. nvcc is the machine's, or PyPI's nvidia-cuda-nvcc (the extra `cuda-build`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from .compile import CSRC, run
+from .errors import InterposeError
+
+SOURCE = CSRC / "gpu" / "kernels.cu"
+TARGET = CSRC / "gpu" / "kernels.ptx"
+ARCHITECTURE = "compute_75"  # the oldest that CUDA 13 compiles for; the driver translates it for every newer device
+PTX_VERSION = "8.0"  # readable by drivers from R525 (CUDA 12.0) on; the kernels use nothing newer
+
+
+def find_nvcc() -> str | None:
+    """nvcc on PATH, else the one that PyPI's compiler package put beside this Python's packages."""
+    found = shutil.which("nvcc")
+    if found:
+        return found
+    for folder in map(Path, sys.path):
+        for candidate in (folder / "nvidia").glob("*/bin/nvcc"):
+            return str(candidate)
+    return None
+
+
+def compiled() -> str:
+    """The PTX of the source as it is now; InterposeError without nvcc."""
+    nvcc = find_nvcc()
+    if not nvcc:
+        raise InterposeError("no nvcc on PATH; install a CUDA toolkit, or `pip install undertow[cuda-build]`")
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) / "kernels.ptx"
+        run([nvcc, "-std=c++17", "-O3", f"-arch={ARCHITECTURE}", "-ptx", str(SOURCE), "-o", str(output)], "nvcc")
+        return portable(output.read_text())
+
+
+def portable(ptx: str) -> str:
+    """An older version number, without the comments and hints that name the compiler's build."""
+    lines = [
+        line.rstrip()
+        for line in ptx.splitlines()
+        if line.strip() and not line.lstrip().startswith("//") and "used_bytes_mask" not in line
+    ]
+    text = "\n".join(lines) + "\n"
+    return re.sub(r"^\.version .*$", f".version {PTX_VERSION}", text, flags=re.MULTILINE)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="compare with the shipped text, write nothing")
+    options = parser.parse_args(argv)
+    text = compiled()
+    if options.check:
+        same = TARGET.exists() and TARGET.read_text() == text
+        sys.stdout.write(f"{TARGET.name} {'belongs to' if same else 'DIFFERS from'} {SOURCE.name}\n")
+        return 0 if same else 1
+    TARGET.write_text(text)
+    sys.stdout.write(f"{TARGET} ({len(text)} bytes)\n")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InterposeError as error:
+        sys.exit(f"gpu_kernels: {error}")

@@ -11,7 +11,7 @@ Legend: N rows, B batch, H query heads, G key heads, D and E head dims; blocks a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from ...comms.ops import Ops
 from ..blocks.select import choose
+from ..blocks.types import Backend
+from ..kernels.merge_rows import merge_into
 from ..masks import BACKWARDS, FULL, Tile
 from ..merge import merge
 from .problem import Problem
@@ -41,8 +43,16 @@ def _pick(x_BHND: Tensor, start: int, stop: int, tile: Tile) -> Tensor:
     return part.flip(2) if tile.kind == BACKWARDS else part
 
 
-def ops(problem: Problem, inner: int, scale: float, *, lse_gradient: bool = False) -> Ops:
-    """The table for schedules of `problem` in which `inner` ranks exchange heads."""
+def ops(
+    problem: Problem,
+    inner: int,
+    scale: float,
+    *,
+    lse_gradient: bool = False,
+    pick: Callable[..., Backend] | None = None,
+) -> Ops:
+    """The table for schedules of `problem` in which `inner` ranks exchange heads. `pick`: see `blocks.select.choose`."""
+    pick = pick or choose
 
     @cache
     def tiles(q: int, k: int, q0: int, q1: int, k0: int, k1: int) -> tuple[Tile, ...]:
@@ -63,7 +73,7 @@ def ops(problem: Problem, inner: int, scale: float, *, lse_gradient: bool = Fals
         for tile in todo:
             args = _pick(q, tile.q0, tile.q1, tile), _pick(k, tile.k0, tile.k1, tile), _pick(v, tile.k0, tile.k1, tile)
             causal = tile.kind != FULL
-            backend = choose(*args, causal=causal, window=tile.window)
+            backend = pick(*args, causal=causal, window=tile.window)
             part, part_lse = backend.forward(*args, scale=scale, causal=causal, window=tile.window)
             if tile.kind == BACKWARDS:
                 part, part_lse = part.flip(2), part_lse.flip(2)
@@ -89,7 +99,7 @@ def ops(problem: Problem, inner: int, scale: float, *, lse_gradient: bool = Fals
             rows, keys = (tile.q0, tile.q1), (tile.k0, tile.k1)
             args = _pick(q, *rows, tile), _pick(k, *keys, tile), _pick(wide_v, *keys, tile)
             causal = tile.kind != FULL
-            backend = choose(*args, causal=causal, window=tile.window)
+            backend = pick(*args, causal=causal, window=tile.window)
             tile_lse = lse[:, :, slice(*rows)]
             tile_lse = tile_lse.flip(2) if tile.kind == BACKWARDS else tile_lse
             found = backend.backward(
@@ -121,10 +131,21 @@ def _standing_in(dout: Tensor, delta: Tensor, v: Tensor, column: bool) -> tuple[
 
 
 def _merge_lse(reads: Tensors, writes: Tensors) -> None:
-    """out, lse of two parts [N, B, H, E], [N, B, H] to those of their union; may write over the first."""
-    out, lse = merge(*reads)
-    writes[0].copy_(out)
-    writes[1].copy_(lse)
+    """out, lse of two parts [N, B, H, E], [N, B, H] to those of their union; may write over the first.
+
+    A merge knows nothing of rows and heads, so on CUDA the whole is one column of rows for one kernel, in place.
+    """
+    if not writes[0].is_cuda:
+        out, lse = merge(*reads)
+        writes[0].copy_(out)
+        writes[1].copy_(lse)
+        return
+    for read, write in zip(reads, writes):
+        if read.data_ptr() != write.data_ptr():
+            write.copy_(read)
+    wide = [t.reshape(1, 1, -1, t.shape[-1]) for t in (writes[0], reads[2])]
+    flat = [t.reshape(1, 1, -1) for t in (writes[1], reads[3])]
+    merge_into(wide[0], flat[0], wide[1], flat[1])
 
 
 def _add(reads: Tensors, writes: Tensors) -> None:

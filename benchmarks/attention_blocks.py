@@ -1,0 +1,290 @@
+"""What cutting attention into a rank's blocks costs on one device: the sum of the blocks against 1/P of the whole.
+
+    python benchmarks/attention_blocks.py --output attention_blocks.json
+    python benchmarks/attention_blocks.py --device cpu --lengths 2048 --ranks 2,4 --heads 4:2 --seconds 20
+
+The operations are taken out of the schedules themselves, with the shapes, tiles and memory layout that an executor
+gives them, so nothing is timed that would not run. Each distinct operation is timed once (device events, all backends
+interleaved, the median), and a rank's time is the sum over its program. Nothing is sent: what is modelled elsewhere
+from these figures says so. Cells are run from short to long until `--seconds` is used up; the table comes last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from undertow.benchmarks.facts import facts
+from undertow.comms.actions import Compute
+from undertow.comms.builders.attention import Heads
+from undertow.comms.ops import table as op_table
+from undertow.comms.schedule import Schedule
+from undertow.parallel.blocks.select import ORDER, backend
+from undertow.parallel.blocks.types import Backend
+from undertow.parallel.masks import Mask
+from undertow.parallel.token_ring.block_ops import ops
+from undertow.parallel.token_ring.problem import Problem
+
+ATTEND = ("attend", "attend_backward")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the result; times in ms, of the slowest rank. `blocks_ms` are attention alone, `sums_ms` what adds
+    their results up, `ideal_ms` the same backend's monolithic call divided by the ranks."""
+
+    heads: str
+    length: int
+    mask: str
+    ranks: int
+    schedule: str
+    phase: str
+    backend: str
+    whole_ms: float
+    ideal_ms: float
+    blocks_ms: float
+    sums_ms: float
+    shapes: dict[str, float]
+
+    @property
+    def blocks_over(self) -> float:
+        """How much longer the blocks take than 1/P of the whole, as a share."""
+        return self.blocks_ms / self.ideal_ms - 1
+
+    @property
+    def sums_share(self) -> float:
+        return self.sums_ms / self.blocks_ms
+
+
+class Clock:
+    """Median milliseconds of interleaved calls; on CUDA between events on the current stream."""
+
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        self.device, self.repeats = device, repeats
+
+    def times(self, calls: Sequence[Callable[[], object]]) -> list[float]:
+        for call in calls:  # builds plans and fills caches
+            call()
+            call()
+        found: list[list[float]] = [[] for _ in calls]
+        for _ in range(self.repeats):
+            for at, call in enumerate(calls):
+                found[at].append(self._once(call))
+        return [statistics.median(samples) for samples in found]
+
+    def _once(self, call: Callable[[], object]) -> float:
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            call()
+            return (time.perf_counter() - start) * 1e3
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()  # this event alone
+        return begin.elapsed_time(end)
+
+
+def backends(device: torch.device, heads: Heads) -> list[Backend]:
+    """Those that run this shape on this device; plain tiles only where nothing else does."""
+    dtype = getattr(torch, heads.dtype)
+    q, k, v = (
+        torch.empty(1, h, 256, d, device=device, dtype=dtype)
+        for h, d in ((heads.q_heads, heads.head_dim), (heads.kv_heads, heads.head_dim), (heads.kv_heads, heads.v_dim))
+    )
+    fitting = [b for b in ORDER if b.supports(q, k, v, causal=True, window=None)]
+    return [b for b in fitting if b.NAME != "tiled"] or fitting
+
+
+def whole_ms(problem: Problem, kernels: Sequence[Backend], clock: Clock) -> dict[tuple[str, bool], float]:
+    """The monolithic call in one go: (backend, backward) → ms."""
+    h, dtype = problem.heads, getattr(torch, problem.heads.dtype)
+    sizes = (h.q_heads, h.head_dim), (h.kv_heads, h.head_dim), (h.kv_heads, h.v_dim), (h.q_heads, h.v_dim)
+    rows_first = [torch.randn(problem.lq, 1, *size, device=clock.device, dtype=dtype) for size in sizes]
+    q, k, v, dout = (x.permute(1, 2, 0, 3) for x in rows_first)
+    options: dict[str, Any] = dict(scale=h.head_dim**-0.5, causal=problem.mask.causal)
+    calls, keys = [], []
+    for kernel in kernels:
+        out, lse = kernel.forward(q, k, v, **options)
+        keys += [(kernel.NAME, False), (kernel.NAME, True)]
+        calls.append(lambda kernel=kernel: kernel.forward(q, k, v, **options))
+        calls.append(
+            lambda kernel=kernel, out=out, lse=lse: kernel.backward(dout, q, k, v, out, lse, **options)
+        )  # fmt: skip
+    return dict(zip(keys, clock.times(calls)))
+
+
+class Operations:
+    """Times of a schedule's operations, each distinct one measured once for every backend."""
+
+    def __init__(self, problem: Problem, kernels: Sequence[Backend], clock: Clock) -> None:
+        self.problem, self.kernels, self.clock = problem, kernels, clock
+        self.known: dict[tuple, dict[str, float]] = {}
+
+    def ms(self, schedule: Schedule, rank: int, action: Compute) -> dict[str, float]:
+        key = self._key(schedule, rank, action)
+        if key not in self.known:
+            reads, writes = ([self._tensor(schedule, rank, part) for part in parts]
+                             for parts in (action.reads, action.writes))  # fmt: skip
+            names = [kernel.NAME for kernel in self.kernels] if action.op in ATTEND else ["any"]
+            calls = []
+            for name in names:
+                mine = ops(self.problem, 1, self.problem.heads.head_dim**-0.5, pick=_always(name))
+                calls.append(lambda op=op_table(schedule, mine)[action.op]: op(reads, writes, **dict(action.params)))
+            self.known[key] = dict(zip(names, self.clock.times(calls)))
+        return self.known[key]
+
+    def label(self, schedule: Schedule, rank: int, action: Compute) -> str:
+        """`attend 4096×8192 causal+full`: rows of queries, rows of keys, tiles."""
+        p = dict(action.params)
+        tiles = self.problem.tiles(*(int(p[n]) for n in ("q", "k")), 1, (int(p["q0"]), int(p["q1"])),
+                                   (int(p["k0"]), int(p["k1"])))  # fmt: skip
+        return f"{int(p['q1']) - int(p['q0'])}×{int(p['k1']) - int(p['k0'])} {'+'.join(t.kind for t in tiles)}"
+
+    def _key(self, schedule: Schedule, rank: int, action: Compute) -> tuple:
+        sizes = tuple(
+            (part.rows, schedule.value(part.value, rank).shape[1:], schedule.value(part.value, rank).dtype)
+            for part in (*action.reads, *action.writes)
+        )
+        p = dict(action.params)
+        if action.op not in ATTEND:
+            return action.op, sizes
+        tiles = self.problem.tiles(int(p["q"]), int(p["k"]), 1, (int(p["q0"]), int(p["q1"])),
+                                   (int(p["k0"]), int(p["k1"])))  # fmt: skip
+        return action.op, sizes, tiles
+
+    def _tensor(self, schedule: Schedule, rank: int, part: Any) -> torch.Tensor:
+        value = schedule.value(part.value, rank)
+        shape = (part.rows, *(int(d) for d in value.shape[1:]))
+        x = torch.randn(shape, device=self.clock.device, dtype=torch.float32)
+        return x.to(getattr(torch, value.dtype))
+
+
+def _always(name: str) -> Callable[..., Backend] | None:
+    """A picker that takes one backend where it can, and the first that fits otherwise."""
+    if name == "any":
+        return None
+    wanted = backend(name)
+
+    def pick(q: Any, k: Any, v: Any, *, causal: bool, window: int | None) -> Backend:
+        order = (wanted, *ORDER)
+        return next(b for b in order if b.supports(q, k, v, causal=causal, window=window))
+
+    return pick
+
+
+def cells(problem: Problem, label: str, names: Sequence[str], whole: dict, operations: Operations) -> list[Cell]:
+    """Both phases of each schedule, for each backend and for the best of each shape."""
+    found = []
+    for name in names:
+        for backward in (False, True):
+            plan = problem.schedule(name, backward=backward)
+            arms = [kernel.NAME for kernel in operations.kernels]
+            blocks = {arm: [0.0] * plan.world for arm in (*arms, "best")}
+            sums, shapes = [0.0] * plan.world, {arm: {} for arm in (*arms, "best")}
+            for rank, _, _, action in plan.actions():
+                if not isinstance(action, Compute):
+                    continue
+                times = operations.ms(plan, rank, action)
+                if action.op not in ATTEND:
+                    sums[rank] += times["any"]
+                    continue
+                what = operations.label(plan, rank, action)
+                for arm, ms in (*times.items(), ("best", min(times.values()))):
+                    blocks[arm][rank] += ms
+                    shapes[arm][what] = ms
+            for arm in blocks:
+                key = min(((n, b) for n, b in whole if b == backward), key=lambda k: whole[k])
+                one = whole[key if arm == "best" else (arm, backward)]
+                found.append(
+                    Cell(
+                        f"{problem.heads.q_heads}:{problem.heads.kv_heads}", problem.lq, label, problem.world, name,
+                        "backward" if backward else "forward", arm, one, one / problem.world,
+                        max(blocks[arm]), max(sums), shapes[arm],
+                    )
+                )  # fmt: skip
+    return found
+
+
+def table(rows: Sequence[Cell]) -> Table:
+    shown = Table(title="a rank's blocks against 1/P of the monolithic call (measured; nothing is sent)")
+    for name in ("heads", "tokens", "mask", "P", "schedule", "phase", "backend", "whole/P ms", "blocks ms", "over",
+                 "sums/blocks"):  # fmt: skip
+        shown.add_column(name, justify="left" if name in ("mask", "schedule", "phase", "backend") else "right")
+    for c in rows:
+        numbers = f"{c.ideal_ms:.3f}", f"{c.blocks_ms:.3f}", f"{c.blocks_over:+.1%}", f"{c.sums_share:.1%}"
+        shown.add_row(c.heads, str(c.length), c.mask, str(c.ranks), c.schedule, c.phase, c.backend, *numbers)
+    return shown
+
+
+def main(argv: Sequence[str]) -> int:
+    options = _arguments(argv)
+    device = torch.device(options.device)
+    torch.manual_seed(0)
+    clock, rows, deadline_s = Clock(device, options.repeats), list[Cell](), time.monotonic() + options.seconds
+    for length in options.lengths:
+        for q_heads, kv_heads in options.heads:
+            for causal in (True, False):
+                heads = Heads(1, q_heads, kv_heads, options.dim, options.dim, options.dtype, "float32")
+                kernels, whole = backends(device, heads), {}
+                for ranks in options.ranks:
+                    if time.monotonic() > deadline_s:
+                        print(f"out of time before {length} tokens, {q_heads}:{kv_heads} heads, {ranks} ranks")
+                        continue
+                    layout = "zigzag" if causal else "contiguous"
+                    problem = Problem(ranks, length, length, heads, Mask(causal=causal), layout)
+                    whole = whole or whole_ms(problem, kernels, clock)
+                    operations = Operations(problem, kernels, clock)
+                    label = "causal zigzag" if causal else "full"
+                    rows += cells(problem, label, options.schedules, whole, operations)
+                    print(f"{length} {q_heads}:{kv_heads} {label} P={ranks} done", flush=True)
+                    if options.output:  # what is known already, should a later cell fail
+                        Path(options.output).write_text(_json(rows))
+    Console(width=150).print(table([c for c in rows if c.backend == "best"]))
+    over = [c.blocks_over for c in rows if c.backend == "best"]
+    print(f"blocks over 1/P of the whole: median {statistics.median(over):+.1%}, worst {max(over):+.1%} (bar: +5 %)")
+    share = [c.sums_share for c in rows if c.backend == "best"]
+    print(f"sums over blocks: median {statistics.median(share):.1%}, worst {max(share):.1%} (bar: 3 %)")
+    return 0
+
+
+def _json(rows: Sequence[Cell]) -> str:
+    return json.dumps({"facts": facts(("torch", "triton")), "cells": [asdict(c) for c in rows]}, indent=1) + "\n"
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    cuda = torch.cuda.is_available()
+
+    def numbers(text: str) -> list[int]:
+        return [int(x) for x in text.split(",")]
+
+    def pairs(text: str) -> list[tuple[int, int]]:
+        return [(int(a), int(b)) for a, b in (x.split(":") for x in text.split(","))]
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
+    parser.add_argument("--lengths", type=numbers, default=[65536, 131072], help="tokens of the whole sequence")
+    parser.add_argument("--ranks", type=numbers, default=[2, 4, 8])
+    parser.add_argument("--heads", type=pairs, default=[(32, 8), (32, 32)], help="query:key heads")
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--schedules", type=lambda text: text.split(","), default=["ring_kv", "token_ring"])
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=300.0, help="no new cell is begun after this")
+    parser.add_argument("--output", default="", help="JSON file")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -16,9 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..dist.errors import UserError
 from ..parallel.overlapped_linear import Team
-from ..parallel.stream.protocol import causal_attention
+from ..parallel.stream.protocol import Attend, causal_attention
 from ..parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear, gather_products, token_share
-from .lm import Block, ByteLM
+from .lm import Block, ByteLM, LMConfig
 
 
 class ParallelBlock(nn.Module):
@@ -37,7 +37,7 @@ class ParallelBlock(nn.Module):
         self.output = RowParallelLinear(block.output, team, mesh)
         self.down = RowParallelLinear(block.down, team, mesh)
 
-    def forward(self, x_tBC: Tensor, positions_1T: Tensor) -> Tensor:
+    def forward(self, x_tBC: Tensor, positions_1T: Tensor, attend: Attend = causal_attention) -> Tensor:
         tokens = positions_1T.shape[1]
         q, k, v = gather_products(self.attention_norm(x_tBC), [self.query, self.key, self.value], tokens)
 
@@ -45,7 +45,7 @@ class ParallelBlock(nn.Module):
             return y_TBC.unflatten(-1, (heads, self.dim)).permute(1, 2, 0, 3)  # [B, heads, T, D]
 
         q_BHTD, k_BGTD = self.rope(split(q, self.heads), positions_1T), self.rope(split(k, self.kv_heads), positions_1T)
-        mixed_BHTD = causal_attention(q_BHTD, k_BGTD, split(v, self.kv_heads))
+        mixed_BHTD = attend(q_BHTD, k_BGTD, split(v, self.kv_heads))
         x_tBC = x_tBC + self.output(mixed_BHTD.permute(2, 0, 1, 3).flatten(2))
         gate, up = gather_products(self.mlp_norm(x_tBC), [self.gate, self.up], tokens)
         return x_tBC + self.down(F.silu(gate) * up)
@@ -53,7 +53,14 @@ class ParallelBlock(nn.Module):
 
 def parallelize(model: ByteLM, team: Team, mesh: DeviceMesh) -> None:
     """Replace the blocks in place. Every rank holds the same whole `model` before and its shards after."""
-    config = model.config
+    check_degree(model.config, team)
+    for index, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
+        model.blocks[index] = ParallelBlock(block, team, mesh)
+
+
+def check_degree(config: LMConfig, team: Team) -> None:
+    """Refuse more ranks than heads and channels can be shared by."""
     for name in ("heads", "kv_heads", "hidden"):
         if getattr(config, name) % team.world:
             raise UserError(
@@ -61,9 +68,6 @@ def parallelize(model: ByteLM, team: Team, mesh: DeviceMesh) -> None:
                 expected="a whole number on each",
                 remedy="lower --tensor-parallel, or choose another recipe",
             )
-    for index, block in enumerate(model.blocks):
-        assert isinstance(block, Block)
-        model.blocks[index] = ParallelBlock(block, team, mesh)
 
 
 def loss(model: ByteLM, tokens_BT: Tensor, labels_BT: Tensor, team: Team) -> Tensor:

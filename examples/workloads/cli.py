@@ -38,7 +38,7 @@ Lazy = Annotated[str, typer.Option("--checkpoint", help="lazy: asynchronous chec
 Stream = Annotated[bool, typer.Option("--stream", help="Streamed backpropagation.")]
 Chunk = Annotated[int | None, typer.Option("--stream-chunk", help="Rows of a chunk (default: planned).")]
 Context = Annotated[int, typer.Option("--context-parallel", help="Ranks that share each sequence.")]
-Overlap = Annotated[str, typer.Option("--overlap", help="auto or off: overlapped tensor parallelism.")]
+Overlap = Annotated[str, typer.Option("--overlap", help="auto, on or off: overlapped tensor parallelism.")]
 Halo = Annotated[str, typer.Option("--halo", help="off, gloo, or mpi (under `undertow mpi run -- mpirun`).")]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ...dist.errors import UserError
 from ...dist.launch import Launch
 from .switches import PLAIN, Switches
+from .tensor_ranks import TensorRanks
 
 PRESETS = ("ci", "small", "gpu")
 
@@ -59,6 +60,7 @@ class Config:
 class Place:
     """Where a run happens: its rank, device and switches; `shared` is a folder that variants of one seed share.
 
+    `tensor`: the ranks that share each matrix product, while `--overlap` is on and the run lasts.
     `evidence` is where code that moves bytes counts them: system → what → number.
     """
 
@@ -68,6 +70,7 @@ class Place:
     switches: Switches = PLAIN
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     evidence: dict[str, dict[str, float]] = field(default_factory=dict)
+    tensor: TensorRanks | None = None
 
     def count(self, system: str, **amounts: float) -> None:
         """Add to the evidence that a system ran."""

@@ -1,8 +1,8 @@
 """The loop that every workload is trained by: one variant, one seed, the systems as switched.
 
-Data-parallel ranks take their rows of each batch; with `--context-parallel` or `--halo` the ranks share each row
-instead, and a workload's loss is then scaled so that the mean over ranks is that of the whole batch. Either way the
-gradients are averaged in a fixed order, so a resumed run repeats every addition.
+Data-parallel ranks take their rows of each batch; with `--context-parallel`, `--halo` or `--overlap` they share each
+row instead, and a workload's loss is then scaled so that the mean over ranks is that of the whole batch. Either way
+the gradients are averaged in a fixed order, so a resumed run repeats every addition.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from ...comms.gradients import GradientAverage
 from ...dist.errors import UserError
 from ...parallel.stream import enable
 from ..train import hash_of
 from .contract import Config, Metrics, Place, Workload
+from .gradients import Gradients
 from .keeper import keeper
+from .tensor_ranks import TensorRanks
 
 
 @dataclass(frozen=True)
@@ -55,17 +57,19 @@ class Outcome:
 
 def optimizer_of(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
+    decay = config.weight_decay
+    foreach = False if any(isinstance(p, DTensor) for p in parameters) else None  # which cannot mix the two kinds
     if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
+        return torch.optim.SGD(parameters, lr=config.lr, momentum=0.9, weight_decay=decay, foreach=foreach)
     if config.optimizer != "adamw":
         raise UserError(f"optimizer {config.optimizer}", expected="adamw or sgd")
-    return torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+    return torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=decay, foreach=foreach)
 
 
 def rows_of(config: Config, place: Place) -> slice:
     """This rank's rows of every batch."""
     ranks = place.here.world_size
-    if place.switches.context > 1 or place.switches.halo != "off":
+    if place.switches.context > 1 or place.switches.halo != "off" or place.switches.overlap != "off":
         return slice(0, config.batch)
     if config.batch % ranks:
         raise UserError(f"batch {config.batch} over {ranks} ranks", expected="a whole number of rows on each")
@@ -92,12 +96,14 @@ def run(
     place.switches.check(workload.name, workload.exercises, place.here.world_size)
     began_s = time.process_time()
     rows = rows_of(config, place)
+    if place.switches.overlap != "off":
+        place.tensor = TensorRanks(place.here, place.switches.overlap, place.device)
     torch.manual_seed(config.seed)
     data = workload.data(config, place)
     model = workload.model(config, data, place).to(place.device)
     engine = enable(model, chunk=place.switches.stream_chunk) if place.switches.stream else None
     optimizer = optimizer_of(config, model)
-    average = GradientAverage([p for p in model.parameters() if p.requires_grad])
+    gradients = Gradients(model)
     more = workload.state(data, model) if workload.state else {}
     keep = keeper(place, config.checkpoint_every, workload.roll_back is not None, model, optimizer, more)
     losses: list[float] = []
@@ -116,9 +122,9 @@ def run(
             if engine is not None and engine.last_plan is not None:
                 layers = sum(verdict == "streamed" for verdict in engine.report().values())
                 place.count("stream", chunks=layers * len(engine.last_plan.bounds), passes=1)
-            average()
+            gradients.reduce()
             if config.clip:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+                gradients.clip(config.clip)
             value = mean(loss, place)
             optimizer.step()
             losses.append(value)
@@ -137,6 +143,10 @@ def run(
         keep.close()
     model.eval()
     metrics = {name: float(value) for name, value in workload.evaluate(model, data, config).items()}
+    weights = hash_of(model.state_dict())
+    if place.tensor is not None:
+        place.count("overlap", **place.tensor.close())
+        place.tensor = None
     return Outcome(
         workload.name,
         variant,
@@ -146,7 +156,7 @@ def run(
         losses,
         updates,
         diverged,
-        hash_of(model.state_dict()),
+        weights,
         time.process_time() - began_s,
         place.here.world_size,
         place.switches.on,

@@ -18,6 +18,7 @@ plain recursion without one.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -60,6 +61,23 @@ class MoRConfig(Config):
         return 2 * self.length + sum(self.tokens(r) for r in range(self.recursions))
 
 
+def among(chosen: Tensor | None, attend: Attend = causal_attention) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """`attend` to the keys of the tokens that are `chosen` [B, T] alone (None: all)."""
+
+    def among_the_chosen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if chosen is None:
+            return attend(q, k, v)
+        scale = q.shape[-1] ** -0.5
+        one = torch.zeros(PAD, dtype=q.dtype, device=q.device)
+        one[0] = 1 / scale
+        far = (chosen.to(k.dtype) - 1)[:, None, :, None] * -FAR * (one != 0)
+        q = torch.cat((q, one.expand(*q.shape[:-1], PAD)), -1)
+        k = torch.cat((k, far.expand(*k.shape[:-1], PAD)), -1)
+        return attend(q, k, v, scale=scale)
+
+    return among_the_chosen
+
+
 class Recursion(nn.Module):
     """One pass of the shared block. Called with `chosen` (0 or 1 for each token) it is masked, without it plain."""
 
@@ -68,28 +86,14 @@ class Recursion(nn.Module):
         self.block, self.gate = block, gate
         self.router = nn.Linear(width, 1) if gated else None
 
-    def scores(self, x: Tensor) -> Tensor:
-        """Router logits [B, T] of rows x [B, T, C]."""
-        assert self.router is not None
-        return self.router(x)[..., 0]
+    def weighed(self, x: Tensor, change: Tensor) -> Tensor:
+        """`change` [.., C] of rows `x`, scaled by their gates."""
+        return change if self.router is None else change * (self.gate * torch.sigmoid(self.router(x)))
 
     def forward(
         self, x: Tensor, positions: Tensor, chosen: Tensor | None = None, attend: Attend = causal_attention
     ) -> Tensor:
-        def among_the_chosen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if chosen is None:
-                return attend(q, k, v)
-            scale = q.shape[-1] ** -0.5
-            one = torch.zeros(PAD, dtype=q.dtype, device=q.device)
-            one[0] = 1 / scale
-            far = (chosen.to(k.dtype) - 1)[:, None, :, None] * -FAR * (one != 0)
-            q = torch.cat((q, one.expand(*q.shape[:-1], PAD)), -1)
-            k = torch.cat((k, far.expand(*k.shape[:-1], PAD)), -1)
-            return attend(q, k, v, scale=scale)
-
-        change = self.block(x, positions, among_the_chosen) - x
-        if self.router is not None:
-            change = change * (self.gate * torch.sigmoid(self.scores(x)))[..., None]
+        change = self.weighed(x, self.block(x, positions, among(chosen, attend)) - x)
         return x + change if chosen is None else x + change * chosen.to(x.dtype)[..., None]
 
 
@@ -118,21 +122,28 @@ class MoR(nn.Module):
     def loss(self, x_BTC: Tensor, labels_BT: Tensor, num_items: Tensor | int | None = None) -> Tensor:
         return plain_loss(self.token_logits(x_BTC), labels_BT, num_items)
 
-    def choose(self, x: Tensor, alive: Tensor, recursion: int, lots: Tensor, causal: bool) -> Tensor:
-        """Who takes this recursion, [B, T] of 0 and 1, within `alive`. `lots` [R, B, T] decide for a random router."""
-        count, x = self.mor.tokens(recursion), x.detach()
-        if count >= x.shape[1] or self.mor.router == "none":
+    def choose(
+        self, score: Callable[[nn.Module], Tensor], alive: Tensor, recursion: int, lots: Tensor, causal: bool
+    ) -> Tensor:
+        """Who takes this recursion, [B, T] of 0 and 1, within `alive`.
+
+        `score(head)`: what a head of one output says of each token [B, T]. `lots` [R, B, T] decide for a random router.
+        """
+        count, learned = self.mor.tokens(recursion), self.mor.router == "learned"
+        if count >= alive.shape[1] or self.mor.router == "none":
             return alive
-        if causal and self.mor.router == "learned":
-            return alive * (self.foretell[recursion](x)[..., 0] > 0)
+        if causal and learned:
+            return alive * (score(self.foretell[recursion]) > 0)
+        if causal:  # a random lot needs no look at the others
+            return alive * (lots[recursion] < count / self.mor.tokens(recursion - 1))
         layer = self.stream_layers[1 + recursion]
         assert isinstance(layer, Recursion)
-        score = layer.scores(x) if self.mor.router == "learned" else lots[recursion]
-        if causal:  # a random lot needs no look at the others
-            share = count / self.mor.tokens(recursion - 1)
-            return alive * (score < share)
-        score = score if self.mor.router == "learned" else -score
-        best = score.masked_fill(alive == 0, -torch.inf).topk(count, dim=1).indices
+        if learned:
+            assert layer.router is not None
+            wanted = score(layer.router)
+        else:
+            wanted = -lots[recursion]
+        best = wanted.masked_fill(alive == 0, -torch.inf).topk(count, dim=1).indices
         return torch.zeros_like(alive).scatter_(1, best, 1)
 
     def recur(self, layer: nn.Module, x: Tensor, positions: Tensor, chosen: Tensor, count: int) -> Tensor:
@@ -152,7 +163,11 @@ class MoR(nn.Module):
         told = x.new_zeros(())
         lots = torch.zeros(len(middle), *tokens.shape, device=x.device) if lots is None else lots
         for recursion, layer in enumerate(middle):
-            chosen = self.choose(x, alive, recursion, lots, causal)
+
+            def score(head: nn.Module, x: Tensor = x) -> Tensor:
+                return head(x.detach())[..., 0]
+
+            chosen = self.choose(score, alive, recursion, lots, causal)
             if self.mor.router == "learned" and self.mor.tokens(recursion) < tokens.shape[1]:
                 logits = self.foretell[recursion](x.detach())[..., 0]
                 told = told + F.binary_cross_entropy_with_logits(logits, chosen, weight=alive)
@@ -191,7 +206,11 @@ def build(config: MoRConfig, data: Text, place: Place) -> MoR:
         raise UserError(f"router {config.router}", expected="learned, random or none")
     if config.router == "learned" and not config.gated:
         raise UserError("a learned router without a gate", expected="gated=true: the choice learns through it")
-    return MoR(config, masked=place.switches.stream)
+    if place.tensor is None:
+        return MoR(config, masked=place.switches.stream)
+    from .mor_parallel import ParallelMoR
+
+    return ParallelMoR(config, place.tensor)
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

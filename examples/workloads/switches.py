@@ -14,12 +14,23 @@ SYSTEMS = {
     "overlap": "overlapped tensor parallelism (--overlap auto)",
     "halo": "boundary rows by MPI datatypes (--halo mpi, under `undertow mpi run`)",
 }
-PENDING = frozenset({"overlap"})  # named by workloads, not yet switched by their loop
+WHY_NOT = {  # what a reader could not guess
+    ("graphgps", "overlap"): ": its linear layers have biases, which overlapped ones refuse",
+    ("graphgps", "stream"): ": its attention is not causal",
+    ("stable-rps", "overlap"): ": its matrices are views of one vector, which no rank may hold a part of",
+    ("atlas", "overlap"): ": what it trains are coefficients, not matrices",
+    ("trace", "overlap"): ": its linear layers have biases, which overlapped ones refuse",
+    ("thoughts", "overlap"): ": a thought is one token, and ranks would share tokens",
+    ("thoughts", "stream"): ": each thought needs the last hidden state before the next token is read",
+}
 
 
 @dataclass(frozen=True)
 class Switches:
-    """None of them changes what is computed, beyond rounding. `halo`: off, gloo (the plain way) or mpi."""
+    """None of them changes what is computed, beyond rounding. `halo`: off, gloo (the plain way) or mpi.
+
+    `overlap`: auto measures each product and keeps the fastest way, on always overlaps; all ranks share each product.
+    """
 
     checkpoint: str = "lazy"
     stream: bool = False
@@ -29,7 +40,7 @@ class Switches:
     halo: str = "off"
 
     def __post_init__(self) -> None:
-        choices = {"checkpoint": ("lazy", "off"), "overlap": ("auto", "off"), "halo": ("off", "gloo", "mpi")}
+        choices = {"checkpoint": ("lazy", "off"), "overlap": ("auto", "on", "off"), "halo": ("off", "gloo", "mpi")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} {getattr(self, name)}", expected=f"one of {', '.join(known)}")
@@ -55,10 +66,18 @@ class Switches:
         for system in self.on:
             if system not in exercises:
                 raise UserError(
-                    f"{workload} does not use {SYSTEMS[system]}", expected=f"one of {', '.join(sorted(exercises))}"
+                    f"{workload} does not use {SYSTEMS[system]}{WHY_NOT.get((workload, system), '')}",
+                    expected=f"one of {', '.join(sorted(exercises))}",
                 )
-            if system in PENDING:
-                raise UserError(f"workloads cannot use {SYSTEMS[system]} yet", remedy="leave the switch out")
+        together = [name for name in self.on if name in ("stream", "ring", "overlap", "halo")]
+        if len(together) > 1 and together != ["ring", "halo"]:
+            raise UserError(f"{' and '.join(SYSTEMS[name] for name in together)} in one run", expected="one of them")
+        if "overlap" in self.on and world_size < 2:
+            raise UserError(
+                f"--overlap {self.overlap} on {world_size} rank",
+                expected="at least 2, which share each matrix product",
+                remedy="start with torchrun --standalone --nproc-per-node 2",
+            )
         if self.context > 1 and self.context != world_size:
             raise UserError(
                 f"--context-parallel {self.context} on {world_size} ranks",

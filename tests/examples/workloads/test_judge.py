@@ -12,7 +12,7 @@ from undertow.examples.workloads.contract import Claim, Config, Variant, Workloa
 from undertow.examples.workloads.judge import judge
 from undertow.examples.workloads.loop import Outcome
 from undertow.examples.workloads.report import claim_rows, markdown, variant_rows
-from undertow.examples.workloads.switches import PENDING, Switches
+from undertow.examples.workloads.switches import Switches
 
 CLAIM = Claim("ours is better", "score", "ours", "theirs", 0.1)
 
@@ -87,10 +87,12 @@ def test_options_that_do_not_exist_or_are_of_another_kind_are_refused(changes):
 def test_combinations_are_refused_by_name():
     with pytest.raises(UserError, match="x does not use streamed"):
         Switches(stream=True).check("x", {"checkpoint"}, 1)
-    for name in PENDING:
-        switches = {"overlap": Switches(overlap="auto")}[name]
-        with pytest.raises(UserError, match="cannot use .* yet"):
-            switches.check("x", {"checkpoint", name}, 2)
+    with pytest.raises(UserError, match="graphgps does not use overlapped.*: its linear layers have biases"):
+        Switches(overlap="on").check("graphgps", {"checkpoint"}, 2)
+    with pytest.raises(UserError, match="--overlap auto on 1 rank"):
+        Switches(overlap="auto").check("x", {"checkpoint", "overlap"}, 1)
+    with pytest.raises(UserError, match="streamed .* and overlapped .* in one run"):
+        Switches(stream=True, overlap="on").check("x", {"checkpoint", "overlap", "stream"}, 2)
     with pytest.raises(UserError, match="--context-parallel 3 on 2 ranks"):
         Switches(context=3).check("x", {"ring", "checkpoint"}, 2)
     for wrong in ({"checkpoint": "eager"}, {"halo": "tcp"}, {"context": 0}, {"stream_chunk": 4}):

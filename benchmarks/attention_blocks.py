@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,8 @@ class Operations:
             calls = []
             for name in names:
                 mine = ops(self.problem, 1, self.problem.heads.head_dim**-0.5, pick=_always(name))
-                calls.append(lambda op=op_table(schedule, mine)[action.op]: op(reads, writes, **dict(action.params)))
+                op = op_table(schedule, mine)[action.op]
+                calls.append(partial(op, reads, writes, **dict(action.params)))
             self.known[key] = dict(zip(names, self.clock.times(calls)))
         return self.known[key]
 

@@ -91,7 +91,45 @@ def tiles(q_spans: Sequence[Span], k_spans: Sequence[Span], mask: Mask, lq: int,
                 high = None if open_ else behind // stride
                 low = None if mask.window is None else (behind - mask.window) // stride + 1
                 found += _band(q_row, q_row + q.count, k_row, k_row + k.count, low, high)
-    return tuple(found)
+    return tuple(_fused(found))
+
+
+def _fused(found: list[Tile]) -> list[Tile]:
+    """Tiles that together are one that kernels know become that one: fewer calls, and fewer merges of their results.
+
+    A zigzag shard against itself is two triangles and the square between them, which is one triangle of all its rows.
+    """
+    left: dict[int, Tile] = dict(enumerate(found))  # by place, so that the order stays
+    again = True
+    while again:
+        again = False
+        full = {at: t for at, t in left.items() if t.kind == FULL}
+        beside = {(t.q0, t.q1, t.k0): at for at, t in full.items()}
+        below = {(t.k0, t.k1, t.q0): at for at, t in full.items()}
+        corner = {(t.q0, t.k1 - t.q1): at for at, t in left.items() if t.kind == CAUSAL and t.window is None}
+        for at, tile in list(left.items()):
+            if left.get(at) != tile or tile.kind not in (FULL, CAUSAL) or tile.window is not None:
+                continue
+            if tile.kind == CAUSAL:
+                parts = [at, corner.get((tile.q1, tile.k1 - tile.q1), -1)]
+                other = left.get(parts[1], tile)
+                parts.append(beside.get((other.q0, other.q1, tile.k0), -1))
+                square = left.get(parts[2], tile)
+                fits = (tile.q1, tile.k1 - tile.q1) == (other.q0, other.k1 - other.q1) and square == Tile(
+                    other.q0, other.q1, tile.k0, other.k0
+                )
+                whole = Tile(tile.q0, other.q1, tile.k0, other.k1, CAUSAL)
+            else:
+                parts = [at, beside.get((tile.q0, tile.q1, tile.k1), below.get((tile.k0, tile.k1, tile.q1), -1))]
+                other = left.get(parts[1], tile)
+                fits = other in (Tile(tile.q0, tile.q1, tile.k1, other.k1), Tile(tile.q1, other.q1, tile.k0, tile.k1))
+                whole = Tile(tile.q0, other.q1, tile.k0, other.k1)
+            if fits and len(set(parts)) == len(parts) and all(part in left for part in parts):
+                for part in parts:
+                    del left[part]
+                left[min(parts)] = whole
+                again = True
+    return [left[at] for at in sorted(left)]
 
 
 def _within(spans: Sequence[Span], start: int, stop: int, cut: int = 0) -> Iterator[tuple[int, Span]]:

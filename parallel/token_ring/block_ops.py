@@ -51,7 +51,7 @@ def ops(
     lse_gradient: bool = False,
     pick: Callable[..., Backend] | None = None,
 ) -> Ops:
-    """The table for schedules of `problem` in which `inner` ranks exchange heads. `pick`: see `blocks.select.choose`."""
+    """The table for schedules of `problem` in which `inner` ranks exchange heads. `pick`: default `choose`."""
     pick = pick or choose
 
     @cache

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from undertow.dist.errors import UserError
-from undertow.parallel.masks import BACKWARDS, CAUSAL, Mask, tiles
+from undertow.parallel.masks import BACKWARDS, CAUSAL, Mask, Tile, tiles
 from undertow.parallel.partition import LAYOUTS, positions_of, shards
 
 
@@ -66,6 +66,18 @@ def test_causal_zigzag_gives_all_ranks_the_same_work():
     parts = shards(64, 4, "zigzag")
     areas = [sum(t.area for k in parts for t in tiles(q, k, Mask(causal=True), 64, 64)) for q in parts]
     assert len(set(areas)) == 1 and sum(areas) == 64 * 65 // 2
+
+
+def test_what_can_be_one_kernel_call_is_one():
+    """A zigzag shard against itself is one triangle of its rows; against another rank's it is one rectangle."""
+    parts = shards(64, 4, "zigzag")
+    found = {(i, j): tiles(parts[i], parts[j], Mask(causal=True), 64, 64) for i in range(4) for j in range(4)}
+    assert all(len(found[pair]) == 1 for pair in found)
+    assert found[2, 2] == (Tile(0, 16, 0, 16, CAUSAL),)
+    assert found[2, 1] == (Tile(0, 16, 0, 8),) and found[1, 2] == (Tile(8, 16, 0, 16),)
+    bounds = tuple(range(0, 801, 8))  # 100 documents
+    many = tiles(*[shards(800, 2, "zigzag_documents", bounds)[0]] * 2, Mask(True, cu_seqlens_q=bounds), 800, 800)
+    assert len(many) == 100
 
 
 def test_wrong_requests_are_refused():

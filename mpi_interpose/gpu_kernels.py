@@ -1,4 +1,4 @@
-"""Compile csrc/gpu/kernels.cu to the PTX text that is shipped and embedded: `python -m undertow.mpi_interpose.gpu_kernels`.
+"""Compile csrc/gpu/kernels.cu to the PTX text that is shipped: `python -m undertow.mpi_interpose.gpu_kernels`.
 
 Users need no CUDA compiler: the driver translates PTX for the device at hand and keeps the result in its own cache. The
 text is committed, so that a change of the kernels shows in review, and `--check` (run by the tests where nvcc is found)

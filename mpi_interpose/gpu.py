@@ -1,0 +1,109 @@
+"""The device side from Python: pack and unpack between device addresses, without MPI; for tests and benchmarks.
+
+A program under the preload never comes here. Addresses are integers (`tensor.data_ptr()`, `array.data.ptr`, a
+CUdeviceptr); the caller keeps the memory alive, and has initialised CUDA (any library that made a context will do).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+from .compile import CSRC, Unit, cache_folder, core_units, gpu_units, headers_digest, link
+from .errors import InterposeError
+
+MEMORY = ("host", "device", "pinned", "managed")
+PATHS = ("auto", "direct", "staged")
+COUNTERS = ("launches", "pieces", "copies", "bytes", "slabs")
+
+
+@lru_cache(maxsize=1)
+def library() -> Path:
+    """Core and device side as one shared library, built into the cache on first use."""
+    units = [*core_units(), Unit("capi", CSRC / "core" / "capi.cc"), *gpu_units()]
+    units.append(Unit("gpu_capi", CSRC / "gpu" / "capi.cc"))
+    key = "\n".join([headers_digest(), *(unit.text() for unit in units)])
+    target = cache_folder() / f"libundertow_mpi_gpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    return target if target.exists() else link(units, (), target, ("-ldl", "-lpthread"))
+
+
+@lru_cache(maxsize=1)
+def load() -> ctypes.CDLL:
+    lib = ctypes.CDLL(str(library()))
+    text, pointer, integer, small = ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    for name, result, arguments in (
+        ("core_plan", pointer, [text, integer]),
+        ("core_free", None, [pointer]),
+        ("core_size", integer, [pointer]),
+        ("gpu_possible", small, []),
+        ("gpu_memory", small, [pointer]),
+        ("gpu_host_path", None, [small]),
+        ("gpu_pack", text, [pointer, integer, pointer, pointer]),
+        ("gpu_unpack", text, [pointer, integer, pointer, pointer, integer]),
+        ("gpu_enqueue", text, [pointer, integer, pointer, pointer, small, pointer]),
+        ("gpu_slab_get", pointer, [integer, pointer]),
+        ("gpu_slab_put", None, [pointer, integer]),
+        ("gpu_counters", None, [ctypes.POINTER(integer)]),
+        ("gpu_describe", text, [pointer, integer, ctypes.c_uint64, ctypes.c_uint64]),
+    ):
+        function = getattr(lib, f"undertow_{name}")
+        function.restype, function.argtypes = result, arguments
+    return lib
+
+
+def memory(address: int) -> str:
+    """What the driver says the address is: 'host', 'device', 'pinned' or 'managed'."""
+    return MEMORY[load().undertow_gpu_memory(address)]
+
+
+def host_path(name: str) -> None:
+    """How kernels reach pinned memory from now on: 'direct', 'staged', or 'auto' (direct for small messages)."""
+    load().undertow_gpu_host_path(PATHS.index(name))
+
+
+def counters() -> dict[str, int]:
+    """Kernel launches, pieces in them, copies, bytes packed and pinned slabs handed out so far."""
+    values = (ctypes.c_int64 * len(COUNTERS))()
+    load().undertow_gpu_counters(values)
+    return dict(zip(COUNTERS, values))
+
+
+def _check(error: bytes | None) -> None:
+    if error is not None:
+        raise InterposeError(f"device pack: {error.decode()}")
+
+
+class GpuPlan:
+    """A plan for device memory. `ir` is the text form (see spec.read), `extent` the bytes from element to element."""
+
+    def __init__(self, ir: str, extent: int) -> None:
+        self._lib = load()
+        self._plan = self._lib.undertow_core_plan(ir.encode(), extent)
+        if not self._plan:
+            raise InterposeError(f"the core cannot plan this datatype: {ir[:80]}")
+
+    def __del__(self) -> None:
+        if getattr(self, "_plan", None):
+            self._lib.undertow_core_free(self._plan)
+
+    @property
+    def size(self) -> int:
+        return self._lib.undertow_core_size(self._plan)
+
+    def pack(self, count: int, source: int, target: int) -> None:
+        """count elements at `source` to count * size dense bytes at `target`; complete on return, either may be host."""
+        _check(self._lib.undertow_gpu_pack(self._plan, count, source, target))
+
+    def unpack(self, count: int, source: int, target: int, size: int | None = None) -> None:
+        """The reverse; with `size` only that many bytes have arrived."""
+        _check(self._lib.undertow_gpu_unpack(self._plan, count, source, target, size or count * self.size))
+
+    def enqueue(self, count: int, user: int, packed: int, packing: bool, stream: int) -> None:
+        """Queue a pack or unpack between device (or pinned) addresses on `stream`, a CUstream; returns at once."""
+        _check(self._lib.undertow_gpu_enqueue(self._plan, count, user, packed, int(packing), stream))
+
+    def describe(self, count: int, user: int, packed: int) -> str:
+        """The pieces a launch would get, one line each; needs no device."""
+        return self._lib.undertow_gpu_describe(self._plan, count, user, packed).decode()

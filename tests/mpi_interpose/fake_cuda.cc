@@ -1,0 +1,200 @@
+// A libcuda.so.1 without a GPU, for tests. "Device" memory is a file mapped twice: the address that the program gets
+// has no access rights, so that any touch by the host is a fault; the driver's functions work on the other mapping. A
+// launch runs the arithmetic that the kernel shares with the host, and ends the program when a word is unaligned or
+// lies in memory that a kernel could not reach.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <string>
+
+#include "pieces.hh"
+
+using undertow::gpu::Batch;
+using undertow::gpu::Piece;
+
+namespace {
+
+constexpr size_t kBytes = 256u << 20;
+constexpr int kInvalid = 1, kNotInitialised = 3, kNoMemory = 2, kInvalidContext = 201;
+
+std::mutex g_lock;
+char *g_device = nullptr, *g_alias = nullptr;
+size_t g_top = 0;
+std::map<uintptr_t, size_t> g_live, g_pinned;
+std::multimap<size_t, uintptr_t> g_free;
+bool g_ready = false;
+thread_local void* g_current = nullptr;
+thread_local void* g_stack[64];
+thread_local int g_depth = 0;
+int g_context;
+long g_launches = 0;
+
+bool failing(const char* name) {
+  const char* wish = std::getenv("FAKE_CUDA_FAIL");
+  return wish && std::strstr(wish, name);
+}
+
+bool in(const std::map<uintptr_t, size_t>& ranges, uintptr_t a, size_t n) {
+  auto it = ranges.upper_bound(a);
+  return it != ranges.begin() && (--it, a + n <= it->first + it->second);
+}
+
+[[noreturn]] void die(const char* why, uintptr_t a) {
+  std::fprintf(stderr, "fake cuda: %s at %lx\n", why, static_cast<unsigned long>(a));
+  std::_Exit(77);
+}
+
+bool is_device(uintptr_t a) {
+  return g_device && a >= reinterpret_cast<uintptr_t>(g_device) && a < reinterpret_cast<uintptr_t>(g_device) + kBytes;
+}
+char* real(uintptr_t a) { return is_device(a) ? g_alias + (a - reinterpret_cast<uintptr_t>(g_device)) : reinterpret_cast<char*>(a); }
+
+char* reach(uintptr_t a, size_t n) {
+  if (a % n) die("unaligned word", a);
+  if (!in(g_live, a, n) && !in(g_pinned, a, n)) die("a kernel touches memory that is neither device nor pinned", a);
+  return real(a);
+}
+
+void run(const Piece& given, bool packing) {
+  Piece p = given;
+  for (uint64_t* table : {&p.offs, &p.starts, &p.hints})
+    if (*table) *table = reinterpret_cast<uint64_t>(real(*table));
+  const size_t word = size_t(1) << p.word_log2;
+  for (uint32_t t = 0; t < p.words; ++t) {
+    int64_t user, packed;
+    undertow::gpu::place(p, t, user, packed);
+    if (p.unroll > 1) {
+      int64_t again[2];
+      undertow::gpu::places<2>(p, t, 0, again);
+      if (again[0] != user || again[1] != user || packed != int64_t(t) << p.word_log2) die("the two forms of place differ", t);
+    }
+    char* u = reach(p.user + static_cast<uint64_t>(user), word);
+    char* k = reach(p.packed + static_cast<uint64_t>(packed), word);
+    packing ? std::memcpy(k, u, word) : std::memcpy(u, k, word);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+int cuInit(unsigned) {
+  std::lock_guard<std::mutex> guard(g_lock);
+  if (g_ready) return 0;
+  const int file = memfd_create("device", 0);
+  if (ftruncate(file, kBytes)) return kNoMemory;
+  g_device = static_cast<char*>(mmap(nullptr, kBytes, PROT_NONE, MAP_SHARED, file, 0));
+  g_alias = static_cast<char*>(mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0));
+  close(file);
+  g_ready = true;
+  return 0;
+}
+int cuGetErrorName(int, const char** name) {
+  *name = "CUDA_ERROR_FAKE";
+  return 0;
+}
+int cuPointerGetAttributes(unsigned n, int* attributes, void** values, unsigned long long address) {
+  if (!g_ready) return kNotInitialised;
+  std::lock_guard<std::mutex> guard(g_lock);
+  const bool device = in(g_live, address, 1), pinned = in(g_pinned, address, 1);
+  for (unsigned i = 0; i < n; ++i) {
+    if (attributes[i] == 1) *static_cast<void**>(values[i]) = device || pinned ? &g_context : nullptr;
+    if (attributes[i] == 2) *static_cast<unsigned*>(values[i]) = device ? 2 : pinned ? 1 : 0;
+    if (attributes[i] == 8) *static_cast<unsigned*>(values[i]) = 0;
+    if (attributes[i] == 9) *static_cast<int*>(values[i]) = device || pinned ? 0 : -2;
+  }
+  return 0;
+}
+int cuCtxGetCurrent(void** c) { return *c = g_current, 0; }
+int cuCtxSetCurrent(void* c) { return g_current = c, 0; }
+int cuCtxPushCurrent_v2(void* c) {
+  g_stack[g_depth++] = g_current;
+  g_current = c;
+  return 0;
+}
+int cuCtxPopCurrent_v2(void** c) {
+  *c = g_current;
+  g_current = g_stack[--g_depth];
+  return 0;
+}
+int cuCtxSynchronize() { return g_current ? 0 : kInvalidContext; }
+int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, 0; }
+int cuDeviceGetCount(int* n) { return *n = 1, 0; }
+int cuDeviceGetName(char* name, int n, int) { return std::snprintf(name, n, "no GPU"), 0; }
+int cuDeviceGetAttribute(int* value, int, int) { return *value = 2, 0; }
+int cuDevicePrimaryCtxRetain(void** c, int) { return *c = &g_context, 0; }
+int cuModuleLoadData(void** module, const void* image) {
+  if (!g_current || failing("cuModuleLoadData")) return kInvalidContext;
+  if (!std::strstr(static_cast<const char*>(image), ".entry undertow_copy(")) return kInvalid;
+  return *module = &g_context, 0;
+}
+int cuModuleGetFunction(void** f, void* module, const char* name) {
+  return *f = module, std::strcmp(name, "undertow_copy") ? kInvalid : 0;
+}
+int cuStreamCreate(void** s, unsigned) { return *s = &g_context, g_current ? 0 : kInvalidContext; }
+int cuStreamSynchronize(void*) { return g_current ? 0 : kInvalidContext; }
+int cuLaunchKernel(void*, unsigned grid, unsigned, unsigned, unsigned threads, unsigned, unsigned, unsigned, void*,
+                   void** arguments, void**) {
+  if (!g_current || !grid || threads != undertow::gpu::kThreads || failing("cuLaunchKernel")) return kInvalid;
+  std::lock_guard<std::mutex> guard(g_lock);
+  const Batch& batch = *static_cast<const Batch*>(arguments[0]);
+  for (uint32_t i = 0; i < batch.n; ++i) run(batch.pieces[i], batch.packing);
+  ++g_launches;
+  return 0;
+}
+int cuMemAlloc_v2(unsigned long long* address, size_t n) {
+  if (!g_current) return kInvalidContext;
+  std::lock_guard<std::mutex> guard(g_lock);
+  n = n ? n : 1;
+  const size_t room = (n + 511) / 256 * 256;
+  uintptr_t at;
+  const auto found = g_free.find(room);
+  if (found != g_free.end()) {
+    at = found->second;
+    g_free.erase(found);
+  } else {
+    if (g_top + room > kBytes) return kNoMemory;
+    at = reinterpret_cast<uintptr_t>(g_device) + g_top;
+    g_top += room;
+  }
+  g_live[at] = n;
+  return *address = at, 0;
+}
+int cuMemFree_v2(unsigned long long address) {
+  std::lock_guard<std::mutex> guard(g_lock);
+  const auto it = g_live.find(address);
+  if (it == g_live.end()) return kInvalid;
+  g_free.emplace((it->second + 511) / 256 * 256, it->first);
+  g_live.erase(it);
+  return 0;
+}
+int cuMemHostAlloc(void** address, size_t n, unsigned) {
+  if (!g_current) return kInvalidContext;
+  if (failing("cuMemHostAlloc")) return kNoMemory;
+  std::lock_guard<std::mutex> guard(g_lock);
+  if (posix_memalign(address, 4096, n)) return kNoMemory;
+  g_pinned[reinterpret_cast<uintptr_t>(*address)] = n;
+  return 0;
+}
+int cuMemFreeHost(void* address) {
+  std::lock_guard<std::mutex> guard(g_lock);
+  if (!g_current || !g_pinned.erase(reinterpret_cast<uintptr_t>(address))) return kInvalid;
+  std::free(address);
+  return 0;
+}
+int cuMemcpyAsync(unsigned long long to, unsigned long long from, size_t n, void*) {
+  if (!g_current || failing("cuMemcpyAsync")) return kInvalidContext;
+  std::lock_guard<std::mutex> guard(g_lock);
+  for (unsigned long long a : {to, from})
+    if (is_device(a) && !in(g_live, a, n)) die("a copy leaves its allocation", a);
+  std::memmove(real(to), real(from), n);
+  return 0;
+}
+int cuMemcpy(unsigned long long to, unsigned long long from, size_t n) { return cuMemcpyAsync(to, from, n, nullptr); }
+long fake_cuda_launches() { return g_launches; }
+}

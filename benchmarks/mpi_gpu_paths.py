@@ -1,4 +1,4 @@
-"""From device memory to a pinned slab and back: the kernel straight over the bus, or device scratch and the copy engine.
+"""From device memory to a pinned slab and back: the kernel over the bus, or device scratch and the copy engine.
 
     python -m undertow.benchmarks.mpi_gpu_paths [--output FOLDER]
 

@@ -3,7 +3,7 @@
     undertow mpi run -- mpirun -n 2 python -m undertow.examples.halo3d_gpu                with torch
     undertow mpi run -- mpirun -n 2 python -m undertow.examples.halo3d_gpu --library cupy
 
-The datatypes and the exchange are halo3d's; only the field lives on the device, and mpi4py gets it as it is. Without the
+The datatypes and the exchange are halo3d's; the field lives on the device, and mpi4py gets it as it is. Without the
 preload a library that is not CUDA-aware would crash on it. Every rank also computes the same steps on the CPU with
 the same exchange, and the two fields must be equal, bit by bit (both add in the same order and multiply once). Ranks
 may share a device. `--device cpu` runs the same program without a GPU.

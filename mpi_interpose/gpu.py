@@ -93,7 +93,7 @@ class GpuPlan:
         return self._lib.undertow_core_size(self._plan)
 
     def pack(self, count: int, source: int, target: int) -> None:
-        """count elements at `source` to count * size dense bytes at `target`; complete on return, either may be host."""
+        """count elements at `source` to count * size bytes at `target`; complete on return, either may be host."""
         _check(self._lib.undertow_gpu_pack(self._plan, count, source, target))
 
     def unpack(self, count: int, source: int, target: int, size: int | None = None) -> None:

@@ -160,6 +160,11 @@ class P2P:
         """Every rank's small CPU tensor of one shape, in rank order; collective, beside any schedule."""
         return self._gloo.gather(mine)
 
+    @property
+    def link(self) -> EmulatedLink | None:
+        """The emulated link, which counts the bytes that it carries; None where there is none."""
+        return self._transport if isinstance(self._transport, EmulatedLink) else None
+
     def worker(self, role: str) -> Worker:
         """The thread of this role, made when first asked for."""
         if role not in self._workers:

@@ -52,6 +52,11 @@ class Gate:
             trial.chosen = best if trial.medians[best] < TIE * trial.medians[0] else 0
         return trial.calls % len(self.arms) if trial.chosen is None else trial.chosen
 
+    def chosen(self, key: Hashable) -> int | None:
+        """The arm that was chosen; None before that."""
+        trial = self._trials.get(key)
+        return self._fixed if self._fixed is not None else trial.chosen if trial else None
+
     def took(self, key: Hashable, arm: int, seconds: float) -> None:
         trial = self._trials[key]
         trial.calls += 1
@@ -68,6 +73,6 @@ class Gate:
                 text = f"still measuring, {trial.calls} calls so far"
             else:
                 ratios = [f"{name} {trial.medians[0] / s:.2f}×" for name, s in zip(self.arms[1:], trial.medians[1:])]
-                text = f"{self.arms[trial.chosen]} (measured: {', '.join(ratios)} of sequential)"
+                text = f"{self.arms[trial.chosen]} (measured: {', '.join(ratios)} of {self.arms[0]})"
             lines.append(f"{key}: {text}")
         return "\n".join(lines) or "nothing has run yet"

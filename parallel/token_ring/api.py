@@ -28,18 +28,20 @@ from ..masks import Mask
 from ..merge import lse_dtype
 from ..partition import as_list, rows_of
 from .block_ops import ops
-from .executors import Home, home
+from .executors import Home, home, homes
+from .gate import ScheduleGate, gate_of
 from .planner import Rates, choose, resolve
 from .problem import Problem
 
 
 @dataclass(frozen=True)
 class Call:
-    """One kind of call, the same on all ranks of `home`'s group."""
+    """One kind of call, the same on all ranks of `home`'s group. `names` and `gates`: of forward and backward; a gate
+    chooses among names until it has measured."""
 
     problem: Problem
-    forward: str
-    backward: str
+    names: tuple[str, str]
+    gates: tuple[ScheduleGate | None, ScheduleGate | None]
     scale: float
     lse_gradient: bool
     home: Home
@@ -77,9 +79,10 @@ def token_ring_attention(
     q [B, L, H, D], k [B, M, G, D] and v [B, M, G, E] are this rank's shards in `layout` (see `shard_sequence`).
     `lengths`: the global numbers of queries and keys; None asks the group. `causal` puts the last query at the last
     key; `window` w lets a query see w keys up to itself; keys before `prefix` are seen by all; `cu_seqlens` are global
-    bounds of packed documents. A query that sees no key gets zeros. `schedule`, `backward_schedule`: see
-    `problem.SCHEDULES`; 'auto' takes the fastest by prediction. With `return_lse` also the log-sum-exp [B, L, H],
-    which has a gradient. Sums are formed in float32 (float64 for float64) in a fixed order.
+    bounds of packed documents. A query that sees no key gets zeros. `schedule`, `backward_schedule`: one of
+    `problem.SCHEDULES`; 'auto' times the first calls of each shape (see `gate`), 'predicted' trusts the model. With
+    `return_lse` also the log-sum-exp [B, L, H], which has a gradient. Sums are formed in float32 (float64 for float64)
+    in a fixed order.
     """
     refused = {"dropout": dropout or None, "softcap": softcap, "alibi_slopes": alibi_slopes}
     for name, value in refused.items():
@@ -135,11 +138,17 @@ def _prepare(
                 remedy="cut the sequence with shard_sequence, or pass layout= and lengths=",
             )
     rates = Rates.of(where.machine, name)
-    chosen = (
-        resolve(problem, rates, schedule, backward=False),
-        resolve(problem, rates, backward, backward=True),
+    wanted = schedule, backward
+    names = [resolve(problem, rates, name, backward=bool(b)) for b, name in enumerate(wanted)]
+    gates = [gate_of(where, problem, rates, backward=bool(b)) if n == "auto" else None for b, n in enumerate(wanted)]
+    call = Call(
+        problem,
+        (names[0], names[1]),
+        (gates[0], gates[1]),
+        scale if scale is not None else 1 / math.sqrt(q[3]),
+        return_lse,
+        where,
     )
-    call = Call(problem, *chosen, scale if scale is not None else 1 / math.sqrt(q[3]), return_lse, where)
     number = _numbers[key] = next(_next)
     _calls[number] = call
     if len(_numbers) > _KEPT:
@@ -161,8 +170,18 @@ def _table(problem: Problem, inner: int, scale: float, lse_gradient: bool) -> Op
     return ops(problem, inner, scale, lse_gradient=lse_gradient)
 
 
-def _run(call: Call, name: str, backward: bool, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Run a schedule on rows-first tensors; key heads are repeated where heads are dealt to more ranks than that."""
+def _run(call: Call, backward: bool, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Run a phase on rows-first tensors, by the schedule that was asked for or that its gate chooses."""
+
+    def run(name: str) -> dict[str, Tensor]:
+        return _run_by(call, name, backward, inputs)
+
+    gate = call.gates[backward]
+    return run(call.names[backward]) if gate is None else gate.run(run, inputs["q"].device)
+
+
+def _run_by(call: Call, name: str, backward: bool, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Run one schedule; key heads are repeated where heads are dealt to more ranks than that."""
     problem, copies = call.problem, call.problem.kv_copies(name)
     if copies > 1:
         inputs = {n: x.repeat_interleave(copies, 2) if n in "kv" else x for n, x in inputs.items()}
@@ -187,7 +206,7 @@ def _rows_first(x: Tensor) -> Tensor:
 def _forward(q: Tensor, k: Tensor, v: Tensor, number: int) -> tuple[Tensor, Tensor]:
     call = _calls[number]
     inputs = {"q": _rows_first(q), "k": _rows_first(k), "v": _rows_first(v)}
-    found = _run(call, call.forward, False, inputs)
+    found = _run(call, False, inputs)
     return found["out"].to(q.dtype).transpose(0, 1).contiguous(), found["lse"].transpose(0, 1).contiguous()
 
 
@@ -202,7 +221,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = _calls[number]
     inputs = {"q": q, "k": k, "v": v, "dout": dout, "lse": lse, "delta": delta}
-    found = _run(call, call.backward, True, {name: _rows_first(x) for name, x in inputs.items()})
+    found = _run(call, True, {name: _rows_first(x) for name, x in inputs.items()})
     dq, dk, dv = (found[name].to(x.dtype).transpose(0, 1).contiguous() for name, x in (("dq", q), ("dk", k), ("dv", v)))
     return dq, dk, dv
 
@@ -236,7 +255,8 @@ def explain(
     v_dim: int | None = None, dtype: torch.dtype = torch.bfloat16, machine: Any = None, layout: str = "zigzag",
     topology: str = "ports", **mask: Any,
 ) -> None:  # fmt: skip
-    """Print, for both phases, every schedule's bytes, buffers and predicted seconds, and which one 'auto' takes.
+    """Print, for both phases, every schedule's bytes, buffers and predicted seconds, which one the model takes, and
+    what 'auto' has measured in this process.
 
     Needs no process group. `machine`: a `Machine` (from `undertow probe`); None assumes round figures. `mask`: the
     fields of `masks.Mask`.
@@ -250,3 +270,6 @@ def explain(
     rates = Rates.of(machine, name, topology=topology)
     for backward in (False, True):
         Console(highlight=False).print(choose(problem, rates, backward=backward).table())
+        for gate in (where.gates.get((problem, backward)) for where in homes()):
+            if gate is not None:
+                print(gate)

@@ -6,7 +6,8 @@ in the order in which all its ranks make them. Rates come from rank 0's machine 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ class Home:
     world: int
     executor: P2P | None
     machine: Machine | None
+    gates: dict[Any, Any] = field(default_factory=dict)  # of `gate`, by problem and phase
 
 
 _homes: dict[tuple[str, str], Home] = {}
@@ -56,6 +58,11 @@ def _machine(group: dist.ProcessGroup) -> Machine | None:
         found[0] = Machine.load(Machine.default_path())
     dist.broadcast_object_list(found, group_src=0, group=group)
     return found[0]
+
+
+def homes() -> list[Home]:
+    """All that are kept."""
+    return list(_homes.values())
 
 
 def forget(group: dist.ProcessGroup | None = None) -> None:

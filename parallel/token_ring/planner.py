@@ -149,11 +149,11 @@ def choose(
 
 
 def resolve(problem: Problem, rates: Rates, wanted: str, *, backward: bool) -> str:
-    """`wanted`, or what 'auto' means here; `UserError` for a schedule that does not exist."""
-    if wanted == "auto":
+    """`wanted`, or what 'auto' and 'predicted' propose here; `UserError` for a schedule that does not exist."""
+    if wanted in ("auto", "predicted"):
         return choose(problem, rates, backward=backward).name if problem.world > 1 else DEFAULT
     if wanted not in SCHEDULES:
-        raise UserError(f"schedule {wanted!r}", expected=f"'auto' or one of {', '.join(SCHEDULES)}")
+        raise UserError(f"schedule {wanted!r}", expected=f"'auto', 'predicted' or one of {', '.join(SCHEDULES)}")
     if reason := problem.possible(wanted):
         raise UserError(f"schedule '{wanted}': {reason}", remedy="choose ring_kv, or schedule='auto'")
     return wanted

@@ -9,7 +9,7 @@ import torch
 
 from undertow.comms import local
 from undertow.comms.builders.all_gather import ring_all_gather
-from undertow.comms.link import Bucket, EmulatedLink, LinkModel
+from undertow.comms.link import Bucket, LinkModel
 from undertow.comms.p2p import P2P
 
 
@@ -29,8 +29,8 @@ def _gather(rank, world, per):
         start = time.monotonic()
         out = executor.run(schedule, {"x": x})["out"]
         seconds = time.monotonic() - start
-        transport = executor._transport
-        assert isinstance(transport, EmulatedLink)
+        transport = executor.link
+        assert transport is not None
         return out.tolist(), seconds, dict(transport.sent_bytes), dict(transport.received_bytes)
 
 

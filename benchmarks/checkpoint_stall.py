@@ -316,7 +316,7 @@ def _arm(name: str, job: Job, make: Callable[[], Method] | None, steps: int, eve
     return Arm(name, run)
 
 
-_jobs: list[Job] = []  # the case at hand; its threads, pinned memory and files go when the next one comes
+_jobs: list[Any] = []  # the case at hand; its threads, pinned memory and files go when the next one comes
 
 
 @atexit.register
@@ -325,10 +325,16 @@ def _close_jobs() -> None:
         _jobs.pop().close()
 
 
+def keep_open(job: Any) -> None:
+    """Close `job` when the next case's comes, or at the end."""
+    _close_jobs()
+    _jobs.append(job)
+
+
 def _trial(size: Size, device: torch.device, folder: Path, every: int, kinds: str) -> Trial:
     if not dist.is_initialized():
         init_process_group(detect({}), device=device)
-    _close_jobs()
+    _close_jobs()  # before the next one takes memory
     make_job = SmallTensors if kinds == "many" else Job
     job = make_job(size, device, Path(tempfile.mkdtemp(prefix="undertow-bench-", dir=folder)))
     _jobs.append(job)

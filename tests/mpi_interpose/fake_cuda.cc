@@ -197,4 +197,9 @@ int cuMemcpyAsync(unsigned long long to, unsigned long long from, size_t n, void
 }
 int cuMemcpy(unsigned long long to, unsigned long long from, size_t n) { return cuMemcpyAsync(to, from, n, nullptr); }
 long fake_cuda_launches() { return g_launches; }
+unsigned fake_cuda_divide(unsigned n, unsigned d) {
+  uint32_t magic, shift;
+  undertow::gpu::divisor(d, magic, shift);
+  return undertow::gpu::divide(n, magic, shift);
+}
 }

@@ -8,7 +8,7 @@
 
 using namespace undertow::gpu;
 
-namespace {
+namespace undertow::gpu::words {  // no anonymous namespace: its names would hold the path of this file
 
 template <int Log> struct WordOf;
 template <> struct WordOf<0> { using type = uint8_t; };
@@ -134,8 +134,8 @@ __device__ __forceinline__ void walk(const Batch& batch) {
   }
 }
 
-}  // namespace
+}  // namespace undertow::gpu::words
 
 extern "C" __global__ void __launch_bounds__(kThreads, 4) undertow_copy(const __grid_constant__ Batch batch) {
-  walk(batch);
+  words::walk(batch);
 }

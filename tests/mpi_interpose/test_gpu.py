@@ -1,0 +1,178 @@
+"""The device side. Without a GPU everything runs on a stand-in for libcuda (fake_cuda.cc): its device memory has no
+access rights for the host, and its launches run the arithmetic that the kernel shares with the host. The same programs
+run on a GPU where there is one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import ctypes
+
+from mpis import PROGRAMS, Install, start
+
+from undertow.mpi_interpose import gpu, gpu_kernels
+from undertow.mpi_interpose.compile import CSRC, cache_folder, compiler
+
+HERE = Path(__file__).parent
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(scope="session")
+def stand_in() -> Path:
+    """The folder of a libcuda.so.1 without a GPU."""
+    source = HERE / "fake_cuda.cc"
+    key = hashlib.sha256(source.read_bytes() + (CSRC / "gpu" / "pieces.hh").read_bytes()).hexdigest()[:16]
+    folder = cache_folder() / f"test-cuda-{key}"
+    library = folder / "libcuda.so.1"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        made = folder / f"made.{os.getpid()}"
+        flags = ["-std=c++17", "-O2", "-shared", "-fPIC", f"-I{CSRC / 'gpu'}"]
+        subprocess.run([compiler(), *flags, str(source), "-o", str(made)], check=True)
+        made.replace(library)
+    return folder
+
+
+def child(code: str, folder: Path, **extra: str) -> str:
+    """Output of a Python child that sees the stand-in."""
+    env = {**os.environ, "LD_LIBRARY_PATH": str(folder), **extra}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def types_on(seed: int, rounds: int, env: dict[str, str]) -> str:
+    command = [sys.executable, str(PROGRAMS / "device_types.py"), str(seed), str(rounds)]
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_random_types_between_device_and_host(stand_in: Path, seed: int) -> None:
+    assert "ok 40" in types_on(seed, 40, {"LD_LIBRARY_PATH": str(stand_in)})
+
+
+@pytest.mark.gpu
+@NO_GPU
+def test_random_types_on_a_gpu(seed: int) -> None:
+    assert "ok 200" in types_on(seed, 200, {})
+
+
+def test_messages_on_a_library_that_is_not_cuda_aware(pympi: Install, stand_in: Path, tmp_path: Path) -> None:
+    program = [str(pympi.python), str(PROGRAMS / "device_messages.py")]
+    out = start(pympi, 2, program, "auto", LD_LIBRARY_PATH=str(stand_in))
+    assert "ok 12 on the stand-in" in out, out[-2000:]
+
+
+@pytest.mark.slow
+def test_collectives_of_three_ranks_and_without_pinned_memory(pympi: Install, stand_in: Path) -> None:
+    program = [str(pympi.python), str(PROGRAMS / "device_messages.py")]
+    rules = ["broadcast_and_gathers", "all_to_all", "halo_by_neighbours"]
+    assert "ok" in start(pympi, 3, [*program, *rules], "auto", LD_LIBRARY_PATH=str(stand_in))
+    some = ["blocking_and_nonblocking", "contiguous_buffers"]
+    refused = {"LD_LIBRARY_PATH": str(stand_in), "FAKE_CUDA_FAIL": "cuMemHostAlloc"}
+    assert "ok" in start(pympi, 2, [*program, *some], "auto", **refused)
+
+
+@pytest.mark.gpu
+@NO_GPU
+def test_messages_on_a_gpu(pympi: Install) -> None:
+    program = [str(pympi.python), str(PROGRAMS / "device_messages.py")]
+    assert "ok 12 on a GPU" in start(pympi, 2, program, "auto")
+
+
+def test_nothing_happens_before_the_program_has_loaded_cuda(stand_in: Path) -> None:
+    code = """
+import ctypes, zlib
+from undertow.mpi_interpose import gpu
+lib = gpu.load()
+seen = [lib.undertow_gpu_possible()]
+import sqlite3, bz2, lzma
+seen.append(lib.undertow_gpu_possible())
+cuda = ctypes.CDLL("libcuda.so.1")
+seen.append(lib.undertow_gpu_possible())
+print(seen, gpu.memory(id(seen)))
+"""
+    assert child(code, stand_in) == "[0, 0, 1] host\n"
+    assert child(code, stand_in, UNDERTOW_MPI_GPU="off") == "[0, 0, 0] host\n"
+
+
+def test_a_failing_driver_is_an_error_and_not_a_wrong_message(stand_in: Path) -> None:
+    code = f"""
+import sys
+sys.path.insert(0, {str(PROGRAMS)!r})
+from device_memory import Device
+from undertow.mpi_interpose import gpu
+from undertow.mpi_interpose.errors import InterposeError
+device = Device()
+user, packed = device.empty(4096), device.empty(4096)
+try:
+    gpu.GpuPlan("(loop 8 16 (bytes 4))", 128).pack(4, user.address, packed.address)
+except InterposeError as error:
+    print(error)
+"""
+    for call in ("cuModuleLoadData", "cuLaunchKernel"):
+        out = child(code, stand_in, FAKE_CUDA_FAIL=call)
+        assert "CUDA_ERROR_FAKE" in out and "pack kernel" in out, out
+
+
+@pytest.mark.parametrize(
+    "ir, user, want",
+    [
+        ("(loop 64 32 (bytes 16))", 0, "64 words of 16 B, 1 per block"),
+        ("(loop 64 32 (bytes 16))", 4, "256 words of 4 B, 4 per block"),  # a start that is aligned to 4 bytes only
+        ("(loop 64 40 (bytes 32))", 0, "256 words of 8 B, 4 per block"),  # a stride that is
+        ("(loop 64 128 (bytes 100))", 0, "1600 words of 4 B, 25 per block"),
+        ("(loop 50 4 (loop 60 200 (bytes 4)))", 0, "transpose: 3000 words of 4 B"),
+        ("(loop 4 4 (loop 60 200 (bytes 4)))", 0, "loops: 240 words of 4 B"),  # too narrow for a tile
+        ("(seq 0 (bytes 4) 8 (loop 9 64 (bytes 8)))", 0, "loops: 1 words of 4 B"),
+        ("(runs 0 4 8 12 40 4 60 8)", 0, "words of 4 B"),
+    ],
+)
+def test_the_word_is_the_largest_that_divides_everything(ir: str, user: int, want: str) -> None:
+    size = gpu.GpuPlan(ir, 1 << 20).size
+    text = gpu.GpuPlan(ir, 1 << 20).describe(1, user, 0)
+    assert want in text, text
+    assert (
+        sum(int(line.split(": ")[1].split()[0]) * int(line.split(" of ")[1].split()[0]) for line in text.splitlines())
+        == size
+    )
+
+
+def test_pieces_stay_within_their_numbers() -> None:
+    """More words than a piece can number, and more loops than it has, become several pieces of the same bytes."""
+    text = gpu.GpuPlan("(loop 3000000000 16 (bytes 8))", 1).describe(1, 0, 0)
+    counts = [int(line.split(": ")[1].split()[0]) for line in text.splitlines()]
+    assert len(counts) == 3 and max(counts) <= 1 << 30 and sum(counts) == 3_000_000_000
+    deep = "(bytes 1)"
+    for level in range(1, 8):
+        deep = f"(loop 3 {5**level} {deep})"
+    text = gpu.GpuPlan(deep, 1).describe(1, 0, 0)
+    assert len(text.splitlines()) == 9 and text.count("243 words of 1 B") == 9
+
+
+def test_division_by_multiplication_is_exact(stand_in: Path, seed: int) -> None:
+    divide = ctypes.CDLL(str(stand_in / "libcuda.so.1")).fake_cuda_divide
+    divide.restype = ctypes.c_uint
+    rng = random.Random(seed)
+    top = (1 << 31) - 1
+    for _ in range(20000):
+        d = rng.choice([rng.randint(2, 1 << rng.randint(2, 30)), 1 << rng.randint(1, 30)])
+        n = rng.choice([rng.randint(0, top), top, d * (top // d), d * (top // d) - 1])
+        assert divide(n, d) == n // d, (n, d)
+
+
+def test_the_shipped_kernels_belong_to_their_source() -> None:
+    if not gpu_kernels.find_nvcc():
+        pytest.skip("needs CUDA's compiler (nvcc)")
+    assert gpu_kernels.main(["--check"]) == 0

@@ -61,6 +61,8 @@ def bench(
     benchmark = discover.load(name)
     if rounds is not None and rounds < 6:
         raise UserError(f"--rounds {rounds}", expected="at least 6, the fewest that give a 95 % interval of a median")
+    if benchmark.program and not list_:
+        raise typer.Exit(benchmark.program(quick, rounds, filter_, Path(output) if output else _default_folder(quick)))
     run = _Run(benchmark, quick, rounds or (QUICK_ROUNDS if quick else benchmark.rounds), filter_, seed, machine)
     if list_:
         typer.echo("\n".join(case.name for case in run.cases(0, 1)))

@@ -64,7 +64,8 @@ class Machine:
     `copies` in bytes/s by route ('host', 'host_one_thread', 'd2h_pinned', 'd2h_pageable', 'h2d_pinned', 'h2d_pageable',
     'd2d', 'pin'); `disks` in bytes/s ('write_direct', 'write_buffered', 'read_direct', 'read_buffered'); `flops` by
     'kind/dtype' with kinds 'gemm', 'gemm_backward', 'attention_forward', 'attention_backward' and dtypes 'float32',
-    'bfloat16'; `facts` names the hardware and software versions. What was not measured is absent.
+    'bfloat16'; `facts` names the hardware and software versions; `datatypes` by MPI version: what `undertow mpi measure`
+found, rows of (use, class, block, step, bytes, ns without us, ns with us, share). What was not measured is absent.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Machine:
     disks: dict[str, float] = field(default_factory=dict)
     flops: dict[str, float] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
+    datatypes: dict[str, Sequence[Sequence]] = field(default_factory=dict)
 
     def updated(self, newer: Machine) -> Machine:
         """This machine with everything that `newer` measured in place of the old."""
@@ -115,4 +117,4 @@ class Machine:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "undertow" / "machine.json"
 
 
-TABLES = ("links", "copies", "disks", "flops", "facts")
+TABLES = ("links", "copies", "disks", "flops", "facts", "datatypes")

@@ -124,19 +124,39 @@ def explain(
 @app.command(name="measure")
 def measure_(
     output: Annotated[
-        Path | None, typer.Option(help="default: beside the preload, where it is found by itself")
+        Path | None, typer.Option(help="the table; default: beside the preload, where it is found by itself")
     ] = None,
-    quick: Annotated[bool, typer.Option(help="fewer sizes and repeats")] = False,
-    messages: Annotated[bool, typer.Option(help="also time messages between two ranks")] = True,
-    mpirun: Annotated[str | None, typer.Option(help="default: the launcher beside the compiler wrapper")] = None,
+    quick: Annotated[bool, typer.Option(help="two message sizes and fewer rounds: a look only")] = False,
+    rounds: Annotated[int | None, typer.Option(min=6, max=201, help="samples per cell", show_default=False)] = None,
+    mpirun: Annotated[
+        str | None, typer.Option(help="launcher with its options; default: the one beside the compiler wrapper")
+    ] = None,
+    remote: Annotated[bool, typer.Option("--remote", help="the two ranks of --mpirun are on two hosts")] = False,
+    machine: Annotated[Path | None, typer.Option(help="Machine file; default: the one of `undertow probe`")] = None,
     mpicc: Mpicc = None,
 ) -> None:
     """Measure the library against our kernels on this machine and write the model's table."""
-    mpi = launch.mpi_of([mpirun] if mpirun else [], mpicc, False)
+    import shlex
+
+    from . import policy
+
+    start = shlex.split(mpirun) if mpirun else []
+    mpi = launch.mpi_of(start[:1], mpicc, False)
     library = building.library(mpi)
-    rows = measure.measure(mpi, library, mpirun, quick=quick, messages=messages, progress=Console(stderr=True))
+    wanted = rounds or (measure.QUICK_ROUNDS if quick else measure.ROUNDS)
+    console = Console(stderr=True)
+    with console.status(f"timing {mpi.version[:40].strip()}") as status:
+        cells = measure.measure(
+            mpi, library, start, rounds=wanted, quick=quick,
+            progress=lambda done, title: status.update(f"timing {mpi.version[:40].strip()}: {done} cells, {title}"),
+        )  # fmt: skip
     target = output or measure.model_file(library)
-    measure.write(rows, mpi, target)
+    found = measure.write(cells, mpi, target, peer="remote" if remote else "local")
+    measure.write_machine(found, mpi, machine or measure.machine_file())
+    table = policy.Policy(target.read_text())
+    if not remote:
+        held = [cell for cell in cells if cell.held]
+        console.print(f"choices of the table on cells it has not seen: {policy.summary(policy.judge(held, table))}")
     sys.stdout.write(f"{target}\n")
 
 

@@ -1,60 +1,42 @@
 """Measure the library against our kernels, and keep the result as the table that the preload decides by.
 
-The timing loop is a C program (csrc/tools/measure.c), built by the MPI's own wrapper: within one process it calls the
-library by its profiling names and the preload by the plain ones. A cell of the table is (use, class, block, message
-size); where several datatypes fall into one cell, the one with the least gain speaks for it, so the table errs towards
-passing through.
+The timing program is C (csrc/tools/measure.c), built by the MPI's own wrapper and run on two ranks: within one pair of
+processes it calls the library by its profiling names and the preload by the plain ones. What it prints is read by
+samples.py and fitted by policy.py. The table lies beside the preload, which finds it by itself, and in the Machine file
+of `undertow probe`, where other tools look for what this machine can do.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
+import json
 import os
+import platform
 import re
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from pathlib import Path
 
-from rich.console import Console
-
+from . import policy
 from .build import builtin_model
 from .compile import CSRC, cache_folder, run
 from .errors import InterposeError
 from .launch import environment
+from .samples import Cell, parse
 from .toolchain import Mpi
 from .toolchain import environment as clean_environment
 
-GAIN = 1.15  # as in csrc/abi/model.hh
-CLASSES = ("contiguous", "strided", "crossed", "table", "mixed", "records")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One datatype in one use: medians in ns of the library, of the library again, and of ours; wrong bytes."""
-
-    use: str
-    cls: str
-    name: str
-    block: int
-    size: int
-    library_ns: float
-    again_ns: float
-    ours_ns: float
-    wrong: int
-
-    @property
-    def ratio(self) -> float:
-        """The gain that the table believes: the better of the two library medians against ours."""
-        return min(self.library_ns, self.again_ns) / self.ours_ns
+ROUNDS, QUICK_ROUNDS = 31, 9
 
 
 def program(mpi: Mpi) -> Path:
     """The timing program for `mpi`, built once."""
     source = CSRC / "tools" / "measure.c"
-    key = hashlib.sha256((mpi.key + source.read_text()).encode()).hexdigest()[:16]
+    texts = source.read_text() + (CSRC / "tools" / "cells.h").read_text()
+    key = hashlib.sha256((mpi.key + texts).encode()).hexdigest()[:16]
     target = cache_folder() / f"measure-{key}"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -76,72 +58,109 @@ def launcher(mpi: Mpi, named: str | None = None) -> list[str]:
     return [found, *(["--oversubscribe"] if mpi.flavour == "openmpi" else [])]
 
 
-def parse(text: str) -> list[Row]:
-    rows = []
-    for line in text.splitlines():
-        words = line.split()
-        if len(words) == 9 and words[0] in ("pack", "unpack", "send", "recv", "both"):
-            use, cls, name = words[:3]
-            library_ns, again_ns, ours_ns = map(float, words[5:8])
-            rows.append(Row(use, cls, name, int(words[3]), int(words[4]), library_ns, again_ns, ours_ns, int(words[8])))
-    return rows
-
-
 def measure(
-    mpi: Mpi, library: Path, mpirun: str | None = None, *, quick: bool, messages: bool, progress: Console | None = None
-) -> list[Row]:
-    """All rows; takes about a minute (`quick`: some seconds). InterposeError when the program fails."""
-    values = {**clean_environment(), **environment(library, "force", None)}
-    flag = "1" if quick else "0"
-    commands = [[str(program(mpi)), "local", flag]]
-    if messages:
-        commands.append([*launcher(mpi, mpirun), "-n", "2", str(program(mpi)), "messages", flag])
-    rows: list[Row] = []
-    for command in commands:
-        if progress:
-            progress.print(f"timing {command[-2]} calls of {mpi.version[:40]} …")
-        # The launcher is started without the preload; `env` sets it for the ranks.
-        at = len(command) - 3
-        preload = ["env", f"LD_PRELOAD={values['LD_PRELOAD']}"]
-        done = subprocess.run(
-            [*command[:at], *preload, *command[at:]],
-            env={name: value for name, value in values.items() if name != "LD_PRELOAD"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise InterposeError(f"timing failed ({done.returncode}): {(done.stderr or done.stdout).strip()[-600:]}")
-        rows += parse(done.stdout)
-    bad = [row for row in rows if row.wrong]
+    mpi: Mpi,
+    library: Path,
+    mpirun: Sequence[str] = (),
+    *,
+    rounds: int = ROUNDS,
+    quick: bool = False,
+    only: str = "",
+    table: Path | None = None,
+    progress: Callable[[int, str], None] = lambda done, cell: None,
+) -> list[Cell]:
+    """All cells; some minutes (`quick`: fewer sizes). InterposeError when the program fails or a byte is wrong.
+
+    `only`: cells whose "use name" contains it. `table`: the policy behind the arm `auto`, default the preload's own.
+    `mpirun`: the launcher with its options. `progress(cells so far, title)` is called after each.
+    """
+    values = {**clean_environment(), **environment(library, "auto", None)}
+    preload = values.pop("LD_PRELOAD")
+    if table:
+        values["UNDERTOW_MPI_MODEL"] = str(table)
+    start = list(mpirun) or launcher(mpi)
+    ranks = ["-n", "2", "env", f"LD_PRELOAD={preload}", str(program(mpi)), str(rounds), str(int(quick)), only]
+    lines: list[str] = []
+    # The launcher is started without the preload; `env` sets it for the ranks.
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen([*start, *ranks], env=values, stdout=subprocess.PIPE, stderr=errors, text=True) as job:
+            assert job.stdout is not None
+            done = 0
+            for line in job.stdout:
+                lines.append(line)
+                if line.startswith("cell "):
+                    done += 1
+                    words = line.split()
+                    progress(done, f"{words[1]} {words[3]} {words[6]}")
+        if job.returncode:
+            errors.seek(0)
+            said = (errors.read() or "".join(lines)).strip()[-600:]
+            raise InterposeError(f"timing failed, {start[0]} ended with {job.returncode}: {said}")
+    cells = parse(lines)
+    bad = [cell for cell in cells if cell.wrong]
     if bad:
-        raise InterposeError(f"{bad[0].wrong} bytes of {bad[0].name} are wrong: a defect of ours, nothing is written")
-    return rows
+        raise InterposeError(f"{bad[0].wrong} bytes of {bad[0].title} are wrong: a defect of ours, nothing is written")
+    return cells
 
 
-def cells(rows: list[Row]) -> dict[tuple[str, str, int, int], Row]:
-    """The row with the least gain of every cell of the table."""
-    best: dict[tuple[str, str, int, int], Row] = {}
-    for row in rows:
-        key = (row.use, row.cls, int(math.log2(max(1, row.block))), int(math.log2(max(1, row.size))))
-        if row.use != "both" and (key not in best or row.ratio < best[key].ratio):
-            best[key] = row
-    return dict(sorted(best.items()))
+def facts(mpi: Mpi) -> list[str]:
+    return [mpi.version, f"{cpu()}, {os.cpu_count()} cores, measured by `undertow mpi measure`"]
 
 
-def table_text(rows: list[Row], mpi: Mpi) -> str:
-    """The model's file: comments, then `use class log2(block) log2(bytes) library_ns ours_ns`."""
-    lines = [f"# {mpi.version}", f"# {os.cpu_count()} cores, measured by `undertow mpi measure`; see model.hh"]
-    for (use, cls, block, size), row in cells(rows).items():
-        lines.append(f"{use} {cls} {block} {size} {min(row.library_ns, row.again_ns):.0f} {row.ours_ns:.0f}")
-    return "\n".join(lines) + "\n"
+def cpu() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()
 
 
-def write(rows: list[Row], mpi: Mpi, target: Path) -> None:
+def write(
+    cells: list[Cell], mpi: Mpi, target: Path, least: float = policy.OWN, peer: str = "local"
+) -> list[policy.Row]:
+    """Write the table of `cells` to `target`; rows of the other peer in an older table there stay."""
+    found = policy.rows(cells, least, peer)
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(target.name + ".tmp")
-    scratch.write_text(table_text(rows, mpi))
+    kept = [line for line in _lines(target) if _other_peer(line, peer)] if target.exists() else []
+    scratch = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    scratch.write_text(policy.text(found, facts(mpi)) + "".join(f"{line}\n" for line in kept))
     scratch.replace(target)
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    return [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+
+
+def _other_peer(line: str, peer: str) -> bool:
+    return line.startswith(("send_", "recv_")) and line.split()[0].split("_")[1] != peer
+
+
+def write_machine(found: list[policy.Row], mpi: Mpi, path: Path) -> None:
+    """Put the rows into the Machine file (a JSON file of `undertow probe`, made here if missing), under the MPI's name.
+
+    The format is that of dist/machine.py, which this folder must not import; everything else in the file is kept.
+    """
+    try:
+        data = json.loads(path.read_text()) if path.exists() else {"format": 1, "name": platform.node(), "links": {}}
+        if data["format"] != 1:
+            raise ValueError(f"format {data['format']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InterposeError(
+            f"cannot read the Machine file {path} ({type(error).__name__}: {error}); expected what `undertow probe` "
+            "writes; move it away or name another with --machine"
+        ) from error
+    data.setdefault("datatypes", {})[mpi.version[:60].strip()] = [list(astuple(row)) for row in found]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch.write_text(json.dumps(data, indent=2) + "\n")
+    scratch.replace(path)
+
+
+def machine_file() -> Path:
+    """Where `undertow probe` writes (Machine.default_path)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "undertow" / "machine.json"
 
 
 def model_file(library: Path) -> Path:
@@ -149,39 +168,24 @@ def model_file(library: Path) -> Path:
     return library.parent / "model.txt"
 
 
-def lookup(text: str, use: str, cls: str, block: int, size: int) -> tuple[float, float] | None:
-    """(library ns, our ns) of the nearest cell, by the same rule as model.cc."""
-    b, s = int(math.log2(max(1, block))), int(math.log2(max(1, size)))
-    best, answer = 1 << 30, None
-    for line in text.splitlines():
-        words = line.split()
-        if len(words) != 6 or words[0] != use or words[1] != cls:
-            continue
-        db, ds = abs(int(words[2]) - b), abs(int(words[3]) - s)
-        if db <= 2 and ds <= 4 and 2 * db + ds < best:
-            best, answer = 2 * db + ds, (float(words[4]), float(words[5]))
-    return answer
-
-
 def predictions(mpi: Mpi, plan: str, count: int) -> list[str]:
     """What the model says of a plan (as `core.describe` prints it): one line per use."""
     from .build import library  # the library's folder may hold a measured table
 
-    match = re.match(r"(\w+), (\d+) B in \d+ pieces of about (\d+) B", plan)
+    match = re.match(r"(\w+), (\d+) B in \d+ pieces of about (\d+) B every (\d+) B", plan)
     if not match:
         return []
-    cls, size, block = match[1], int(match[2]) * count, int(match[3])
+    cls, size, block, step = match[1], int(match[2]) * count, int(match[3]), int(match[4])
     path = model_file(library(mpi))
-    text = path.read_text() if path.exists() else builtin_model(mpi.flavour)
+    table = policy.Policy(path.read_text() if path.exists() else builtin_model(mpi.flavour))
     lines = [f"model      {path if path.exists() else 'built-in table'} for {mpi.version[:40]}"]
-    for use in ("pack", "unpack", "send", "recv"):
-        known = None if cls == "contiguous" else lookup(text, use, cls, block, size)
-        if not known:
-            lines.append(f"{use:<10} passed through (nothing measured near {cls}, {block} B blocks, {size} B)")
-            continue
-        ratio = known[0] / known[1]
-        verdict = "packed by us" if ratio >= GAIN else "passed through"
-        lines.append(
-            f"{use:<10} {verdict}: library {known[0] / 1e3:.2f} us, ours {known[1] / 1e3:.2f} us, {ratio:.2f}x"
-        )
+    for use, title in (("pack", "pack"), ("unpack", "unpack"), ("send_local", "send"), ("recv_local", "recv")):
+        dense_message = cls == "contiguous" and use not in ("pack", "unpack")
+        gain, saved_ns = (0.0, 0.0) if dense_message else table.ask(use, cls, block, step, size)
+        if not gain:
+            lines.append(f"{title:<10} passed through (nothing measured near {cls}, {block} B blocks, {size} B)")
+        elif gain < policy.GAIN:
+            lines.append(f"{title:<10} passed through: gain {gain:.2f}x")
+        else:
+            lines.append(f"{title:<10} packed by us: gain {gain:.2f}x, {saved_ns / 1e3:.2f} us saved per call")
     return lines

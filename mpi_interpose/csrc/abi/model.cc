@@ -9,8 +9,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
-#include <vector>
 
+#include "policy.hh"
 #include "resolve.hh"
 
 extern "C" const char undertow_builtin_model[];
@@ -18,43 +18,16 @@ extern "C" const char undertow_builtin_model[];
 namespace undertow {
 namespace {
 
-constexpr int kBlocks = 18, kSizes = 28, kClasses = 6;
-constexpr int64_t kMinSamples = 3;
-constexpr uint32_t kSampleEvery = 64;
+constexpr uint32_t kMinSamples = 3, kRarest = 4095;
 
-float g_ratio[kUses][kClasses][kBlocks][kSizes];
-
-struct Row {
-  int use, cls, block, size;
-  double ratio;
-};
+Policy g_policy;
+bool g_one_host = false;
 
 int log2_of(int64_t v) { return v <= 1 ? 0 : 63 - __builtin_clzll(static_cast<uint64_t>(v)); }
 
-int index_of(const char* word, const char* const* names, int n) {
-  for (int i = 0; i < n; ++i)
-    if (std::strcmp(word, names[i]) == 0) return i;
-  return -1;
-}
-
-// The nearest measured cell of the same use and class; half a step of block counts as much as a step of size.
-// Cells further than two steps of block or four of size from any measurement stay unknown.
-void fill(const std::vector<Row>& rows) {
-  std::memset(g_ratio, 0, sizeof g_ratio);
-  for (int u = 0; u < kUses; ++u)
-    for (int c = 0; c < kClasses; ++c)
-      for (int b = 0; b < kBlocks; ++b)
-        for (int s = 0; s < kSizes; ++s) {
-          int best = 1 << 30;
-          for (const Row& r : rows) {
-            if (r.use != u || r.cls != c || std::abs(r.block - b) > 2 || std::abs(r.size - s) > 4) continue;
-            const int distance = 2 * std::abs(r.block - b) + std::abs(r.size - s);
-            if (distance < best) {
-              best = distance;
-              g_ratio[u][c][b][s] = static_cast<float>(r.ratio);
-            }
-          }
-        }
+int size_bucket(int64_t bytes) {
+  const int l = log2_of(bytes), half = l > 0 ? static_cast<int>(bytes >> (l - 1)) & 1 : 0;
+  return std::max(0, std::min(kSizeBuckets - 1, 2 * l + half - 16));
 }
 
 std::string read_file(const std::string& path) {
@@ -67,7 +40,59 @@ std::string read_file(const std::string& path) {
   return text;
 }
 
-int bucket(int64_t bytes) { return std::min(7, log2_of(bytes) / 3); }
+long number(const char* name) {
+  const char* v = std::getenv(name);
+  return v && *v ? std::strtol(v, nullptr, 10) : -1;
+}
+
+// Told by the launchers' variables, because asking MPI would be a collective call that other ranks may not join.
+bool one_host() {
+  int size = 0;
+  own.Comm_size(MPI_COMM_WORLD, &size);
+  for (const char* local : {"OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"})
+    if (number(local) >= 0) return number(local) == size;
+  return size == 1 || number("SLURM_JOB_NUM_NODES") == 1 || number("SLURM_NNODES") == 1;
+}
+
+Policy::Answer ask(const Form& form, Use use, int64_t bytes) {
+  if (form.cls == Class::Contiguous && use != kPack && use != kUnpack) return {};
+  const auto at = [&](int u) {
+    return g_policy.ask(u, static_cast<int>(form.cls), static_cast<double>(form.block), static_cast<double>(form.step),
+                        static_cast<double>(bytes));
+  };
+  if (use == kPack) return at(kPolicyPack);
+  if (use == kUnpack) return at(kPolicyUnpack);
+  const bool send = use == kSendUse;
+  const Policy::Answer local = at(send ? kPolicySendLocal : kPolicyRecvLocal);
+  if (g_one_host) return local;
+  const Policy::Answer remote = at(send ? kPolicySendRemote : kPolicyRecvRemote);
+  return remote.ratio < local.ratio ? remote : local;
+}
+
+Online& online_of(Record& r, Use use, int64_t bytes) { return r.online[use == kUnpack][std::min(7, log2_of(bytes) / 3)]; }
+
+// What the samples say, with hysteresis: 0 too few, 1 the library, 2 ours.
+int by_samples(const Online& o, bool taking) {
+  for (const auto& n : o.samples)
+    if (n.load(std::memory_order_relaxed) < kMinSamples) return 0;
+  const double library = static_cast<double>(o.ps_per_byte[0].load(std::memory_order_relaxed));
+  const double ours = static_cast<double>(o.ps_per_byte[1].load(std::memory_order_relaxed));
+  return library >= (taking ? kStay : kSampledGain) * ours ? 2 : 1;
+}
+
+struct Slot {  // where a record keeps the table's answer
+  std::atomic<float>&gain, &saving_ns;
+};
+Slot slot_of(Record& r, Use use, int64_t bytes) {
+  if (bytes <= r.plan.size) return {r.gain_one[use], r.saving_one_ns[use]};
+  const int k = size_bucket(bytes);
+  return {r.gain[use][k], r.saving_ns[use][k]};
+}
+
+void credit(Record& r, Use use, int64_t bytes) {
+  const float saved = slot_of(r, use, bytes).saving_ns.load(std::memory_order_relaxed);
+  if (saved > 0) r.tally[use].saved_ns.fetch_add(static_cast<int64_t>(saved), std::memory_order_relaxed);
+}
 
 }  // namespace
 
@@ -77,74 +102,98 @@ int64_t now_ns() {
   return t.tv_sec * 1000000000ll + t.tv_nsec;
 }
 
-int model_load(const char* text) {
-  static const char* const uses[] = {"pack", "unpack", "send", "recv"};
-  static const char* const classes[] = {"contiguous", "strided", "crossed", "table", "mixed", "records"};
-  std::vector<Row> rows;
-  for (const char* line = text; line && *line; line = std::strchr(line, '\n') ? std::strchr(line, '\n') + 1 : nullptr) {
-    char use[16], cls[16];
-    int block, size;
-    double library, ours;
-    if (std::sscanf(line, "%15s %15s %d %d %lf %lf", use, cls, &block, &size, &library, &ours) != 6) continue;
-    const int u = index_of(use, uses, kUses), c = index_of(cls, classes, kClasses);
-    if (u < 0 || c < 0 || !(ours > 0) || !(library > 0)) continue;
-    rows.push_back({u, c, block, size, library / ours});
-  }
-  fill(rows);
-  return static_cast<int>(rows.size());
-}
-
 void model_init() {
+  g_one_host = one_host();
   if (const char* named = std::getenv("UNDERTOW_MPI_MODEL"); named && *named) {
-    if (model_load(read_file(named).c_str()) == 0) say("the model %s has no usable row; nothing is taken", named);
+    if (g_policy.load(read_file(named).c_str()) == 0) say("the model %s has no usable row; nothing is taken", named);
     return;
   }
   std::string beside = own_path();
   beside = beside.substr(0, beside.find_last_of('/') + 1) + "model.txt";
-  const std::string text = read_file(beside);
-  model_load(text.empty() ? undertow_builtin_model : text.c_str());
+  if (g_policy.load(read_file(beside).c_str()) == 0) g_policy.load(undertow_builtin_model);
 }
 
-double model_ratio(Use use, const Plan& plan, int64_t bytes) {
-  const int b = std::min(kBlocks - 1, log2_of(plan.block)), s = std::min(kSizes - 1, log2_of(bytes));
-  return g_ratio[use][static_cast<int>(plan.cls)][b][s];
+double model_ratio(Record& r, Use use, int64_t bytes) {
+  const Slot slot = slot_of(r, use, bytes);
+  const float known = slot.gain.load(std::memory_order_relaxed);
+  if (known != 0) return known;
+  const Policy::Answer answer = ask(r.plan.form(bytes > r.plan.size ? 2 : 1), use, bytes);
+  const float ratio = answer.ratio > 0 ? static_cast<float>(answer.ratio) : -1;
+  slot.saving_ns.store(static_cast<float>(answer.saved_ns), std::memory_order_relaxed);
+  slot.gain.store(ratio, std::memory_order_relaxed);
+  return ratio;
 }
 
 Choice choose_local(Record& r, Use use, int64_t bytes) {
   if (mode != Mode::Auto) return {proved(r), false};
-  if (r.plan.cls == Class::Contiguous) return {false, false};
-  const uint32_t call = r.calls[use].fetch_add(1, std::memory_order_relaxed);
-  const int k = bucket(bytes);
-  const int64_t library = r.estimate[use][0][k].load(std::memory_order_relaxed);
-  const int64_t ours = r.estimate[use][1][k].load(std::memory_order_relaxed);
-  bool take = model_ratio(use, r.plan, bytes) >= kGain;
-  if (library > 0 && ours > 0) take = static_cast<double>(library) >= kGain * static_cast<double>(ours);
-  const uint32_t phase = call % kSampleEvery;
-  if ((take || phase == 8) && !proved(r)) return {false, false};
-  if (phase == 8) return {true, true};
+  // Nothing to learn from one dense block: the table alone decides, and a call that passes stays as cheap as it can be.
+  if (r.plan.form(bytes > r.plan.size ? 2 : 1).cls == Class::Contiguous) {
+    const bool take = model_ratio(r, use, bytes) >= kGain && proved(r);
+    if (take) credit(r, use, bytes);
+    return {take, false};
+  }
+  Online& o = online_of(r, use, bytes);
+  const uint32_t call = o.calls.fetch_add(1, std::memory_order_relaxed), mask = o.mask.load(std::memory_order_relaxed);
+  const int decided = o.taking.load(std::memory_order_relaxed);
+  const bool take = decided ? decided == 2 : model_ratio(r, use, bytes) >= kGain;
+  const uint32_t phase = call & mask;
+  // Where nothing near was ever measured, samples still find out; where the table knows a heavy loss, they stay away.
+  const bool try_ours = phase == 8 && (take || decided || model_ratio(r, use, bytes) > 0.5 || model_ratio(r, use, bytes) < 0);
+  if ((take || try_ours) && !proved(r)) return {false, false};
+  if (try_ours) return {true, true};
   if (phase == 40) return {false, true};
+  if (take) credit(r, use, bytes);
   return {take, false};
 }
 
 void observe(Record& r, Use use, bool ours, int64_t bytes, int64_t ns) {
   if (bytes <= 0) return;
-  std::atomic<int64_t>& slot = r.estimate[use][ours][bucket(bytes)];
-  const int64_t sample = std::max<int64_t>(1, ns * 1000 / bytes), old = slot.load(std::memory_order_relaxed);
-  // A first sample is trusted half; later ones move the estimate by a quarter, and at most to twice its value.
-  slot.store(old ? old + (std::min(sample, 2 * old) - old) / 4 : sample, std::memory_order_relaxed);
   (ours ? r.tally[use].ours_ns : r.tally[use].library_ns).fetch_add(ns, std::memory_order_relaxed);
+  Online& o = online_of(r, use, bytes);
+  std::atomic<int64_t>& slot = o.ps_per_byte[ours];
+  const int64_t sample = std::max<int64_t>(1, ns * 1000 / bytes), old = slot.load(std::memory_order_relaxed);
+  // Near the least, which an interrupted call cannot spoil; rises slowly when the program's buffers have moved.
+  slot.store(old == 0 || sample < old ? sample : old + std::min(old / 16, (sample - old) / 4), std::memory_order_relaxed);
+  o.samples[ours].fetch_add(1, std::memory_order_relaxed);
+  if (ours) return;  // a pair is complete
+  const int before = o.taking.load(std::memory_order_relaxed);
+  const bool taking = before ? before == 2 : model_ratio(r, use, bytes) >= kGain;
+  const int now = by_samples(o, taking);
+  if (now == 0) return;
+  o.taking.store(now, std::memory_order_relaxed);
+  const uint32_t mask = o.mask.load(std::memory_order_relaxed);
+  o.mask.store((now == 2) == taking ? std::min(kRarest, 2 * mask + 1) : 63, std::memory_order_relaxed);
 }
 
 bool wanted(Record* r, Use use, int64_t count, double gain) {
   if (!r || count <= 0 || r->plan.size == 0 || r->wrong.load(std::memory_order_relaxed)) return false;
   int64_t bytes;
   if (__builtin_mul_overflow(count, r->plan.size, &bytes)) return false;
-  bool take = mode != Mode::Auto || (r->plan.cls != Class::Contiguous && model_ratio(use, r->plan, bytes) >= gain);
+  bool take = mode != Mode::Auto || model_ratio(*r, use, bytes) >= gain;
   take = take && proved(*r);
   Tally& t = r->tally[use];
   (take ? t.taken : t.passed).fetch_add(1, std::memory_order_relaxed);
-  if (take) t.bytes.fetch_add(bytes, std::memory_order_relaxed);
-  return take;
+  if (!take) return false;
+  t.bytes.fetch_add(bytes, std::memory_order_relaxed);
+  if (mode == Mode::Auto) credit(*r, use, bytes);
+  return true;
 }
 
 }  // namespace undertow
+
+// For the measuring program: what the model sees of a type (0 when the type is not ours), and the mode of later calls.
+extern "C" __attribute__((visibility("default"))) int undertow_measure_type(MPI_Datatype type, long count,
+                                                                             const char** cls, long* block, long* step,
+                                                                             long* size) {
+  const undertow::Record* r = undertow::record_of(type);
+  if (!r) return 0;
+  const undertow::Form& form = r->plan.form(count);
+  *cls = undertow::class_name(form.cls);
+  *block = form.block;
+  *step = form.step;
+  *size = r->plan.size;
+  return 1;
+}
+extern "C" __attribute__((visibility("default"))) void undertow_measure_mode(int mode) {
+  undertow::mode = mode ? undertow::Mode::Force : undertow::Mode::Auto;
+}

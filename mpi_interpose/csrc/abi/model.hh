@@ -1,21 +1,22 @@
-// Which path for this call: the measured table, and for local calls a running comparison.
+// Which path for this call: the measured table (core/policy.hh), and for local calls a running comparison.
 //
-// Pass-through is the default. The table holds, for each use (pack, unpack, send, recv), class of plan, block size and
-// message size, the ratio library time / our time measured on this MPI; a path is taken only where the ratio exceeds
-// kGain. MPI_Pack and MPI_Unpack are also sampled while the program runs (one call in 64 of each path is timed), and
-// the samples of a type replace the table once there are enough; a send's time depends on its peer and is not sampled.
+// Pass-through is the default: a path is taken only where the table, measured on this MPI, shows a gain of kGain. A
+// record keeps the answer per use and size, so a call costs one load. MPI_Pack and MPI_Unpack are also timed while the
+// program runs; after three samples of either path these decide, and sampling becomes rarer as long as they agree. A
+// message's time is its peer's too and is not sampled: for messages the table decides alone, with rows for peers on the
+// same host and on another one. A job on several hosts takes what wins for both.
 #pragma once
 
 #include "types.hh"
 
 namespace undertow {
 
-constexpr double kGain = 1.15;
+constexpr double kGain = 1.08;            // to take a path
+constexpr double kSampledGain = 1.12, kStay = 1.03;  // the same by samples: to begin, to go on
+constexpr double kCollectiveGain = 1.5;   // the table is measured on two ranks
 
-// Rows "use class log2(block) log2(bytes) library_ns ours_ns", '#' starts a comment. Returns the number of rows used.
-int model_load(const char* text);
 void model_init();  // UNDERTOW_MPI_MODEL, else model.txt beside this library, else the built-in table of the flavour
-double model_ratio(Use use, const Plan& plan, int64_t bytes);  // 0 when nothing is known
+double model_ratio(Record& record, Use use, int64_t bytes);  // time without us / with us; negative: unknown
 
 int64_t now_ns();
 
@@ -26,8 +27,7 @@ struct Choice {
 Choice choose_local(Record& record, Use use, int64_t bytes);
 void observe(Record& record, Use use, bool ours, int64_t bytes, int64_t ns);
 
-// For messages; counts the decision. Collectives ask for more gain, because the table is measured on two ranks.
+// For messages; counts the decision. Collectives ask for more gain.
 bool wanted(Record* record, Use use, int64_t count, double gain = kGain);
-constexpr double kCollectiveGain = 1.5;
 
 }  // namespace undertow

@@ -148,14 +148,3 @@ extern "C" int undertow_enter(int at_init) {
   std::call_once(undertow::g_once, undertow::resolve_all);
   return undertow::g_matching && at_init && undertow_gate == 0 ? 1 : 0;
 }
-
-// For the measuring program and the tests: a type's class, block and size; 0 when the type is not ours.
-extern "C" __attribute__((visibility("default"))) int undertow_type_info(MPI_Datatype type, const char** cls,
-                                                                          long* block, long* size) {
-  const undertow::Record* r = undertow_gate == 1 ? undertow::record_of(type) : nullptr;
-  if (!r) return 0;
-  *cls = undertow::class_name(r->plan.cls);
-  *block = r->plan.block;
-  *size = r->plan.size;
-  return 1;
-}

@@ -16,11 +16,21 @@
 namespace undertow {
 
 struct Tally {
-  std::atomic<int64_t> taken{0}, passed{0}, bytes{0}, ours_ns{0}, library_ns{0};
+  std::atomic<int64_t> taken{0}, passed{0}, bytes{0}, ours_ns{0}, library_ns{0}, saved_ns{0};
 };
 
 // What is decided and reported per type: the local calls apart from the messages.
 enum Use : int { kPack, kUnpack, kSendUse, kRecvUse, kUses };
+
+constexpr int kSizeBuckets = 40;  // half octaves of a message from 256 bytes on
+
+// What the running program has measured of one use and size: samples of both paths replace the table.
+struct Online {
+  std::atomic<int64_t> ps_per_byte[2]{};  // library, ours
+  std::atomic<uint32_t> samples[2]{};
+  std::atomic<uint32_t> calls{0}, mask{63};  // one call in mask + 1 of either path is timed
+  std::atomic<int> taking{0};                // 0 not decided by samples, 1 the library, 2 ours
+};
 
 struct Record {
   Plan plan;
@@ -35,8 +45,11 @@ struct Record {
   std::atomic<int> twin_state{0}; // 0 none yet, 1 made, 2 impossible
   MPI_Datatype twin;              // contiguous, same size and signature: what a slab is sent as
   Tally tally[kUses];
-  std::atomic<int64_t> estimate[kUses][2][8]{};  // online: picoseconds per byte, library and ours, by size bucket
-  std::atomic<uint32_t> calls[kUses]{};
+  std::atomic<float> gain[kUses][kSizeBuckets]{};      // the table's answer, asked once: 0 not yet, negative: unknown
+  std::atomic<float> saving_ns[kUses][kSizeBuckets]{}; // per call, by the table
+  std::atomic<float> gain_one[kUses]{}, saving_one_ns[kUses]{};  // the same for calls of a single element
+  Online online[2][8];                                 // pack and unpack, by size
+  std::atomic<uint32_t> proof_wishes{0};               // calls that wanted a large type, before its proof
 };
 
 constexpr int kCombiners = 19;
@@ -63,7 +76,7 @@ struct Decoded {
 };
 Decoded decode(MPI_Datatype type);
 // Whether the library packs one element of a pattern into the bytes that the plan says; asked before a type's first
-// use, once per structure. Open MPI 5.0.11 packs wrong bytes for some types of 16-byte elements with gaps: a program
+// use (of types over 256 KiB the third, by random bytes), once per structure. Open MPI 5.0.11 packs wrong bytes for some types of 16-byte elements with gaps: a program
 // must see the same with and without the preload, so such types are passed through.
 bool prove(Record& record);
 inline bool proved(Record& record) {

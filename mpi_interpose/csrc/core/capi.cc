@@ -4,6 +4,7 @@
 
 #include "kernels.hh"
 #include "plan.hh"
+#include "policy.hh"
 
 using namespace undertow;
 
@@ -59,4 +60,18 @@ EXPORT void undertow_core_walk(void* plan, int unpacking, int64_t count, const c
     walk_unpack(*p.ir, count, p.extent, src, dst, from, to);
   else
     walk_pack(*p.ir, count, p.extent, src, dst, from, to);
+}
+
+// The table that decides, for `measure` and `explain`: the preload asks the same code.
+EXPORT void* undertow_core_policy(const char* text, int* rows) {
+  Policy* policy = new Policy;
+  *rows = policy->load(text);
+  return policy;
+}
+EXPORT void undertow_core_policy_free(void* policy) { delete static_cast<Policy*>(policy); }
+EXPORT double undertow_core_policy_ratio(void* policy, int use, int cls, double block, double step, double bytes,
+                                         double* saved_ns) {
+  const Policy::Answer answer = static_cast<Policy*>(policy)->ask(use, cls, block, step, bytes);
+  *saved_ns = answer.saved_ns;
+  return answer.ratio;
 }

@@ -1,6 +1,8 @@
 // From canonical IR to copy operations, and a plan's class; see plan.hh.
 #include "plan.hh"
 
+#include <algorithm>
+#include <cstdlib>
 #include <limits>
 
 namespace undertow {
@@ -86,6 +88,19 @@ Class classify(const Plan& plan) {
   return Class::Strided;
 }
 
+// Several elements: dense blocks with gaps between them are strided; columns whose elements lie side by side cross
+// memory order.
+Form together(const Plan& plan) {
+  Form form = plan.one;
+  const int64_t extent = std::abs(plan.extent);
+  if (form.cls == Class::Contiguous && plan.extent != plan.size) form = {Class::Strided, plan.size, extent};
+  if (form.cls == Class::Strided && plan.one.cls == Class::Strided && extent < form.step) {
+    form.cls = Class::Crossed;
+    form.step = std::max(extent, form.block);
+  }
+  return form;
+}
+
 }  // namespace
 
 const char* class_name(Class c) {
@@ -107,15 +122,16 @@ Plan make_plan(const Ref& ir, int64_t lb, int64_t extent) {
     root = root->child.get();
   }
   Emitter{plan.ops, {}}.emit(*root, soff, 0);
-  plan.cls = classify(plan);
-  plan.block = plan.ir->pieces > 0 ? plan.size / plan.ir->pieces : 0;
+  const int64_t pieces = std::max<int64_t>(1, plan.ir->pieces);
+  plan.one = {classify(plan), plan.size / pieces, (plan.ir->hi - plan.ir->lo) / pieces};
+  plan.many = together(plan);
   return plan;
 }
 
 std::string Plan::describe() const {
-  std::string out = class_name(cls);
+  std::string out = class_name(one.cls);
   out += ", " + std::to_string(size) + " B in " + std::to_string(ir->pieces) + " pieces of about " +
-         std::to_string(block) + " B, extent " + std::to_string(extent);
+         std::to_string(one.block) + " B every " + std::to_string(one.step) + " B, extent " + std::to_string(extent);
   if (outer.n > 1) out += "; " + std::to_string(outer.n) + " x step " + std::to_string(outer.ss);
   for (size_t i = 0; i < ops.size() && i < 8; ++i) {
     const Op& op = ops[i];

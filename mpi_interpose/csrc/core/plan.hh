@@ -27,14 +27,20 @@ struct Op {
 enum class Class : uint8_t { Contiguous, Strided, Crossed, Table, Mixed, Records };
 const char* class_name(Class c);
 
+// What the table sees of a plan: its class, the typical contiguous bytes, and their typical distance.
+struct Form {
+  Class cls = Class::Contiguous;
+  int64_t block = 0, step = 0;
+};
+
 struct Plan {
   Ref ir;                     // canonical
   int64_t size = 0;           // packed bytes of one element
   int64_t lb = 0, extent = 0; // as MPI reports them
   Dim outer{1, 0, 0};         // a loop around a sequence, tiled over all ops
   std::vector<Op> ops;
-  Class cls = Class::Contiguous;
-  int64_t block = 0;          // typical contiguous bytes: size / pieces of the canonical form
+  Form one, many;             // of one element, and of several: these may leave gaps, or interleave
+  const Form& form(int64_t count) const { return count > 1 ? many : one; }
   std::string describe() const;
 };
 

@@ -1,0 +1,110 @@
+// The measured table that decides: what a library's call took and what ours took, at points of a small space.
+//
+// A row is "use class block step bytes without_ns with_ns share": the median of a call without us and with us, for a
+// plan of that class whose pieces are `block` bytes, `step` bytes apart, at a message of `bytes`. Uses are pack, unpack,
+// and send and recv, which carry the peer's place (send_local: same host; send_remote: another one). `share` is the part
+// of (without - with) that this side of a message may call its own in the report. Between rows the logarithm of the gain
+// is interpolated by distance in octaves; far from every row nothing is known, and the call passes through.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+namespace undertow {
+
+enum PolicyUse : int { kPolicyPack, kPolicyUnpack, kPolicySendLocal, kPolicyRecvLocal, kPolicySendRemote,
+                       kPolicyRecvRemote, kPolicyUses };
+
+class Policy {
+ public:
+  struct Answer {
+    double ratio = 0;     // time without us / time with us; 0 when nothing is known
+    double saved_ns = 0;  // per call, this side's share
+  };
+
+  // Returns the number of rows used; '#' starts a comment, lines of another form are skipped.
+  int load(const char* text) {
+    for (auto& list : rows_) list.clear();
+    int n = 0;
+    for (const char* at = text; at && *at;) {
+      n += line(at);
+      at = std::strchr(at, '\n');
+      if (at) ++at;
+    }
+    return n;
+  }
+
+  Answer ask(int use, int cls, double block, double step, double bytes) const {
+    if (use < 0 || use >= kPolicyUses || cls < 0 || cls >= kClasses) return {};
+    const Row want = place(block, step, bytes);
+    std::array<double, kNear> far;
+    std::array<const Row*, kNear> near{};
+    far.fill(kReach);
+    for (const Row& r : rows_[use * kClasses + cls]) {
+      double d = distance(want, r);
+      const Row* row = &r;
+      for (int k = 0; k < kNear; ++k)
+        if (d < far[k]) std::swap(d, far[k]), std::swap(row, near[k]);
+    }
+    double weight = 0, log_ratio = 0, log_without = 0, share = 0;
+    for (int k = 0; k < kNear && near[k]; ++k) {
+      if (k && far[k] > kSpread * (far[0] + 0.25)) break;
+      const double w = 1 / std::pow(far[k] + 0.02, 2);
+      weight += w;
+      log_ratio += w * std::log(near[k]->without / near[k]->with);
+      // Times grow with the bytes; a fixed part of a call is left out, so that savings are never overstated upwards.
+      log_without += w * (std::log(near[k]->without) + std::min(0.0, want.bytes - near[k]->bytes) * std::log(2.0));
+      share += w * near[k]->share;
+    }
+    if (weight == 0) return {};
+    const double ratio = std::exp(log_ratio / weight), without = std::exp(log_without / weight);
+    return {ratio, without * (1 - 1 / ratio) * share / weight};
+  }
+
+ private:
+  static constexpr int kClasses = 6, kNear = 3;
+  static constexpr double kReach = 3, kSpread = 2;
+  struct Row {
+    double block, step, bytes;  // in octaves
+    int align;                  // log2 of the largest power of two up to 16 that divides the block
+    double without = 0, with = 0, share = 1;
+  };
+  std::array<std::vector<Row>, kPolicyUses * kClasses> rows_;
+
+  static Row place(double block, double step, double bytes) {
+    const auto octave = [](double v) { return std::log2(std::max(1.0, v)); };
+    const int64_t b = std::max<int64_t>(1, static_cast<int64_t>(block));
+    return {octave(block), octave(step), octave(bytes), std::min(4, __builtin_ctzll(static_cast<uint64_t>(b)))};
+  }
+  static double distance(const Row& a, const Row& b) {
+    return std::abs(a.block - b.block) + 0.5 * std::abs(a.step - b.step) + 0.5 * std::abs(a.bytes - b.bytes) +
+           0.4 * std::abs(a.align - b.align);
+  }
+  static int index(const char* word, const char* const* names, int n) {
+    for (int i = 0; i < n; ++i)
+      if (std::strcmp(word, names[i]) == 0) return i;
+    return -1;
+  }
+  int line(const char* at) {
+    static const char* const uses[] = {"pack", "unpack", "send_local", "recv_local", "send_remote", "recv_remote"};
+    static const char* const classes[] = {"contiguous", "strided", "crossed", "table", "mixed", "records"};
+    char use[16], cls[16];
+    double block, step, bytes, without, with, share;
+    if (std::sscanf(at, "%15s %15s %lf %lf %lf %lf %lf %lf", use, cls, &block, &step, &bytes, &without, &with, &share) !=
+        8)
+      return 0;
+    const int u = index(use, uses, kPolicyUses), c = index(cls, classes, kClasses);
+    if (u < 0 || c < 0 || !(without > 0) || !(with > 0) || !(share >= 0)) return 0;
+    Row row = place(block, step, bytes);
+    row.without = without, row.with = with, row.share = share;
+    rows_[u * kClasses + c].push_back(row);
+    return 1;
+  }
+};
+
+}  // namespace undertow

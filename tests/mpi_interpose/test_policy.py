@@ -1,0 +1,141 @@
+"""From samples to intervals, from cells to the table, and what the table answers; no MPI is started."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from undertow.dist.machine import Machine
+from undertow.mpi_interpose import measure, policy
+from undertow.mpi_interpose.errors import InterposeError
+from undertow.mpi_interpose.samples import Cell, interval, parse, rank
+
+OUTPUT = """noise of a launcher
+cell pack strided vector 16 32 65536 0 0 3
+arm library 10 11 12 13 14 15 16
+arm again 10 11 12 13 14 15 16
+arm forced 5 5 5 5 5 5 5
+arm auto 10 11 12 13 14 15 16
+complete
+"""
+
+
+def cell(
+    use: str = "pack", held: bool = False, size: int = 65536, block: int = 16, cls: str = "strided", **arms
+) -> Cell:
+    """Arms by their ns, seven samples each with 1 % of seeded noise."""
+    noise = random.Random(f"{use}{size}{block}")
+    times = {"library": 1e5, "again": 1e5, "auto": 1e5, **arms}
+    samples = {arm: tuple(ns * noise.uniform(0.99, 1.01) for _ in range(7)) for arm, ns in times.items()}
+    return Cell(use, cls, "made", block, 2 * block, size, held, 0, 1, samples)
+
+
+def test_intervals_are_those_of_order_statistics() -> None:
+    # P(the median lies outside the extremes of n samples) = 2 / 2^n: 6 is the first n with at most 5 %.
+    assert [rank(n) for n in (5, 6, 9, 31)] == [0, 1, 2, 10]
+    found = interval([float(v) for v in range(31, 0, -1)])
+    assert (found.low, found.median, found.high) == (10, 16, 22)
+
+
+def test_the_output_reads_back() -> None:
+    (got,) = parse(OUTPUT.splitlines())
+    assert (got.block, got.step, got.size, got.held, got.inner) == (16, 32, 65536, False, 3)
+    assert got.median_ns("forced") == 5 and got.ratio("forced").low == 2
+    with pytest.raises(InterposeError, match="complete"):
+        parse(OUTPUT.splitlines()[:-1])
+
+
+@pytest.mark.parametrize("auto_ns, breaks", [(9.9e4, False), (1.04e5, False), (1.2e5, True)])
+def test_the_promise_names_the_cells_that_lose(auto_ns: float, breaks: bool) -> None:
+    assert cell(forced=1e5, auto=auto_ns).breaks_promise() == breaks
+    short = cell(forced=1e3, library=1e3, again=1e3, auto=1e3 * auto_ns / 1e5)
+    assert not short.breaks_promise()  # 0.2 us are within the slack
+
+
+def test_only_a_clear_gain_enters_the_table() -> None:
+    clear, slight, held = cell(forced=5e4), cell(forced=9e4, size=4096), cell(forced=5e4, held=True, size=1024)
+    found = policy.rows([clear, slight, held], least=policy.SHIPPED)
+    assert [row.size for row in found] == [65536, 4096]
+    assert found[0].ratio > 1.9 and found[1].ratio == 1
+
+
+@pytest.mark.parametrize(
+    "send, recv, both, way",
+    [(5e4, 9e4, 5e4, "send"), (9e4, 5e4, 6e4, "recv"), (9e4, 9e4, 3e4, "both"), (1.2e5, 1.3e5, 1.5e5, "library")],
+)
+def test_a_message_takes_the_fastest_of_four_ways(send: float, recv: float, both: float, way: str) -> None:
+    made = cell("message", send=send, recv=recv, both=both)
+    found = policy.rows([made])
+    table = policy.Policy(policy.text(found, ["a comment"]))
+    assert table.rows == 2 and table.way(made) == way
+    (verdict,) = policy.judge([made], table)
+    assert verdict.right and verdict.chosen == way
+    saved = sum(
+        table.ask(f"{side}_local", "strided", 16, 32, 65536)[1]
+        for side in ("send", "recv")
+        if table.takes(f"{side}_local", made)
+    )
+    least = min(send, recv, both, 1e5)
+    assert saved == pytest.approx(1e5 - least, abs=4e3)  # both sides together, once
+
+
+def test_between_rows_gains_are_interpolated_and_far_away_nothing_is_known() -> None:
+    rows = [
+        policy.Row("pack", "strided", 16, 32, 4096, 100, 100),
+        policy.Row("pack", "strided", 16, 32, 65536, 1000, 100),
+    ]
+    table = policy.Policy(policy.text(rows, []))
+    gains = [table.ask("pack", "strided", 16, 32, size)[0] for size in (4096, 8192, 16384, 32768, 65536)]
+    assert (
+        gains == sorted(gains) and gains[0] == pytest.approx(1, abs=0.05) and gains[-1] == pytest.approx(10, rel=0.05)
+    )
+    assert table.ask("pack", "strided", 4096, 8192, 65536) == (0, 0)
+    assert table.ask("unpack", "strided", 16, 32, 65536) == (0, 0)
+    assert table.ask("pack", "table", 16, 32, 65536) == (0, 0)
+
+
+def test_a_table_for_several_mpis_takes_the_least_gain() -> None:
+    a, b = policy.rows([cell(forced=5e4), cell(forced=5e4, size=1024)]), policy.rows([cell(forced=8e4)])
+    (row,) = policy.least_gains([a, b])
+    assert row == b[0]
+
+
+def test_unreadable_rows_are_skipped() -> None:
+    table = policy.Policy(
+        "# x\npack strided 16 32 4096 9 0 1\npack strided 16\nwalk strided 1 1 1 1 1 1\npack strided 1 1 64 9 3 1"
+    )
+    assert table.rows == 1
+
+
+def test_the_machine_file_keeps_the_table(tmp_path: Path) -> None:
+    path = tmp_path / "machine.json"
+    Machine("box", copies={"host": 1e10}).dump(path)
+    mpi = SimpleNamespace(version="An MPI 1.0 \n")
+    rows = policy.rows([cell(forced=5e4)])
+    measure.write_machine(rows, mpi, path)  # type: ignore[arg-type]
+    machine = Machine.load(path)
+    assert machine.copies == {"host": 1e10}
+    assert [policy.Row(*row) for row in machine.datatypes["An MPI 1.0"]] == rows
+    assert machine.updated(Machine("box", datatypes={"other": ()})).datatypes.keys() == {"An MPI 1.0", "other"}
+    fresh = tmp_path / "new" / "machine.json"
+    measure.write_machine(rows, mpi, fresh)  # type: ignore[arg-type]
+    assert Machine.load(fresh).datatypes.keys() == {"An MPI 1.0"}
+    path.write_text(json.dumps({"format": 99}))
+    with pytest.raises(InterposeError, match="format 99"):
+        measure.write_machine(rows, mpi, path)  # type: ignore[arg-type]
+
+
+def test_a_table_of_another_peer_stays(tmp_path: Path) -> None:
+    mpi, target = SimpleNamespace(version="An MPI"), tmp_path / "model.txt"
+    made = cell("message", send=5e4, recv=9e4, both=5e4)
+    measure.write([made], mpi, target)  # type: ignore[arg-type]
+    measure.write([replace(made, size=1024)], mpi, target, peer="remote")  # type: ignore[arg-type]
+    table = policy.Policy(target.read_text())
+    assert table.rows == 4 and table.ask("send_local", "strided", 16, 32, 65536)[0] > 1.9
+    measure.write([made], mpi, target)  # type: ignore[arg-type]
+    assert policy.Policy(target.read_text()).rows == 4

@@ -16,8 +16,8 @@ from ...comms.gradients import GradientAverage
 
 class Gradients:
     def __init__(self, model: nn.Module) -> None:
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.shards = [parameter for parameter in trained if isinstance(parameter, DTensor)]
+        trained: list[nn.Parameter] = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.shards: list[nn.Parameter] = [parameter for parameter in trained if isinstance(parameter, DTensor)]
         self.whole = [parameter for parameter in trained if not isinstance(parameter, DTensor)]
         self._average = GradientAverage(self.whole)
 

@@ -83,7 +83,8 @@ class Recursion(nn.Module):
 
     def __init__(self, block: Block, width: int, gate: float, gated: bool) -> None:
         super().__init__()
-        self.block, self.gate = block, gate
+        self.block: nn.Module = block
+        self.gate = gate
         self.router = nn.Linear(width, 1) if gated else None
 
     def weighed(self, x: Tensor, change: Tensor) -> Tensor:

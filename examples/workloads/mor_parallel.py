@@ -9,6 +9,8 @@ Legend: B batch, T tokens of all ranks, t tokens of this rank, C channels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,11 +33,14 @@ class ParallelMoR(MoR):
         self.ranks = ranks
         spread: dict[nn.Module, ParallelBlock] = {}  # the recursions' block is one module
 
+        def note(module: nn.Module, inputs: Any, out: Any) -> None:
+            ranks.multiplied(out)
+
         def parallel(block: nn.Module) -> ParallelBlock:
             assert isinstance(block, Block)
             if block not in spread:
                 spread[block] = ParallelBlock(block, ranks.team, ranks.mesh)
-                spread[block].register_forward_hook(lambda module, args, out: ranks.multiplied(out))
+                spread[block].register_forward_hook(note)
             return spread[block]
 
         for index, layer in enumerate(self.stream_layers):

@@ -78,8 +78,7 @@ def renamed(problem: Problems, generator: np.random.Generator) -> Problems:
     distance = np.empty_like(problem.distance)
     np.put_along_axis(distance, name, problem.distance, 1)
     row = np.arange(count)
-    ends = (name[row, end] for end in (problem.root, problem.target, problem.decoy))
-    return Problems(edges, *ends, distance)
+    return Problems(edges, name[row, problem.root], name[row, problem.target], name[row, problem.decoy], distance)
 
 
 def a_shortest_path(problem: Problems, depth: int, generator: np.random.Generator) -> np.ndarray:

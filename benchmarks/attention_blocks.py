@@ -33,7 +33,7 @@ from undertow.comms.ops import table as op_table
 from undertow.comms.schedule import Schedule
 from undertow.parallel.blocks.select import ORDER, backend
 from undertow.parallel.blocks.types import Backend
-from undertow.parallel.masks import Mask
+from undertow.parallel.masks import Mask, Tile
 from undertow.parallel.token_ring.block_ops import ops
 from undertow.parallel.token_ring.problem import Problem
 
@@ -147,24 +147,21 @@ class Operations:
             self.known[key] = dict(zip(names, self.clock.times(calls)))
         return self.known[key]
 
-    def label(self, schedule: Schedule, rank: int, action: Compute) -> str:
-        """`attend 4096×8192 causal+full`: rows of queries, rows of keys, tiles."""
+    def label(self, action: Compute) -> str:
+        """`4096×8192 causal+full`: rows of queries, rows of keys, tiles."""
         p = dict(action.params)
-        tiles = self.problem.tiles(*(int(p[n]) for n in ("q", "k")), 1, (int(p["q0"]), int(p["q1"])),
-                                   (int(p["k0"]), int(p["k1"])))  # fmt: skip
-        return f"{int(p['q1']) - int(p['q0'])}×{int(p['k1']) - int(p['k0'])} {'+'.join(t.kind for t in tiles)}"
+        kinds = "+".join(t.kind for t in self._tiles(action))
+        return f"{int(p['q1']) - int(p['q0'])}×{int(p['k1']) - int(p['k0'])} {kinds}"
+
+    def _tiles(self, action: Compute) -> tuple[Tile, ...]:
+        p = {name: int(value) for name, value in action.params}
+        return self.problem.tiles(p["q"], p["k"], 1, (p["q0"], p["q1"]), (p["k0"], p["k1"]))
 
     def _key(self, schedule: Schedule, rank: int, action: Compute) -> tuple:
-        sizes = tuple(
-            (part.rows, schedule.value(part.value, rank).shape[1:], schedule.value(part.value, rank).dtype)
-            for part in (*action.reads, *action.writes)
-        )
-        p = dict(action.params)
-        if action.op not in ATTEND:
-            return action.op, sizes
-        tiles = self.problem.tiles(int(p["q"]), int(p["k"]), 1, (int(p["q0"]), int(p["q1"])),
-                                   (int(p["k0"]), int(p["k1"])))  # fmt: skip
-        return action.op, sizes, tiles
+        values = [schedule.value(part.value, rank) for part in (*action.reads, *action.writes)]
+        rows = tuple(part.rows for part in (*action.reads, *action.writes))
+        tiles = self._tiles(action) if action.op in ATTEND else ()
+        return action.op, rows, tuple((v.shape[1:], v.dtype) for v in values), tiles
 
     def _tensor(self, schedule: Schedule, rank: int, part: Any) -> torch.Tensor:
         value = schedule.value(part.value, rank)
@@ -202,7 +199,7 @@ def cells(problem: Problem, label: str, names: Sequence[str], whole: dict, opera
                 if action.op not in ATTEND:
                     sums[rank] += times["any"]
                     continue
-                what = operations.label(plan, rank, action)
+                what = operations.label(action)
                 for arm, ms in (*times.items(), ("best", min(times.values()))):
                     blocks[arm][rank] += ms
                     shapes[arm][what] = ms

@@ -68,13 +68,14 @@ class Choice:
 class Rates:
     """The part of a `Machine` that a choice depends on; hashable, so that choices can be remembered.
 
-    `attention`: (flops/s forward, backward); `copy_bytes_per_s` of one memory.
+    `attention`: (flops/s forward, backward); `copy_bytes_per_s` of one memory; `launch_s`: host time per operation.
     """
 
     name: str
     attention: tuple[float, float]
     copy_bytes_per_s: float
     network: Network
+    launch_s: float = 0.0
 
     @classmethod
     def of(cls, machine: Machine | None, dtype: str, *, topology: str = "ports") -> Rates:
@@ -100,8 +101,11 @@ class Rates:
 
         def seconds(action: Compute) -> float:
             if action.op in _ATTENTION:
-                return action.flops / self.attention[action.op == "attend_backward"]
-            return schedule.nbytes(_owner(schedule, action), *action.reads, *action.writes) / 2 / self.copy_bytes_per_s
+                return self.launch_s + action.flops / self.attention[action.op == "attend_backward"]
+            return (
+                self.launch_s
+                + schedule.nbytes(_owner(schedule, action), *action.reads, *action.writes) / 2 / self.copy_bytes_per_s
+            )
 
         return dict.fromkeys(schedule.operations, seconds)
 

@@ -6,6 +6,7 @@
 #include <unordered_map>
 
 #include "device.hh"
+#include "lower.hh"
 #include "report.hh"
 
 namespace undertow {
@@ -49,9 +50,22 @@ auto guarded(F body) {
 
 }  // namespace
 
+// A library that reads device memory itself keeps what it does well: contiguous messages, and reductions of them.
+bool library_is_cuda_aware() {
+  static const bool aware = [] {
+    const char* wish = std::getenv("UNDERTOW_MPI_CUDA_AWARE");
+    if (wish && *wish) return *wish != '0';
+    int (*ask)() = reinterpret_cast<int (*)()>(find("MPIX_Query_cuda_support"));
+    return ask && ask() == 1;
+  }();
+  return aware;
+}
+
 bool device_side_slow(const void* user, MPI_Datatype type) {
   const Record* r = record_of(type);
-  return gpu::on_device(r ? user_bytes(*r, user) : user);
+  if (!gpu::on_device(r ? user_bytes(*r, user) : user)) return false;
+  int64_t off = 0;
+  return !((!r || gpu::contiguous(r->plan, 2, &off)) && library_is_cuda_aware());
 }
 
 Record* device_record(MPI_Datatype type) {
@@ -101,6 +115,10 @@ bool device_unpack(Record& r, int64_t count, const void* packed, void* user, int
       gpu::unpack_part(r.plan, count, packed, user, bytes);
   });
   return true;
+}
+
+void device_copy(void* to, const void* from, int64_t bytes) {
+  guarded([&] { gpu::copy(to, from, bytes); });
 }
 
 void device_stop() { gpu::release_all(); }

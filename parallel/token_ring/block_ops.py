@@ -80,7 +80,7 @@ def ops(
             rows = slice(tile.q0, tile.q1)
             if any(a < tile.q1 and tile.q0 < b for a, b in done):
                 part, part_lse = merge(out[:, :, rows], lse[:, :, rows], part.to(out.dtype), part_lse)
-            out[:, :, rows] = part.to(out.dtype)
+            out[:, :, rows] = part
             lse[:, :, rows] = part_lse
             done.append((tile.q0, tile.q1))
 
@@ -93,9 +93,11 @@ def ops(
         lse, delta = map(_lse_heads_first, reads[4:])
         out, wide_v, wide_dout = _standing_in(dout, delta, v, lse_gradient)
         grads = [_heads_first(write) for write in writes]
-        for grad in grads:
+        todo = tiles(**block)
+        only = len(todo) == 1 and (todo[0].q1 - todo[0].q0, todo[0].k1 - todo[0].k0) == (q.shape[2], k.shape[2])
+        for grad in [] if only else grads:
             grad.zero_()
-        for tile in tiles(**block):
+        for tile in todo:
             rows, keys = (tile.q0, tile.q1), (tile.k0, tile.k1)
             args = _pick(q, *rows, tile), _pick(k, *keys, tile), _pick(wide_v, *keys, tile)
             causal = tile.kind != FULL
@@ -108,7 +110,11 @@ def ops(
             )  # fmt: skip
             for grad, part, ends in zip(grads, found, (rows, keys, keys)):
                 part = part.flip(2) if tile.kind == BACKWARDS else part
-                grad[:, :, slice(*ends)] += part[..., : grad.shape[3]].to(grad.dtype)
+                part = part[..., : grad.shape[3]]
+                if only:
+                    grad.copy_(part)
+                else:
+                    grad[:, :, slice(*ends)] += part
 
     return {"attend": attend, "attend_backward": attend_backward, **COMMON}
 
@@ -121,13 +127,10 @@ def _standing_in(dout: Tensor, delta: Tensor, v: Tensor, column: bool) -> tuple[
         out[..., -1] = delta.to(out.dtype)
         wide_dout[..., -1] = 1
         return out, wide_v, wide_dout
-    wide = dout.to(delta.dtype)
-    size = wide.abs().amax(-1, keepdim=True)
-    size = torch.where(size == 0, torch.ones_like(size), size)
-    unit = wide / size  # so that squares neither overflow nor vanish
-    norm = unit.square().sum(-1, keepdim=True)
-    out = unit * (delta.unsqueeze(-1) / size / torch.where(norm == 0, torch.ones_like(norm), norm))
-    return out.to(dout.dtype), v, dout
+    norm = torch.linalg.vector_norm(dout, dim=-1, dtype=torch.float64).square_()  # float32 squares could vanish
+    factor = torch.where(norm == 0, torch.zeros_like(norm), delta / norm).to(delta.dtype)
+    out = torch.mul(dout, factor.unsqueeze(-1), out=torch.empty_like(dout))
+    return out, v, dout
 
 
 def _merge_lse(reads: Tensors, writes: Tensors) -> None:

@@ -2,9 +2,10 @@
 
 A model of the machine can be wrong about the machine; a measurement of the calls themselves cannot. For each problem
 and phase the plain ring, the plain all-gather (where its buffers are not much larger), the planner's choice and its
-best of each kind of movement take turns; then the slowest rank's medians decide, alike on all ranks, and the ring wins
-ties within 3 %. All arms are exact, but they add in different orders: where a resumed run must repeat every bit, name a
-schedule, or take 'predicted', which measures nothing.
+best of each kind of movement take turns; then the slowest rank's times decide, alike on all ranks. Another must beat
+the ring by 3 % in the median and in all rounds but one, so that noise does not switch it on. All arms are exact, but
+they add in different orders: where a resumed run must repeat every bit, name a schedule, or take 'predicted', which
+measures nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import TypeVar
 
 import torch
 
-from ..overlap_gate import Gate
 from .executors import Home
 from .planner import DEFAULT, Rates, choose
 from .problem import Problem
@@ -26,7 +26,8 @@ MOVES = {
     **dict.fromkeys(("token_ring", "token_ring_bookended", "need_only_q"), "q"),
     **dict.fromkeys(("ulysses", "ulysses_ring", "ulysses_token"), "heads"),
 }
-_KEY = "seconds"
+ROUNDS = 5  # timed calls of each arm; one more before them plans it
+WIN = 1.03  # least median speed-up over the ring
 Result = TypeVar("Result")
 
 
@@ -46,39 +47,53 @@ class ScheduleGate:
 
     def __init__(self, home: Home, problem: Problem, rates: Rates, *, backward: bool) -> None:
         assert home.executor is not None
-        self.home, self.problem, self.backward = home, problem, backward
+        self.problem, self.backward, self._gather = problem, backward, home.executor.gather
         self.predicted = choose(problem, rates, backward=backward).name
-        self.gate = Gate(arms(problem, rates, backward=backward), home.executor.gather)
+        self.arms = arms(problem, rates, backward=backward)
+        self.chosen = ""  # until it has been measured
+        self.speed: dict[str, float] = {}  # of each arm: how many times as fast as the ring
+        self._seconds: list[list[float]] = [[] for _ in self.arms]
+        self._calls = 0
 
     def run(self, execute: Callable[[str], Result], device: torch.device) -> Result:
         """`execute(name)` for the schedule whose turn it is, timed until the choice has been made."""
-        arm = self.gate.choose(_KEY)
-        name = self.gate.arms[arm]
+        if not self.chosen and self._calls == (ROUNDS + 1) * len(self.arms):
+            self._decide()
         if self.chosen:
-            return execute(name)
+            return execute(self.chosen)
+        arm = self._calls % len(self.arms)
+        self._calls += 1
         if device.type != "cuda":
             began_s = time.perf_counter()
-            result = execute(name)
-            self.gate.took(_KEY, arm, time.perf_counter() - began_s)
+            result = execute(self.arms[arm])
+            self._seconds[arm].append(time.perf_counter() - began_s)
             return result
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        result = execute(name)
+        result = execute(self.arms[arm])
         end.record()
         end.synchronize()  # this call alone, and only while it is being measured
-        self.gate.took(_KEY, arm, begin.elapsed_time(end) / 1e3)
+        self._seconds[arm].append(begin.elapsed_time(end) / 1e3)
         return result
 
-    @property
-    def chosen(self) -> str:
-        """The schedule that was chosen; '' while it is being measured."""
-        arm = self.gate.chosen(_KEY)
-        return "" if arm is None else self.gate.arms[arm]
+    def _decide(self) -> None:
+        """Collective: the slowest rank's time of each call counts; each arm's first call, which plans it, does not."""
+        mine = torch.tensor([seconds[1:] for seconds in self._seconds], dtype=torch.float64)
+        slowest = torch.stack(self._gather(mine)).max(0).values
+        ratios = slowest[0] / slowest
+        self.speed = dict(zip(self.arms, ratios.median(1).values.tolist()))
+        best = max(self.arms, key=self.speed.__getitem__)
+        often = int((ratios[self.arms.index(best)] > 1).sum()) >= ROUNDS - 1
+        self.chosen = best if self.speed[best] >= WIN and often else DEFAULT
 
     def __str__(self) -> str:
         p = self.problem
         what = f"{'backward' if self.backward else 'forward'} of {p.lq}×{p.lk}, {p.heads.q_heads}:{p.heads.kv_heads}"
-        found = self.gate.explain().removeprefix(f"{_KEY}: ")
+        if self.chosen:
+            others = ", ".join(f"{name} {speed:.2f}×" for name, speed in self.speed.items() if name != DEFAULT)
+            found = f"{self.chosen} (measured: {others} as fast as {DEFAULT})"
+        else:
+            found = f"still measuring {', '.join(self.arms)}; {self._calls} calls so far"
         return f"{what} heads on {p.world} ranks: {found}; predicted {self.predicted}"
 
 

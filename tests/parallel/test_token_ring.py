@@ -279,22 +279,21 @@ def _gated(rank, world):
     where = home(None, torch.device("cpu"), link=LinkModel(2e6, 1e-3))
     q, k, v = (torch.randn(1, n, 2, 16) for n in (4, 512, 512))
     options: Any = dict(lengths=(4 * world, 512 * world), layout="contiguous", backward_schedule="predicted")
-    found = [token_ring_attention(q, k, v, **options) for _ in range(31)]
+    found = [token_ring_attention(q, k, v, **options) for _ in range(6 * 5 + 1)]
     (gate,) = where.gates.values()  # the backward has none
     texts = [str(gate)]
     token_ring_attention(q, k, v, schedule="ring_kv", **options)
     for out in found[1:]:
         torch.testing.assert_close(out, found[0])  # float32: arms add in different orders
-    seconds = dict(zip(gate.gate.arms, gate.gate._trials["seconds"].medians))
     forget()
-    return gate.chosen, seconds, texts
+    return gate.chosen, gate.speed, texts
 
 
 def test_the_clock_decides_alike_on_all_ranks(ranks):
     found = ranks(2, _gated)
-    (chosen, seconds, texts), (other, *_) = found
-    assert chosen == other and chosen not in ("ring_kv", "all_gather_kv"), seconds
-    assert seconds[chosen] == min(seconds.values()) < 0.97 * seconds["ring_kv"]
+    (chosen, speed, texts), (other, *_) = found
+    assert chosen == other and chosen not in ("ring_kv", "all_gather_kv"), speed
+    assert speed[chosen] == max(speed.values()) >= 1.03 and speed["ring_kv"] == 1
     assert chosen in texts[0] and "measured" in texts[0] and "predicted" in texts[0]
 
 

@@ -20,6 +20,8 @@ from ...dist.launch import Launch
 from ...dist.progress import Progress
 from . import report
 from .contract import PRESETS, Place, Workload
+from .faults import killed_and_whole
+from .journal import Journal
 from .judge import Verdict, judge
 from .loop import Outcome, run
 from .registry import MODULES, all_workloads, get
@@ -78,8 +80,9 @@ def train(
     with job(device) as (here, where):
         folder_for(out, here, {"workload": name, "variant": variant, "preset": preset, **asdict(config)}, resume)
         place = Place(here, out, out / "shared", switches, where)
-        with Progress(config.steps, f"{name}: {variant}", enabled=here.rank == 0) as bar:
-            outcome = run(workload, variant, preset, config, place, resume=resume, tell=bar.update)
+        bar = Progress(config.steps, f"{name}: {variant}", enabled=here.rank == 0)
+        with bar, Journal(out / "metrics.jsonl" if here.rank == 0 else None) as note:
+            outcome = run(workload, variant, preset, config, place, resume=resume, tell=bar.update, note=note)
         if here.rank == 0:
             outcome.dump(place)
             report.plot(out, [(workload, [outcome])])
@@ -115,6 +118,36 @@ def compare(
 ) -> None:
     """Run every variant of every workload over seeds; print the table of claims, what failed shown as failed."""
     comparison(names or list(MODULES), preset, seeds, out or Path("runs/workloads") / preset, device, checkpoint)
+
+
+@app.command()
+def kill(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(MODULES)}.")],
+    at: Annotated[list[int], typer.Option(help="After which update (several: --at 150 --at 450).")],
+    variant: Annotated[str | None, typer.Option(help="Default: the method itself.")] = None,
+    preset: Preset = "ci",
+    seed: Annotated[int, typer.Option(help="Seed of data, weights and order.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder (default runs/workloads/killed/NAME).")] = None,
+    changes: Changes = None,
+) -> None:
+    """SIGKILL a run at some updates and resume it each time; exit status 1 unless it ends as one left in peace."""
+    workload = get(name)
+    config = workload.config(preset, variant or workload.method, **{"seed": seed, **parse(changes or [])})
+    if not all(0 < step < config.steps for step in at):
+        raise UserError(f"--at {', '.join(map(str, at))}", expected=f"updates between 1 and {config.steps - 1}")
+    out = out or Path("runs/workloads/killed") / name
+    if out.exists():
+        raise UserError(f"{out} exists already", remedy="pass another --out")
+    options = ["--variant", variant or workload.method, "--preset", preset, "--seed", str(seed)]
+    options += [word for change in changes or () for word in ("--set", change)]
+    found = killed_and_whole(name, options, at, out)
+    for fault in found.faults:
+        typer.echo(f"killed by SIGKILL after update {fault.killed}, went on from update {fault.resumed}")
+    for part, same in found.same.items():
+        typer.echo(f"{part}: {'identical' if same else 'DIFFERENT'}")
+    typer.echo(f"{found.updates} updates in peace, {found.repeated} repeated after the kills")
+    if not all(found.same.values()):
+        raise typer.Exit(1)
 
 
 def comparison(names: Sequence[str], preset: str, seeds: int, out: Path, device: str, checkpoint: str) -> list[Verdict]:
@@ -154,7 +187,8 @@ def everything(
             folder = home / "".join(c if c.isalnum() else "-" for c in variant)
             place = Place(here, folder, home / "shared", switches, where)
             bar.update(0, variant=variant, seed=seed)
-            outcome = run(workload, variant, preset, config, place, tell=bar.update)
+            with Journal(folder / "metrics.jsonl" if here.rank == 0 else None) as note:
+                outcome = run(workload, variant, preset, config, place, tell=bar.update, note=note)
             if here.rank == 0:
                 outcome.dump(place)
             outcomes.append(outcome)

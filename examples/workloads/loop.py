@@ -47,10 +47,8 @@ class Outcome:
     evidence: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def dump(self, place: Place) -> None:
-        """Write result.json and metrics.jsonl into the run's folder."""
+        """Write result.json into the run's folder."""
         place.folder.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps({"step": step, "loss": loss}) for step, loss in enumerate(self.losses)]
-        (place.folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
         content = {**asdict(self), "losses": len(self.losses), "final_loss": self.losses[-1] if self.losses else None}
         (place.folder / "result.json").write_text(json.dumps(content, indent=2) + "\n")
 
@@ -87,11 +85,12 @@ def run(
     resume: bool = False,
     stop_at: int | None = None,
     tell: Callable[..., None] = lambda **fields: None,
+    note: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Outcome:
     """Train and evaluate. Every rank calls it; all return the same metrics.
 
     `resume` goes on from the newest checkpoint of the run's folder; `stop_at` ends early, as a fault would, after what
-    was saved is durable. `tell` hears of each update.
+    was saved is durable. Of each update `tell` hears the loss, and `note` (see `journal`) its number too.
     """
     place.switches.check(workload.name, workload.exercises, place.here.world_size)
     began_s = time.process_time()
@@ -128,6 +127,7 @@ def run(
             value = mean(loss, place)
             optimizer.step()
             losses.append(value)
+            note(step, value)
             updates, step = updates + 1, step + 1
             diverged = not math.isfinite(value)  # a legal end of some baselines
             tell(loss=value)

@@ -1,0 +1,51 @@
+"""A workload whose process is killed in the middle of a task ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from undertow.__main__ import main
+from undertow.examples.workloads.journal import Journal, trajectory
+
+GUARDED = ["--variant", "worked, guarded", "--set", "steps=140", "--set", "checkpoint_every=20"]
+
+
+@pytest.mark.slow
+def test_killed_in_a_task_that_was_rolled_back(tmp_path: Path, capsys):
+    """Seven spans of 20 updates: three for the addition, one for each task. Task 1 ends at update 100, hurts task 0,
+    and is learned again from update 80 on; the kill comes in task 2, so the resumed process must know of the roll-back.
+    """
+    out = tmp_path / "run"
+    words = ["workloads", "kill", "trace", "--at", "108", "--out", str(out), *GUARDED, "--set", "tolerance=-2.0"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "killed by SIGKILL" in printed and printed.count("identical") == 3
+    whole, killed = (json.loads((out / folder / "result.json").read_text()) for folder in ("whole", "killed"))
+    assert whole["evidence"]["checkpoint"]["rollbacks"] == 1 and whole["updates"] == 160
+    lines = (out / "killed" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines if line.endswith("}")]
+    first = max(i for i in range(1, len(steps)) if steps[i] <= steps[i - 1])  # where the second process begins
+    assert steps[first - 1] >= 108 and steps[first] in (80, 100)  # the save at 100 may not have been committed yet
+    assert killed["updates"] == len(steps) - first == 140 - steps[first]
+
+
+def test_a_journal_survives_a_torn_line(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    with Journal(path) as note:
+        note(0, 3.0)
+        note(1, 2.0)
+    path.write_text(path.read_text() + '{"step": 2, "lo')
+    with Journal(path) as note:
+        note(1, 1.5)
+        note(2, 1.0)
+    assert trajectory(path) == {0: 3.0, 1: 1.5, 2: 1.0}
+    assert trajectory(tmp_path / "none") == {}
+
+
+@pytest.mark.parametrize("step", ["0", "700"])
+def test_a_kill_outside_the_run_is_refused(step, tmp_path: Path, capsys):
+    assert main(["workloads", "kill", "trace", "--at", step, "--out", str(tmp_path / "run")]) == 2
+    assert "updates between 1 and 699" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import build as building
-from . import core, launch, measure, spec, toolchain
+from . import core, gpu_doctor, launch, measure, spec, toolchain
 from .errors import InterposeError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="The MPI datatype interposer.")
@@ -77,7 +77,7 @@ def doctor(
             "model",
             str(model) if model.exists() else "built-in table (run `undertow mpi measure` to measure this machine)",
         ),
-        ("GPU buffers", "not interposed; device pointers must not reach a path that packs on the host"),
+        *gpu_doctor.rows(mpi),
         ("switched off", "yes, by UNDERTOW_DISABLE" if launch.disabled() else "no"),
     ]
     mismatch = _launcher_family(mpirun)

@@ -19,6 +19,7 @@ TYPES = {
     "T": "MPI_Datatype*",
     "h": "MPI_Datatype*",
     "i": "int",
+    "o": "MPI_Op",
     "c": "MPI_Comm",
     "r": "MPI_Request*",
     "q": "MPI_Request",

@@ -6,7 +6,7 @@ program that looks for an optional symbol (mpi4py looks for the large-count ones
 
 Kinds, one letter per argument: b buffer, n count (MPI_Count in the large-count twin), N array of counts, D array of
 displacements (MPI_Aint in the twin), A array of MPI_Aint, t datatype, T array of datatypes, h pointer to a datatype,
-i int, c communicator, r pointer to a request, q request, R array of requests, s status, S array of statuses, p int
+i int, o operation, c communicator, r pointer to a request, q request, R array of requests, s status, S array of statuses, p int
 pointer, P count pointer, m message pointer, v any other pointer.
 """
 
@@ -72,6 +72,13 @@ def _table() -> tuple[Signature, ...]:
         Signature("Neighbor_alltoall", "neighbor_alltoall", "bntbntc"),
         Signature("Neighbor_alltoallv", "neighbor_alltoallv", "bNDtbNDtc"),
         Signature("Neighbor_alltoallw", "neighbor_alltoallw", "bNATbNATc"),
+        Signature("Allreduce", "allreduce", "bbntoc"),
+        Signature("Reduce", "reduce", "bbntoic"),
+        Signature("Reduce_local", "reduce_local", "bbnto"),
+        Signature("Reduce_scatter", "reduce_scatter", "bbNtoc"),
+        Signature("Reduce_scatter_block", "reduce_scatter_block", "bbntoc"),
+        Signature("Scan", "scan", "bbntoc"),
+        Signature("Exscan", "exscan", "bbntoc"),
     ]
     for mode in ("", "S", "B", "R"):
         rows.append(Signature(f"{mode}send".capitalize() if mode else "Send", "send", "bntiic"))

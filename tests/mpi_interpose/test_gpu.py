@@ -71,13 +71,13 @@ def test_random_types_on_a_gpu(seed: int) -> None:
 def test_messages_on_a_library_that_is_not_cuda_aware(pympi: Install, stand_in: Path, tmp_path: Path) -> None:
     program = [str(pympi.python), str(PROGRAMS / "device_messages.py")]
     out = start(pympi, 2, program, "auto", LD_LIBRARY_PATH=str(stand_in))
-    assert "ok 12 on the stand-in" in out, out[-2000:]
+    assert "ok 13 on the stand-in" in out, out[-2000:]
 
 
 @pytest.mark.slow
 def test_collectives_of_three_ranks_and_without_pinned_memory(pympi: Install, stand_in: Path) -> None:
     program = [str(pympi.python), str(PROGRAMS / "device_messages.py")]
-    rules = ["broadcast_and_gathers", "all_to_all", "halo_by_neighbours"]
+    rules = ["broadcast_and_gathers", "all_to_all", "halo_by_neighbours", "reductions"]
     assert "ok" in start(pympi, 3, [*program, *rules], "auto", LD_LIBRARY_PATH=str(stand_in))
     some = ["blocking_and_nonblocking", "contiguous_buffers"]
     refused = {"LD_LIBRARY_PATH": str(stand_in), "FAKE_CUDA_FAIL": "cuMemHostAlloc"}
@@ -88,7 +88,7 @@ def test_collectives_of_three_ranks_and_without_pinned_memory(pympi: Install, st
 @NO_GPU
 def test_messages_on_a_gpu(pympi: Install) -> None:
     program = [str(pympi.python), str(PROGRAMS / "device_messages.py")]
-    assert "ok 12 on a GPU" in start(pympi, 2, program, "auto")
+    assert "ok 13 on a GPU" in start(pympi, 2, program, "auto")
 
 
 def test_nothing_happens_before_the_program_has_loaded_cuda(stand_in: Path) -> None:

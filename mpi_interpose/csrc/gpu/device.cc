@@ -134,6 +134,14 @@ void unpack_part(const Plan& plan, int64_t count, const void* packed, void* user
   unpack(plan, count, host.data(), user);
 }
 
+void copy(void* to, const void* from, int64_t bytes) {
+  if (bytes <= 0) return;
+  Context& c = context_of(to, from);
+  Context::Use use(c);
+  c.copy(to, from, bytes, c.stream);
+  c.wait(c.stream);
+}
+
 void enqueue(const Plan& plan, int64_t count, const void* user, void* packed, bool packing, Handle stream) {
   Context& c = context_of(static_cast<const char*>(user) + plan.ir->lo, packed);
   Context::Use use(c);

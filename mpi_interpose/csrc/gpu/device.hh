@@ -19,6 +19,9 @@ void unpack(const Plan& plan, int64_t count, const void* packed, void* user);
 // A receive that brought only `bytes` bytes: the rest of the type's bytes keep their values.
 void unpack_part(const Plan& plan, int64_t count, const void* packed, void* user, int64_t bytes);
 
+// Plain bytes, at least one side on the device.
+void copy(void* to, const void* from, int64_t bytes);
+
 // Only queues on `stream` (both sides device or pinned memory); for measurements. `device_side` names the context.
 void enqueue(const Plan& plan, int64_t count, const void* user, void* packed, bool packing, Handle stream);
 

@@ -14,8 +14,8 @@ Driver cuda;
 
 namespace detail {
 
-void* const volatile* watched = nullptr;
-int state = 0;
+std::atomic<void* const volatile*> watched{nullptr};
+std::atomic<int> state{0};
 
 namespace {
 

@@ -6,6 +6,7 @@
 // since we looked. Only then are names compared.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
@@ -64,16 +65,17 @@ struct Where {
 Where where(const void* address);
 
 namespace detail {
-extern void* const volatile* watched;  // the `next` field of the last library that we have looked at
-extern int state;                      // 0 no driver seen, 1 driver usable, 2 switched off
-bool loaded();                         // looks at what was loaded since; true when the driver is usable
+extern std::atomic<void* const volatile*> watched;  // the `next` field of the last library that we have looked at
+extern std::atomic<int> state;  // 0 no driver seen, 1 driver usable, 2 switched off
+bool loaded();                  // looks at what was loaded since; true when the driver is usable
 }  // namespace detail
 
 // Whether the program can have device memory at all. One load and one compare in a program without CUDA.
 inline bool possible() {
-  if (detail::state == 1) return true;
-  if (detail::state == 2) return false;
-  return __builtin_expect(detail::watched == nullptr || *detail::watched != nullptr, 0) && detail::loaded();
+  const int state = detail::state.load(std::memory_order_acquire);
+  if (state) return state == 1;
+  void* const volatile* next = detail::watched.load(std::memory_order_relaxed);
+  return __builtin_expect(next == nullptr || *next != nullptr, 0) && detail::loaded();
 }
 
 bool on_device_slow(const void* address);

@@ -33,6 +33,7 @@ void device_slab_put(char* slab, int64_t bytes);
 bool device_pack(Record& record, int64_t count, const void* user, void* packed);
 bool device_unpack(Record& record, int64_t count, const void* packed, void* user, int64_t bytes);
 
+void device_copy(void* to, const void* from, int64_t bytes);  // between device and host memory, complete on return
 void device_stop();  // before MPI_Finalize
 
 }  // namespace undertow

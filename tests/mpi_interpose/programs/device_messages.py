@@ -318,10 +318,41 @@ def halo_by_neighbours() -> None:
     ring.Free()
 
 
+def reductions() -> None:
+    """The library reduces; buffers on the device are copied whole, what lies between stays."""
+    n, total = 10, sum(range(1, size + 1))
+    mine = np.arange(n * size, dtype="d") * (rank + 1)
+    whole = np.arange(n * size, dtype="d") * total
+    part = whole[n * rank : n * rank + n]
+    got, given = Mine(np.full(n * size, -1.0)), Mine(mine)
+    comm.Allreduce([given.mpi(), n * size, MPI.DOUBLE], [got.mpi(), n * size, MPI.DOUBLE])
+    assert np.array_equal(got.read(), whole)
+    both = Mine(mine)
+    comm.Allreduce(MPI.IN_PLACE, [both.mpi(), n * size, MPI.DOUBLE])
+    assert np.array_equal(both.read(), whole)
+    for root in range(size):
+        for on in (True, False):
+            got = Mine(np.full(n * size, -1.0), on)
+            comm.Reduce([given.mpi(), n * size, MPI.DOUBLE], [got.mpi(), n * size, MPI.DOUBLE], root=root)
+            assert np.array_equal(got.read(), whole if rank == root else np.full(n * size, -1.0))
+    got = Mine(np.full(n, -1.0))
+    comm.Reduce_scatter_block([given.mpi(), n, MPI.DOUBLE], [got.mpi(), n, MPI.DOUBLE])
+    assert np.array_equal(got.read(), part)
+    comm.Reduce_scatter([given.mpi(), n * size, MPI.DOUBLE], [got.mpi(), n, MPI.DOUBLE], [n] * size)
+    assert np.array_equal(got.read(), part)
+    first = np.arange(n, dtype="d")
+    send = Mine(first * (rank + 1))
+    comm.Scan([send.mpi(), n, MPI.DOUBLE], [got.mpi(), n, MPI.DOUBLE])
+    assert np.array_equal(got.read(), first * sum(range(1, rank + 2)))
+    got = Mine(np.full(n, -1.0))
+    comm.Exscan([send.mpi(), n, MPI.DOUBLE], [got.mpi(), n, MPI.DOUBLE])
+    assert np.array_equal(got.read(), first * sum(range(1, rank + 1)) if rank else np.full(n, -1.0))
+
+
 RULES = [
     blocking_and_nonblocking, contiguous_buffers, order_is_kept, completion_calls, short_receives, persistent_requests,
     one_buffer_both_ways, null_bottom_and_negative, pack_and_unpack, broadcast_and_gathers, all_to_all,
-    halo_by_neighbours,
+    halo_by_neighbours, reductions,
 ]  # fmt: skip
 
 

@@ -1,0 +1,67 @@
+"""What `undertow mpi doctor` says of device buffers: is the MPI CUDA-aware, is there a device, which path is taken.
+
+Asked from outside the program: the library's own answer (MPIX_Query_cuda_support, which needs no MPI_Init) and the
+driver's list of devices. No context is created.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+
+from .toolchain import Mpi, environment
+
+_ASK = """
+import ctypes, sys
+library = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
+print(library.MPIX_Query_cuda_support() if hasattr(library, "MPIX_Query_cuda_support") else -1)
+"""
+
+
+def cuda_aware(mpi: Mpi) -> bool | None:
+    """The library's own answer; None when it has none. Asked in a child, because the library is loaded for it."""
+    done = subprocess.run(
+        [sys.executable, "-c", _ASK, mpi.library], capture_output=True, text=True, check=False, env=environment()
+    )
+    answer = done.stdout.strip()
+    return {"0": False, "1": True}.get(answer) if done.returncode == 0 else None
+
+
+def devices() -> list[str]:
+    """Names of the devices that the driver shows; empty without a driver."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return []
+    count = ctypes.c_int()
+    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    names = []
+    for k in range(count.value):
+        name = ctypes.create_string_buffer(256)
+        if not cuda.cuDeviceGetName(name, 256, k):
+            names.append(name.value.decode())
+    return names
+
+
+def rows(mpi: Mpi) -> list[tuple[str, str]]:
+    """The doctor's lines on device buffers."""
+    wish = os.environ.get("UNDERTOW_MPI_GPU", "auto")
+    aware = cuda_aware(mpi)
+    library = {True: "the library says that it is CUDA-aware", False: "the library is not CUDA-aware"}.get(
+        bool(aware) if aware is not None else None, "the library does not say whether it is CUDA-aware"
+    )
+    found = devices()
+    if wish in ("off", "0"):
+        path = "handed on as they are (UNDERTOW_MPI_GPU=off)"
+    elif not found:
+        path = "no CUDA device here; programs without one pay nothing"
+    else:
+        how = {
+            "direct": "kernels write and read pinned host memory",
+            "staged": "kernels work in device scratch, the copy engine moves it to and from pinned host memory",
+        }.get(wish, "pinned host memory, by the kernel itself for small messages and by the copy engine for large ones")
+        path = f"packed on {', '.join(sorted(set(found)))}; between every pair of ranks through {how}"
+    return [("GPU buffers", path), ("CUDA-aware", library)]

@@ -6,8 +6,8 @@ program that looks for an optional symbol (mpi4py looks for the large-count ones
 
 Kinds, one letter per argument: b buffer, n count (MPI_Count in the large-count twin), N array of counts, D array of
 displacements (MPI_Aint in the twin), A array of MPI_Aint, t datatype, T array of datatypes, h pointer to a datatype,
-i int, o operation, c communicator, r pointer to a request, q request, R array of requests, s status, S array of statuses, p int
-pointer, P count pointer, m message pointer, v any other pointer.
+i int, o operation, c communicator, r pointer to a request, q request, R array of requests, s status, S array of
+statuses, p int pointer, P count pointer, m message pointer, v any other pointer.
 """
 
 from __future__ import annotations

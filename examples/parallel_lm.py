@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..dist.errors import UserError
-from ..parallel.overlapped_linear import Team
+from ..parallel.overlap_team import Team
 from ..parallel.stream.protocol import Attend, causal_attention
 from ..parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear, gather_products, token_share
 from .lm import Block, ByteLM, LMConfig
@@ -29,13 +29,13 @@ class ParallelBlock(nn.Module):
         self.heads, self.kv_heads, self.dim = block.heads // team.world, block.kv_heads // team.world, block.dim
         self.team, self.rope = team, block.rope
         self.attention_norm, self.mlp_norm = block.attention_norm, block.mlp_norm
-        self.query = ColumnParallelLinear(block.query, team, mesh)
-        self.key = ColumnParallelLinear(block.key, team, mesh)
-        self.value = ColumnParallelLinear(block.value, team, mesh)
-        self.gate = ColumnParallelLinear(block.gate, team, mesh)
-        self.up = ColumnParallelLinear(block.up, team, mesh)
-        self.output = RowParallelLinear(block.output, team, mesh)
-        self.down = RowParallelLinear(block.down, team, mesh)
+        self.query = ColumnParallelLinear.from_linear(block.query, team, mesh=mesh)
+        self.key = ColumnParallelLinear.from_linear(block.key, team, mesh=mesh)
+        self.value = ColumnParallelLinear.from_linear(block.value, team, mesh=mesh)
+        self.gate = ColumnParallelLinear.from_linear(block.gate, team, mesh=mesh)
+        self.up = ColumnParallelLinear.from_linear(block.up, team, mesh=mesh)
+        self.output = RowParallelLinear.from_linear(block.output, team, mesh=mesh)
+        self.down = RowParallelLinear.from_linear(block.down, team, mesh=mesh)
 
     def forward(self, x_tBC: Tensor, positions_1T: Tensor, attend: Attend = causal_attention) -> Tensor:
         tokens = positions_1T.shape[1]
@@ -51,12 +51,48 @@ class ParallelBlock(nn.Module):
         return x_tBC + self.down(F.silu(gate) * up)
 
 
-def parallelize(model: ByteLM, team: Team, mesh: DeviceMesh) -> None:
-    """Replace the blocks in place. Every rank holds the same whole `model` before and its shards after."""
-    check_degree(model.config, team)
-    for index, block in enumerate(model.blocks):
-        assert isinstance(block, Block)
-        model.blocks[index] = ParallelBlock(block, team, mesh)
+class _TokensSecond(ParallelBlock):
+    """The same on [B, t, C], as streaming cuts rows. Between blocks the tokens stay first in memory: no copies."""
+
+    def forward(self, x_BtC: Tensor, positions_1T: Tensor, attend: Attend = causal_attention) -> Tensor:
+        return super().forward(x_BtC.transpose(0, 1), positions_1T, attend).transpose(0, 1)
+
+
+class ParallelLM(ByteLM):
+    """`model` on the ranks of `team`, whose parts it takes over; every rank holds the same whole `model` before."""
+
+    def __init__(self, model: ByteLM, team: Team, mesh: DeviceMesh) -> None:
+        nn.Module.__init__(self)
+        check_degree(model.config, team)
+        self.config, self.team = model.config, team
+        self.embedding, self.norm, self.head = model.embedding, model.norm, model.head
+        self.blocks = nn.ModuleList(_TokensSecond(block, team, mesh) for block in model.blocks)  # type: ignore[arg-type]
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        labels_BT: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        attend: Attend = causal_attention,
+        num_items: Tensor | int | None = None,
+    ) -> Tensor:
+        """Logits [B, t, V] or the loss of this rank's tokens; every rank of the team passes the same whole rows."""
+        total = tokens_BT.shape[1]
+        if total % self.team.world:
+            raise UserError(
+                f"{total} tokens over {self.team.world} tensor-parallel ranks",
+                expected="a whole number on each",
+                remedy="choose another --length",
+            )
+        share = token_share(total, self.team)
+        labels_Bt = None if labels_BT is None else labels_BT[:, share]
+        if positions is None:
+            positions = torch.arange(total, device=tokens_BT.device)[None]
+        x_BtC = self.embedding(tokens_BT[:, share])
+        for block in self.blocks:
+            x_BtC = block(x_BtC, positions, attend)
+        return self.token_logits(x_BtC) if labels_Bt is None else self.loss(x_BtC, labels_Bt, num_items)
 
 
 def check_degree(config: LMConfig, team: Team) -> None:
@@ -68,20 +104,3 @@ def check_degree(config: LMConfig, team: Team) -> None:
                 expected="a whole number on each",
                 remedy="lower --tensor-parallel, or choose another recipe",
             )
-
-
-def loss(model: ByteLM, tokens_BT: Tensor, labels_BT: Tensor, team: Team) -> Tensor:
-    """The mean loss of this rank's tokens; the mean over the ranks is that of all. All pass the same whole rows."""
-    total = tokens_BT.shape[1]
-    if total % team.world:
-        raise UserError(
-            f"{total} tokens over {team.world} tensor-parallel ranks",
-            expected="a whole number on each",
-            remedy="choose another --length",
-        )
-    share = token_share(total, team)
-    positions_1T = torch.arange(total, device=tokens_BT.device)[None]
-    x_tBC = model.embedding(tokens_BT[:, share].t())
-    for block in model.blocks:
-        x_tBC = block(x_tBC, positions_1T)
-    return model.loss(x_tBC, labels_BT[:, share].t())

@@ -18,10 +18,11 @@ from ..comms.gradients import GradientAverage
 from ..dist.errors import UserError
 from ..dist.mesh import Mesh, MeshShape
 from ..parallel.context_parallel import ContextParallel
-from ..parallel.overlapped_linear import Team
+from ..parallel.overlap_team import Team
 from ..parallel.stream import enable
+from ..parallel.stream.protocol import Attend, causal_attention
 from ..parallel.token_ring import executors
-from . import parallel_lm as tensor_parallel
+from .parallel_lm import ParallelLM
 
 if TYPE_CHECKING:
     from ..dist.launch import Launch
@@ -34,7 +35,8 @@ class Systems:
 
     `stream`: streamed backpropagation, planned within `stream_budget_bytes` (None: what is free), in chunks of
     `stream_chunk` rows (None: planned). `context_parallel`: ranks that share each row's tokens, by TokenRing attention.
-    `tensor_parallel`: ranks that share each matrix product, with `overlap` 'auto', 'on' or 'off'.
+    `tensor_parallel`: ranks that share each matrix product, with `overlap` 'auto', 'on' or 'off'. All of them go
+    together; where ranks share a row, streaming keeps layer inputs only and cuts the loss, not the layers.
     """
 
     stream: bool = False
@@ -49,11 +51,12 @@ class Systems:
             raise UserError("a stream budget or chunk without streaming", remedy="pass --stream too")
         if self.stream_chunk is not None and self.stream_chunk < 1:
             raise UserError(f"chunks of {self.stream_chunk} rows", expected="at least 1")
-        asked = {"--stream": self.stream, "--context-parallel": self.context_parallel > 1}
-        asked["--tensor-parallel"] = self.tensor_parallel > 1
-        together = [name for name, on in asked.items() if on]
-        if len(together) > 1:
-            raise UserError(f"{' and '.join(together)} in one run", expected="one of them, with data parallelism")
+        if self.stream_chunk is not None and self.context_parallel * self.tensor_parallel > 1:
+            raise UserError(
+                f"chunks of {self.stream_chunk} rows where ranks share a row",
+                expected="--stream alone: a layer is one chunk there, because its messages repeat for each chunk",
+                remedy="leave --stream-chunk out",
+            )
 
     def mesh(self, world_size: int) -> Mesh:
         return MeshShape.of(data=-1, context=self.context_parallel, tensor=self.tensor_parallel).fit(world_size)
@@ -66,24 +69,31 @@ class Parallel:
     """`systems` applied to `model` on this rank. Create it before the optimizer, on every rank; `close` at the end."""
 
     def __init__(self, systems: Systems, model: ByteLM, here: Launch, device: torch.device) -> None:
-        self.systems, self.model = systems, model
+        self.systems = systems
         self._built = systems.mesh(here.world_size).build(here, device.type)
         self.mesh = self._built.mesh
         self.data, self.place = self.mesh.size("data"), self.mesh.coordinates(here.rank)["data"]
         self._engine = self._context = self._team = None
-        if systems.stream:
-            self._engine = enable(model, budget_bytes=systems.stream_budget_bytes, chunk=systems.stream_chunk)
         if systems.context_parallel > 1:
             self._context = ContextParallel(self._built.group("context"), 0)
         if systems.tensor_parallel > 1:
             self._team = Team(self._built.group("tensor"), overlap=systems.overlap, device=device)
-            tensor_parallel.parallelize(model, self._team, self._built.device_mesh()["tensor"])
+            model = ParallelLM(model, self._team, self._built.device_mesh()["tensor"])
+        self.model = model
+        if systems.stream:
+            shared = self._context is not None or self._team is not None
+            self._engine = enable(
+                model,
+                budget_bytes=systems.stream_budget_bytes,
+                chunk=systems.stream_chunk,
+                attend=self._attend if shared else None,
+            )
         parameters = list(model.parameters())
         self._shards = [p for p in parameters if isinstance(p, DTensor)]
         self._whole = [p for p in parameters if not isinstance(p, DTensor)]
         self._averages = [GradientAverage(self._whole, self._built.group("data", "context", "tensor"))]
         if self._shards:
-            self._averages.append(GradientAverage(self._shards, self._built.group("data")))
+            self._averages.append(GradientAverage(self._shards, self._built.group("data", "context")))
 
     def rows(self, batch: int) -> slice:
         """This rank's rows of a batch of `batch`."""
@@ -99,19 +109,36 @@ class Parallel:
     def loss(self, window_BT: torch.Tensor) -> torch.Tensor:
         """This rank's loss for its rows, int64[B, T + 1]; the mean over the ranks is the loss of the whole batch."""
         tokens, labels = window_BT[:, :-1], window_BT[:, 1:]
-        if self._team is not None:
-            return tensor_parallel.loss(self.model, tokens, labels, self._team)
-        if self._context is None:
+        if self._context is None and self._team is None:
             return self.model(tokens, labels)
-        context = self._context.with_length(tokens.shape[1])
+        attend: dict[str, Attend] = {} if self._engine is not None else {"attend": self._attend}
+        items = labels.numel() // self.systems.tensor_parallel  # each of these ranks sums its part of the tokens
+        if self._context is None:
+            return self.model(tokens, labels, num_items=items, **attend)
+        self._context = context = self._context.with_length(tokens.shape[1])
         share = self.model(
             context.shard(tokens),
             context.shard(labels),
             positions=context.positions(tokens.device),
-            attend=context.attend,
-            num_items=labels.numel(),
+            num_items=items,
+            **attend,
         )
         return context.loss(share)
+
+    def _attend(
+        self,
+        q_BHTD: torch.Tensor,
+        k_BGTD: torch.Tensor,
+        v_BGTD: torch.Tensor,
+        *,
+        positions: torch.Tensor | None = None,
+        scale: float | None = None,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        """Attention of the rows of the latest `loss`, which a streamed backward runs again."""
+        if self._context is None:
+            return causal_attention(q_BHTD, k_BGTD, v_BGTD, scale=scale, window=window)
+        return self._context.attend(q_BHTD, k_BGTD, v_BGTD, scale=scale, window=window)
 
     def reduce(self) -> None:
         """Make every gradient that of the whole batch."""

@@ -61,8 +61,8 @@ class Run:
         self.config, self.out, self.here, self.device = config, out, here, device
         self.corpus = text.load(data)
         torch.manual_seed(config.seed)
-        self.model = ByteLM(config.model).to(device)
-        self.parallel = Parallel(systems, self.model, here, device)
+        self.parallel = Parallel(systems, ByteLM(config.model).to(device), here, device)
+        self.model = self.parallel.model
         self.rows = self.parallel.rows(config.batch)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from ...dist.errors import UserError
 from ...dist.units import format_bytes
 from ..memory_model import DecoderShape
 from . import overrides
@@ -152,6 +153,8 @@ class Engine:
                 with self._pass(tape), self.adapter.active():
                     return forward(*prepared[0], **prepared[1])
             except Unsupported as reason:
+                if self.attend is not None:  # the plain way would call the attention that it stands in for
+                    raise UserError(f"with `attend` this model cannot be streamed: {reason}") from reason
                 self._note("model", str(reason))
             except torch.OutOfMemoryError:
                 if not self._may_try_again(tape) or tape.plan == failed:

@@ -97,15 +97,15 @@ class Answer:
         self.calls += 1
         if self.calls > 1:
             raise Unsupported("the layer calls attention more than once")
+        if self.scene.autocast[0]:  # as scaled_dot_product_attention does under autocast
+            q_BHCD, k_BGCD, v_BGCE = (t.to(self.scene.autocast[1]) for t in (q_BHCD, k_BGCD, v_BGCE))
+        if self.scene.attend is not None:  # its rows may be those of several ranks
+            return self.scene.attend(q_BHCD, k_BGCD, v_BGCE, positions=positions, scale=scale, window=window)
         start, stop = self.scene.bounds[self.chunk]
         if q_BHCD.shape[2] != stop - start or k_BGCD.shape[2] != stop - start:
             raise Unsupported(
                 f"attention got {q_BHCD.shape[2]} queries and {k_BGCD.shape[2]} keys for {stop - start} rows"
             )
-        if self.scene.autocast[0]:  # as scaled_dot_product_attention does under autocast
-            q_BHCD, k_BGCD, v_BGCE = (t.to(self.scene.autocast[1]) for t in (q_BHCD, k_BGCD, v_BGCE))
-        if self.scene.attend is not None:
-            return self.scene.attend(q_BHCD, k_BGCD, v_BGCE, positions=positions, scale=scale, window=window)
         factor = float(q_BHCD.shape[-1]) ** -0.5 if scale is None else scale
         mask = Mask(self.scene.layout, start, stop, factor, window, self.scene.attention_backend)
         if self.keys is not None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from undertow.dist.errors import UserError
 from undertow.parallel.stream import StreamPlan, disable, enable, stream_backprop
-from undertow.parallel.stream.protocol import causal_attention, plain_loss
+from undertow.parallel.stream.protocol import Unsupported, causal_attention, plain_loss
 
 pytestmark = pytest.mark.slow  # together more than ten seconds
 
@@ -419,6 +419,17 @@ def test_an_attention_of_ones_own_runs_inside_streamed_layers(name, family, grad
     assert_same_gradients(mine, exact)
     with pytest.raises(UserError, match="attend with"):
         enable(model, attend=attend, chunk=4)
+
+
+def test_a_model_that_cannot_be_streamed_is_refused_where_an_attention_stands_in(seed):
+    """The plain way would call the model's own attention: of this rank's rows alone, without a word."""
+    model = Tiny()
+
+    def attend(q, k, v, **options):
+        raise Unsupported("no")
+
+    with stream_backprop(model, attend=attend), pytest.raises(UserError, match="with `attend` this model cannot"):
+        model(ids, ids)
 
 
 @pytest.mark.slow

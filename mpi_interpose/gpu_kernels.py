@@ -1,13 +1,15 @@
 """Compile csrc/gpu/kernels.cu to the PTX text that is shipped: `python -m undertow.mpi_interpose.gpu_kernels`.
 
 Users need no CUDA compiler: the driver translates PTX for the device at hand and keeps the result in its own cache. The
-text is committed, so that a change of the kernels shows in review, and `--check` (run by the tests where nvcc is found)
-says whether it belongs to the source. nvcc is the machine's, or PyPI's nvidia-cuda-nvcc (the extra `cuda-build`).
+text is committed, so that a change of the kernels shows in review. Its first line holds a hash of the sources and the
+compiler's release; `--check` compares the hash, and the whole text where the same nvcc is at hand. nvcc is the
+machine's, or PyPI's (the extra `cuda-build`).
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 import shutil
 import sys
@@ -18,6 +20,7 @@ from .compile import CSRC, run
 from .errors import InterposeError
 
 SOURCE = CSRC / "gpu" / "kernels.cu"
+INCLUDED = CSRC / "gpu" / "pieces.hh"
 TARGET = CSRC / "gpu" / "kernels.ptx"
 ARCHITECTURE = "compute_75"  # the oldest that CUDA 13 compiles for; the driver translates it for every newer device
 PTX_VERSION = "8.0"  # readable by drivers from R525 (CUDA 12.0) on; the kernels use nothing newer
@@ -34,6 +37,18 @@ def find_nvcc() -> str | None:
     return None
 
 
+def release(nvcc: str) -> str:
+    """For example '13.0'."""
+    found = re.search(r"release ([\d.]+)", run([nvcc, "--version"], "asking nvcc for its version"))
+    return found.group(1) if found else "unknown"
+
+
+def heading(version: str) -> str:
+    """The first line of the shipped text."""
+    digest = hashlib.sha256(SOURCE.read_bytes() + INCLUDED.read_bytes()).hexdigest()
+    return f"// {SOURCE.name} and {INCLUDED.name} {digest}, nvcc {version}"
+
+
 def compiled() -> str:
     """The PTX of the source as it is now; InterposeError without nvcc."""
     nvcc = find_nvcc()
@@ -42,7 +57,7 @@ def compiled() -> str:
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "kernels.ptx"
         run([nvcc, "-std=c++17", "-O3", f"-arch={ARCHITECTURE}", "-ptx", str(SOURCE), "-o", str(output)], "nvcc")
-        return portable(output.read_text())
+        return heading(release(nvcc)) + "\n" + portable(output.read_text())
 
 
 def portable(ptx: str) -> str:
@@ -56,15 +71,26 @@ def portable(ptx: str) -> str:
     return re.sub(r"^\.version .*$", f".version {PTX_VERSION}", text, flags=re.MULTILINE)
 
 
+def belongs() -> bool:
+    """Whether the shipped text was made from the sources as they are."""
+    shipped = TARGET.read_text()
+    first = shipped.splitlines()[0]
+    version = first.rsplit(" ", 1)[1]
+    if first != heading(version):
+        return False
+    nvcc = find_nvcc()
+    return not nvcc or release(nvcc) != version or compiled() == shipped
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="compare with the shipped text, write nothing")
     options = parser.parse_args(argv)
-    text = compiled()
     if options.check:
-        same = TARGET.exists() and TARGET.read_text() == text
+        same = belongs()
         sys.stdout.write(f"{TARGET.name} {'belongs to' if same else 'DIFFERS from'} {SOURCE.name}\n")
         return 0 if same else 1
+    text = compiled()
     TARGET.write_text(text)
     sys.stdout.write(f"{TARGET} ({len(text)} bytes)\n")
     return 0

@@ -172,7 +172,9 @@ def test_division_by_multiplication_is_exact(stand_in: Path, seed: int) -> None:
         assert divide(n, d) == n // d, (n, d)
 
 
-def test_the_shipped_kernels_belong_to_their_source() -> None:
-    if not gpu_kernels.find_nvcc():
-        pytest.skip("needs CUDA's compiler (nvcc)")
+def test_the_shipped_kernels_belong_to_their_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert gpu_kernels.main(["--check"]) == 0
+    other = tmp_path / "kernels.cu"
+    other.write_text(gpu_kernels.SOURCE.read_text() + "// a change")
+    monkeypatch.setattr(gpu_kernels, "SOURCE", other)
+    assert gpu_kernels.main(["--check"]) == 1

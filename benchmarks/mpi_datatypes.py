@@ -1,7 +1,7 @@
 """MPI datatypes: the library's own pack, unpack and messages against the interposer's, cell by cell.
 
     undertow bench mpi_datatypes [--quick] [--rounds N] [--filter TEXT]     every MPI at hand, minutes for each
-    python -m undertow.benchmarks.mpi_datatypes --ship FILE.policy.txt …    merge tables into the shipped ones
+    python -m undertow.benchmarks.mpi_datatypes --ship FILE.samples.gz …    make the shipped tables of these
 
 The timing loop is the C program of `undertow mpi measure` (csrc/tools/measure.c): library, library again (A/A), our
 kernels on either side, and mode auto, in turn within one pair of processes, every byte compared first. The harness of
@@ -15,6 +15,7 @@ targets, and the choices of a table fitted here on cells it has not seen. The ex
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import re
@@ -28,7 +29,7 @@ from pathlib import Path
 from undertow.benchmarks.case import Benchmark
 from undertow.benchmarks.facts import facts, slug
 from undertow.mpi_interpose import build, launch, measure, policy
-from undertow.mpi_interpose.samples import Cell
+from undertow.mpi_interpose.samples import Cell, parse, text
 from undertow.mpi_interpose.toolchain import Mpi
 
 ROUNDS, QUICK_ROUNDS = 31, 9
@@ -122,9 +123,9 @@ def _run_one(mpi: Mpi, quick: bool, rounds: int | None, only: str, output: Path)
     name = str(base)
     Path(f"{name}.md").write_text(markdown(cells, about, verdicts, mpi))
     Path(f"{name}.json").write_text(json.dumps({"format": 2, "facts": about, "cells": as_data(cells)}) + "\n")
-    table = policy.rows(cells, policy.SHIPPED)
-    Path(f"{name}.policy.txt").write_text(policy.text(table, [mpi.version, about["hardware"]]))
-    sys.stdout.write(f"written: {name}.json, .md, .policy.txt\n")
+    with gzip.open(f"{name}.samples.gz", "wt") as file:
+        file.write(f"{mpi.version}\n{about['hardware']}\n{text(cells)}")
+    sys.stdout.write(f"written: {name}.json, .md, .samples.gz\n")
     return int(bool(losers(cells)))
 
 
@@ -161,8 +162,8 @@ def judge(cells: Sequence[Cell], mpi: Mpi) -> list[str]:
             )
     tables = {"the shipped table": build.builtin_model(mpi.flavour), "a table fitted here": policy.text(
         policy.rows(cells), [])}  # fmt: skip
-    for title, text in tables.items():
-        table = policy.Policy(text)
+    for title, lines_ in tables.items():
+        table = policy.Policy(lines_)
         for held in (True, False):
             for use in ("pack", "unpack", "message"):
                 some = [cell for cell in cells if cell.held == held and cell.use == use]
@@ -229,20 +230,19 @@ def _gain(cell: Cell, arm: str) -> str:
 
 
 def ship(files: Sequence[Path]) -> None:
-    """Write csrc/policy/FLAVOUR.txt from tables of that flavour's MPIs: of each point the least gain."""
+    """Write csrc/policy/FLAVOUR.txt from the samples of that flavour's MPIs: of each point the least gain."""
     tables: dict[str, list[tuple[str, list[policy.Row]]]] = {}
     for file in files:
-        text = file.read_text()
-        flavour = "openmpi" if "Open MPI" in text.splitlines()[0] else "mpich"
-        rows = [policy.read_row(line) for line in text.splitlines() if line and not line.startswith("#")]
-        tables.setdefault(flavour, []).append((" ".join(text.splitlines()[0].split()[1:5]).rstrip(","), rows))
+        with gzip.open(file, "rt") as opened:
+            version, hardware, *lines = opened.read().splitlines()
+        flavour = "openmpi" if "Open MPI" in version else "mpich"
+        found = re.search(r"\d+\.\d+\.\d+", version)
+        about = f"{flavour} {found[0] if found else '?'} on {hardware}"
+        tables.setdefault(flavour, []).append((about, policy.rows(parse(lines), policy.SHIPPED)))
     for flavour, found in tables.items():
         merged = policy.least_gains([rows for _, rows in found])
-        note = [
-            "Shipped with every build: gains that are not clearly above 1.15 are written as 1.",
-            *(n for n, _ in found),
-        ]
-        (build.POLICY / f"{flavour}.txt").write_text(policy.text(merged, note))
+        note = ["Shipped with every build: gains that are not clearly above 1.15 are written as 1."]
+        (build.POLICY / f"{flavour}.txt").write_text(policy.text(merged, [*note, *(name for name, _ in found)]))
         taken = sum(row.ratio >= policy.GAIN for row in merged)
         sys.stdout.write(f"{flavour}: {len(merged)} rows, {taken} of them taken, from {len(found)} tables\n")
 

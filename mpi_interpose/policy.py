@@ -106,13 +106,6 @@ def text(rows_: Iterable[Row], facts: Sequence[str]) -> str:
     return "\n".join([*head, *(row.text() for row in sorted(rows_, key=_order))]) + "\n"
 
 
-def read_row(line: str) -> Row:
-    """The row that `Row.text` wrote."""
-    use, cls, *numbers = line.split()
-    block, step, size = map(int, numbers[:3])
-    return Row(use, cls, block, step, size, *map(float, numbers[3:]))
-
-
 def _order(row: Row) -> tuple:
     return USES.index(row.use), row.cls, row.block, row.step, row.size
 

@@ -90,6 +90,16 @@ class Cell:
         return slower and self.median_ns(arm) - self.library_ns() > SLACK_NS
 
 
+def text(cells: Iterable[Cell]) -> str:
+    """The output that `parse` reads."""
+    lines = []
+    for c in cells:
+        numbers = (c.block, c.step, c.size, int(c.held), c.wrong, c.inner)
+        lines.append(" ".join(map(str, ("cell", c.use, c.cls, c.name, *numbers))))
+        lines += [" ".join(["arm", arm, *(f"{ns:.1f}" for ns in samples)]) for arm, samples in c.arms.items()]
+    return "\n".join([*lines, "complete", ""])
+
+
 def parse(lines: Iterable[str]) -> list[Cell]:
     """The cells of the program's output; InterposeError when the program did not end properly."""
     cells: list[Cell] = []

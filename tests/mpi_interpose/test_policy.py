@@ -13,7 +13,7 @@ import pytest
 from undertow.dist.machine import Machine
 from undertow.mpi_interpose import measure, policy
 from undertow.mpi_interpose.errors import InterposeError
-from undertow.mpi_interpose.samples import Cell, interval, parse, rank
+from undertow.mpi_interpose.samples import Cell, interval, parse, rank, text
 
 OUTPUT = """noise of a launcher
 cell pack strided vector 16 32 65536 0 0 3
@@ -46,6 +46,7 @@ def test_the_output_reads_back() -> None:
     (got,) = parse(OUTPUT.splitlines())
     assert (got.block, got.step, got.size, got.held, got.inner) == (16, 32, 65536, False, 3)
     assert got.median_ns("forced") == 5 and got.ratio("forced").low == 2
+    assert parse(text([got]).splitlines()) == [got]
     with pytest.raises(InterposeError, match="complete"):
         parse(OUTPUT.splitlines()[:-1])
 

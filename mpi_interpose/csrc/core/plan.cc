@@ -94,10 +94,7 @@ Form together(const Plan& plan) {
   Form form = plan.one;
   const int64_t extent = std::abs(plan.extent);
   if (form.cls == Class::Contiguous && plan.extent != plan.size) form = {Class::Strided, plan.size, extent};
-  if (form.cls == Class::Strided && plan.one.cls == Class::Strided && extent < form.step) {
-    form.cls = Class::Crossed;
-    form.step = std::max(extent, form.block);
-  }
+  if (plan.one.cls == Class::Strided && extent < form.step) form.cls = Class::Crossed;
   return form;
 }
 
@@ -124,6 +121,8 @@ Plan make_plan(const Ref& ir, int64_t lb, int64_t extent) {
   Emitter{plan.ops, {}}.emit(*root, soff, 0);
   const int64_t pieces = std::max<int64_t>(1, plan.ir->pieces);
   plan.one = {classify(plan), plan.size / pieces, (plan.ir->hi - plan.ir->lo) / pieces};
+  if (plan.ops.size() == 1 && plan.ops[0].offs.empty() && !plan.ops[0].dims.empty())
+    plan.one.step = std::abs(plan.ops[0].dims.back().ss);
   plan.many = together(plan);
   return plan;
 }

@@ -27,7 +27,8 @@ struct Op {
 enum class Class : uint8_t { Contiguous, Strided, Crossed, Table, Mixed, Records };
 const char* class_name(Class c);
 
-// What the table sees of a plan: its class, the typical contiguous bytes, and their typical distance.
+// What the table sees of a plan: its class, the typical contiguous bytes, and their distance (the innermost loop's step,
+// or touched bytes per piece).
 struct Form {
   Class cls = Class::Contiguous;
   int64_t block = 0, step = 0;

@@ -72,6 +72,7 @@ class Policy {
   struct Row {
     double block, step, bytes;  // in octaves
     int align;                  // log2 of the largest power of two up to 16 that divides the block
+    int alias;                  // of a step: octaves of the largest power of two in it beyond 64 (cache sets collide)
     double without = 0, with = 0, share = 1;
   };
   std::array<std::vector<Row>, kPolicyUses * kClasses> rows_;
@@ -79,11 +80,13 @@ class Policy {
   static Row place(double block, double step, double bytes) {
     const auto octave = [](double v) { return std::log2(std::max(1.0, v)); };
     const int64_t b = std::max<int64_t>(1, static_cast<int64_t>(block));
-    return {octave(block), octave(step), octave(bytes), std::min(4, __builtin_ctzll(static_cast<uint64_t>(b)))};
+    const int64_t s = std::max<int64_t>(1, static_cast<int64_t>(step));
+    const auto power = [](int64_t v) { return __builtin_ctzll(static_cast<uint64_t>(v)); };
+    return {octave(block), octave(step), octave(bytes), std::min(4, power(b)), std::max(0, std::min(6, power(s) - 6))};
   }
   static double distance(const Row& a, const Row& b) {
     return std::abs(a.block - b.block) + 0.5 * std::abs(a.step - b.step) + 0.5 * std::abs(a.bytes - b.bytes) +
-           0.4 * std::abs(a.align - b.align);
+           0.4 * std::abs(a.align - b.align) + 0.15 * std::abs(a.alias - b.alias);
   }
   static int index(const char* word, const char* const* names, int n) {
     for (int i = 0; i < n; ++i)

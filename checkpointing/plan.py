@@ -1,7 +1,8 @@
 """Which bytes of which tensor this rank writes where: DCP's planners decide who writes what, `layout` decides where.
 
 A plan depends only on names, shapes and placements, so it is made once and reused until one of them changes. Replicated
-tensors are written by one rank each, balanced by size. Ranks exchange their local plans through the `Coordinator`.
+tensors are written by one rank each, balanced by size. A tensor that has several names (tied weights) is written once,
+and every name is given that place. Ranks exchange their local plans through the `Coordinator`.
 """
 
 from __future__ import annotations
@@ -81,6 +82,27 @@ class SavePlan:
 
 def signature(leaves: Sequence[Leaf]) -> tuple:
     """What a plan depends on; equal signatures share a plan."""
+    return (tuple(sorted(aliases(leaves).items())), *_shapes(leaves))
+
+
+def aliases(leaves: Sequence[Leaf]) -> dict[str, str]:
+    """Further names of a tensor → the first name it has. Only of parameters and optimizer state: whether they share
+    memory changes no more often than the plan does, while users' objects may share today and not at the next save."""
+    first: dict[tuple, str] = {}
+    found = {}
+    for leaf in leaves:
+        if leaf.lazy is None or not isinstance(leaf.value, torch.Tensor):
+            continue
+        local = local_tensor(leaf.value)
+        layout = str(getattr(leaf.value, "placements", ""))
+        place = (local.data_ptr(), local.dtype, local.shape, local.stride(), leaf.value.shape, layout)
+        known = first.setdefault(place, leaf.key) if local.numel() else leaf.key
+        if known != leaf.key:
+            found[leaf.key] = known
+    return found
+
+
+def _shapes(leaves: Sequence[Leaf]) -> tuple:
     return tuple(
         (leaf.path, tuple(leaf.value.shape), leaf.value.dtype, leaf.value.device.type, leaf.lazy, is_lazy(leaf))
         if isinstance(leaf.value, torch.Tensor)
@@ -108,12 +130,15 @@ def make_plan(
                 f"two values of the state have the name '{leaf.key}'", remedy="rename one of the checkpointed objects"
             )
         flat[leaf.key] = leaf.value
-    local = create_default_local_save_plan(flat, coordinator.rank == 0)
+    tied = _agreed_aliases(aliases(leaves), coordinator, name, timeout_s)
+    once = {key: value for key, value in flat.items() if key not in tied}
+    local = create_default_local_save_plan(once, coordinator.rank == 0)
     local = dataclasses.replace(local, planner_data={leaf.key: leaf.path for leaf in leaves})
     coordinator.say(f"{name}/local", local)
     metadata = None
     if coordinator.rank == 0:
         plans, metadata = _agree(coordinator.hear_all(f"{name}/local", timeout_s=timeout_s))
+        metadata.state_dict_metadata.update({key: metadata.state_dict_metadata[one] for key, one in tied.items()})
         coordinator.say(f"{name}/global", plans)
     else:
         plans = coordinator.hear(f"{name}/global", 0, deadline_s=time.monotonic() + timeout_s)
@@ -124,18 +149,28 @@ def make_plan(
     if metadata is None:
         return plan
     words = coordinator.hear_all(f"{name}/placed", timeout_s=timeout_s)
-    tensors = _tensor_records(metadata, words)
+    tensors = _tensor_records(metadata, words, tied)
     return dataclasses.replace(plan, tensors=tensors, rendered=render(tensors, metadata.planner_data))
 
 
-def _tensor_records(metadata: Metadata, words: list[list[tuple]]) -> dict[str, TensorRecord]:
-    """The manifest's tensors, from where every rank has placed its part."""
+def _agreed_aliases(mine: dict[str, str], coordinator: Coordinator, name: str, timeout_s: float) -> dict[str, str]:
+    """Those names that every rank finds to be a tensor's second: one that ties nothing keeps all apart."""
+    coordinator.say(f"{name}/tied", mine)
+    if coordinator.rank == 0:
+        words = coordinator.hear_all(f"{name}/tied", timeout_s=timeout_s)
+        common = {key: one for key, one in mine.items() if all(word.get(key) == one for word in words)}
+        coordinator.say(f"{name}/tied/all", common)
+    return coordinator.hear(f"{name}/tied/all", 0, deadline_s=time.monotonic() + timeout_s)
+
+
+def _tensor_records(metadata: Metadata, words: list[list[tuple]], tied: dict[str, str]) -> dict[str, TensorRecord]:
+    """The manifest's tensors, from where every rank has placed its part; `tied` names share their first one's place."""
     where = {index: place for word in words for index, *place in word}
     records = {}
     for key, stored in metadata.state_dict_metadata.items():
         if isinstance(stored, TensorStorageMetadata):
             shards = tuple(
-                ShardRecord(tuple(c.offsets), tuple(c.sizes), *where[MetadataIndex(key, c.offsets)])
+                ShardRecord(tuple(c.offsets), tuple(c.sizes), *where[MetadataIndex(tied.get(key, key), c.offsets)])
                 for c in stored.chunks
             )
             dtype = str(stored.properties.dtype).removeprefix("torch.")

@@ -128,3 +128,40 @@ def test_wrappers_do_not_show_in_names(tmp_path, wrapper):
     with Checkpointer(tmp_path, model=other.model, optimizer=other.optimizer) as ckpt:
         ckpt.restore()
     assert same(other.state(), job.state())
+
+
+class Tied(nn.Module):
+    def __init__(self, seed: int, *, tie: bool) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embedding, self.head = nn.Embedding(400, 300), nn.Linear(300, 400, bias=False)
+        if tie:
+            self.head.weight = self.embedding.weight
+
+
+def test_tied_weights_are_stored_once_and_every_name_reads_them(tmp_path):
+    """Also by stock DCP, and into a model that does not tie them; names that part later are stored apart again."""
+    tied, apart = Tied(0, tie=True), Tied(1, tie=False)
+    weight = tied.embedding.weight.detach().clone()
+    with Checkpointer(tmp_path, model=tied, rng=False) as ckpt:
+        ckpt.save(0)
+        assert ckpt.wait()[-1].ok, ckpt.reports
+        path = ckpt.folder.final(0)
+        manifest = read_manifest(path)
+        one, two = (manifest.tensors[f"model.{name}.weight"].shards[0] for name in ("embedding", "head"))
+        assert one == two
+        assert (path / one.file).stat().st_size < 1.1 * weight.nbytes
+        tied.head.weight = nn.Parameter(weight + 1)
+        ckpt.save(1)
+        assert ckpt.wait()[-1].ok, ckpt.reports
+    found = {f"model.{name}.weight": torch.empty_like(weight) for name in ("head", "embedding")}
+    dcp.load(found, checkpoint_id=path)
+    assert all(torch.equal(value, weight) for value in found.values())
+    dcp_to_torch_save(path, tmp_path / "whole.pt")
+    whole = torch.load(tmp_path / "whole.pt", weights_only=True)["model"]
+    assert torch.equal(whole["head.weight"], weight) and torch.equal(whole["embedding.weight"], weight)
+    with Checkpointer(tmp_path, model=apart, rng=False) as ckpt:
+        assert ckpt.restore() == 1
+        assert torch.equal(apart.head.weight, weight + 1) and torch.equal(apart.embedding.weight, weight)
+        assert ckpt.restore(step=0) == 0
+        assert torch.equal(apart.head.weight, weight) and torch.equal(apart.embedding.weight, weight)

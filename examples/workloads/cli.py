@@ -21,9 +21,10 @@ from ...dist.progress import Progress
 from . import report
 from .contract import PRESETS, Place, Workload
 from .faults import killed_and_whole
-from .journal import Journal
+from .journal import JOURNAL, Journal
 from .judge import Verdict, judge
 from .loop import Outcome, run
+from .plots import plot
 from .registry import MODULES, all_workloads, get
 from .switches import Switches
 
@@ -81,11 +82,11 @@ def train(
         folder_for(out, here, {"workload": name, "variant": variant, "preset": preset, **asdict(config)}, resume)
         place = Place(here, out, out / "shared", switches, where)
         bar = Progress(config.steps, f"{name}: {variant}", enabled=here.rank == 0)
-        with bar, Journal(out / "metrics.jsonl" if here.rank == 0 else None) as note:
+        with bar, Journal(out / JOURNAL if here.rank == 0 else None) as note:
             outcome = run(workload, variant, preset, config, place, resume=resume, tell=bar.update, note=note)
         if here.rank == 0:
             outcome.dump(place)
-            report.plot(out, [(workload, [outcome])])
+            plot(out, [(workload, [outcome])])
             head, rows = report.variant_rows(workload, [outcome])
             report.show(head, rows, workload.title)
             for system, counts in outcome.evidence.items():
@@ -118,6 +119,24 @@ def compare(
 ) -> None:
     """Run every variant of every workload over seeds; print the table of claims, what failed shown as failed."""
     comparison(names or list(MODULES), preset, seeds, out or Path("runs/workloads") / preset, device, checkpoint)
+
+
+@app.command()
+def table(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of comparisons at one preset.")],
+    out: Annotated[Path, typer.Option(help="Folder for table.md, result.json and the plots.")],
+) -> None:
+    """One table of comparisons that were run one by one."""
+    presets, runs = zip(*(report.read(folder) for folder in folders))
+    if len(set(presets)) > 1:
+        raise UserError(f"comparisons at presets {', '.join(presets)}", expected="one preset")
+    outcomes = [outcome for part in runs for outcome in part]
+    known = [workload for workload in all_workloads() if any(o.workload == workload.name for o in outcomes)]
+    done = [(workload, [o for o in outcomes if o.workload == workload.name]) for workload in known]
+    verdicts = [verdict for workload, own in done for verdict in judge(workload, presets[0], own)]
+    folder_for(out, launch.detect(), {"tables": [str(folder) for folder in folders]}, False)
+    report.write(out, presets[0], done, verdicts)
+    report.show(report.CLAIM_HEAD, report.claim_rows(verdicts), f"claims at preset {presets[0]}")
 
 
 @app.command()
@@ -183,11 +202,11 @@ def everything(
     configs = [workload.config(preset, variant, seed=seed) for seed, variant in runs]
     with Progress(sum(c.steps for c in configs), workload.name, enabled=here.rank == 0, unit="update") as bar:
         for config, (seed, variant) in zip(configs, runs):
-            home = out / workload.name / f"seed-{seed}"
-            folder = home / "".join(c if c.isalnum() else "-" for c in variant)
+            home = report.home(out, workload.name, seed)
+            folder = home / report.variant_name(variant)
             place = Place(here, folder, home / "shared", switches, where)
             bar.update(0, variant=variant, seed=seed)
-            with Journal(folder / "metrics.jsonl" if here.rank == 0 else None) as note:
+            with Journal(folder / JOURNAL if here.rank == 0 else None) as note:
                 outcome = run(workload, variant, preset, config, place, tell=bar.update, note=note)
             if here.rank == 0:
                 outcome.dump(place)

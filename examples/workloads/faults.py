@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...dist.errors import UndertowError
-from .journal import trajectory
+from .journal import JOURNAL, trajectory
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def start(name: str, out: Path, options: Sequence[str], log: Path) -> subprocess
 
 def kill_at(process: subprocess.Popen, out: Path, step: int, log: Path, timeout_s: float) -> int:
     """SIGKILL `process` once update `step` is in its journal; the newest update there."""
-    deadline_s, journal = time.monotonic() + timeout_s, out / "metrics.jsonl"
+    deadline_s, journal = time.monotonic() + timeout_s, out / JOURNAL
     while (newest := max(trajectory(journal), default=-1)) < step:
         if process.poll() is not None:
             raise UndertowError(f"the run ended with code {process.returncode} before update {step}; see {log}")
@@ -78,12 +78,12 @@ def killed_and_whole(
     process = start(name, broken, options, log)
     for step in sorted(at):
         died_at = kill_at(process, broken, step, log, timeout_s)
-        lines = len((broken / "metrics.jsonl").read_text().splitlines())
+        lines = len((broken / JOURNAL).read_text().splitlines())
         process = start(name, broken, [*options, "--resume"], log)
         faults.append(Fault(died_at, _first_after(process, broken, lines, log, timeout_s)))
     finish(process, log, timeout_s)
     mine, peace = (json.loads((folder / "result.json").read_text()) for folder in (broken, whole))
-    paths = [trajectory(folder / "metrics.jsonl") for folder in (broken, whole)]
+    paths = [trajectory(folder / JOURNAL) for folder in (broken, whole)]
     same = {"losses": paths[0] == paths[1]} | {part: mine[part] == peace[part] for part in ("weights", "metrics")}
     repeated = sum(fault.killed + 1 - fault.resumed for fault in faults)
     return Comparison(tuple(faults), peace["updates"], repeated, same)
@@ -93,7 +93,7 @@ def _first_after(process: subprocess.Popen, out: Path, lines: int, log: Path, ti
     """The first update that a resumed process writes below `lines` lines."""
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
-        for line in (out / "metrics.jsonl").read_text().splitlines()[lines:]:
+        for line in (out / JOURNAL).read_text().splitlines()[lines:]:
             if line.endswith("}"):
                 return json.loads(line)["step"]
         if process.poll():

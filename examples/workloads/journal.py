@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line for each update, written as it happens, so that a killed process leaves its trajectory.
+"""A run's journal: a line for each update, written as it happens, so that a killed process leaves its trajectory.
 
 A run that is resumed, or rolls back, repeats updates: the last line of a step is the one that counts.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import TracebackType
+
+JOURNAL = "metrics.jsonl"
 
 
 class Journal:

@@ -15,12 +15,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ...dist.log import get_logger
+from ...dist.errors import UserError
 from .contract import Workload
+from .journal import JOURNAL, trajectory
 from .judge import Verdict
 from .loop import Outcome
-
-log = get_logger(__name__)
+from .plots import plot
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -112,37 +112,25 @@ def write(
     plot(out, done)
 
 
-def plot(out: Path, done: Sequence[tuple[Workload, Sequence[Outcome]]]) -> None:
-    """losses.png: every variant of every workload, one panel each; says so when matplotlib is not installed."""
+def read(folder: Path) -> tuple[str, list[Outcome]]:
+    """The preset and the runs of a comparison that `write` left in `folder`, with their losses."""
     try:
-        import matplotlib
-    except ImportError:
-        log.info("no losses.png: pip install 'undertow[plots]' brings matplotlib")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    shown = [(workload, outcomes) for workload, outcomes in done if any(outcome.losses for outcome in outcomes)]
-    if not shown:
-        return
-    columns = min(2, len(shown))
-    height = -(-len(shown) // columns)
-    figure, axes = pyplot.subplots(height, columns, figsize=(6 * columns, 3.4 * height), squeeze=False)
-    for panel in axes.flat[len(shown) :]:
-        panel.set_visible(False)
-    for panel, (workload, outcomes) in zip(axes.flat, shown):
-        first = min(outcome.seed for outcome in outcomes)
-        for outcome in outcomes:
-            if outcome.seed == first and outcome.losses:
-                panel.plot(_smooth(outcome.losses), linewidth=1, label=outcome.variant)
-        panel.set(title=workload.name, xlabel="update", ylabel="training loss")
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(out / "losses.png", dpi=110)
-    pyplot.close(figure)
+        content = json.loads((folder / "result.json").read_text())
+        runs = [Outcome(**{**run, "losses": []}) for run in content["runs"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} holds no comparison ({error})", expected="a folder of `undertow workloads compare`")
+    for run in runs:
+        run.losses.extend(
+            trajectory(home(folder, run.workload, run.seed) / variant_name(run.variant) / JOURNAL).values()
+        )
+    return content["preset"], runs
 
 
-def _smooth(values: Sequence[float], width: int = 10) -> list[float]:
-    """The mean over each window of `width` updates."""
-    return [fmean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
+def home(out: Path, workload: str, seed: int) -> Path:
+    """Where a comparison keeps the runs of one seed."""
+    return out / workload / f"seed-{seed}"
+
+
+def variant_name(variant: str) -> str:
+    """A variant as a folder's name."""
+    return "".join(c if c.isalnum() else "-" for c in variant)

@@ -61,3 +61,9 @@ def test_a_comparison_writes_table_and_result(tmp_path, capsys):
     for claim in result["claims"]:
         assert claim["claim"]["text"] in table and claim["verdict"] in table
     assert "one path is no substitute" in capsys.readouterr().out
+    assert (out / "scores.png").stat().st_size > 10_000
+    assert main(["workloads", "table", str(out), "--out", str(tmp_path / "joined")]) == 0
+    joined = json.loads((tmp_path / "joined" / "result.json").read_text())
+    assert joined["claims"] == result["claims"] and joined["runs"] == result["runs"]
+    assert main(["workloads", "table", str(tmp_path), "--out", str(tmp_path / "none")]) == 2
+    assert "holds no comparison" in capsys.readouterr().err

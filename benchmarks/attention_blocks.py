@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from rich.table import Table
 
 from undertow.benchmarks.facts import facts
 from undertow.comms.actions import Compute
-from undertow.comms.builders.attention import Heads
+from undertow.comms.builders.attention_shape import Heads
 from undertow.comms.ops import table as op_table
 from undertow.comms.schedule import Schedule
 from undertow.parallel.blocks.select import ORDER, backend
@@ -49,6 +49,7 @@ class Cell:
     length: int
     mask: str
     ranks: int
+    wire: str
     schedule: str
     phase: str
     backend: str
@@ -208,7 +209,7 @@ def cells(problem: Problem, label: str, names: Sequence[str], whole: dict, opera
                 one = whole[key if arm == "best" else (arm, backward)]
                 found.append(
                     Cell(
-                        f"{problem.heads.q_heads}:{problem.heads.kv_heads}", problem.lq, label, problem.world, name,
+                        f"{problem.heads.q_heads}:{problem.heads.kv_heads}", problem.lq, label, problem.world, problem.heads.wire or problem.heads.partial, name,
                         "backward" if backward else "forward", arm, one, one / problem.world,
                         max(blocks[arm]), max(sums), shapes[arm],
                     )
@@ -218,12 +219,12 @@ def cells(problem: Problem, label: str, names: Sequence[str], whole: dict, opera
 
 def table(rows: Sequence[Cell]) -> Table:
     shown = Table(title="a rank's blocks against 1/P of the monolithic call (measured; nothing is sent)")
-    for name in ("heads", "tokens", "mask", "P", "schedule", "phase", "backend", "whole/P ms", "blocks ms", "over",
+    for name in ("heads", "tokens", "mask", "P", "wire", "schedule", "phase", "backend", "whole/P ms", "blocks ms", "over",
                  "sums/blocks"):  # fmt: skip
-        shown.add_column(name, justify="left" if name in ("mask", "schedule", "phase", "backend") else "right")
+        shown.add_column(name, justify="left" if name in ("mask", "wire", "schedule", "phase", "backend") else "right")
     for c in rows:
         numbers = f"{c.ideal_ms:.3f}", f"{c.blocks_ms:.3f}", f"{c.blocks_over:+.1%}", f"{c.sums_share:.1%}"
-        shown.add_row(c.heads, str(c.length), c.mask, str(c.ranks), c.schedule, c.phase, c.backend, *numbers)
+        shown.add_row(c.heads, str(c.length), c.mask, str(c.ranks), c.wire, c.schedule, c.phase, c.backend, *numbers)
     return shown
 
 
@@ -244,13 +245,14 @@ def main(argv: Sequence[str]) -> int:
                     layout = "zigzag" if causal else "contiguous"
                     problem = Problem(ranks, length, length, heads, Mask(causal=causal), layout)
                     whole = whole or whole_ms(problem, kernels, clock)
-                    operations = Operations(problem, kernels, clock)
                     label = "causal zigzag" if causal else "full"
-                    rows += cells(problem, label, options.schedules, whole, operations)
+                    for wire in options.wires:
+                        narrow = replace(problem, heads=replace(heads, wire="" if wire == heads.partial else wire))
+                        rows += cells(narrow, label, options.schedules, whole, Operations(narrow, kernels, clock))
                     print(f"{length} {q_heads}:{kv_heads} {label} P={ranks} done", flush=True)
                     if options.output:  # what is known already, should a later cell fail
                         Path(options.output).write_text(_json(rows))
-    Console(width=150).print(table([c for c in rows if c.backend == "best"]))
+    Console(width=170).print(table([c for c in rows if c.backend == "best"]))
     over = [c.blocks_over for c in rows if c.backend == "best"]
     print(f"blocks over 1/P of the whole: median {statistics.median(over):+.1%}, worst {max(over):+.1%} (bar: +5 %)")
     share = [c.sums_share for c in rows if c.backend == "best"]
@@ -277,6 +279,12 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--lengths", type=numbers, default=[65536, 131072], help="tokens of the whole sequence")
     parser.add_argument("--ranks", type=numbers, default=[2, 4, 8])
     parser.add_argument("--heads", type=pairs, default=[(32, 8), (32, 32)], help="query:key heads")
+    parser.add_argument(
+        "--wires",
+        type=lambda text: text.split(","),
+        default=["float32", "bfloat16"] if cuda else ["float32"],
+        help="dtypes of a block's results before they are summed",
+    )
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--schedules", type=lambda text: text.split(","), default=["ring_kv", "token_ring"])
     parser.add_argument("--repeats", type=int, default=10)

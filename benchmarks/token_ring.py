@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Measured, Trial
 from undertow.comms.actions import Compute
-from undertow.comms.builders.attention import Heads
+from undertow.comms.builders.attention_shape import Heads
 from undertow.comms.cost import rank_costs
 from undertow.comms.link import LinkModel
 from undertow.comms.network import Network

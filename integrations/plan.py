@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..checkpointing.frequency import Frequency
-from ..comms.builders.attention import Heads
+from ..comms.builders.attention_shape import Heads
 from ..comms.builders.gemm_reduce_scatter import gemm_reduce_scatter
 from ..comms.cost import ring_seconds
 from ..comms.network import fastest

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...comms import local
-from ...comms.builders.attention import Heads
+from ...comms.builders.attention_shape import Heads
 from ...comms.ops import Ops
 from ...dist.errors import UserError
 from ..masks import Mask
@@ -70,6 +70,7 @@ def token_ring_attention(
     schedule: str = "auto",
     backward_schedule: str = "auto",
     return_lse: bool = False,
+    wire_dtype: torch.dtype | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
@@ -82,7 +83,8 @@ def token_ring_attention(
     bounds of packed documents. A query that sees no key gets zeros. `schedule`, `backward_schedule`: one of
     `problem.SCHEDULES`; 'auto' times the first calls of each shape (see `gate`), 'predicted' trusts the model. With
     `return_lse` also the log-sum-exp [B, L, H], which has a gradient. Sums are formed in float32 (float64 for float64)
-    in a fixed order.
+    in a fixed order. `wire_dtype`: what partial results and gradients are sent in; None keeps that of the sums, the
+    dtype of a 16-bit q halves them (its kernels round to it anyway; see docs/token-ring.md).
     """
     refused = {"dropout": dropout or None, "softcap": softcap, "alibi_slopes": alibi_slopes}
     for name, value in refused.items():
@@ -95,7 +97,7 @@ def token_ring_attention(
     number = _prepare(
         tuple(q_BLHD.shape), tuple(k_BLGD.shape), tuple(v_BLGE.shape), q_BLHD.dtype, q_BLHD.device, group,
         causal, window, prefix, _frozen(cu_seqlens), _frozen(cu_seqlens_k), layout, lengths, scale,
-        schedule, backward_schedule, return_lse,
+        schedule, backward_schedule, return_lse, wire_dtype,
     )  # fmt: skip
     out, lse = torch.ops.undertow.token_ring_attention(q_BLHD, k_BLGD, v_BLGE, number)
     return (out, lse) if return_lse else out
@@ -111,6 +113,7 @@ def _prepare(
     q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], dtype: torch.dtype, device: torch.device, group: Any,
     causal: bool, window: int | None, prefix: int, cu_q: tuple[int, ...] | None, cu_k: tuple[int, ...] | None,
     layout: str, lengths: tuple[int, int] | None, scale: float | None, schedule: str, backward: str, return_lse: bool,
+    wire: torch.dtype | None,
 ) -> int:  # fmt: skip
     """The number of the call, after everything about it has been checked."""
     if len(q) != 4 or len(k) != 4 or len(v) != 4 or k[:3] != v[:3] or (q[0], q[3]) != (k[0], k[3]):
@@ -121,14 +124,17 @@ def _prepare(
     if lengths is None:  # before the look-up: one rank's shard can be alike in two different calls
         lengths = (cu_q[-1], (cu_k or cu_q)[-1]) if cu_q is not None else _lengths(q[1], k[1], where)
     key = (q, k, v, dtype, device, id(where.executor), causal, window, prefix, cu_q, cu_k, layout, lengths, scale,
-           schedule, backward, return_lse)  # fmt: skip
+           schedule, backward, return_lse, wire)  # fmt: skip
     if key in _numbers:
         return _numbers[key]
     if cu_q is not None and q[0] != 1:
         raise UserError(f"cu_seqlens with a batch of {q[0]}", expected="packed documents in a batch of 1")
     name = str(dtype).removeprefix("torch.")
     partial = "float64" if dtype == torch.float64 else "float32"
-    heads = Heads(q[0], q[2], k[2], q[3], v[3], name, partial)
+    if wire not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise UserError(f"wire_dtype {wire}", expected="None, or a float type of 16 bits or more")
+    sent = "" if wire is None or str(wire) == f"torch.{partial}" else str(wire).removeprefix("torch.")
+    heads = Heads(q[0], q[2], k[2], q[3], v[3], name, partial, sent)
     problem = Problem(where.world, *lengths, heads, Mask(causal, window, prefix, cu_q, cu_k), layout)
     for what, rows, spans in (("queries", q[1], problem.q_spans), ("keys", k[1], problem.k_spans)):
         if rows != rows_of(spans[where.rank]):

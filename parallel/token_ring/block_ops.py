@@ -59,13 +59,18 @@ def ops(
         return problem.tiles(q, k, inner, (q0, q1), (k0, k1))
 
     def attend(reads: Tensors, writes: Tensors, **block: int) -> None:
+        todo = tiles(**block) if len(reads) == 3 else ()
+        if len(todo) > 1 and writes[0].element_size() < writes[1].element_size():  # a sum needs the wider type
+            wide = writes[0].to(writes[1].dtype)
+            attend(reads, (wide, writes[1]), **block)
+            writes[0].copy_(wide)
+            return
         out, lse = _heads_first(writes[0]), _lse_heads_first(writes[1])
         if len(reads) < 3:
             out.zero_()
             lse.fill_(float("-inf"))
             return
         q, k, v = map(_heads_first, reads)
-        todo = tiles(**block)
         if len(todo) != 1 or (todo[0].q0, todo[0].q1) != (0, q.shape[2]):
             out.zero_()
             lse.fill_(float("-inf"))
@@ -89,11 +94,17 @@ def ops(
             for write in writes:
                 write.zero_()
             return
+        todo = tiles(**block)
+        if len(todo) > 1 and writes[0].element_size() < reads[4].element_size():
+            wider = [write.to(reads[4].dtype) for write in writes]
+            attend_backward(reads, wider, **block)
+            for write, wide in zip(writes, wider):
+                write.copy_(wide)
+            return
         q, k, v, dout = map(_heads_first, reads[:4])
         lse, delta = map(_lse_heads_first, reads[4:])
         out, wide_v, wide_dout = _standing_in(dout, delta, v, lse_gradient)
         grads = [_heads_first(write) for write in writes]
-        todo = tiles(**block)
         only = len(todo) == 1 and (todo[0].q1 - todo[0].q0, todo[0].k1 - todo[0].k0) == (q.shape[2], k.shape[2])
         for grad in [] if only else grads:
             grad.zero_()
@@ -139,7 +150,7 @@ def _merge_lse(reads: Tensors, writes: Tensors) -> None:
     A merge knows nothing of rows and heads, so on CUDA the whole is one column of rows for one kernel, in place.
     """
     if not writes[0].is_cuda:
-        out, lse = merge(*reads)
+        out, lse = merge(reads[0].to(writes[0].dtype), *reads[1:])
         writes[0].copy_(out)
         writes[1].copy_(lse)
         return
@@ -155,7 +166,10 @@ def _add(reads: Tensors, writes: Tensors) -> None:
     """Sums of as many groups as there are writes; may write over the first group."""
     width = len(writes)
     for at, write in enumerate(writes):
-        torch.add(reads[at], reads[width + at], out=write)
+        if reads[at].dtype == write.dtype:
+            torch.add(reads[at], reads[width + at], out=write)
+        else:  # two parts in the type of the wire, to be summed in a wider one
+            write.copy_(reads[at]).add_(reads[width + at])
 
 
 def _split_heads(reads: Tensors, writes: Tensors) -> None:

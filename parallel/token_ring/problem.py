@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from ...comms.builders.attention import Heads, Need, Shape, attention
+from ...comms.builders.attention import attention
+from ...comms.builders.attention_shape import Heads, Need, Shape
 from ...comms.builders.routes import Route, direct, ring, two_level
 from ...comms.cost import rank_costs
 from ...comms.schedule import Schedule

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from undertow.comms import local
-from undertow.comms.builders.attention import Heads
+from undertow.comms.builders.attention_shape import Heads
 from undertow.comms.check import check
 from undertow.comms.cost import rank_costs
 from undertow.comms.link import LinkModel
@@ -295,6 +295,39 @@ def test_the_clock_decides_alike_on_all_ranks(ranks):
     assert chosen == other and chosen not in ("ring_kv", "all_gather_kv"), speed
     assert speed[chosen] == max(speed.values()) >= 1.03 and speed["ring_kv"] == 1
     assert chosen in texts[0] and "measured" in texts[0] and "predicted" in texts[0]
+
+
+def _wired(rank, world):
+    """bfloat16 inputs over a bfloat16 wire: (error, error without) of out and gradients, every kind of movement."""
+    torch.manual_seed(0)
+    whole = [torch.randn(1, 64, h, 16).bfloat16() for h in (4, 2, 2, 4)]
+    exact = [x.double().transpose(1, 2).requires_grad_() for x in whole]
+    wanted = torch.nn.functional.scaled_dot_product_attention(*exact[:3], is_causal=True, enable_gqa=True)
+    wanted = [wanted, *torch.autograd.grad(wanted, exact[:3], exact[3].detach())]
+    found = {}
+    for name in ("ring_kv", "token_ring", "ulysses"):
+        for wire in (None, torch.bfloat16):
+            q, k, v = (shard_sequence(x).requires_grad_() for x in whole[:3])
+            options: Any = dict(schedule=name, backward_schedule=name, wire_dtype=wire, lengths=(64, 64))
+            out = token_ring_attention(q, k, v, causal=True, **options)
+            got = [out, *torch.autograd.grad(out, (q, k, v), shard_sequence(whole[3]))]
+            error = [
+                float((x.double() - shard_sequence(y.detach().transpose(1, 2))).abs().mean())
+                for x, y in zip(got, wanted)
+            ]
+            found[name, wire] = error
+    return found
+
+
+def test_a_16_bit_wire_halves_what_comes_home_and_keeps_sums_wide(ranks):
+    for found in ranks(2, _wired):
+        for name in ("ring_kv", "token_ring", "ulysses"):
+            for narrow, wide in zip(found[name, torch.bfloat16], found[name, None]):
+                assert narrow < 1.25 * wide + 1e-9, (name, found)  # one more rounding of parts that were rounded
+    heads = Heads(1, 8, 8, 16, 16, "bfloat16", "float32", "bfloat16")
+    for backward, wanted in ((False, 2 + 2 / 16), (True, 3 + 4 / 16)):  # q and out; q, dout, dq; lse, delta float32
+        costs = rank_costs(Problem(2, 64, 64, heads).schedule("token_ring", backward=backward))
+        assert costs[0].sent_bytes == wanted * 32 * 8 * 16 * 2
 
 
 @pytest.mark.parametrize("name", ["ring_kv", "all_gather_kv", "token_ring"])

@@ -1,0 +1,236 @@
+"""One team's part of an attention schedule: messages of what travels, blocks, and results on their way home.
+
+Every buffer that is used again is guarded: its next value waits for the last reader of the former one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..actions import Slice
+from ..terms import Content, join, origin
+from .attention_cargo import Cargo
+from .attention_goals import result_contents
+from .attention_heads import gathered, take
+from .attention_shape import INPUTS, OF_QUERIES, RESULTS, Need, Shape, block_params
+from .draft import Draft
+from .routes import Route
+from .running import Running
+
+
+class Team:
+    """The ranks that hold share `column` of the heads: one of each team."""
+
+    def __init__(
+        self,
+        draft: Draft,
+        shape: Shape,
+        column: int,
+        routes: Sequence[Route],
+        moves: str,
+        backward: bool,
+        bookends: bool,
+    ) -> None:
+        self.draft, self.shape, self.column, self.routes = draft, shape, column, routes
+        self.moves, self.backward, self.bookends = moves, backward, bookends
+        self.size = draft.world // shape.inner
+        self.suffix = ".h" if shape.inner > 1 else ""
+        self.cargo = Cargo(shape, routes, moves, self.size, backward=backward)
+        self.returned = {"kv": ("dk",), "q": ("out", "dq")}[moves]
+        self.places: dict[tuple[int, str], dict[int, Slice]] = {}
+        self.content: dict[tuple[int, str], Content] = {}
+        self.results: dict[tuple[int, str], Content] = {}
+        self.running: dict[tuple[int, str], Running] = {}
+        self.held: dict[tuple[int, int, int], tuple[list[Slice], int, str]] = {}
+        self.guards: dict[tuple[int, str], list[Slice]] = {}
+        self.counts: dict[tuple[int, str], int] = {}
+
+    def rank(self, team: int) -> int:
+        return team * self.shape.inner + self.column
+
+    def build(self) -> None:
+        for (i, j), needs in self.shape.needs.items():
+            for need in needs:
+                if i == j or need.area:
+                    self.running[i, RESULTS[self.backward][0][0]].expect(need.q0, need.q1)
+                    if self.backward:
+                        self.running[j, "dk"].expect(need.k0, need.k1)
+        pairs = [(o, v) for o in range(self.size) for v in range(self.size) if o != v]
+        last = max((route.step(*pair) for route in self.routes for pair in pairs), default=0)
+        for step in range(last + 1):
+            for part, route in enumerate(self.routes):
+                for owner, visitor in pairs:
+                    if route.step(owner, visitor) == step:
+                        self._hop(owner, visitor, part)
+            for team in range(self.size):
+                self._computes(team, step)
+        for team in range(self.size):
+            for need in self.shape.needs[team, team][1:] if self.bookends else ():
+                self._block(team, team, team, need, -1)
+        self._goals()
+
+    def begin(self, team: int) -> None:
+        """Inputs with this share of the heads, and the results that will be made of them."""
+        shape, rank, inner = self.shape, self.rank(team), self.shape.inner
+        for name in INPUTS[self.backward]:
+            if inner == 1:
+                self.content[team, name] = origin(name, rank, 0, shape.rows(name, rank))
+            else:
+                found = gathered(self.draft, shape, rank, team, self.column, name)
+                self.content[team, name], self.places[team, name] = found
+        for group in RESULTS[self.backward]:
+            fields = [(name + self.suffix, *shape.field(name, inner)[1:]) for name in group]
+            role = "scratch" if self.suffix else "output"
+            op, kind = ("merge_lse", "merge") if group[0] == "out" else ("add", "reduce")
+            rows = shape.team_rows(group[0], team)
+            self.running[team, group[0]] = Running(self.draft, rank, fields, rows, op, kind, role)
+
+    def exchange(self, team: int, name: str, shift: int) -> None:
+        """Take this share of the heads from the member `shift` before this one."""
+        here = self.places[team, name][(self.column - shift) % self.shape.inner]
+        take(self.draft, self.shape, self.rank(team), name, shift, here)
+
+    def _slot(self, place: int, kind: str, buffers: int) -> tuple[str, str]:
+        """The next of `buffers` slots of this kind ('' for memory of one's own), and a name for what will be there."""
+        count = self.counts[place, kind] = self.counts.get((place, kind), -1) + 1
+        return (f"{kind}.{count % buffers}" if buffers else ""), f"{kind}.{count}"
+
+    def _free(self, place: int, slot: str, lane: str) -> None:
+        """Hold `lane` until the slot's earlier value is no longer needed."""
+        for guard in self.guards.pop((place, slot), ()):
+            self.draft.wait(self.rank(place), lane, guard)
+        self.guards[place, slot] = []
+
+    def _hop(self, owner: int, visitor: int, part: int) -> None:
+        """One message of what travels."""
+        carried = self.cargo.rows(owner, visitor, part)
+        if carried is None:
+            return
+        low, high = carried
+        route, lane = self.routes[part], f"{self.moves}_{part}"
+        parent = route.parent(owner, visitor)
+        source, base, source_slot = self._held(owner, parent, part)
+        slot, label = self._slot(visitor, lane, route.buffers)
+        if slot:
+            self._free(visitor, slot, f"{lane}_in")
+        values = [
+            self.draft.value(
+                self.rank(visitor),
+                f"{name}.{label}",
+                self.shape.field(name)[2],
+                high - low,
+                self.shape.field(name, self.shape.inner)[1],
+                slot=f"{name}.{slot}" if slot else "",
+            )
+            for name in self.cargo.payload
+        ]
+        parts = [Slice(s.value, s.start + low - base, s.start + high - base) for s in source]
+        done = None
+        if source_slot:
+            done = self.draft.token(self.rank(parent), f"sent.{owner}.{part}.to.{visitor}")
+            self.guards[parent, source_slot].append(done)
+        self.draft.send(self.rank(parent), f"{lane}_out", self.rank(visitor), f"{lane}.of.{owner}", *parts, done=done)
+        self.draft.recv(self.rank(visitor), f"{lane}_in", self.rank(parent), f"{lane}.of.{owner}", *values)
+        self.held[owner, visitor, part] = values, low, slot
+
+    def _held(self, owner: int, place: int, part: int) -> tuple[list[Slice], int, str]:
+        """What `place` has of `owner`, the row of `owner` at which it begins, and the slot that it is in."""
+        if place != owner:
+            return self.held[owner, place, part]
+        return [Slice(n + self.suffix, 0, self.shape.team_rows(n, owner)) for n in self.cargo.payload], 0, ""
+
+    def _computes(self, place: int, step: int) -> None:
+        if step == 0:
+            needs = self.shape.needs[place, place]
+            for need in needs[:1] if self.bookends else needs:
+                self._block(place, place, place, need, -1)
+            return
+        for part, route in enumerate(self.routes):
+            for owner in range(self.size):
+                if owner != place and route.step(owner, place) == step:
+                    for i, j, need in self.cargo.needs(place, owner, part):
+                        self._block(place, i, j, need, part)
+
+    def _block(self, place: int, i: int, j: int, need: Need, part: int) -> None:
+        """Compute one block at `place`, bring each result to where it is summed. `part` -1: nothing has travelled."""
+        owner = place if part < 0 else (j if self.moves == "kv" else i)
+        reads, slot = [], ""
+        for name in INPUTS[self.backward]:
+            low, high = (need.q0, need.q1) if name in OF_QUERIES else (need.k0, need.k1)
+            if part >= 0 and name in self.cargo.payload:
+                values, base, slot = self._held(owner, place, part)
+                value = values[self.cargo.payload.index(name)].value
+            else:
+                value, base = name + self.suffix, 0
+            if low < high:
+                reads.append(Slice(value, low - base, high - base))
+        writes, after = [], []
+        for group in RESULTS[self.backward]:
+            home, (low, high) = (i, (need.q0, need.q1)) if group[0] in OF_QUERIES else (j, (need.k0, need.k1))
+            if low == high:
+                continue
+            running = self.running[home, group[0]]
+            if home == place and running.sole:
+                writes += running.final(low, high)
+                continue
+            label = f"{'away' if home != place else 'part'}_{max(part, 0)}.{group[0]}"
+            stays = home == place and running.begins(low, high)
+            where, label = self._slot(place, f"own.{group[0]}" if stays else label, 0 if stays else 2)
+            if home != place:
+                self._free(place, where, "compute")
+            parts = [
+                self.draft.value(
+                    self.rank(place), f"{n}.{label}", dtype, high - low, row,
+                    slot=f"{n}.{where}" if where else "",
+                )
+                for n, (_, row, dtype) in zip(group, (self.shape.part(n, self.shape.inner) for n in group))
+            ]  # fmt: skip
+            writes += parts
+            after.append((group, home, parts, low, high, where, max(part, 0)))
+        if not writes:  # no rows here: a rank with padding only
+            return
+        h, area = self.shape.heads, need.area
+        width = 2 * (3 * h.head_dim + 2 * h.v_dim) if self.backward else 2 * (h.head_dim + h.v_dim)
+        op = "attend_backward" if self.backward else "attend"
+        engine = f"attention_{'backward' if self.backward else 'forward'}/{h.dtype}"
+        flops = area * h.batch * (h.q_heads // self.shape.inner) * width
+        self.draft.compute(
+            self.rank(place), op, reads, writes, flops=flops, engine=engine, params=block_params(i, j, need)
+        )
+        if slot:
+            self.guards[place, slot].append(writes[0])
+        for item in after:
+            self._deliver(place, *item)
+
+    def _deliver(
+        self, place: int, group: tuple[str, ...], home: int, parts: list[Slice],
+        low: int, high: int, slot: str, part: int,
+    ) -> None:  # fmt: skip
+        running = self.running[home, group[0]]
+        lane = "merge" if group[0] in self.returned else "compute"
+        if home == place:
+            running.add(parts, low, high, lane)
+            return
+        done = self.draft.token(self.rank(place), f"returned.{parts[0].value}")
+        self.guards[place, slot].append(done)
+        came, label = self._slot(home, f"came_{part}.{group[0]}", 2)
+        self._free(home, came, f"back_{part}_in")
+        values = [
+            self.draft.value(self.rank(home), f"{n}.{label}", dtype, high - low, row, slot=f"{n}.{came}")
+            for n, s, (_, row, dtype) in zip(group, parts, (self.shape.part(n, self.shape.inner) for n in group))
+        ]
+        tag = parts[0].value
+        self.draft.send(self.rank(place), f"back_{part}_out", self.rank(home), tag, *parts, done=done)
+        self.draft.recv(self.rank(home), f"back_{part}_in", self.rank(place), tag, *values)
+        self.guards[home, came].extend(running.add(values, low, high, lane))
+
+    def _goals(self) -> None:
+        pieces = result_contents(self.shape, self.content, self.running, self.size, backward=self.backward)
+        for group in RESULTS[self.backward]:
+            for team in range(self.size):
+                for name in group:
+                    mine = pieces.get((team, name), [])
+                    self.results[team, name] = join(content for _, content in mine)
+                    for rows, content in mine if not self.suffix else ():
+                        self.draft.goal(self.rank(team), rows, content)
+                self.running[team, group[0]].finish()

@@ -118,11 +118,11 @@ def read(folder: Path) -> tuple[str, list[Outcome]]:
         content = json.loads((folder / "result.json").read_text())
         runs = [Outcome(**{**run, "losses": []}) for run in content["runs"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} holds no comparison ({error})", expected="a folder of `undertow workloads compare`")
+        wanted = "a folder of `undertow workloads compare`"
+        raise UserError(f"{folder} holds no comparison ({error})", expected=wanted) from error
     for run in runs:
-        run.losses.extend(
-            trajectory(home(folder, run.workload, run.seed) / variant_name(run.variant) / JOURNAL).values()
-        )
+        path = home(folder, run.workload, run.seed) / variant_name(run.variant) / JOURNAL
+        run.losses.extend(trajectory(path).values())
     return content["preset"], runs
 
 

@@ -19,7 +19,9 @@ class Sharing(Protocol):
 
     size: int
     column: int
-    results: Mapping[tuple[int, str], Content]
+
+    @property
+    def results(self) -> Mapping[tuple[int, str], Content]: ...
 
     def rank(self, team: int) -> int: ...
 

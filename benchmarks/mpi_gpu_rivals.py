@@ -163,8 +163,8 @@ def _copy3d(source: tuple[int, int, int], target: tuple[int, int, int], extent: 
 _TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
-def _word(layout: Layout) -> int:
-    numbers = [layout.block, *(stride for _, stride in layout.dims)]
+def _word(layout: Layout, user: torch.Tensor) -> int:
+    numbers = [user.storage_offset(), layout.block, *(stride for _, stride in layout.dims)]
     return next(w for w in (16, 8, 4, 2, 1) if all(number % w == 0 for number in numbers))
 
 
@@ -173,7 +173,7 @@ def views(layout: Layout, user: torch.Tensor, packed: torch.Tensor) -> tuple[tor
     if layout.offsets:
         word = next(w for w in (16, 8, 4, 2, 1) if layout.block % w == 0 and all(o % w == 0 for o in layout.offsets))
         raise ValueError(f"a table of blocks has no strided view (word {word})")
-    word = _word(layout)
+    word = _word(layout, user)
     shape = [*(count for count, _ in layout.dims), layout.block // word]
     strides = [*(stride // word for _, stride in layout.dims), 1]
     typed = _TYPES[word]

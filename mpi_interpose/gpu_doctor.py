@@ -50,9 +50,9 @@ def rows(mpi: Mpi) -> list[tuple[str, str]]:
     """The doctor's lines on device buffers."""
     wish = os.environ.get("UNDERTOW_MPI_GPU", "auto")
     aware = cuda_aware(mpi)
-    library = {True: "the library says that it is CUDA-aware", False: "the library is not CUDA-aware"}.get(
-        bool(aware) if aware is not None else None, "the library does not say whether it is CUDA-aware"
-    )
+    library = "the library does not say whether it is CUDA-aware"
+    if aware is not None:
+        library = "the library says that it is CUDA-aware" if aware else "the library is not CUDA-aware"
     found = devices()
     if wish in ("off", "0"):
         path = "handed on as they are (UNDERTOW_MPI_GPU=off)"

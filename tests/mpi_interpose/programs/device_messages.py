@@ -38,6 +38,12 @@ class Mine:
     def mpi(self, skip: int = 0) -> MPI.buffer:
         return MPI.buffer.fromaddress(self.address(skip), self.host.nbytes - skip)
 
+    def write(self, values: np.ndarray) -> None:
+        if isinstance(self.array, Array):
+            self.array.write(values)
+        else:
+            self.host[:] = values
+
     def read(self) -> np.ndarray:
         return self.array.read(self.dtype) if isinstance(self.array, Array) else self.host
 
@@ -184,7 +190,7 @@ def persistent_requests() -> None:
     mine = Mine(data(rank))
     requests = [comm.Recv_init([got.mpi(), 1, t], peer, 11), comm.Send_init([mine.mpi(), 1, t], peer, 11)]
     for turn in range(4):
-        mine.array.write(data(rank) + turn)
+        mine.write(data(rank) + turn)
         MPI.Prequest.Startall(requests)
         MPI.Request.Waitall(requests)
         want = blank()

@@ -15,11 +15,11 @@ SYSTEMS = {
     "halo": "boundary rows by MPI datatypes (--halo mpi, under `undertow mpi run`)",
 }
 WHY_NOT = {  # what a reader could not guess
-    ("graphgps", "overlap"): ": its linear layers have biases, which overlapped ones refuse",
+    ("graphgps", "overlap"): ": its products are too small for ranks to share",
     ("graphgps", "stream"): ": its attention is not causal",
     ("stable-rps", "overlap"): ": its matrices are views of one vector, which no rank may hold a part of",
     ("atlas", "overlap"): ": what it trains are coefficients, not matrices",
-    ("trace", "overlap"): ": its linear layers have biases, which overlapped ones refuse",
+    ("trace", "overlap"): ": its products are too small for ranks to share",
     ("thoughts", "overlap"): ": a thought is one token, and ranks would share tokens",
     ("thoughts", "stream"): ": each thought needs the last hidden state before the next token is read",
 }

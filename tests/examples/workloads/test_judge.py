@@ -87,7 +87,7 @@ def test_options_that_do_not_exist_or_are_of_another_kind_are_refused(changes):
 def test_combinations_are_refused_by_name():
     with pytest.raises(UserError, match="x does not use streamed"):
         Switches(stream=True).check("x", {"checkpoint"}, 1)
-    with pytest.raises(UserError, match="graphgps does not use overlapped.*: its linear layers have biases"):
+    with pytest.raises(UserError, match="graphgps does not use overlapped.*: its products are too small"):
         Switches(overlap="on").check("graphgps", {"checkpoint"}, 2)
     with pytest.raises(UserError, match="--overlap auto on 1 rank"):
         Switches(overlap="auto").check("x", {"checkpoint", "overlap"}, 1)

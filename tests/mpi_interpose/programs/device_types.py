@@ -5,6 +5,7 @@ usage: device_types.py SEED ROUNDS
 
 from __future__ import annotations
 
+import ctypes
 import random
 import sys
 from pathlib import Path
@@ -87,7 +88,7 @@ class Case:
         self.check_pack(self.bytes.ctypes.data + self.origin, packed)  # only the packed side on the device
         self.check_pack(user.address + self.origin, np.empty(n + 64, np.uint8))  # pageable
         slab_address = gpu.load().undertow_gpu_slab_get(n + 64, user.address)
-        slab = np.ctypeslib.as_array((np.ctypeslib.ctypes.c_uint8 * (n + 64)).from_address(slab_address))
+        slab = np.ctypeslib.as_array((ctypes.c_uint8 * (n + 64)).from_address(slab_address))
         for path in gpu.PATHS:
             gpu.host_path(path)
             self.check_pack(user.address + self.origin, slab)

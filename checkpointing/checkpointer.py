@@ -29,16 +29,18 @@ from .coordinate import Coordinator
 from .cost import predict
 from .due import Due
 from .files import FileOps
+from .foreign import ForeignReader, Names
 from .frequency import Frequency
 from .hooks import attach
 from .layout import CHUNK_BYTES
 from .live import LiveState
+from .manifest import BadCheckpoint
 from .mirror import Mirror
 from .observe import Observer
 from .pipeline import Pipeline
 from .preemption import Preempter, Preemption
 from .recover import choose
-from .restore import load
+from .restore import load, load_from
 from .retention import Retention
 from .snapshot import Seal, Snapshot
 from .state import AppState
@@ -235,6 +237,36 @@ class Checkpointer:
         self._saved_step = number
         log.info("restored step %d from %s", number, path)
         return number
+
+    def restore_from(self, path: Path | str, *, names: Names | None = None, verify: bool = True) -> None:
+        """Load what stock DCP (`dcp.save`, `dcp.async_save`) wrote to the folder `path`, into any number of ranks. Its
+        parts are found by the names they hold; `names` tells their prefixes where that is not enough ({"optimizer":
+        "app.optim"}), None for an object to leave as it is. DCP stores neither step nor random numbers of ours: read
+        them with `open_checkpoint(path)`. `verify` computes every archive's CRC-32 again, the only checksum there is.
+        Collective. `UserError` where it does not fit, `BadCheckpoint` where it is damaged; with `verify` nothing has
+        been changed then.
+        """
+        self.fence()
+        self._pipeline.drain()
+        coordinator, names, problem, reader = self._coordinator, names or {}, None, None
+        with self._trace.span("restore"):
+            try:
+                reader = ForeignReader(Path(path), self.state, names, self._allow)
+                if verify:
+                    reader.verify(part=coordinator.rank, parts=coordinator.world)
+            except (UserError, BadCheckpoint) as error:
+                problem = error
+            coordinator.round += 1
+            word = f"restore/{coordinator.round}/foreign"
+            coordinator.say(word, problem and str(problem))
+            others = [text for text in coordinator.hear_all(word, timeout_s=self.timeout_s) if text]
+            if problem is not None:
+                raise problem
+            if others:
+                raise BadCheckpoint(others[0])
+            assert reader is not None
+            load_from(self.state, reader, self._allow, [label for label in names if names[label] is None])
+        self._saved_step = None
 
     # -- ending ---------------------------------------------------------------------------------------------------
 

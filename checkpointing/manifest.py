@@ -129,7 +129,7 @@ class Manifest:
                 raise BadCheckpoint(f"{where}: {name} has {record.nbytes} bytes but {len(record.chunks)} checksums")
         spans = [(value.file, value.start, value.length) for value in self.objects.values()]
         for key, record in self.tensors.items():
-            _check_boxes(key, record, where)
+            check_boxes(key, record, where)
             spans += [(shard.file, shard.start, shard.length) for shard in record.shards]
         for file, start, length in spans:
             if file not in self.files or start + length > self.files[file].nbytes:
@@ -149,7 +149,7 @@ def require_known_format(version: Any, where: Path) -> None:
         raise BadCheckpoint(f"{where} has format {version!r}; this version of undertow reads formats 1 to {FORMAT}")
 
 
-def _check_boxes(key: str, record: TensorRecord, where: Path) -> None:
+def check_boxes(key: str, record: TensorRecord, where: Path) -> None:
     """The shards fill the tensor: boxes inside it, none twice, their volumes adding up; data inside their archives."""
     for shard in record.shards:
         ends = [offset + size for offset, size in zip(shard.offsets, shard.sizes)]

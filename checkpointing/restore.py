@@ -10,9 +10,9 @@ from __future__ import annotations
 import io
 import math
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.distributed.checkpoint._traverse import set_element
@@ -94,8 +94,25 @@ class Reader:
 
 def load(state: AppState, path: Path, manifest: Manifest, allowed: Sequence[type]) -> None:
     """Put the verified checkpoint at `path` into `state`. `UserError`, with nothing changed, when it does not fit."""
-    reader = Reader(path, manifest)
-    compare(state, state.leaves(), manifest, path)
+    load_from(state, Reader(path, manifest), allowed)
+
+
+class Source(Protocol):
+    """Where `load_from` reads: a `Reader`, or a foreign checkpoint under our names."""
+
+    path: Path
+    manifest: Manifest
+
+    def shard(self, key: str, shard: ShardRecord) -> torch.Tensor: ...
+
+    def object(self, key: str, allowed: Sequence[type] = ()) -> Any: ...
+
+
+def load_from(state: AppState, reader: Source, allowed: Sequence[type], untouched: Collection[str] = ()) -> None:
+    """The same from any source; the objects named in `untouched` stay as they are."""
+    manifest = reader.manifest
+    state = state.without(untouched) if untouched else state
+    compare(state, state.leaves(), manifest, reader.path)
     try:
         values = read_objects(state, reader, allowed)
     except BadCheckpoint as error:
@@ -204,7 +221,7 @@ def targets_of(state: AppState, leaves: Sequence[Leaf], manifest: Manifest) -> d
 
 
 @torch.no_grad()
-def load_tensors(targets: Mapping[str, torch.Tensor], reader: Reader) -> None:
+def load_tensors(targets: Mapping[str, torch.Tensor], reader: Source) -> None:
     """Fill the targets in place from the checkpoint, resharding as needed."""
     metadata = dcp_metadata(reader.manifest)
     shards = {
@@ -230,7 +247,7 @@ def _target(value: torch.Tensor, item: ReadItem) -> torch.Tensor:
     return local
 
 
-def read_objects(state: AppState, reader: Reader, allowed: Sequence[type]) -> dict[str, Any]:
+def read_objects(state: AppState, reader: Source, allowed: Sequence[type]) -> dict[str, Any]:
     """The non-tensor values that this rank needs, before anything is changed: one of them may be refused."""
     manifest = reader.manifest
     return {key: reader.object(key, allowed) for key in manifest.objects if _mine(manifest.paths[key], state.rank)}

@@ -8,8 +8,9 @@ can be read by `torch.distributed.checkpoint` into the usual dictionaries.
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,11 +74,21 @@ class AppState:
         self.others = {name: thing for name, thing in shared.items() if name not in taken}
         self.per_rank = dict(per_rank)
         self.rank, self.rng = rank, rng
+        self._named = self.modules  # whose parameters have names
+
+    def without(self, labels: Collection[str]) -> AppState:
+        """The same less the named shared objects, for a partial restore; optimizers still find their parameters."""
+        kept = copy.copy(self)
+        kept.optimizers = {label: thing for label, thing in self.optimizers.items() if label not in labels}
+        kept.others = {label: thing for label, thing in self.others.items() if label not in labels}
+        kept.modules = {label: thing for label, thing in self.modules.items() if label not in labels}
+        kept._named = self.modules
+        return kept
 
     def parameter_names(self) -> dict[int, str]:
         """id(parameter) → its plain name in the first module that holds it."""
         names: dict[int, str] = {}
-        for module in self.modules.values():
+        for module in self._named.values():
             for name, parameter in module.named_parameters():
                 names.setdefault(id(parameter), plain_name(name))
         return names

@@ -1,9 +1,10 @@
-"""GEMM → reduce-scatter on gloo behind an emulated link: overlapped, in pieces, and as the gate chooses.
+"""GEMM → reduce-scatter on gloo behind an emulated link: overlapped, as the gate chooses, and as PyTorch does it.
 
 The link is a token bucket (`comms.link`) whose rate is set so that the reduce-scatter takes `ratio` × the product's
-time on this machine; 'no link' is gloo as it is, where almost nothing can be hidden. All arms use one transport, and
-sequential is the same schedule with one wait in front of its sends. Inputs are whole numbers, so all arms must give
-the same bits. Needs several ranks, best one per core: ``torchrun --nproc-per-node 2 -m undertow bench overlap``.
+time on this machine; 'no link' is gloo as it is, where almost nothing can be hidden. Sequential is the same engine with
+all sends behind the whole product. The rival is what a PyTorch user has: one `mm`, then `dist.reduce_scatter_tensor`,
+which on an emulated link takes no less than its bytes need there. Inputs are whole numbers, so all arms must give the
+same bits. `pieces` says what the gate chose: 0 is sequential. Ranks are forked here: `undertow bench overlap`.
 """
 
 from __future__ import annotations
@@ -11,69 +12,112 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Trial
+from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Measured, Trial
+from undertow.benchmarks.crew import Crew
 from undertow.comms.cost import overlapped_scatter_seconds
 from undertow.comms.link import LinkModel
-from undertow.dist.errors import UserError
-from undertow.parallel.overlapped_linear import Team
+from undertow.parallel.overlap_gate import ARMS, ROUNDS
+from undertow.parallel.overlap_team import Team
 
-ROWS, INNER, OUTER = 2048, 1024, 1024
+INNER, OUTER = 1024, 1024
+ROWS = {2: 2048, 4: 1024}  # by ranks: four share this project's two cores
 RATIOS = (0.0, 0.5, 1.0, 2.0)  # reduce-scatter time / product time; 0: no emulated link
+MODES = {"sequential": "off", ARMS[-1].name: "on", "auto": "auto"}
+TORCH = "mm, then reduce_scatter_tensor"
 
 
 def cases(context: Context) -> list[Case]:
-    """One shape, four links."""
-    if context.world_size < 2:
-        raise UserError(
-            "this benchmark needs several ranks", remedy="torchrun --nproc-per-node 2 -m undertow bench overlap"
-        )
-    rows = ROWS // 4 if context.quick else ROWS
-    return [
-        Case(
-            name=f"{rows}×{OUTER}×{INNER}, {f'scatter / product = {ratio:g}' if ratio else 'no link'}",
-            build=lambda ratio=ratio: trial(rows, ratio, context),
-            plain="sequential",
-            ours="auto",
-            nbytes=(context.world_size - 1) * rows // context.world_size * OUTER * 4,
-            group="emulated link" if ratio else "gloo as it is",
-            x=ratio,
-        )
-        for ratio in RATIOS
-    ]
+    """One shape for each number of ranks, four links."""
+    found = []
+    for world, rows in ROWS.items() if not context.quick else [(2, 256)]:
+        for ratio in RATIOS if not context.quick else (0.0, 1.0):
+            link = f"scatter / product = {ratio:g}" if ratio else "no link"
+            found.append(
+                Case(
+                    name=f"{world} ranks, {rows}×{OUTER}×{INNER}, {link}",
+                    build=partial(trial, world, rows, ratio, context.seed),
+                    plain="sequential",
+                    ours="auto",
+                    nbytes=scattered_bytes(world, rows),
+                    group=f"{world} ranks",
+                    x=ratio,
+                )
+            )
+    return found
 
 
-def trial(rows: int, ratio: float, context: Context) -> Trial:
-    """One team per arm, because a gate belongs to a team; all over one link of their own."""
-    world, rank = context.world_size, context.rank
-    everyone = [_inputs(rows, context.seed + peer) for peer in range(world)]
-    x, w = everyone[rank]
-    wanted = torch.stack([a @ b for a, b in everyone]).sum(0).chunk(world)[rank]
-    product_s = _slowest(_product_s(x, w))
-    nbytes = (world - 1) * rows // world * OUTER * 4
-    link = LinkModel(nbytes / (ratio * product_s)) if ratio else None
-    modes = {"sequential": "off", "overlap, 4 pieces": "on", "auto": "auto"}
-    teams = {name: Team(overlap=mode, link=link) for name, mode in modes.items()}
+def scattered_bytes(world: int, rows: int) -> int:
+    """What one rank sends."""
+    return (world - 1) * rows // world * OUTER * 4
+
+
+def trial(world: int, rows: int, ratio: float, seed: int) -> Trial:
+    """A crew of `world` ranks; one team per arm, because a gate belongs to a team, each over a link of its own."""
+    inputs = [_inputs(rows, seed + rank) for rank in range(world)]
+    crew = Crew(world, partial(_jobs, inputs, ratio))
+    product_s = max(crew.run("product")[1])
+    crew.run("decide")
     scatter_s = ratio * product_s
     predicted = {
         "sequential": product_s + scatter_s,
-        "overlap, 4 pieces": overlapped_scatter_seconds(world, product_s, scatter_s, 4),
+        TORCH: product_s + scatter_s,
+        ARMS[-1].name: overlapped_scatter_seconds(world, product_s, scatter_s, ARMS[-1].subchunks),
     }
-    for _ in range(16):  # until the gate has decided
-        teams["auto"].reduce_scatter_product(x, w, transposed=False)
-    return Trial(
-        [
-            Arm(
-                name,
-                run=lambda team=team: team.reduce_scatter_product(x, w, transposed=False),
-                predicted_s=predicted.get(name) if ratio else None,
-            )
-            for name, team in teams.items()
-        ],
-        reference=lambda: wanted,
-    )
+
+    def run(name: str) -> Measured:
+        seconds, found = crew.run(name)
+        rights, pieces = zip(*found)
+        return Measured(all(rights), seconds, {"pieces": float(pieces[0])} if name == "auto" else {})
+
+    arms = [
+        Arm(name, partial(run, name), predicted_s=predicted.get(name) if ratio else None) for name in [*MODES, TORCH]
+    ]
+    return Trial(arms, reference=lambda: True)
+
+
+def _jobs(inputs: list[Any], ratio: float, rank: int, world: int) -> Mapping[str, Callable[[], Any]]:
+    """On each rank. A job returns (is the answer right, pieces chosen)."""
+    x, w = inputs[rank]
+    wanted = torch.stack([a @ b for a, b in inputs]).sum(0).chunk(world)[rank]
+    nbytes = scattered_bytes(world, x.shape[0])
+    product_s = _slowest(_product_s(x, w))
+    link = LinkModel(nbytes / (ratio * product_s)) if ratio else None
+    teams = {name: Team(overlap=mode, link=link) for name, mode in MODES.items()}
+    sizes = (x.shape[0] // world,) * world
+    out = torch.empty(sizes[rank], OUTER)
+
+    def ours(team: Team) -> torch.Tensor:
+        return team.reduce_scatter(x, w, sizes)
+
+    def decide() -> None:
+        for _ in range((ROUNDS + 1) * len(ARMS) + 1):
+            ours(teams["auto"])
+
+    def plain() -> torch.Tensor:
+        y = x @ w
+        began_s = time.perf_counter()
+        dist.reduce_scatter_tensor(out, y)
+        if link is not None:
+            time.sleep(max(0.0, began_s + nbytes / link.bytes_per_s - time.perf_counter()))
+        return out
+
+    def judged(call: Callable[[], torch.Tensor], team: Team | None = None) -> Callable[[], Any]:
+        def job() -> Any:
+            found = call()
+            arm = team.gate.chosen() if team is not None else None
+            return torch.equal(found, wanted), arm.subchunks if arm is not None and arm.overlap else 0
+
+        return job
+
+    jobs = {name: judged(partial(ours, team), team) for name, team in teams.items()}
+    return {**jobs, TORCH: judged(plain), "decide": decide, "product": lambda: product_s}
 
 
 def _inputs(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,7 +139,7 @@ def _product_s(x: torch.Tensor, w: torch.Tensor) -> float:
 def _slowest(seconds: float) -> float:
     """The same link on all ranks."""
     cell = torch.tensor([seconds], dtype=torch.float64)
-    torch.distributed.all_reduce(cell, torch.distributed.ReduceOp.MAX)
+    dist.all_reduce(cell, dist.ReduceOp.MAX)
     return float(cell.item())
 
 

@@ -18,9 +18,10 @@ from .builders.reduce_scatter import chunk_order
 from .schedule import Schedule
 
 
-def even_rows(rows: int, world: int) -> tuple[int, ...]:
-    """`rows` over `world` ranks, the first `rows % world` of which get one more."""
-    return tuple(rows // world + (rank < rows % world) for rank in range(world))
+def chunk_rows(rows: int, world: int) -> tuple[int, ...]:
+    """How many of `rows` each rank keeps: as torch.chunk cuts, so that DTensor's Shard agrees."""
+    each = -(-rows // world)
+    return tuple(max(0, min(each, rows - rank * each)) for rank in range(world))
 
 
 @dataclass(frozen=True)

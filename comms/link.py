@@ -65,6 +65,31 @@ class _Held:
             time.sleep(left)
 
 
+class Wire:
+    """One rank's ways in and out under a `LinkModel`; times are the monotonic clock's. Usable from any thread."""
+
+    def __init__(self, model: LinkModel) -> None:
+        self.model = model
+        self._buckets: dict[tuple[str, int], Bucket] = {}
+        self._lock = threading.Lock()
+
+    def leave(self, peer: int, nbytes: int) -> float:
+        """Put a message on the way out now; when its last byte has left, which its receiver must be told."""
+        return self._take("out", peer, time.monotonic(), nbytes)
+
+    def arrive(self, source: int, gone_s: float, nbytes: int) -> float:
+        """When a message that left at `gone_s` is here. The way in is as wide as the way out, so a lone message is not
+        slowed down twice."""
+        if self.model.per == "port":
+            gone_s = max(gone_s, self._take("in", source, gone_s - nbytes / self.model.bytes_per_s, nbytes))
+        return gone_s + self.model.latency_s
+
+    def _take(self, way: str, peer: int, now_s: float, nbytes: int) -> float:
+        key = (way, peer if self.model.per == "pair" else -1)
+        with self._lock:
+            return self._buckets.setdefault(key, Bucket(self.model.bytes_per_s)).take(now_s, nbytes)
+
+
 class EmulatedLink:
     """Wraps the transport of a `P2P` on gloo. `sent_bytes` and `received_bytes` count payload by peer."""
 
@@ -72,8 +97,7 @@ class EmulatedLink:
         self.inner, self.model, self.prepost = inner, model, inner.prepost
         self.sent_bytes: dict[int, int] = {}
         self.received_bytes: dict[int, int] = {}
-        self._buckets: dict[tuple[str, int], Bucket] = {}
-        self._lock = threading.Lock()
+        self._wire = Wire(model)
 
     def prepare(self, graph: Graph) -> Mapping[int, Any]:
         return self.inner.prepare(graph)
@@ -83,27 +107,16 @@ class EmulatedLink:
         stamp = torch.zeros(1, dtype=torch.float64)
         if isinstance(action, Send):
             self.sent_bytes[action.to] = self.sent_bytes.get(action.to, 0) + nbytes
-            gone_s = self._take("out", action.to, time.monotonic(), nbytes)
+            gone_s = self._wire.leave(action.to, nbytes)
             stamp[0] = gone_s
             works = self.inner.issue(_STAMP_TAG + address, action, [stamp]) + self.inner.issue(address, action, rows)
             return [_Held(works, lambda: gone_s)]
         self.received_bytes[action.source] = self.received_bytes.get(action.source, 0) + nbytes
         works = self.inner.issue(_STAMP_TAG + address, action, [stamp]) + self.inner.issue(address, action, rows)
-        return [_Held(works, lambda: self._arrival(action.source, float(stamp[0]), nbytes))]
+        return [_Held(works, lambda: self._wire.arrive(action.source, float(stamp[0]), nbytes))]
 
     def wait(self, works: list[Any], timeout_s: float) -> None:
         self.inner.wait(works, timeout_s)
 
     def close(self) -> None:
         self.inner.close()
-
-    def _take(self, way: str, peer: int, now_s: float, nbytes: int) -> float:
-        key = (way, peer if self.model.per == "pair" else -1)
-        with self._lock:
-            return self._buckets.setdefault(key, Bucket(self.model.bytes_per_s)).take(now_s, nbytes)
-
-    def _arrival(self, source: int, gone_s: float, nbytes: int) -> float:
-        """The way in is as wide as the way out, so a lone message is not slowed down twice."""
-        if self.model.per == "port":
-            gone_s = max(gone_s, self._take("in", source, gone_s - nbytes / self.model.bytes_per_s, nbytes))
-        return gone_s + self.model.latency_s

@@ -62,3 +62,9 @@ class OutputMap:
         """The own pieces to everyone, each as soon as it is there."""
         own = plan.chunk(plan.rank)
         return cls(tuple(Rule(piece, peer, "store", 1) for peer in plan.receivers for piece in own))
+
+    @classmethod
+    def spread(cls, plan: ChunkPlan) -> OutputMap:
+        """The own pieces to everyone, the first piece first: for sums that become ready one after the other."""
+        own = plan.chunk(plan.rank)
+        return cls(tuple(Rule(piece, peer, "store", 1) for piece in own for peer in plan.receivers))

@@ -2,7 +2,7 @@
 
 The caller's thread multiplies piece by piece in the plan's order and bumps the tracker; the communication thread fires
 the output map's copies. An owner adds all partials in rank order in float32 (float64 for float64), whoever sent first,
-so a result repeats bit for bit. `comms.p2p` runs any schedule, at about half a millisecond per action; this knows two
+so a result repeats bit for bit. `comms.p2p` runs any schedule, at about half a millisecond per action; this knows three
 patterns only, and does less for each piece. Gloo matches messages of one pair and tag in order, so a staging buffer
 that the next call reuses cannot get its message early: its receive is not posted yet.
 """
@@ -20,11 +20,15 @@ from ..dist.errors import PeerLost, UndertowError, UserError
 from ..dist.trace import Trace
 from .board import Worker
 from .chunk_plan import ChunkPlan, Piece
+from .link import LinkModel
 from .output_map import OutputMap, Rule
+from .slow_messenger import SlowMessenger
 from .tracker import Tracker, TrackerStopped
 from .trigger import GlooMessenger, Messenger, fire
 
+_MAPS = {"scatter": OutputMap.reduce_scatter, "gather": OutputMap.all_gather, "spread": OutputMap.spread}
 Product = Callable[[int, int], None]  # make rows [low, high) of the product
+_SPREAD = 1 << 16  # tags of an all-reduce's second half, beside those of its first
 _KEPT = 64  # plans whose trackers and staging buffers are kept
 
 
@@ -35,6 +39,7 @@ class _Prepared:
     rules: OutputMap
     tracker: Tracker
     staged: dict[int, torch.Tensor]
+    tag: int  # of part 0
 
 
 class OverlapEngine:
@@ -42,6 +47,7 @@ class OverlapEngine:
 
     `messenger` replaces gloo. `timeout_s`: the longest that a piece may be waited for. After an error the engine
     refuses to go on, because messages of the broken call may still be on their way. `trace`: a span for each piece.
+    `link` makes gloo as slow as a given link (`comms.slow_messenger`).
     """
 
     def __init__(
@@ -51,8 +57,11 @@ class OverlapEngine:
         messenger: Messenger | None = None,
         timeout_s: float = 300.0,
         trace: Trace | None = None,
+        link: LinkModel | None = None,
     ) -> None:
         self.messenger = messenger or GlooMessenger(group, timeout_s)
+        if link is not None:
+            self.messenger = SlowMessenger(self.messenger, link)
         self.rank, self.world = self.messenger.rank, self.messenger.world
         self.timeout_s, self.trace = timeout_s, trace or Trace(None)
         self._thread = Worker(f"undertow-overlap-{self.rank}")
@@ -62,12 +71,53 @@ class OverlapEngine:
     def plan(self, sizes: tuple[int, ...], subchunks: int = 1) -> ChunkPlan:
         return ChunkPlan(self.rank, sizes, subchunks)
 
-    def reduce_scatter(self, plan: ChunkPlan, product: Product, y_MN: torch.Tensor, *, overlap: bool = True):
+    def reduce_scatter(
+        self, plan: ChunkPlan, product: Product, y_MN: torch.Tensor, *, overlap: bool = True
+    ) -> torch.Tensor:
         """Make `y` by `product`, and return this rank's rows of its sum over the ranks. Collective.
 
         `product(low, high)` must fill y[low:high]. `overlap=False` makes all of `y` first and sends then: the same bits
         where the product's rows do not depend on how many are made at once.
         """
+        return self._scatter(plan, product, y_MN, overlap, y_MN.new_empty((plan.own[1] - plan.own[0], y_MN.shape[1])))
+
+    def all_reduce(
+        self, plan: ChunkPlan, product: Product, y_MN: torch.Tensor, *, overlap: bool = True
+    ) -> torch.Tensor:
+        """Make `y` by `product`, and return its sum over the ranks, the same bits on all of them. Collective.
+
+        A piece of the own chunk goes to everyone as soon as it is summed, while later ones are still on their way.
+        """
+        self._usable(plan)
+        whole = torch.empty_like(y_MN)
+        ready = self._prepare("spread", plan, None)
+        epoch = ready.tracker.begin()
+        arrivals: dict[Piece, Any] = {}
+        low, high = plan.own
+        try:
+            for piece in plan.gather_order:
+                if piece.owner != self.rank:
+                    arrivals[piece] = self._expect(whole[piece.low : piece.high], piece, piece.owner, ready.tag)
+            self._scatter(plan, product, y_MN, overlap, whole[low:high], ready, epoch, whole)
+            for piece, handle in arrivals.items():
+                self._arrived(handle, piece, piece.owner)
+        except BaseException as error:
+            self._fail(ready, error, arrivals, whole)
+            raise
+        return whole
+
+    def _scatter(
+        self,
+        plan: ChunkPlan,
+        product: Product,
+        y_MN: torch.Tensor,
+        overlap: bool,
+        out: torch.Tensor,
+        spread: _Prepared | None = None,
+        spread_epoch: int = 0,
+        whole: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Reduce-scatter into `out`; with `spread`, each summed piece of `whole` then goes where that map says."""
         self._usable(plan)
         ready = self._prepare("scatter", plan, y_MN)
         epoch = ready.tracker.begin()
@@ -77,22 +127,25 @@ class OverlapEngine:
         try:
             for peer, rows in ready.staged.items():
                 for piece in own:
-                    arrivals[peer, piece.part] = self.messenger.post_recv(
-                        rows[piece.low - base : piece.high - base], peer, piece.part
-                    )
-            sending = self._thread.submit(lambda: self._fire(ready, epoch, y_MN))
+                    here = rows[piece.low - base : piece.high - base]
+                    arrivals[peer, piece.part] = self._expect(here, piece, peer, ready.tag)
+            sending = [self._thread.submit(lambda: self._fire(ready, epoch, y_MN))]
+            if spread is not None and whole is not None:
+                sending.append(self._thread.submit(lambda: self._fire(spread, spread_epoch, whole)))
             if not overlap:
                 self._make("all rows", product, 0, plan.rows)
             for piece in plan.scatter_order:
                 if overlap:
                     self._make(str(piece), product, piece.low, piece.high)
                 ready.tracker.bump(piece, plan.tiles(piece))
-            out = y_MN.new_empty((plan.own[1] - base, y_MN.shape[1]))
             for piece in own:
                 for peer in ready.staged:
                     self._arrived(arrivals[peer, piece.part], piece, peer)
                 self._add(ready, piece, base, y_MN, out)
-            self._left(sending.get())
+                if spread is not None:
+                    spread.tracker.bump(piece)
+            for each in sending:
+                self._left(each.get())
         except BaseException as error:
             self._fail(ready, error, arrivals, y_MN)
             raise
@@ -110,9 +163,7 @@ class OverlapEngine:
         try:
             for piece in plan.gather_order:
                 if piece.owner != self.rank:
-                    rows = whole[piece.low : piece.high]
-                    if rows.numel():
-                        arrivals[piece] = self.messenger.post_recv(rows, piece.owner, piece.part)
+                    arrivals[piece] = self._expect(whole[piece.low : piece.high], piece, piece.owner, ready.tag)
             whole[low:high].copy_(shard)
             for piece in plan.chunk(self.rank):
                 ready.tracker.bump(piece)
@@ -148,12 +199,12 @@ class OverlapEngine:
         key = (kind, plan) if y is None else (kind, plan, y.shape[1], y.dtype)
         found = self._prepared.pop(key, None)
         if found is None:
-            rules = OutputMap.all_gather(plan) if y is None else OutputMap.reduce_scatter(plan)
+            rules = _MAPS[kind](plan)
             need = {piece: plan.tiles(piece) if y is not None else 1 for piece in plan.scatter_order}
             shape = (plan.own[1] - plan.own[0], 0 if y is None else y.shape[1])
             peers = [peer for peer in range(self.world) if peer != self.rank] if y is not None and all(shape) else []
             staged = {peer: y.new_empty(shape) for peer in peers} if y is not None else {}
-            found = _Prepared(rules, Tracker(need), staged)
+            found = _Prepared(rules, Tracker(need), staged, _SPREAD if kind == "spread" else 0)
         self._prepared[key] = found
         if len(self._prepared) > _KEPT:
             del self._prepared[next(iter(self._prepared))]
@@ -167,7 +218,10 @@ class OverlapEngine:
             if not rows.numel():
                 return None
             with self.trace.span(f"send {rule.piece} to {rule.dst}", lane="send"):
-                return self.messenger.post_send(rows, rule.dst, rule.piece.part)
+                try:
+                    return self.messenger.post_send(rows, rule.dst, ready.tag + rule.piece.part)
+                except RuntimeError as error:
+                    raise self._not_taken(rule, error) from error
 
         return fire(ready.rules, ready.tracker, epoch, send, self.timeout_s)
 
@@ -183,22 +237,29 @@ class OverlapEngine:
             for peer in range(self.world)
             if peer == self.rank or peer in ready.staged
         ]
-        if len(parts) == 1:
-            out[here].copy_(parts[0])
-            return
-        wide = out[here] if y.dtype in (torch.float32, torch.float64) else parts[0].float()
-        torch.add(parts[0], parts[1], out=wide) if wide.dtype == y.dtype else wide.add_(parts[1])
-        for part in parts[2:]:
-            wide.add_(part)
-        if wide.dtype != y.dtype:
-            out[here].copy_(wide)
+        add_in_order(parts, out[here])
+
+    def _expect(self, rows: torch.Tensor, piece: Piece, peer: int, tag: int) -> Any:
+        """Post the receive of a piece; None when it is empty."""
+        try:
+            return self.messenger.post_recv(rows, peer, tag + piece.part) if rows.numel() else None
+        except RuntimeError as error:
+            raise self._missing(piece, peer, error) from error
 
     def _arrived(self, handle: Any, piece: Piece, peer: int) -> None:
+        if handle is None:
+            return
         with self.trace.span(f"wait for {piece} from {peer}", lane="compute"):
             try:
                 self.messenger.wait(handle, self.timeout_s)
             except RuntimeError as error:
-                raise PeerLost(f"rank {self.rank}: {piece} did not come from rank {peer} ({_short(error)})") from error
+                raise self._missing(piece, peer, error) from error
+
+    def _missing(self, piece: Piece, peer: int, error: RuntimeError) -> PeerLost:
+        return PeerLost(f"rank {self.rank}: {piece} did not come from rank {peer} ({_short(error)})")
+
+    def _not_taken(self, rule: Rule, error: RuntimeError) -> PeerLost:
+        return PeerLost(f"rank {self.rank}: {rule.piece} was not taken by rank {rule.dst} ({_short(error)})")
 
     def _left(self, sent: list[tuple[Rule, Any]]) -> None:
         for rule, handle in sent:
@@ -206,13 +267,24 @@ class OverlapEngine:
                 if handle is not None:
                     self.messenger.wait(handle, self.timeout_s)
             except RuntimeError as error:
-                raise PeerLost(
-                    f"rank {self.rank}: {rule.piece} was not taken by rank {rule.dst} ({_short(error)})"
-                ) from error
+                raise self._not_taken(rule, error) from error
 
     def _fail(self, ready: _Prepared, error: BaseException, *alive: Any) -> None:
         ready.tracker.fail(error if not isinstance(error, TrackerStopped) else error.__cause__ or error)
         self._broken.append((ready, alive))
+
+
+def add_in_order(parts: list[torch.Tensor], out: torch.Tensor) -> None:
+    """The sum of `parts`, first to last, in float32 at least, rounded once."""
+    if len(parts) == 1:
+        out.copy_(parts[0])
+        return
+    wide = out if out.dtype in (torch.float32, torch.float64) else parts[0].float()
+    torch.add(parts[0], parts[1], out=wide) if wide is out else wide.add_(parts[1])
+    for part in parts[2:]:
+        wide.add_(part)
+    if wide is not out:
+        out.copy_(wide)
 
 
 def _short(error: Exception) -> str:

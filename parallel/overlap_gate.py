@@ -1,8 +1,9 @@
-"""Whether overlap pays, measured on the calls themselves.
+"""Whether overlap pays: a model of the machine proposes, measured calls decide.
 
-For each product (operation, shapes, dtype) the first calls take the arms in turn; then the slowest rank's median
-decides, alike on all ranks, and the sequential arm wins ties within 3 %. A model of the machine could guess before the
-first call; a measurement cannot be wrong about the machine that it runs on. All arms add in the same order, but a BLAS
+For each product (operation, shapes, dtype) the model ranks the arms; one that it finds slower than sequential by more
+than it may be wrong is never tried. The best of the others takes turns with the sequential arm on the first calls;
+then the slowest rank's times, round by round, decide alike on all ranks. It must win by 3 % and in most rounds, so that
+noise does not switch it on. Without a measured Machine all arms are tried. All arms add in the same order, but a BLAS
 may round a product otherwise when it gets fewer rows at a time: where a resumed run must repeat every bit, fix the arm.
 """
 
@@ -14,65 +15,142 @@ from dataclasses import dataclass, field
 
 import torch
 
-ROUNDS = 4  # timed calls of each arm; one more before them warms it up
-TIE = 0.97
+from ..comms.cost import overlapped_scatter_seconds
+from ..dist.machine import Machine
+
+ROUNDS = 5  # timed calls of each arm; one more before them warms it up
+WIN = 1.03  # least median of sequential / arm, over the rounds
+DOUBT = 0.8  # an arm is tried unless its predicted speed-up is below this
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to run a product. `subchunks`: pieces of a rank's chunk; `overlap` False is the sequential way."""
+
+    name: str
+    subchunks: int
+    overlap: bool
+
+
+SEQUENTIAL = Arm("sequential", 1, False)
+ARMS = (SEQUENTIAL, *(Arm(f"overlap, {n} piece{'s' if n > 1 else ''}", n, True) for n in (1, 2, 4)))
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the model needs: floating-point operations and bytes per second of one rank while all are busy, and the
+    seconds that one message costs."""
+
+    flops: float
+    bytes_per_s: float
+    latency_s: float
+
+    @classmethod
+    def of(cls, machine: Machine, dtype: str, device: str, link: str = "") -> Rates | None:
+        """From a measured machine; None where it lacks a rate. `link`: its name there, found by `device` if empty."""
+        names = [link] if link else ["gloo_ring", "gloo"] if device == "cpu" else ["nccl_ring", "nccl"]
+        found = next((machine.links[name] for name in names if name in machine.links), None)
+        flops = machine.flops.get(f"gemm/{dtype}")
+        return None if found is None or flops is None else cls(flops, found.bytes_per_s, found.latency_s)
+
+    def seconds(self, arm: Arm, world: int, flops: float, nbytes: float) -> float:
+        """One product of `flops` whose collective moves `nbytes` out of this rank."""
+        gemm_s, link_s = flops / self.flops, nbytes / self.bytes_per_s
+        messages_s = (world - 1) * arm.subchunks * self.latency_s
+        if not arm.overlap:
+            return gemm_s + link_s + messages_s
+        return overlapped_scatter_seconds(world, gemm_s, link_s, arm.subchunks) + messages_s
 
 
 @dataclass
 class _Trial:
-    """One product: its samples so far, and the verdict."""
+    """One product: the arms that are tried (by number), their samples so far, and the verdict."""
 
-    seconds: list[list[float]]
+    arms: list[int]
+    predicted: dict[int, float]
+    seconds: list[list[float]] = field(default_factory=list)
     calls: int = 0
     chosen: int | None = None
-    medians: list[float] = field(default_factory=list)
+    ratios: dict[int, float] = field(default_factory=dict)
+    why: str = ""
 
 
 class Gate:
-    """`arms`: names, the sequential one first. `gather(tensor)` brings every rank's tensor, in rank order.
+    """`arms`: the sequential one first. `gather(tensor)` brings every rank's tensor, in rank order.
 
-    `fixed`: an arm to use always.
+    `fixed`: an arm to use always, because of `why`.
     """
 
     def __init__(
-        self, arms: Sequence[str], gather: Callable[[torch.Tensor], list[torch.Tensor]], *, fixed: int | None = None
+        self,
+        arms: Sequence[Arm],
+        gather: Callable[[torch.Tensor], list[torch.Tensor]],
+        *,
+        fixed: int | None = None,
+        why: str = "as asked for",
     ) -> None:
-        self.arms, self._gather, self._fixed = tuple(arms), gather, fixed
+        self.arms, self._gather, self._fixed, self._why = tuple(arms), gather, fixed, why
         self._trials: dict[Hashable, _Trial] = {}
 
-    def choose(self, key: Hashable) -> int:
-        """The arm for this call; collective at the call that decides. Followed by `took`."""
-        trial = self._trials.setdefault(key, _Trial([[] for _ in self.arms]))
-        if self._fixed is not None:
-            return self._fixed
-        if trial.chosen is None and trial.calls == (ROUNDS + 1) * len(self.arms):
-            mine = torch.tensor([statistics.median(seconds[1:]) for seconds in trial.seconds], dtype=torch.float64)
-            trial.medians = torch.stack(self._gather(mine)).max(0).values.tolist()
-            best = min(range(len(self.arms)), key=lambda arm: trial.medians[arm])
-            trial.chosen = best if trial.medians[best] < TIE * trial.medians[0] else 0
-        return trial.calls % len(self.arms) if trial.chosen is None else trial.chosen
+    def choose(self, key: Hashable, predict: Callable[[Arm], float] | None = None) -> int:
+        """The arm for this call; collective at the call that decides. Followed by `took` while `measuring`.
 
-    def chosen(self, key: Hashable) -> int | None:
-        """The arm that was chosen; None before that."""
-        trial = self._trials.get(key)
-        return self._fixed if self._fixed is not None else trial.chosen if trial else None
+        `predict`: seconds of an arm by the model, equal on all ranks; None when there is no model.
+        """
+        trial = self._trials.get(key) or self._trials.setdefault(key, self._trial(predict))
+        if trial.chosen is None and trial.calls == (ROUNDS + 1) * len(trial.arms):
+            self._decide(trial)
+        return trial.arms[trial.calls % len(trial.arms)] if trial.chosen is None else trial.chosen
+
+    def _trial(self, predict: Callable[[Arm], float] | None) -> _Trial:
+        everyone = list(range(len(self.arms)))
+        predicted = {} if predict is None else {arm: predict(self.arms[arm]) for arm in everyone}
+        if self._fixed is not None:
+            return _Trial([self._fixed], predicted, chosen=self._fixed, why=self._why)
+        if predicted:
+            best = min(everyone[1:], key=lambda arm: predicted[arm], default=0)
+            gain = predicted[0] / predicted[best] if predicted[best] > 0 else 1.0
+            if best == 0 or gain < DOUBT:
+                return _Trial([0], predicted, chosen=0, why="the model finds overlap slower")
+            everyone = [0, best]
+        return _Trial(everyone, predicted, [[] for _ in everyone])
+
+    def _decide(self, trial: _Trial) -> None:
+        mine = torch.tensor([seconds[1:] for seconds in trial.seconds], dtype=torch.float64)
+        slowest = torch.stack(self._gather(mine)).max(0).values  # [arms, rounds]
+        best = 0
+        for place, arm in list(enumerate(trial.arms))[1:]:
+            ratios = (slowest[0] / slowest[place]).tolist()
+            trial.ratios[arm] = statistics.median(ratios)
+            wins = trial.ratios[arm] >= WIN and sum(ratio > 1 for ratio in ratios) >= ROUNDS - 1
+            if wins and trial.ratios[arm] > trial.ratios.get(best, 1.0):
+                best = arm
+        trial.chosen, trial.why = best, "measured"
+
+    def chosen(self) -> Arm | None:
+        """What was chosen for the only product so far; None while it is measured, or with several products."""
+        trials = list(self._trials.values())
+        return None if len(trials) != 1 or trials[0].chosen is None else self.arms[trials[0].chosen]
+
+    def measuring(self, key: Hashable) -> bool:
+        """Whether this product's calls are being timed."""
+        return self._trials[key].chosen is None
 
     def took(self, key: Hashable, arm: int, seconds: float) -> None:
         trial = self._trials[key]
         trial.calls += 1
-        if trial.chosen is None and self._fixed is None:
-            trial.seconds[arm].append(seconds)
+        trial.seconds[trial.arms.index(arm)].append(seconds)
 
     def explain(self) -> str:
-        """A line for each product: what was chosen, and each arm's time against the sequential one."""
-        lines = []
-        for key, trial in self._trials.items():
-            if self._fixed is not None:
-                text = f"{self.arms[self._fixed]}, as asked for"
-            elif trial.chosen is None:
-                text = f"still measuring, {trial.calls} calls so far"
-            else:
-                ratios = [f"{name} {trial.medians[0] / s:.2f}×" for name, s in zip(self.arms[1:], trial.medians[1:])]
-                text = f"{self.arms[trial.chosen]} (measured: {', '.join(ratios)} of {self.arms[0]})"
-            lines.append(f"{key}: {text}")
-        return "\n".join(lines) or "nothing has run yet"
+        """A line for each product: what was chosen and why, with predicted and measured speed-ups over sequential."""
+        return "\n".join(f"{key}: {self._line(trial)}" for key, trial in self._trials.items()) or "nothing has run yet"
+
+    def _line(self, trial: _Trial) -> str:
+        parts = []
+        for arm, seconds in list(trial.predicted.items())[1:]:
+            if arm in trial.arms or (trial.chosen == 0 and not trial.ratios):
+                parts.append(f"{self.arms[arm].name}: predicted {trial.predicted[0] / max(seconds, 1e-12):.2f}×")
+        parts += [f"{self.arms[arm].name}: measured {ratio:.2f}×" for arm, ratio in trial.ratios.items()]
+        tail = f" ({'; '.join([trial.why, *parts])})" if trial.chosen is not None else ""
+        head = f"still measuring, {trial.calls} calls so far" if trial.chosen is None else self.arms[trial.chosen].name
+        return head + tail

@@ -1,169 +1,163 @@
-"""Matrix products whose collective runs meanwhile: GEMM → reduce-scatter, all-gather → GEMM, with their backward.
+"""Matrix products whose collective runs meanwhile: GEMM → reduce-scatter, GEMM → all-reduce, all-gather → GEMM.
 
 T3 (Pati et al., ASPLOS 2024) in software: the producer works in the order in which its rows are wanted elsewhere, and
-every finished piece leaves at once. Both are schedules of `comms`, so the same object that is executed is proved and
-simulated. Partial sums are added in rank order whoever owns the rows, so the sums do not depend on who is early. Each
-of the two is the other's backward.
+every finished piece leaves at once. Argument order, results and strides are those of `torch.ops.symm_mem.fused_*`,
+which exist on CUDA with symmetric memory only and have no backward; these run on gloo and NCCL. Reduce-scatter and
+all-gather are each other's backward, and the rows gathered there serve the weight's gradient as well. Partial sums are
+added in rank order whoever owns the rows, in float32 at least, and rounded once.
 
-Shapes: M rows over all ranks, K and N this rank's inner and outer dimensions, W ranks.
+`group` is a process group, its name, None for all ranks, or a `Team`. A size that the world does not divide is cut as
+torch.chunk and DTensor cut it. All ranks call alike.
 """
 
 from __future__ import annotations
 
-import functools
-import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..comms.builders.all_gather_gemm import all_gather_gemm
-from ..comms.builders.gemm_reduce_scatter import gemm_reduce_scatter
-from ..comms.link import LinkModel
-from ..comms.p2p import P2P
-from ..comms.schedule import Schedule
+from ..comms.chunk_plan import chunk_rows
 from ..dist.errors import UserError
-from ..dist.trace import Trace
-from .overlap_gate import Gate
+from .overlap_team import Team, team_of
 
-ARMS = {"sequential": (1, False), "overlap": (1, True), "overlap, 4 pieces": (4, True)}  # name → (subchunks, overlap)
-MODES = {"auto": None, "off": 0, "on": 2}
+Group = Team | dist.ProcessGroup | str | None
 
 
-def shard_rows(rows: int, world: int) -> list[int]:
-    """How many rows each rank owns: as torch.chunk cuts, so that DTensor's Shard agrees."""
-    each = -(-rows // world) if rows else 0
-    return [max(0, min(each, rows - rank * each)) for rank in range(world)]
+def matmul_reduce_scatter(
+    A: Tensor, B: Tensor, reduce_op: str = "sum", scatter_dim: int = 0, group: Group = None
+) -> Tensor:
+    """reduce_scatter(A @ B) along `scatter_dim`, contiguous as torch's. A: [..., K], B: [K, N], each rank's own.
 
-
-class Team:
-    """The ranks of `group` that multiply together. Create, use and `close` on every rank alike.
-
-    `overlap`: 'auto' measures each product's arms and keeps the fastest, 'on' takes the finest overlap, 'off' none. The
-    last two repeat every bit from run to run; with 'auto' that depends on the BLAS (see `overlap_gate`).
-    `device`: CPU (gloo) or CUDA (NCCL). `link` emulates a slow link on gloo, `trace` records what ran when.
+    `reduce_op`: 'sum' or 'avg'. Differentiable.
     """
-
-    def __init__(
-        self,
-        group: dist.ProcessGroup | None = None,
-        *,
-        overlap: str = "auto",
-        device: torch.device | str = "cpu",
-        timeout_s: float = 300.0,
-        link: LinkModel | None = None,
-        trace: Trace | None = None,
-    ) -> None:
-        if overlap not in MODES:
-            raise UserError(f"overlap={overlap!r}", expected=f"one of {', '.join(MODES)}")
-        self._p2p = P2P(group, device=device, timeout_s=timeout_s, link=link, trace=trace)
-        self.rank, self.world, self.device = self._p2p.rank, self._p2p.world, self._p2p.device
-        self.gate = Gate(list(ARMS), self._p2p.gather, fixed=0 if self.world == 1 else MODES[overlap])
-
-    def reduce_scatter_product(self, x_MK: Tensor, w: Tensor, *, transposed: bool) -> Tensor:
-        """x @ w (or x @ w.T), summed over the ranks; this rank's rows of it."""
-        rows, (k, n) = shard_rows(x_MK.shape[0], self.world), _sizes(w, transposed)
-        return self._run("gemm_reduce_scatter", tuple(rows), k, n, x_MK, w, transposed)["out"]
-
-    def all_gather_product(self, x_rK: Tensor, w: Tensor, total: int, *, transposed: bool) -> tuple[Tensor, Tensor]:
-        """(x of all ranks [M, K], its product with w); `total` is M."""
-        rows, (k, n) = shard_rows(total, self.world), _sizes(w, transposed)
-        if x_rK.shape[0] != rows[self.rank]:
-            raise UserError(
-                f"rank {self.rank} has {x_rK.shape[0]} of {total} rows", expected=f"{rows[self.rank]} (as torch.chunk)"
-            )
-        found = self._run("all_gather_gemm", tuple(rows), k, n, x_rK, w, transposed)
-        return found["gathered"], found["out"]
-
-    def _run(self, kind: str, rows: tuple, k: int, n: int, x: Tensor, w: Tensor, transposed: bool) -> dict[str, Tensor]:
-        if x.dtype != w.dtype or x.shape[1] != k:
-            raise UserError(
-                f"a product of {tuple(x.shape)} {x.dtype} and {k} × {n} {w.dtype}", expected="sizes that fit"
-            )
-        dtype = str(x.dtype).removeprefix("torch.")
-        key = f"{kind} {sum(rows)}×{k}×{n} {dtype}"
-        arm = self.gate.choose(key)
-        subchunks, overlap = list(ARMS.values())[arm]
-        schedule = _schedule(kind, self.world, rows, k, n, dtype, subchunks, overlap, transposed)
-        began_s = time.perf_counter()
-        found = self._p2p.run(schedule, {"x": x.detach(), "w": w.detach()})
-        self.gate.took(key, arm, time.perf_counter() - began_s)
-        return found
-
-    def explain(self) -> str:
-        """What was chosen for each product, and why."""
-        return self.gate.explain()
-
-    def close(self) -> None:
-        """Collective."""
-        self._p2p.close()
-
-
-def _sizes(w: Tensor, transposed: bool) -> tuple[int, int]:
-    return (w.shape[1], w.shape[0]) if transposed else (w.shape[0], w.shape[1])
-
-
-@functools.lru_cache(maxsize=1024)
-def _schedule(
-    kind: str, world: int, rows: tuple, k: int, n: int, dtype: str, subchunks: int, overlap: bool, transposed: bool
-) -> Schedule:
-    options: dict[str, Any] = {"subchunks": subchunks, "overlap": overlap, "transposed": transposed}
-    if kind == "all_gather_gemm":
-        return all_gather_gemm(world, rows, k, n, dtype, **options)
-    sum_dtype = "float32" if dtype in ("bfloat16", "float16") else None
-    return gemm_reduce_scatter(world, rows, k, n, dtype, sum_dtype=sum_dtype, **options)
-
-
-class _ReduceScatterProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_MK: Tensor, w: Tensor, team: Team, transposed: bool) -> Tensor:
-        ctx.save_for_backward(x_MK, w)
-        ctx.how = team, transposed
-        return team.reduce_scatter_product(x_MK, w, transposed=transposed)
-
-    @staticmethod
-    def backward(ctx: Any, dout_rN: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, w = ctx.saved_tensors
-        team, transposed = ctx.how
-        dout, dx = team.all_gather_product(dout_rN.contiguous(), w, x.shape[0], transposed=not transposed)
-        dw = (dout.t() @ x if transposed else x.t() @ dout) if ctx.needs_input_grad[1] else None
-        return dx, dw, None, None
-
-
-class _AllGatherProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_rK: Tensor, w: Tensor, team: Team, total: int, transposed: bool) -> Tensor:
-        gathered, out = team.all_gather_product(x_rK, w, total, transposed=transposed)
-        ctx.save_for_backward(gathered, w)
-        ctx.how = team, transposed
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, dout_MN: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        gathered, w = ctx.saved_tensors
-        team, transposed = ctx.how
-        dout = dout_MN.contiguous()
-        dx = team.reduce_scatter_product(dout, w, transposed=not transposed)
-        dw = (dout.t() @ gathered if transposed else gathered.t() @ dout) if ctx.needs_input_grad[1] else None
-        return dx, dw, None, None, None
-
-
-def matmul_reduce_scatter(x_MK: Tensor, w_KN: Tensor, team: Team, *, transposed: bool = False) -> Tensor:
-    """sum over ranks of x @ w, this rank's rows of it: [M / W, N] (cut as torch.chunk does). Differentiable.
-
-    x: [M, K], w: [K, N], or [N, K] with `transposed`, each rank's own. The gradient of x is that of this rank's shard
-    of K; the output gradient is gathered once for both. All ranks call it alike.
-    """
-    return _ReduceScatterProduct.apply(x_MK, w_KN, team, transposed)
+    _fits(A, B)
+    team, dim, average = team_of(group, A.device), _dim(scatter_dim, A.ndim), _average(reduce_op)
+    if dim == A.ndim - 1:  # columns of the product are rows of its transpose
+        flat = A.reshape(torch.Size(A.shape[:-1]).numel(), A.shape[-1])
+        part = _ReduceScatter.apply(B.t(), flat.t(), team, chunk_rows(B.shape[1], team.world))
+        out = part.t().unflatten(0, A.shape[:-1])
+    else:
+        first = A.movedim(dim, 0)
+        sizes, rest = chunk_rows(first.shape[0], team.world), torch.Size(first.shape[1:-1]).numel()
+        rows = first.reshape(first.shape[0] * rest, A.shape[-1])
+        flat = _ReduceScatter.apply(rows, B, team, tuple(size * rest for size in sizes))
+        out = flat.reshape(sizes[team.rank], *first.shape[1:-1], B.shape[1]).movedim(0, dim)
+    out = out / team.world if average else out
+    return out if dim == 0 else out.clone(memory_format=torch.contiguous_format)  # also where a dimension is 1
 
 
 def all_gather_matmul(
-    x_rK: Tensor, w_KN: Tensor, team: Team, *, total: int | None = None, transposed: bool = False
-) -> Tensor:
-    """(x of all ranks, one below the other) @ w: [M, N]. Differentiable; gathered rows are kept for the gradient of w.
+    A_shard: Tensor,
+    Bs: Sequence[Tensor],
+    gather_dim: int = 0,
+    group: Group = None,
+    *,
+    return_A: bool = True,
+    total: int | None = None,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """(all_gather(A_shard) along `gather_dim`, its product with each of `Bs`), with the strides of torch's fallback.
 
-    x: this rank's rows [M / W, K], w: [K, N], or [N, K] with `transposed`. `total`: M, when W does not divide it.
+    A_shard: [..., K], `gather_dim` not the last; Bs: [K, N] each. `total`: the gathered size, when W does not divide
+    it. Differentiable, except through the gathered A.
     """
-    rows = x_rK.shape[0] * team.world if total is None else total
-    return _AllGatherProduct.apply(x_rK, w_KN, team, rows, transposed)
+    for B in Bs:
+        _fits(A_shard, B)
+    team, dim = team_of(group, A_shard.device), _dim(gather_dim, A_shard.ndim)
+    if dim == A_shard.ndim - 1:
+        raise UserError(f"gather_dim {gather_dim} of {A_shard.ndim} dimensions", expected="not the last: it is summed")
+    first = A_shard.movedim(dim, 0).contiguous()
+    whole_rows, rest = total if total is not None else first.shape[0] * team.world, first.shape[1:-1].numel()
+    sizes = tuple(size * rest for size in chunk_rows(whole_rows, team.world))
+    whole, *outs = _AllGather.apply(first.flatten(0, -2), team, sizes, *Bs)
+    shape = (whole_rows, *first.shape[1:-1])
+    results = [out.reshape(*shape, out.shape[-1]).movedim(0, dim) for out in outs]
+    return (whole.reshape(*shape, first.shape[-1]).movedim(0, dim) if return_A else None), results
+
+
+def matmul_all_reduce(A: Tensor, B: Tensor, reduce_op: str = "sum", group: Group = None) -> Tensor:
+    """all_reduce(A @ B), the same bits on all ranks. A: [..., K], B: [K, N], each rank's own.
+
+    Differentiable where all ranks go on alike: the gradient of the result must be equal on all ranks, and is not summed
+    over them (Megatron's g).
+    """
+    _fits(A, B)
+    team, average = team_of(group, A.device), _average(reduce_op)
+    rows = A.reshape(A.shape[:-1].numel(), A.shape[-1])
+    out = _AllReduce.apply(rows, B, team).reshape(*A.shape[:-1], B.shape[1])
+    return out / team.world if average else out
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, team: Team, sizes: tuple[int, ...]) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(a, b)
+        ctx.how = team, sizes
+        return team.reduce_scatter(a.detach(), b.detach(), sizes)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        a, b = ctx.saved_tensors
+        team, sizes = ctx.how
+        whole, (da,) = team.all_gather(dout.contiguous(), [b.t()], sizes)
+        return da, _weight_grad(a, whole, b) if ctx.needs_input_grad[1] else None, None, None
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, team: Team, sizes: tuple[int, ...], *bs: Tensor) -> Any:  # type: ignore[override]
+        whole, outs = team.all_gather(a.detach(), [b.detach() for b in bs], sizes)
+        ctx.save_for_backward(whole, *bs)
+        ctx.how = team, sizes
+        ctx.mark_non_differentiable(whole)
+        return whole, *outs
+
+    @staticmethod
+    def backward(ctx: Any, _: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        whole, *bs = ctx.saved_tensors
+        team, sizes = ctx.how
+        dout, b = douts[0].contiguous(), bs[0].t()
+        if len(bs) > 1:  # one sum over all products, and one message for each piece
+            dout, b = torch.cat(douts, dim=1), torch.cat([b.t() for b in bs])
+        da = team.reduce_scatter(dout, b, sizes)
+        wanted = ctx.needs_input_grad[3:]
+        return da, None, None, *(_weight_grad(whole, d, b) if want else None for d, b, want in zip(douts, bs, wanted))
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, team: Team) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(a, b)
+        return team.all_reduce(a.detach(), b.detach(), chunk_rows(a.shape[0], team.world))
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        a, b = ctx.saved_tensors
+        da = dout @ b.t() if ctx.needs_input_grad[0] else None
+        return da, _weight_grad(a, dout, b) if ctx.needs_input_grad[1] else None, None
+
+
+def _weight_grad(a: Tensor, dout: Tensor, b: Tensor) -> Tensor:
+    """aᵀ @ dout in the memory layout of `b`, so that a weight given as its transpose takes it without a copy."""
+    return (dout.t() @ a).t() if b.stride(0) == 1 and b.stride(1) != 1 else a.t() @ dout
+
+
+def _fits(a: Tensor, b: Tensor) -> None:
+    if a.ndim < 2 or b.ndim != 2 or a.shape[-1] != b.shape[0] or a.dtype != b.dtype:
+        raise UserError(
+            f"a product of {tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype}", expected="[..., K] and [K, N]"
+        )
+
+
+def _average(reduce_op: str) -> bool:
+    if reduce_op not in ("sum", "avg"):
+        raise UserError(f"reduce_op {reduce_op!r}", expected="'sum' or 'avg'")
+    return reduce_op == "avg"
+
+
+def _dim(dim: int, ndim: int) -> int:
+    if not -ndim <= dim < ndim:
+        raise UserError(f"dimension {dim} of {ndim}", expected=f"{-ndim} to {ndim - 1}")
+    return dim % ndim

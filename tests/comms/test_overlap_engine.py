@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from undertow.comms.chunk_plan import ChunkPlan, even_rows
+from undertow.comms.chunk_plan import ChunkPlan, chunk_rows
 from undertow.comms.output_map import OutputMap
 from undertow.comms.overlap_engine import OverlapEngine
 from undertow.comms.tracker import Tracker, TrackerStopped
@@ -20,7 +20,7 @@ from undertow.dist.trace import Trace
 def test_every_plan_makes_every_row_once_and_its_own_last(world):
     for rows in (0, 1, 7, 24):
         for rank in range(world):
-            plan = ChunkPlan(rank, even_rows(rows, world), subchunks=3)
+            plan = ChunkPlan(rank, chunk_rows(rows, world), subchunks=3)
             for order in (plan.scatter_order, plan.gather_order):
                 covered = sorted(row for piece in order for row in range(piece.low, piece.high))
                 assert covered == list(range(rows))
@@ -64,7 +64,7 @@ def _storm(rank: int, world: int, seed: int, iterations: int, rows: int) -> None
     """Whole numbers in poisoned memory, with a random delay before each piece: equal to the sum, bit for bit."""
     engine = OverlapEngine()
     delays, numbers = random.Random(seed + rank), torch.Generator().manual_seed(seed)
-    plan = engine.plan(even_rows(rows, world), 3)
+    plan = engine.plan(chunk_rows(rows, world), 3)
     low, high = plan.own
     y, whole = torch.empty(rows, 5), torch.empty(rows, 5)
     for _ in range(iterations):

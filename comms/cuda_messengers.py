@@ -1,0 +1,96 @@
+"""What carries the pieces of a product that a GPU makes: NCCL between GPUs, or copy engines to pinned host memory.
+
+Both work on streams of their own behind an event of the product, and hand back events: no thread, and no wait by the
+host. NCCL's send and receive of one step are one group, so that every rank issues the same steps in the same order.
+Pinned host memory stands for a peer where there is one GPU: real copy engines, at the rate of the host's bus, in both
+directions at once; it carries what a rank of a larger world would send and receive, and nobody is at the other end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+Rows = Sequence[tuple[torch.Tensor, int]]  # (rows, the other rank)
+
+
+class CudaMessenger(Protocol):
+    """Messages of one rank, issued by one thread."""
+
+    rank: int
+    world: int
+
+    def exchange(self, after: Any, sends: Rows, receives: Rows) -> list[Any]:
+        """Start both behind the event `after`; the events behind which they are complete."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class NcclMessenger:
+    """Between the GPUs of a group; a communicator and a stream of its own. Collective to make."""
+
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device, timeout_s: float) -> None:
+        self._ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+        self.rank, self.world = self._ranks.index(dist.get_rank()), len(self._ranks)
+        self.device = device
+        self._group: Any = dist.new_group(
+            self._ranks, timedelta(seconds=timeout_s), "nccl", use_local_synchronization=True, device_id=device
+        )
+        self._stream = torch.cuda.Stream(device, priority=-1)
+
+    def exchange(self, after: Any, sends: Rows, receives: Rows) -> list[Any]:
+        operations = [dist.P2POp(dist.isend, rows, self._ranks[to], self._group) for rows, to in sends]
+        operations += [dist.P2POp(dist.irecv, rows, self._ranks[source], self._group) for rows, source in receives]
+        if not operations:
+            return []
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(after)
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()  # orders this stream; the host goes on
+            return [self._stream.record_event()]
+
+    def close(self) -> None:
+        dist.destroy_process_group(self._group)
+
+
+class PinnedMessenger:
+    """Copy engines to and from pinned host memory, one stream for each direction.
+
+    `incoming(rows, source)`: a pinned tensor like `rows`, which is what `source` would have sent. `sent`: by peer and
+    size, the pinned memory into which rows went; the next piece of that size and peer takes its place.
+    """
+
+    def __init__(
+        self, rank: int, world: int, device: torch.device, incoming: Callable[[torch.Tensor, int], torch.Tensor]
+    ) -> None:
+        self.rank, self.world, self.device, self._incoming = rank, world, device, incoming
+        self._out, self._in = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._slots: dict[int, dict[Any, torch.Tensor]] = {}
+
+    def exchange(self, after: Any, sends: Rows, receives: Rows) -> list[Any]:
+        events = []
+        for stream, copies in ((self._out, [(self.slot(r, to), r) for r, to in sends]),
+                               (self._in, [(r, self._incoming(r, source)) for r, source in receives])):  # fmt: skip
+            if copies:
+                stream.wait_event(after)
+                with torch.cuda.stream(stream):
+                    for target, source in copies:
+                        target.copy_(source, non_blocking=True)
+                    events.append(stream.record_event())
+        return events
+
+    def slot(self, rows: torch.Tensor, to: int) -> torch.Tensor:
+        """Where `rows` go in the host memory that stands for rank `to`; by their place in their storage."""
+        places = self._slots.setdefault(to, {})
+        key = (rows.storage_offset(), tuple(rows.shape), rows.dtype)
+        if key not in places:
+            places[key] = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+        return places[key]
+
+    def close(self) -> None:
+        self._slots.clear()

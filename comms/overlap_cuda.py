@@ -1,0 +1,172 @@
+"""Products whose pieces leave or arrive while a GPU makes others: cuBLAS on row chunks, events, and a messenger.
+
+The same plans and patterns as `comms.overlap_engine`, without its threads: the host only queues work. A piece's event
+is its tracker: a stream that waits for it sends what is finished, and the product never waits. Pieces alternate between
+two streams, so that the last wave of one, which leaves processors idle, is filled by the first of the next (torch's
+async tensor parallelism does the same). What a caller gets is ordered behind its current stream. Nothing spins on a
+processor, and no stream waits for an event that is not queued before it, so one hardware queue
+(CUDA_DEVICE_MAX_CONNECTIONS=1) and CUDA_LAUNCH_BLOCKING cost overlap, but cannot deadlock.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..dist.errors import UserError
+from .chunk_plan import ChunkPlan, Piece
+from .cuda_messengers import CudaMessenger, NcclMessenger, Rows
+from .overlap_engine import Product, add_in_order
+
+
+class CudaOverlapEngine:
+    """The ranks of `group` that multiply together, over NCCL, or over `messenger`. Use from one thread.
+
+    All tensors are on `device`. Calls are queued, not waited for; a rank that does not come shows as NCCL's time-out of
+    `timeout_s`.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        device: torch.device,
+        timeout_s: float = 300.0,
+        messenger: CudaMessenger | None = None,
+    ) -> None:
+        self.messenger = messenger or NcclMessenger(group, device, timeout_s)
+        self.rank, self.world, self.device = self.messenger.rank, self.messenger.world, device
+        self._streams = [torch.cuda.Stream(device) for _ in range(2)]
+
+    def plan(self, sizes: tuple[int, ...], subchunks: int = 1) -> ChunkPlan:
+        return ChunkPlan(self.rank, sizes, subchunks)
+
+    def reduce_scatter(
+        self, plan: ChunkPlan, product: Product, y_MN: torch.Tensor, *, overlap: bool = True
+    ) -> torch.Tensor:
+        """As `OverlapEngine.reduce_scatter`."""
+        return self._scatter(plan, product, y_MN, y_MN.new_empty(plan.own[1] - plan.own[0], y_MN.shape[1]), overlap)
+
+    def all_reduce(
+        self, plan: ChunkPlan, product: Product, y_MN: torch.Tensor, *, overlap: bool = True
+    ) -> torch.Tensor:
+        """As `OverlapEngine.all_reduce`."""
+        whole = torch.empty_like(y_MN)
+        self._scatter(plan, product, y_MN, whole[slice(*plan.own)], overlap)
+        summed = self._current().record_event()
+        events: list[Any] = []
+        for part in range(plan.subchunks):
+            for step in range(1, self.world):
+                sends, receives = self._spread(plan, whole, step, part)
+                events += self.messenger.exchange(summed, sends, receives)
+        self._wait(events)
+        return whole
+
+    def all_gather(
+        self, plan: ChunkPlan, shard: torch.Tensor, whole: torch.Tensor, use: Product, *, overlap: bool = True
+    ) -> None:
+        """As `OverlapEngine.all_gather`."""
+        self._usable(plan)
+        whole[slice(*plan.own)].copy_(shard)
+        current = self._current()
+        start, arrived = current.record_event(), dict[Piece, list[Any]]()
+        for step in range(1, self.world):
+            source = (self.rank + step) % self.world
+            for part in range(plan.subchunks):
+                events = self.messenger.exchange(start, *self._spread(plan, whole, step, part))
+                arrived |= {piece: events for piece in plan.chunk(source)[part : part + 1]}
+        if not overlap:
+            self._wait([event for events in arrived.values() for event in events])
+            use(0, plan.rows)
+            return
+        for at, piece in enumerate(plan.gather_order):
+            self._make(at, start, use, piece, arrived.get(piece, []))
+        self._join()
+        self._wait([event for events in arrived.values() for event in events])
+
+    def close(self) -> None:
+        """Collective."""
+        self.messenger.close()
+
+    def _scatter(
+        self, plan: ChunkPlan, product: Product, y: torch.Tensor, out: torch.Tensor, overlap: bool
+    ) -> torch.Tensor:
+        self._usable(plan)
+        current, base = self._current(), plan.own[0]
+        peers = [peer for peer in range(self.world) if peer != self.rank]
+        staged = {peer: torch.empty_like(out) for peer in peers}
+        if not overlap:
+            product(0, plan.rows)
+        start = current.record_event()
+        arrived: dict[Piece, list[Any]] = {piece: [] for piece in plan.chunk(self.rank)}
+        leaving: list[Any] = []
+        at = 0
+        for step in range(1, self.world):
+            owner, source = (self.rank + step) % self.world, (self.rank - step) % self.world
+            for part in range(plan.subchunks):
+                sends: Rows = []
+                made = start
+                for piece in plan.chunk(owner)[part : part + 1]:
+                    if overlap:
+                        made, at = self._make(at, start, product, piece, []), at + 1
+                    sends = _numbers(y[piece.low : piece.high], owner)
+                receives: Rows = []
+                for piece in plan.chunk(self.rank)[part : part + 1]:
+                    receives = _numbers(staged[source][piece.low - base : piece.high - base], source)
+                events = self.messenger.exchange(made, sends, receives)
+                leaving += events
+                for piece in plan.chunk(self.rank)[part : part + 1]:
+                    arrived[piece] += events
+        for piece in plan.chunk(self.rank) if overlap else ():
+            self._make(at, start, product, piece, [])
+            at += 1
+        self._join()
+        for piece, events in arrived.items():
+            self._wait(events)
+            here = slice(piece.low - base, piece.high - base)
+            parts = [y[piece.low : piece.high] if p == self.rank else staged[p][here] for p in range(self.world)]
+            add_in_order(parts, out[here])
+        self._wait(leaving)  # before the caller may free or change y
+        return out
+
+    def _spread(self, plan: ChunkPlan, whole: torch.Tensor, step: int, part: int) -> tuple[Rows, Rows]:
+        """One part of the own chunk to the rank `step` before this one, one of the rank `step` after it from there."""
+        to, source = (self.rank - step) % self.world, (self.rank + step) % self.world
+        sends, receives = plan.chunk(self.rank)[part : part + 1], plan.chunk(source)[part : part + 1]
+        return (
+            [each for piece in sends for each in _numbers(whole[piece.low : piece.high], to)],
+            [each for piece in receives for each in _numbers(whole[piece.low : piece.high], source)],
+        )
+
+    def _make(self, at: int, start: Any, product: Product, piece: Piece, needed: list[Any]) -> Any:
+        """Queue the `at`-th piece; the event behind which it is made."""
+        stream = self._streams[at % len(self._streams)]
+        with torch.cuda.stream(stream):
+            for event in [start, *needed]:
+                stream.wait_event(event)
+            product(piece.low, piece.high)
+            return stream.record_event()
+
+    def _current(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self.device)
+
+    def _wait(self, events: list[Any]) -> None:
+        for event in events:
+            self._current().wait_event(event)
+
+    def _join(self) -> None:
+        for stream in self._streams:
+            self._current().wait_stream(stream)
+
+    def _usable(self, plan: ChunkPlan) -> None:
+        if (plan.rank, plan.world) != (self.rank, self.world) or plan.algorithm != "direct":
+            raise UserError(
+                f"a {plan.algorithm} plan of rank {plan.rank} of {plan.world}",
+                expected=f"a direct one of rank {self.rank} of {self.world}",
+            )
+
+
+def _numbers(rows: torch.Tensor, peer: int) -> list[tuple[torch.Tensor, int]]:
+    return [(rows, peer)] if rows.numel() else []

@@ -1,0 +1,208 @@
+"""The ranks that multiply together: one engine and one gate for a process group, and how a product is run on them.
+
+A `Team` owns threads and a communicator, so a group keeps one (`team_of`), made when the group is first used. All of
+the layers and functions of this room take either.
+
+Shapes: M rows over all ranks, K and N this rank's inner and outer dimensions, W ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..comms.chunk_plan import ChunkPlan
+from ..comms.link import LinkModel
+from ..comms.overlap_cuda import CudaOverlapEngine
+from ..comms.overlap_engine import OverlapEngine, Product
+from ..dist.errors import UserError
+from ..dist.launch_env import detect
+from ..dist.machine import Machine
+from ..dist.trace import Trace
+from .overlap_gate import ARMS, Arm, Gate, Rates
+
+MODES = {"auto": None, "off": 0, "on": len(ARMS) - 1}
+
+
+class Team:
+    """The ranks of `group` (None: all) that multiply together. Create, use and `close` on every rank alike.
+
+    `overlap`: 'auto' measures each product's arms and keeps the fastest (see `overlap_gate`), 'on' takes the finest
+    overlap, 'off' none; UNDERTOW_DISABLE=1 is 'off'. The last two repeat every bit from run to run. `device`: CPU
+    (gloo) or CUDA (NCCL). `machine`: the measured rates for the gate's model, of the default file if there is one;
+    rank 0's counts. `link` emulates a slow link on gloo, `trace` records what ran when.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        overlap: str = "auto",
+        device: torch.device | str = "cpu",
+        timeout_s: float = 300.0,
+        machine: Machine | None = None,
+        link: LinkModel | None = None,
+        trace: Trace | None = None,
+    ) -> None:
+        if overlap not in MODES:
+            raise UserError(f"overlap={overlap!r}", expected=f"one of {', '.join(MODES)}")
+        self.group, self.device = group or dist.group.WORLD, torch.device(device)
+        if self.device.type == "cpu":
+            self.engine = OverlapEngine(group, timeout_s=timeout_s, link=link, trace=trace)
+        elif link is None:
+            self.engine = CudaOverlapEngine(group, device=self.device, timeout_s=timeout_s)
+        else:
+            raise UserError("an emulated link around NCCL", expected="device='cpu': the emulation holds host threads")
+        self.rank, self.world, self.link = self.engine.rank, self.engine.world, link
+        self.machine = self._agreed(machine)
+        fixed, why = MODES[overlap], "as asked for"
+        if self.world == 1:
+            fixed, why = 0, "one rank"
+        elif detect().disabled:
+            fixed, why = 0, "UNDERTOW_DISABLE"
+        self.gate = Gate(ARMS, self._gather, fixed=fixed, why=why)
+        self._mesh: DeviceMesh | None = None
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        """A mesh of this group alone, for weights that come without one."""
+        if self._mesh is None:
+            assert self.group is not None
+            self._mesh = DeviceMesh.from_group(self.group, self.device.type)
+        return self._mesh
+
+    def reduce_scatter(self, a_MK: Tensor, b_KN: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        """This rank's rows of the sum of all a @ b; `sizes`: rows of each rank."""
+        y = a_MK.new_empty(a_MK.shape[0], b_KN.shape[1])
+        product = rows_of(a_MK, b_KN, y)
+        return self._run(
+            "matmul_reduce_scatter", a_MK.shape[1], b_KN.shape[1], b_KN.shape[1], sizes, y.dtype,
+            lambda plan, overlap: self.engine.reduce_scatter(plan, product, y, overlap=overlap),
+        )  # fmt: skip
+
+    def all_reduce(self, a_MK: Tensor, b_KN: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        """The sum of all a @ b, the same bits on all ranks; `sizes`: rows that each rank adds up."""
+        y = a_MK.new_empty(a_MK.shape[0], b_KN.shape[1])
+        product = rows_of(a_MK, b_KN, y)
+        return self._run(
+            "matmul_all_reduce", a_MK.shape[1], b_KN.shape[1], 2 * b_KN.shape[1], sizes, y.dtype,
+            lambda plan, overlap: self.engine.all_reduce(plan, product, y, overlap=overlap),
+        )  # fmt: skip
+
+    def all_gather(self, a_rK: Tensor, bs: Sequence[Tensor], sizes: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
+        """(all ranks' rows of a [M, K], its product with each b); `sizes`: rows of each rank."""
+        if a_rK.shape[0] != sizes[self.rank]:
+            raise UserError(
+                f"rank {self.rank} has {a_rK.shape[0]} of {sum(sizes)} rows",
+                expected=f"{sizes[self.rank]} (cut as torch.chunk does)",
+            )
+        whole = a_rK.new_empty(sum(sizes), a_rK.shape[1])
+        outs = [a_rK.new_empty(sum(sizes), b.shape[1]) for b in bs]
+        products = [rows_of(whole, b, out) for b, out in zip(bs, outs)]
+
+        def use(low: int, high: int) -> None:
+            for product in products:
+                product(low, high)
+
+        self._run(
+            "all_gather_matmul", a_rK.shape[1], sum(b.shape[1] for b in bs), a_rK.shape[1], sizes, a_rK.dtype,
+            lambda plan, overlap: self.engine.all_gather(plan, a_rK, whole, use, overlap=overlap),
+        )  # fmt: skip
+        return whole, outs
+
+    def _run(
+        self, kind: str, k: int, n: int, row_numbers: int, sizes: tuple[int, ...], dtype: torch.dtype,
+        call: Callable[[ChunkPlan, bool], Any],
+    ) -> Any:  # fmt: skip
+        """`row_numbers`: how many numbers of each row travel."""
+        if len(sizes) != self.world:
+            raise UserError(f"rows for {len(sizes)} ranks", expected=f"one number for each of {self.world}")
+        name = str(dtype).removeprefix("torch.")
+        key = f"{kind} M={sum(sizes)} N={n} K={k} {name}"
+        rates = self._rates(name)
+        nbytes = sum(sizes) * row_numbers * dtype.itemsize * (self.world - 1) / self.world
+        flops = 2.0 * sum(sizes) * n * k
+        predict = None if rates is None else lambda arm: rates.seconds(arm, self.world, flops, nbytes)
+        chosen = self.gate.choose(key, predict)
+        arm: Arm = self.gate.arms[chosen]
+        plan = self.engine.plan(sizes, arm.subchunks)
+        if not self.gate.measuring(key):
+            return call(plan, arm.overlap)
+        began_s = self._now()
+        found = call(plan, arm.overlap)
+        self.gate.took(key, chosen, self._now() - began_s)
+        return found
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # only while a product is being measured
+        return time.perf_counter()
+
+    def _rates(self, dtype: str) -> Rates | None:
+        if self.machine is None:
+            return None
+        rates = Rates.of(self.machine, dtype, self.device.type)
+        if rates is None or self.link is None:
+            return rates
+        return Rates(rates.flops, self.link.bytes_per_s, rates.latency_s + self.link.latency_s)
+
+    def _agreed(self, machine: Machine | None) -> Machine | None:
+        """Rank 0's machine on all ranks, so that all choose alike."""
+        if machine is None and self.rank == 0 and Machine.default_path().exists():
+            machine = Machine.load(Machine.default_path())
+        found = [machine]
+        dist.broadcast_object_list(found, group_src=0, group=self.group)
+        return found[0]
+
+    def _gather(self, mine: Tensor) -> list[Tensor]:
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, mine, group=self.group)
+        return found
+
+    def explain(self) -> str:
+        """What was chosen for each product, and why."""
+        return self.gate.explain()
+
+    def close(self) -> None:
+        """Collective."""
+        self.engine.close()
+
+
+def rows_of(a: Tensor, b: Tensor, y: Tensor) -> Product:
+    """Fill rows of `y` with those of a @ b."""
+
+    def product(low: int, high: int) -> None:
+        torch.mm(a[low:high], b, out=y[low:high])
+
+    return product
+
+
+_teams: dict[tuple[str, str], Team] = {}
+
+
+def team_of(group: Team | dist.ProcessGroup | str | None, device: torch.device | str = "cpu") -> Team:
+    """The team of a process group, of its name, or of all ranks (None); collective when it is first asked for.
+
+    It is kept until `close_teams`. A Team is returned as it is.
+    """
+    if isinstance(group, Team):
+        return group
+    real = dist.distributed_c10d._resolve_process_group(group) if isinstance(group, str) else group or dist.group.WORLD  # type: ignore[arg-type]
+    assert real is not None
+    key = real.group_name, torch.device(device).type
+    found = _teams.get(key)
+    if found is None or found.group is not real:
+        found = _teams[key] = Team(real, device=device)
+    return found
+
+
+def close_teams() -> None:
+    """Close what `team_of` keeps; collective. Call it before the process groups are destroyed."""
+    while _teams:
+        _teams.pop(next(iter(_teams))).close()

@@ -1,0 +1,127 @@
+"""Overlapped products beside torch's own fallbacks: values, strides and gradients."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric
+
+from undertow.dist.errors import UserError
+from undertow.parallel import all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter
+from undertow.parallel.overlap_gate import ARMS
+from undertow.parallel.overlap_team import Team, close_teams, team_of
+
+SHAPES = [((12,), 5, 3), ((12, 6), 7, 6), ((6, 12, 6), 1, 6), ((12, 6), 0, 12)]  # leading dims, K, N
+
+
+def _bits(*shape: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(0, 2, shape, generator=generator).to(dtype)
+
+
+def _like_torch(rank: int, world: int, seed: int) -> None:
+    """Zeros and ones: every order of sums gives the same bits."""
+    name = dist.distributed_c10d._get_default_group().group_name
+    generator = torch.Generator().manual_seed(seed + rank)
+    for mode, dtype in itertools.product(("off", "on"), (torch.float32, torch.bfloat16)):
+        team = Team(overlap=mode)
+        for lead, k, n in SHAPES:
+            a, b = _bits(*lead, k, dtype=dtype, generator=generator), _bits(k, n, dtype=dtype, generator=generator)
+            if mode == "on":  # not contiguous either
+                a, b = a.transpose(0, -1).contiguous().transpose(0, -1), b.t().contiguous().t()
+            for dim in range(len(lead) + 1):
+                if dim < len(lead) or n % world == 0:
+                    want = symmetric._fused_matmul_reduce_scatter_fallback(a, b, "sum", dim, name)
+                    got = matmul_reduce_scatter(a, b, "sum", dim, team)
+                    assert torch.equal(got, want) and got.stride() == want.stride(), (lead, k, n, dim)
+            for dim in range(len(lead)):
+                want_a, wants = symmetric._fused_all_gather_matmul_fallback(a, [b, b], dim, name)
+                got_a, gots = all_gather_matmul(a, [b, b], dim, team)
+                assert got_a is not None and want_a is not None and torch.equal(got_a, want_a), (lead, k, n, dim)
+                assert world == 1 or got_a.stride() == want_a.stride()  # torch returns a view of its input then
+                for got, want in zip(gots, wants, strict=True):
+                    assert torch.equal(got, want) and got.stride() == want.stride(), (lead, k, n, dim)
+            summed = a @ b
+            dist.all_reduce(summed)
+            assert torch.equal(matmul_all_reduce(a, b, "sum", team), summed)
+        team.close()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_values_and_strides_are_those_of_torch(ranks, seed, world):
+    ranks(world, _like_torch, seed)
+
+
+def _gradients(rank: int, world: int, seed: int) -> None:
+    """An MLP split over ranks against the whole one, in float64: 1e-12 is rounding of sums of some tens of products."""
+    team = team_of(None)
+    generator = torch.Generator().manual_seed(seed)
+    x, up, down = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((4 * world, 3, 6), (6, 24), (24, 6))
+    )
+    target = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    whole = [t.clone().requires_grad_() for t in (x, up, down)]
+    ((whole[0] @ whole[1]).relu() @ whole[2] * target).sum().backward()
+    parts = [x.chunk(world)[rank], up.chunk(world, 1)[rank], down.chunk(world)[rank]]
+    for calls in range(26):  # until the gate has tried all arms, and decided
+        x_r, up_r, down_r = (part.clone().requires_grad_() for part in parts)
+        _, (hidden,) = all_gather_matmul(x_r, [up_r], 0, None)
+        out = matmul_reduce_scatter(hidden.relu(), down_r)
+        (out * target.chunk(world)[rank]).sum().backward()
+        for mine, full, dim in ((x_r, whole[0], 0), (up_r, whole[1], 1), (down_r, whole[2], 0)):
+            assert full.grad is not None
+            torch.testing.assert_close(mine.grad, full.grad.chunk(world, dim)[rank], rtol=1e-12, atol=1e-12)
+        if calls == 0 and world > 1:
+            assert "still measuring" in team.explain()
+    assert "still measuring" not in team.explain() and ("one rank" if world == 1 else "measured") in team.explain()
+    summed_x, summed_w = x.clone().requires_grad_(), up.clone().requires_grad_()
+    (matmul_all_reduce(summed_x, summed_w) * target.sum(-1, keepdim=True)).sum().backward()
+    assert summed_x.grad is not None and summed_w.grad is not None
+    d = target.sum(-1, keepdim=True).expand(-1, -1, 24)
+    torch.testing.assert_close(summed_x.grad, d @ up.t(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(summed_w.grad, x.flatten(0, 1).t() @ d.flatten(0, 1), rtol=1e-12, atol=1e-12)
+    close_teams()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_gradients_of_a_split_mlp_are_those_of_the_whole(ranks, seed, world):
+    ranks(world, _gradients, seed)
+
+
+def _ragged(rank: int, world: int) -> None:
+    """7 rows over 3 ranks, cut as torch.chunk does, by name of the group."""
+    name = dist.distributed_c10d._get_default_group().group_name
+    a, b = torch.ones(7, 2) * (rank + 1), torch.ones(2, 3)
+    got = matmul_reduce_scatter(a, b, "avg", 0, name)
+    assert torch.equal(got, torch.full(((3, 3, 1)[rank], 3), 4.0))
+    whole, (product,) = all_gather_matmul(got, [torch.eye(3)], 0, name, total=7)
+    assert torch.equal(product, torch.full((7, 3), 4.0)) and torch.equal(product, whole)
+    assert torch.equal(matmul_all_reduce(a, b, "avg", name), torch.full((7, 3), 4.0))
+    with pytest.raises(UserError, match="'sum' or 'avg'"):
+        matmul_reduce_scatter(a, b, "max", 0, name)
+    with pytest.raises(UserError, match="not the last"):
+        all_gather_matmul(a, [b], 1, name)
+    with pytest.raises(UserError, match="cut as torch.chunk does"):
+        all_gather_matmul(a, [b], 0, name, total=9 if rank else 12)
+    close_teams()
+
+
+def test_rows_that_the_world_does_not_divide(ranks):
+    ranks(3, _ragged)
+
+
+def _disabled(rank: int, world: int) -> str:
+    import os
+
+    os.environ["UNDERTOW_DISABLE"] = "1"
+    matmul_reduce_scatter(torch.ones(4, 2), torch.ones(2, 2))
+    text = team_of(None).explain()
+    close_teams()
+    return text
+
+
+def test_the_switch_turns_overlap_off_and_says_so(ranks):
+    assert set(ranks(2, _disabled)) == {"matmul_reduce_scatter M=4 N=2 K=2 float32: sequential (UNDERTOW_DISABLE)"}
+    assert ARMS[0].overlap is False

@@ -62,7 +62,7 @@ def take(draft: Draft, shape: Shape, rank: int, name: str, shift: int, here: Sli
         draft.recv(rank, "heads_in", source, f"{name}.heads", here)
 
 
-def collect(draft: Draft, shape: Shape, teams: Sequence[Sharing], *, backward: bool) -> None:
+def collect(draft: Draft, shape: Shape, teams: Sequence[Sharing], *, backward: bool, goals: bool) -> None:
     """Every rank gets its rows with all heads back; staggered as the way there."""
     inner = shape.inner
     for name in (name for group in RESULTS[backward] for name in group):
@@ -89,8 +89,9 @@ def collect(draft: Draft, shape: Shape, teams: Sequence[Sharing], *, backward: b
             _, row, dtype = shape.field(name)
             out = draft.value(rank, name, dtype, rows, row, "output")
             if rows:
-                contents = [cut(other.results[team, name], start, start + rows) for other in teams]
                 draft.compute(rank, "join_heads", [parts[rank, i] for i in range(inner)], [out], lane="exchange")
+            if rows and goals:
+                contents = [cut(other.results[team, name], start, start + rows) for other in teams]
                 draft.goal(rank, out, applied("join_heads", contents, rows))
 
 

@@ -85,3 +85,10 @@ class Shape:
 def block_params(i: int, j: int, need: Need) -> dict[str, int]:
     """What the operations `attend` and `attend_backward` are told of a block."""
     return {"q": i, "k": j, "q0": need.q0, "q1": need.q1, "k0": need.k0, "k1": need.k1}
+
+
+def block_flops(shape: Shape, need: Need, backward: bool) -> int:
+    """Floating-point operations of one block with one share of the heads: two products forward, five backward."""
+    h = shape.heads
+    width = 2 * (3 * h.head_dim + 2 * h.v_dim) if backward else 2 * (h.head_dim + h.v_dim)
+    return need.area * h.batch * (h.q_heads // shape.inner) * width

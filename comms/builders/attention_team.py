@@ -12,7 +12,7 @@ from ..terms import Content, join, origin
 from .attention_cargo import Cargo
 from .attention_goals import result_contents
 from .attention_heads import gathered, take
-from .attention_shape import INPUTS, OF_QUERIES, RESULTS, Need, Shape, block_params
+from .attention_shape import INPUTS, OF_QUERIES, RESULTS, Need, Shape, block_flops, block_params
 from .draft import Draft
 from .routes import Route
 from .running import Running
@@ -30,9 +30,10 @@ class Team:
         moves: str,
         backward: bool,
         bookends: bool,
+        goals: bool,
     ) -> None:
         self.draft, self.shape, self.column, self.routes = draft, shape, column, routes
-        self.moves, self.backward, self.bookends = moves, backward, bookends
+        self.moves, self.backward, self.bookends, self.goals = moves, backward, bookends, goals
         self.size = draft.world // shape.inner
         self.suffix = ".h" if shape.inner > 1 else ""
         self.cargo = Cargo(shape, routes, moves, self.size, backward=backward)
@@ -189,11 +190,9 @@ class Team:
             after.append((group, home, parts, low, high, where, max(part, 0)))
         if not writes:  # no rows here: a rank with padding only
             return
-        h, area = self.shape.heads, need.area
-        width = 2 * (3 * h.head_dim + 2 * h.v_dim) if self.backward else 2 * (h.head_dim + h.v_dim)
         op = "attend_backward" if self.backward else "attend"
-        engine = f"attention_{'backward' if self.backward else 'forward'}/{h.dtype}"
-        flops = area * h.batch * (h.q_heads // self.shape.inner) * width
+        engine = f"attention_{'backward' if self.backward else 'forward'}/{self.shape.heads.dtype}"
+        flops = block_flops(self.shape, need, self.backward)
         self.draft.compute(
             self.rank(place), op, reads, writes, flops=flops, engine=engine, params=block_params(i, j, need)
         )
@@ -225,7 +224,9 @@ class Team:
         self.guards[home, came].extend(running.add(values, low, high, lane))
 
     def _goals(self) -> None:
-        pieces = result_contents(self.shape, self.content, self.running, self.size, backward=self.backward)
+        pieces = {}
+        if self.goals:
+            pieces = result_contents(self.shape, self.content, self.running, self.size, backward=self.backward)
         for group in RESULTS[self.backward]:
             for team in range(self.size):
                 for name in group:

@@ -275,7 +275,7 @@ def explain(
     problem = Problem(world, *lengths, heads, Mask(**mask), layout)
     rates = Rates.of(machine, name, topology=topology)
     for backward in (False, True):
-        Console(highlight=False).print(choose(problem, rates, backward=backward).table())
+        Console(highlight=False).print(choose(problem, rates, backward=backward, every=True).table())
         for gate in (where.gates.get((problem, backward)) for where in homes()):
             if gate is not None:
                 print(gate)

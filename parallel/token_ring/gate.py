@@ -36,7 +36,8 @@ def arms(problem: Problem, rates: Rates, *, backward: bool) -> tuple[str, ...]:
     choice = choose(problem, rates, backward=backward)
     seconds = next(e.seconds for e in choice.estimates if e.name == DEFAULT)
     buffers = {e.name: e.buffer_bytes for e in choice.estimates if not e.reason}
-    plain = [n for n in ("all_gather_kv",) if buffers[n] <= MORE_BUFFERS * buffers[DEFAULT]]
+    few_more = 0 < buffers["all_gather_kv"] <= MORE_BUFFERS * buffers[DEFAULT]
+    plain = ["all_gather_kv"] if few_more else []
     likely = sorted((e for e in choice.estimates if e.seconds <= HOPELESS * seconds), key=lambda e: e.seconds)
     best = {MOVES.get(e.name, "kv"): e.name for e in reversed(likely) if e.name not in (DEFAULT, *plain)}
     return tuple(dict.fromkeys((DEFAULT, *plain, choice.name, *best.values())))

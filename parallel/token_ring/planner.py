@@ -1,21 +1,21 @@
 """Which schedule to run: predicted seconds of every possible one on a measured machine, forward and backward apart.
 
-The prediction replays the very schedule that would run: on the simulator for few ranks, and for many by a bound, the
-longest of its compute, its bytes out and its bytes in. Moving queries wins for MHA backward and for few queries
-against many keys, keys and values win with grouped heads, Ulysses where ranks outnumber the ratio of the heads; the
-numbers decide. Nothing else is chosen than `ring_kv` unless it is predicted to be clearly faster.
+Totals of compute and bytes, which need no schedule, bound the time of each from below. For few ranks the schedules are
+then replayed on the simulator, likely ones first, until the bound of the next is longer than the best time found; for
+many ranks the bound, with a latency per message, is the prediction. Moving queries wins for MHA backward and for few
+queries against many keys, keys and values win with grouped heads, Ulysses where ranks outnumber the ratio of the heads;
+the numbers decide. Nothing else is chosen than `ring_kv` unless it is predicted to be clearly faster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from rich.table import Table
 
 from ...comms.actions import Compute
-from ...comms.cost import Seconds, rank_costs
+from ...comms.cost import Seconds, buffer_bytes
 from ...comms.network import Network, fastest, of_machine
 from ...comms.schedule import Schedule
 from ...comms.simulate import ASSUMED, simulate
@@ -27,18 +27,24 @@ from .problem import SCHEDULES, Problem
 DEFAULT = "ring_kv"
 MARGIN = 0.97  # another schedule must be predicted to take at most so much of the default's time
 _SIMULATED_RANKS = 8
+_ALWAYS = (DEFAULT, "all_gather_kv")  # the plain ways are always simulated
 _ATTENTION = {"attend": "attention_forward", "attend_backward": "attention_backward"}
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a schedule would take: bytes of the busiest rank, predicted seconds; or the reason why it cannot be."""
+    """What a schedule would take: bytes of the busiest rank, predicted seconds; or the reason why it cannot be.
+
+    `at_least`: it was not simulated, because even this bound is longer than another's time. `buffer_bytes` is 0 where
+    the schedule was not built.
+    """
 
     name: str
     seconds: float = float("inf")
     sent_bytes: int = 0
     buffer_bytes: int = 0
     reason: str = ""
+    at_least: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,8 @@ class Choice:
             if e.reason:
                 table.add_row(e.name, "", "", "", e.reason)
             else:
-                numbers = format_bytes(e.sent_bytes), format_bytes(e.buffer_bytes), format_seconds(e.seconds)
+                buffers = format_bytes(e.buffer_bytes) if e.buffer_bytes else ""
+                numbers = format_bytes(e.sent_bytes), buffers, f"{'≥ ' * e.at_least}{format_seconds(e.seconds)}"
                 table.add_row(e.name, *numbers, "chosen" if e.name == self.name else "")
         return table
 
@@ -117,39 +124,58 @@ def _owner(schedule: Schedule, action: Compute) -> int:
 
 
 def predict(schedule: Schedule, rates: Rates) -> float:
-    """Modelled seconds of one run."""
-    if schedule.world <= _SIMULATED_RANKS:
-        return simulate(schedule, network=rates.network, op_seconds=rates.op_seconds(schedule)).makespan_s
-    backward = bool(dict(schedule.meta).get("backward"))
-    n = rates.network
-    port = min(n.port_bytes_per_s, n.pair_bytes_per_s, n.bus_bytes_per_s / schedule.world)
-    return max(
+    """Modelled seconds of one run, on the simulator."""
+    return simulate(schedule, network=rates.network, op_seconds=rates.op_seconds(schedule)).makespan_s
+
+
+def bound(problem: Problem, name: str, rates: Rates, *, backward: bool, message_s: float = 0.0) -> float:
+    """Seconds that no run can beat: the longest of a rank's compute, its bytes out and its bytes in; every message
+    costs `message_s` more."""
+    found = problem.totals(name, backward=backward)
+    network, everyone = rates.network, sum(total.sent_bytes for total in found)
+    port = min(network.port_bytes_per_s, network.pair_bytes_per_s * (problem.world - 1))
+    busiest = max(
         max(
-            cost.flops / rates.attention[backward],
-            max(cost.sent_bytes, cost.received_bytes) / port + cost.messages_sent * n.latency_s,
+            total.flops / rates.attention[backward],
+            max(total.sent_bytes, total.received_bytes) / port + total.messages_sent * message_s,
         )
-        for cost in rank_costs(schedule)
+        for total in found
     )
+    return max(busiest, everyone / network.bus_bytes_per_s)
 
 
 @lru_cache(maxsize=256)
 def choose(
-    problem: Problem, rates: Rates, *, backward: bool = False, names: Sequence[str] = tuple(SCHEDULES)
-) -> Choice:
-    """The fastest schedule by prediction. Pure: all ranks that call it with the same arguments get the same."""
-    estimates = []
-    for name in names:
-        if reason := problem.possible(name):
-            estimates.append(Estimate(name, reason=reason))
+    problem: Problem, rates: Rates, *, backward: bool = False, names: tuple[str, ...] = tuple(SCHEDULES),
+    every: bool = False,
+) -> Choice:  # fmt: skip
+    """The fastest schedule by prediction. Pure: all ranks that call it with the same arguments get the same.
+
+    `every`: simulate also those that cannot win (for few ranks).
+    """
+    few = problem.world <= _SIMULATED_RANKS
+    possible = {name: problem.possible(name) for name in names}
+    message_s = 0.0 if few else rates.network.latency_s
+    bounds = {
+        name: bound(problem, name, rates, backward=backward, message_s=message_s)
+        for name, reason in possible.items()
+        if not reason
+    }
+    found: dict[str, Estimate] = {}
+    for name in sorted(bounds, key=lambda n: (n not in _ALWAYS, bounds[n])):
+        best = min((e.seconds for e in found.values()), default=float("inf"))
+        sent = max(total.sent_bytes for total in problem.totals(name, backward=backward))
+        if not few or (bounds[name] > best and not every and name not in _ALWAYS):
+            found[name] = Estimate(name, bounds[name], sent, at_least=few)
             continue
-        schedule = problem.schedule(name, backward=backward)
-        costs = rank_costs(schedule)
-        most = max(cost.sent_bytes for cost in costs), max(cost.buffer_bytes for cost in costs)
-        estimates.append(Estimate(name, predict(schedule, rates), *most))
-    best = min(estimates, key=lambda e: e.seconds)
-    plain = next((e for e in estimates if e.name == DEFAULT), best)
-    name = best.name if best.seconds <= MARGIN * plain.seconds else plain.name
-    return Choice("backward" if backward else "forward", name, tuple(estimates), rates.name)
+        schedule = problem.schedule(name, backward=backward, goals=False)
+        buffers = max(buffer_bytes(schedule, rank) for rank in range(problem.world))
+        found[name] = Estimate(name, predict(schedule, rates), sent, buffers)
+    best = min((e for e in found.values() if not e.at_least), key=lambda e: e.seconds)
+    plain = found.get(DEFAULT, best)
+    chosen = best.name if best.seconds <= MARGIN * plain.seconds else plain.name
+    estimates = tuple(found[name] if not reason else Estimate(name, reason=reason) for name, reason in possible.items())
+    return Choice("backward" if backward else "forward", chosen, estimates, rates.name)
 
 
 def resolve(problem: Problem, rates: Rates, wanted: str, *, backward: bool) -> str:

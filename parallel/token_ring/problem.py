@@ -13,8 +13,8 @@ from functools import cached_property, lru_cache
 
 from ...comms.builders.attention import attention
 from ...comms.builders.attention_shape import Heads, Need, Shape
+from ...comms.builders.attention_totals import Totals, totals
 from ...comms.builders.routes import Route, direct, ring, two_level
-from ...comms.cost import rank_costs
 from ...comms.schedule import Schedule
 from ...dist.errors import UserError
 from ..masks import Mask, Tile, tiles
@@ -97,35 +97,64 @@ class Problem:
         """How often a key head must be repeated before heads are exchanged; 1 wherever it can be."""
         return math.lcm(self.heads.kv_heads, self.inner(name)) // self.heads.kv_heads
 
-    def schedule(self, name: str, *, backward: bool = False) -> Schedule:
-        """The schedule called `name`; remembered. `UserError` for a name or a combination that does not exist."""
-        return _build(self, name, backward)
+    def schedule(self, name: str, *, backward: bool = False, goals: bool = True) -> Schedule:
+        """The schedule called `name`; remembered. `UserError` for a name or a combination that does not exist.
+
+        Without `goals` it is made faster, but only for planning: it cannot be checked, nor compared with one that has.
+        """
+        return _build(self, name, backward, goals)
+
+    def totals(self, name: str, *, backward: bool = False) -> list[Totals]:
+        """What each rank sends and computes in the schedule called `name`, without building it."""
+        return _plan(self, name, backward)[1]
 
 
 @lru_cache(maxsize=256)
-def _build(problem: Problem, name: str, backward: bool) -> Schedule:
+def _build(problem: Problem, name: str, backward: bool, goals: bool) -> Schedule:
+    routes = _plan(problem, name, backward)[0]
+    return attention(
+        name,
+        _shape(problem, name),
+        routes,
+        moves=_moves(name),
+        backward=backward,
+        bookends=name == "token_ring_bookended",
+        goals=goals,
+    )
+
+
+@lru_cache(maxsize=1024)
+def _plan(problem: Problem, name: str, backward: bool) -> tuple[list[Route], list[Totals]]:
+    """The routes whose busiest rank sends least, and the totals of each rank."""
     if name not in SCHEDULES:
         raise UserError(f"schedule {name!r}", expected=f"'auto' or one of {', '.join(SCHEDULES)}")
     if reason := problem.possible(name):
         raise UserError(f"schedule '{name}': {reason}", remedy="choose ring_kv, or schedule='auto'")
-    inner = problem.inner(name)
-    size = problem.world // inner
+    shape = _shape(problem, name)
+    choices = _routes(problem, name, problem.world // shape.inner)
+    plans = [(routes, totals(shape, routes, _moves(name), backward=backward)) for routes in choices]
+    return min(plans, key=lambda plan: max(total.sent_bytes for total in plan[1]))
+
+
+def _moves(name: str) -> str:
+    return "q" if name in ("token_ring", "token_ring_bookended", "need_only_q", "ulysses_token") else "kv"
+
+
+def _shape(problem: Problem, name: str) -> Shape:
     halves = {"ring_kv_bidirectional": "all", "token_ring_bookended": "local"}.get(name, "")
-    heads = replace(problem.heads, kv_heads=problem.heads.kv_heads * problem.kv_copies(name))
-    shape = Shape(
+    return _shape_of(problem, problem.inner(name), problem.kv_copies(name), halves)
+
+
+@lru_cache(maxsize=256)
+def _shape_of(problem: Problem, inner: int, copies: int, halves: str) -> Shape:
+    size = problem.world // inner
+    return Shape(
         tuple(map(rows_of, problem.q_spans)),
         tuple(map(rows_of, problem.k_spans)),
-        heads,
+        replace(problem.heads, kv_heads=problem.heads.kv_heads * copies),
         {(i, j): found for i in range(size) for j in range(size) if (found := _needs(problem, inner, i, j, halves))},
         inner,
     )
-    moves = "q" if name in ("token_ring", "token_ring_bookended", "need_only_q", "ulysses_token") else "kv"
-    bookends = name == "token_ring_bookended"
-    built = [
-        attention(name, shape, routes, moves=moves, backward=backward, bookends=bookends)
-        for routes in _routes(problem, name, size)
-    ]
-    return min(built, key=lambda plan: max(cost.sent_bytes for cost in rank_costs(plan)))
 
 
 def _routes(problem: Problem, name: str, size: int) -> list[list[Route]]:

@@ -21,7 +21,7 @@ from undertow.parallel.masks import Mask
 from undertow.parallel.partition import LAYOUTS, positions_of
 from undertow.parallel.token_ring.block_ops import ops
 from undertow.parallel.token_ring.executors import forget, home
-from undertow.parallel.token_ring.planner import Rates, choose, predict
+from undertow.parallel.token_ring.planner import Rates, bound, choose, predict
 from undertow.parallel.token_ring.problem import SCHEDULES, Problem
 
 HEADS = [(4, 4), (8, 2), (4, 1), (12, 4), (10, 5)]
@@ -254,6 +254,34 @@ def _compiled(rank, world):
 @pytest.mark.slow
 def test_compiled_in_one_graph(ranks):
     ranks(2, _compiled)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_totals_without_a_schedule_are_those_of_the_schedule(causal):
+    """What the planner adds up for many ranks is what the plan sends; and no prediction is below its bound."""
+    rates = Rates("slow link", (1e12, 1e12), 1e11, Network(1e-6, port_bytes_per_s=1e8))
+    for world in (1, 2, 3, 4, 6):
+        problem = Problem(world, 37, 37, Heads(1, 12, 6, 8, 8, "bfloat16", "float32", "bfloat16"), Mask(causal))
+        for name in (n for n in SCHEDULES if not problem.possible(n)):
+            for backward in (False, True):
+                plan = problem.schedule(name, backward=backward, goals=False)
+                wanted = [(c.sent_bytes, c.received_bytes, c.messages_sent, c.flops) for c in rank_costs(plan)]
+                found = problem.totals(name, backward=backward)
+                assert [(t.sent_bytes, t.received_bytes, t.messages_sent, t.flops) for t in found] == wanted, name
+                least = bound(problem, name, rates, backward=backward)
+                assert predict(plan, rates) >= least * (1 - 1e-9)
+
+
+def test_planning_leaves_out_only_what_cannot_win():
+    rates = Rates("slow link", (1e12, 1e12), 1e11, Network(1e-6, port_bytes_per_s=1e8))
+    for kv_heads in (16, 2):
+        for backward in (False, True):
+            problem = Problem(4, 64, 64, Heads(1, 16, kv_heads, 8, 8), Mask(True))
+            quick, full = (choose(problem, rates, backward=backward, every=every) for every in (False, True))
+            assert quick.name == full.name and not any(e.at_least for e in full.estimates)
+            left_out = [e for e in quick.estimates if e.at_least]
+            assert all(e.seconds > min(f.seconds for f in full.estimates) for e in left_out)
+        assert left_out
 
 
 def test_the_planner_moves_what_is_small():

@@ -26,9 +26,10 @@ import torch
 import torch.distributed as dist
 
 from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Measured, Trial
-from undertow.benchmarks.checkpoint_stall import MEDIUM, Job, Size, Undertow, keep_open
+from undertow.benchmarks.checkpoint_job import MEDIUM, Job, Size
+from undertow.benchmarks.checkpoint_stall import Undertow, keep_open
 from undertow.checkpointing.arena import register
-from undertow.checkpointing.copies import HostCopier, copier_for
+from undertow.checkpointing.copies import copier_for
 from undertow.dist.launch import detect, init_process_group
 from undertow.examples.lm import LMConfig
 
@@ -149,7 +150,7 @@ class Rig:
             getattr(copier, "stream", None), partial(order_after, mark)
         )
 
-    def _leave_out_copies(self, copier: HostCopier) -> None:
+    def _leave_out_copies(self, copier: Any) -> None:
         copy, copy_many = copier.copy, copier.copy_many
         copier.copy = lambda *where: None if "copies" in self.without else copy(*where)
         copier.copy_many = lambda *where: None if "copies" in self.without else copy_many(*where)

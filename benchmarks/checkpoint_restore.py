@@ -18,7 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Trial
-from undertow.benchmarks.checkpoint_stall import CPU, CPU_LARGE, Job, Size
+from undertow.benchmarks.checkpoint_job import CPU, CPU_LARGE, Job, Size
 from undertow.checkpointing import Checkpointer
 from undertow.checkpointing.folder import read_manifest
 from undertow.checkpointing.restore import load
@@ -100,7 +100,7 @@ BENCHMARK = Benchmark(
     "checkpoint_restore",
     "A verified restore is no slower than dcp.load, which verifies nothing.",
     _cases,
-    rounds=5,
+    rounds=6,
     packages=("torch", "xxhash"),
     x_label="parameters",
 )

@@ -10,13 +10,10 @@ say: only those marked `fsync` have their bytes on the disk when they say so, an
 from __future__ import annotations
 
 import atexit
-import importlib.util
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,119 +22,21 @@ import torch
 import torch.distributed as dist
 
 from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Measured, Trial
+from undertow.benchmarks.checkpoint_job import (
+    CPU,
+    CPU_LARGE,
+    LARGE,
+    MANY,
+    MEDIUM,
+    SMALL,
+    Job,
+    Method,
+    Size,
+    SmallTensors,
+)
+from undertow.benchmarks.checkpoint_rivals import rivals
 from undertow.checkpointing import Checkpointer
 from undertow.dist.launch import detect, init_process_group
-from undertow.examples.lm import ByteLM, LMConfig
-
-
-@dataclass(frozen=True)
-class Size:
-    """A model, its batch, and the steps between saves to disk, long enough for a save to reach it."""
-
-    name: str
-    model: LMConfig
-    batch: int
-    length: int
-    interval: int
-
-
-GPT2 = {"vocab": 50304, "tied": True}
-CPU = Size("21 M", LMConfig(layers=6, width=512, heads=8, kv_heads=8, hidden=1408, vocab=512), 1, 128, 4)
-CPU_LARGE = Size("90 M", LMConfig(layers=12, width=768, heads=12, kv_heads=12, hidden=2304, vocab=512), 1, 128, 6)
-SMALL = Size("125 M", LMConfig(layers=12, width=768, heads=12, kv_heads=12, hidden=2048, **GPT2), 16, 1024, 64)
-MEDIUM = Size("355 M", LMConfig(layers=24, width=1024, heads=16, kv_heads=16, hidden=2816, **GPT2), 12, 1024, 32)
-LARGE = Size("1.3 B", LMConfig(layers=24, width=2048, heads=16, kv_heads=16, hidden=5504, **GPT2), 8, 1024, 48)
-MANY, SMALL_TENSOR = 20_000, 800  # 64 MB of float32
-
-
-@dataclass
-class Job:
-    """The training loop that all arms share: same model, same optimizer, one step after the other."""
-
-    size: Size
-    device: torch.device
-    folder: Path
-    step: int = 0
-    state_bytes: int = 0
-    _open: list[Callable[[], None]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        torch.manual_seed(0)
-        self.model = ByteLM(self.size.model).to(self.device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
-        shape = (self.size.batch, self.size.length + 1)
-        self.tokens = torch.randint(0, 256, shape, device=self.device)
-        self.train()
-        self.synchronize()
-        self.state_bytes = sum(t.numel() * t.element_size() for t in self.tensors().values())
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What every arm has to save, by name."""
-        found = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
-        for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state[parameter].items():
-                found[f"optimizer.state.{name}.{key}"] = value
-        return found
-
-    def train(self) -> None:
-        """Forward, backward and update of one step."""
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss = self.model(self.tokens[:, :-1], self.tokens[:, 1:])
-        loss.backward()
-        self.optimizer.step()
-        self.step += 1
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def close(self) -> None:
-        for close in self._open:
-            close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-class SmallTensors(Job):
-    """Many tensors of a few kilobytes: what names, records and single copies cost, not bytes."""
-
-    def __post_init__(self) -> None:
-        torch.manual_seed(0)
-        self.model = torch.nn.ParameterList([torch.randn(SMALL_TENSOR, device=self.device) for _ in range(MANY)])
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-5)
-        for parameter in self.model:
-            parameter.grad = torch.full_like(parameter, 1e-3)
-        self.train()
-        self.state_bytes = sum(t.numel() * t.element_size() for t in self.tensors().values())
-
-    def train(self) -> None:
-        self.optimizer.step()
-        self.step += 1
-
-
-class Method:
-    """One way to checkpoint. `save` is called before the step; `drain` waits until the last save is complete."""
-
-    def __init__(self, job: Job, folder: str) -> None:
-        self.job, self.folder = job, job.folder / folder
-        self.path = self.folder
-
-    def save(self) -> None: ...
-
-    def drain(self) -> None: ...
-
-    def load(self) -> dict[str, torch.Tensor]:
-        """The last save read back from its files, by the names of `Job.tensors`."""
-        raise LookupError
-
-    def fresh(self) -> Path:
-        """A new name for a save, and the one before the last removed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        old = sorted(self.folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-        for path in old[:-1]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self.path = self.folder / f"save-{self.job.step}"
-        return self.path
 
 
 class Undertow(Method):
@@ -175,97 +74,6 @@ class Undertow(Method):
         check_content(path, manifest)
         reader = Reader(path, manifest)
         return {key: reader.shard(key, record.shards[0]) for key, record in manifest.tensors.items()}
-
-
-class TorchSave(Method):
-    def save(self) -> None:
-        torch.save(self.job.tensors(), self.fresh())
-
-    def load(self) -> dict[str, torch.Tensor]:
-        return torch.load(self.path, map_location="cpu")
-
-
-class TorchSaveSync(TorchSave):
-    def save(self) -> None:
-        with self.fresh().open("wb") as file:
-            torch.save(self.job.tensors(), file)
-            file.flush()
-            os.fsync(file.fileno())
-
-
-class Dcp(Method):
-    """torch.distributed.checkpoint.save; it fsyncs the file's data."""
-
-    def save(self) -> None:
-        import torch.distributed.checkpoint as dcp
-
-        dcp.save(self.job.tensors(), checkpoint_id=self.fresh())
-
-    def load(self) -> dict[str, torch.Tensor]:
-        import torch.distributed.checkpoint as dcp
-
-        blank = {key: torch.empty_like(value, device="cpu") for key, value in self.job.tensors().items()}
-        dcp.load(blank, checkpoint_id=self.path)
-        return blank
-
-
-class DcpAsync(Dcp):
-    """async_save with one stager for all saves: pinned and shared host memory where there is a device. The update must
-    wait for the staging, since the stager reads live tensors."""
-
-    def __init__(self, job: Job, folder: str, *, reused: bool) -> None:
-        super().__init__(job, folder)
-        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-
-        self.pending: Any = None
-        cuda = job.device.type == "cuda"
-        options = StagingOptions(
-            use_pinned_memory=cuda, use_shared_memory=True, use_async_staging=False, use_non_blocking_copy=cuda
-        )
-        self.stager = DefaultStager(options) if reused else None
-        if self.stager is not None:
-            job._open.append(self.stager.close)
-
-    def save(self) -> None:
-        import torch.distributed.checkpoint as dcp
-
-        self.drain()
-        extra: dict[str, Any] = {} if self.stager is None else {"async_stager": self.stager}
-        answer: Any = dcp.async_save(self.job.tensors(), checkpoint_id=self.fresh(), **extra)
-        if hasattr(answer, "staging_completion"):
-            answer.staging_completion.result()
-            answer = answer.upload_completion
-        self.pending = answer
-
-    def drain(self) -> None:
-        if self.pending is not None:
-            self.pending.result()
-            self.pending = None
-
-
-class TorchSnapshot(Method):
-    """torchsnapshot's async_take; no fsync found in it."""
-
-    pending: Any = None
-
-    def save(self) -> None:
-        import torchsnapshot
-
-        self.drain()
-        state = {"state": torchsnapshot.StateDict(**self.job.tensors())}
-        self.pending = torchsnapshot.Snapshot.async_take(str(self.fresh()), state)
-
-    def drain(self) -> None:
-        if self.pending is not None:
-            self.pending.wait()
-            self.pending = None
-
-    def load(self) -> dict[str, torch.Tensor]:
-        import torchsnapshot
-
-        snapshot = torchsnapshot.Snapshot(str(self.path))
-        keys = self.job.tensors()
-        return {key: snapshot.read_object(f"0/state/{key}") for key in keys}
 
 
 def sample(job: Job, method: Method | None, *, steps: int, every: int, check: bool) -> Measured:
@@ -313,7 +121,7 @@ def _arm(name: str, job: Job, make: Callable[[], Method] | None, steps: int, eve
             sample(job, made[0], steps=2, every=1, check=False)  # whatever is allocated once is allocated now
         return sample(job, made[0] if made else None, steps=steps, every=every, check=check)
 
-    return Arm(name, run)
+    return Arm(name, run, prepare=os.sync)  # nobody's sample begins with another's unwritten pages
 
 
 _jobs: list[Any] = []  # the case at hand; its threads, pinned memory and files go when the next one comes
@@ -353,18 +161,8 @@ def _trial(size: Size, device: torch.device, folder: Path, every: int, kinds: st
             name = f"undertow disk, arena {share}"
             arms.append(arm(name, lambda share=share: Undertow(job, f"arena{share}", arena=share)))
         return Trial(arms, lambda: 0.0)
-    arms += [
-        arm("torch.save", lambda: TorchSave(job, "torch")),
-        arm("torch.save (fsync)", lambda: TorchSaveSync(job, "torch-sync")),
-        arm("dcp.save (fsync)", lambda: Dcp(job, "dcp")),
-        arm("dcp.async_save (fsync)", lambda: DcpAsync(job, "dcp-async", reused=False)),
-        arm("dcp.async_save, reused stager (fsync)", lambda: DcpAsync(job, "dcp-stager", reused=True)),
-    ]
-    if importlib.util.find_spec("torchsnapshot"):
-        arms.append(arm("torchsnapshot async", lambda: TorchSnapshot(job, "snapshot")))
-    else:
-        arms.append(Arm.missing("torchsnapshot async", "not installed"))
-    arms.append(Arm.missing("DataStates-LLM", "its source cannot be installed from a registry"))
+    for name, make in rivals(job, few=kinds == "many").items():
+        arms.append(Arm.missing(name, make) if isinstance(make, str) else arm(name, make))
     return Trial(arms, lambda: 0.0)
 
 
@@ -399,7 +197,7 @@ BENCHMARK = Benchmark(
     "checkpoint_stall",
     "A checkpoint stalls training less than any rival's, and is durable sooner than those that also fsync.",
     _cases,
-    rounds=5,
-    packages=("torch", "torchsnapshot", "xxhash"),
+    rounds=6,
+    packages=("torch", "torchsnapshot", "torch-checkpointing", "nvidia-resiliency-ext", "xxhash"),
     x_label="parameters",
 )

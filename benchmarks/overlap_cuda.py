@@ -1,0 +1,194 @@
+"""GEMM → reduce-scatter on one GPU whose link is pinned host memory: real copy engines, both directions at once.
+
+One rank of a world of eight makes its bf16 product; what a peer should get goes to pinned host memory, and what it
+would send comes from there, as many bytes as a real rank moves each way. Sequential is one cuBLAS call and all copies
+behind it, in the same engine; beside it stands what a script would have, one `mm` and one copy each way. `pieces` is
+what the gate chose (0: sequential), `ideal` the speed-up of a perfect overlap, (product + copies) / max(product,
+copies), and `copy/gemm` their ratio, from times measured just before. Every answer is compared with the float32 sum,
+and every byte in the peers' memory with the product. `--filter table`, `wide` and `sweep` run a part.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Measured, Trial
+from undertow.comms.chunk_plan import chunk_rows
+from undertow.comms.cuda_messengers import PinnedMessenger
+from undertow.comms.overlap_cuda import CudaOverlapEngine
+from undertow.dist.errors import UserError
+from undertow.parallel.overlap_gate import ARMS, Gate
+from undertow.parallel.overlap_team import rows_of
+
+WORLD = 8
+TABLE = [(4096, 8192, 16384), (8192, 8192, 8192), (4096, 8192, 8192), (8192, 8192, 28672), (2048, 8192, 16384),
+         (4096, 8192, 4096)]  # fmt: skip
+WIDE = [(4096, 12288, 49152), (4096, 49152, 12288)]
+SWEEP = [(m, n, k) for n, k in ((8192, 8192), (8192, 28672), (28672, 8192))
+         for m in (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)]  # fmt: skip
+PLAIN = "mm, then one copy each way"
+
+
+def cases(context: Context) -> list[Case]:
+    """M, N, K: rows of all ranks, columns, and this rank's inner dimension."""
+    if not torch.cuda.is_available():
+        raise UserError("no CUDA device", remedy="run it on a machine with a GPU, or `undertow bench overlap` here")
+    named = [("table", shape) for shape in TABLE] + [("wide", shape) for shape in WIDE]
+    named += [("sweep", shape) for shape in SWEEP if shape not in TABLE]
+    named = named[:2] if context.quick else named
+    return [
+        Case(
+            name=f"{group} {m}×{n}×{k}",
+            build=partial(trial, m, n, k, context.seed),
+            plain="sequential",
+            ours="auto",
+            nbytes=m * n * 2 * (WORLD - 1) // WORLD,
+            group=group if group != "sweep" else f"N {n}, K {k}",
+            x=m,
+            wrong=_too_far,
+        )
+        for group, (m, n, k) in named
+    ]
+
+
+@dataclass
+class _Rank:
+    """Rank 0's product and what its peers hold in pinned memory."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    partials: torch.Tensor
+    engine: CudaOverlapEngine
+    messenger: PinnedMessenger
+    sizes: tuple[int, ...]
+
+    def scatter(self, subchunks: int, overlap: bool, *, check: bool = False) -> torch.Tensor:
+        """This rank's rows of the sum. `check`: compare what the peers got with the product, bit by bit."""
+        y = self.a.new_empty(self.a.shape[0], self.b.shape[1])
+        plan = self.engine.plan(self.sizes, subchunks)
+        out = self.engine.reduce_scatter(plan, rows_of(self.a, self.b, y), y, overlap=overlap)
+        if check:
+            torch.cuda.synchronize()
+            for piece in plan.scatter_order:
+                rows = y[piece.low : piece.high]
+                if piece.owner != 0 and not torch.equal(self.messenger.slot(rows, piece.owner), rows.cpu()):
+                    raise AssertionError(f"rank {piece.owner} got other bytes of {piece} than were made")
+        return out
+
+
+def trial(m: int, n: int, k: int, seed: int) -> Trial:
+    """Buffers on the GPU and in pinned memory, and the arms over them."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.manual_seed(seed)
+    a = torch.randn(m, k, dtype=torch.bfloat16, device=device)
+    b = torch.randn(k, n, dtype=torch.bfloat16, device=device) / k**0.5
+    sizes = chunk_rows(m, WORLD)
+    theirs = torch.randn(WORLD - 1, sizes[0], n, dtype=torch.bfloat16, device=device)
+    own = a[: sizes[0]].float() @ b.float() + theirs.float().sum(0)
+    partials = theirs.cpu().pin_memory()
+
+    def incoming(rows: torch.Tensor, source: int) -> torch.Tensor:
+        at = int(rows.storage_offset()) // n  # staged rows lie in a buffer of their own for each peer
+        return partials[source - 1, at : at + rows.shape[0]]
+
+    messenger = PinnedMessenger(0, WORLD, device, incoming)
+    rank = _Rank(a, b, partials, CudaOverlapEngine(device=device, messenger=messenger), messenger, sizes)
+    for arm in ARMS:
+        rank.scatter(arm.subchunks, arm.overlap, check=True)
+    copies_s, product_s = _seconds(partial(_copies, rank)), _seconds(partial(torch.mm, a, b))
+    facts = {
+        "ideal": (product_s + copies_s) / max(product_s, copies_s),
+        "copy/gemm": copies_s / product_s,
+        "pieces": float(_decided(rank)),
+    }
+    chosen = next(arm for arm in ARMS if arm.subchunks * arm.overlap == facts["pieces"])
+
+    def auto() -> Measured:
+        return Measured(rank.scatter(chosen.subchunks, chosen.overlap), extras=facts)
+
+    arms = [Arm(arm.name, partial(rank.scatter, arm.subchunks, arm.overlap), device="cuda") for arm in ARMS]
+    arms += [Arm("auto", auto, device="cuda"), Arm(PLAIN, _plain(rank), device="cuda")]
+    return Trial(arms, reference=lambda: own)
+
+
+def _decided(rank: _Rank) -> int:
+    """The gate's verdict on this product, from calls of its own: pieces, or 0."""
+    gate = Gate(ARMS, lambda mine: [mine])
+    while gate.chosen() is None:
+        at = gate.choose("product")
+        arm = gate.arms[at]
+        if gate.measuring("product"):
+            gate.took("product", at, _seconds(partial(rank.scatter, arm.subchunks, arm.overlap), repeats=1))
+    arm = gate.chosen()
+    return arm.subchunks if arm is not None and arm.overlap else 0
+
+
+def _copies(rank: _Rank) -> None:
+    """All that leaves and all that comes, without a product."""
+    y = rank.a.new_empty(rank.a.shape[0], rank.b.shape[1])
+    staged = [torch.empty_like(partial, device=y.device) for partial in rank.partials]
+    start, low = torch.cuda.current_stream().record_event(), rank.sizes[0]
+    for peer, size in enumerate(rank.sizes[1:], 1):
+        sends = [(y[low : low + size], peer)] if size else []
+        for event in rank.messenger.exchange(start, sends, [(staged[peer - 1], peer)]):
+            torch.cuda.current_stream().wait_event(event)
+        low += size
+
+
+def _plain(rank: _Rank) -> Callable[[], torch.Tensor]:
+    """What a script would do: the product, then all foreign rows out and all partials in, each in one copy."""
+    own, side = rank.sizes[0], torch.cuda.Stream()
+    out = torch.empty(rank.a.shape[0] - own, rank.b.shape[1], dtype=rank.a.dtype, pin_memory=True)
+
+    def run() -> torch.Tensor:
+        y, current = rank.a @ rank.b, torch.cuda.current_stream()
+        staged = torch.empty(rank.partials.shape, dtype=y.dtype, device=y.device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            staged.copy_(rank.partials, non_blocking=True)
+        out.copy_(y[own:], non_blocking=True)
+        current.wait_stream(side)
+        return (y[:own].float() + staged.float().sum(0)).to(y.dtype)
+
+    return run
+
+
+def _seconds(call: Callable[[], Any], repeats: int = 5) -> float:
+    """The median time of a call on the device."""
+    times = []
+    for _ in range(repeats + (repeats > 1)):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()  # nothing earlier may run into the sample
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3)
+    return statistics.median(times[-repeats:])
+
+
+def _too_far(found: torch.Tensor, wanted: torch.Tensor) -> int:
+    """bf16 (8 bits) rounds the own partial, of magnitude below 8, and the sum, below 32: 2^-8 · (8 + 32) = 0.16."""
+    return int((~((found.float() - wanted).abs() <= 0.16)).sum())
+
+
+BENCHMARK = Benchmark(
+    name="overlap_cuda",
+    claim="row chunks of cuBLAS hide a reduce-scatter on copy engines, and the gate is never slower than sequential",
+    cases=cases,
+    rounds=15,
+    packages=("torch",),
+    x_label="rows",
+)
+
+if __name__ == "__main__":
+    from undertow.benchmarks.cli import main
+
+    sys.exit(main(["overlap_cuda", *sys.argv[1:]]))

@@ -1,0 +1,159 @@
+"""The CUDA form of the overlap engine: its patterns over gloo with stand-ins for streams, and itself on a GPU.
+
+Also a program, for a machine without pytest: ``torchrun --nproc-per-node 2 tests/comms/test_overlap_cuda.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+
+from undertow.comms.chunk_plan import chunk_rows
+from undertow.comms.cuda_messengers import PinnedMessenger
+from undertow.comms.overlap_cuda import CudaOverlapEngine
+from undertow.comms.trigger import GlooMessenger
+
+
+class _Stream:
+    """Work is done when it is queued, so every event has happened once it exists."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def record_event(self) -> object:
+        return object()
+
+    def wait_event(self, event: object) -> None:
+        assert event is not None
+
+    def wait_stream(self, stream: _Stream) -> None:
+        assert isinstance(stream, _Stream)
+
+
+class _Eager:
+    """A messenger whose exchange is over when it returns."""
+
+    def __init__(self) -> None:
+        self._gloo = GlooMessenger(None, 30.0)
+        self.rank, self.world = self._gloo.rank, self._gloo.world
+
+    def exchange(self, after: Any, sends: Any, receives: Any) -> list[Any]:
+        handles = [self._gloo.post_recv(rows, source, 0) for rows, source in receives]
+        handles += [self._gloo.post_send(rows, to, 0) for rows, to in sends]
+        for handle in handles:
+            self._gloo.wait(handle, 30.0)
+        return [object()] if handles else []
+
+    def close(self) -> None:
+        self._gloo.close()
+
+
+def right(engine: CudaOverlapEngine, device: torch.device, rows: int, seed: int) -> bool:
+    """Whole numbers in poisoned memory: equal to the sum, bit for bit, whatever the pieces."""
+    rank, world, ok = engine.rank, engine.world, True
+    generator = torch.Generator().manual_seed(seed)
+    for subchunks, overlap in ((1, False), (1, True), (3, True)):
+        everyone = torch.randint(-9, 9, (world, rows, 5), generator=generator).float().to(device)
+        plan = engine.plan(chunk_rows(rows, world), subchunks)
+        for pattern in (engine.reduce_scatter, engine.all_reduce):
+            y = torch.full((rows, 5), torch.nan, device=device)
+
+            def product(low: int, high: int, y: torch.Tensor = y, mine: torch.Tensor = everyone[rank]) -> None:
+                y[low:high] = mine[low:high]
+
+            out = pattern(plan, product, y, overlap=overlap)
+            where = slice(*plan.own) if pattern == engine.reduce_scatter else slice(None)
+            ok &= torch.equal(out, everyone.sum(0)[where])
+        whole, seen = torch.full((rows, 5), torch.nan, device=device), torch.zeros(rows, 5, device=device)
+
+        def use(low: int, high: int, seen: torch.Tensor = seen, whole: torch.Tensor = whole) -> None:
+            seen[low:high] = whole[low:high]
+
+        shard = everyone.sum(0)[slice(*plan.own)]
+        engine.all_gather(plan, shard, whole, use, overlap=overlap)
+        ok &= torch.equal(seen, everyone.sum(0))
+    return ok
+
+
+def _with_stand_ins(rank: int, world: int, seed: int) -> None:
+    stream = _Stream()
+    torch.cuda.Stream = _Stream  # type: ignore[misc,assignment]
+    torch.cuda.stream = lambda _: contextlib.nullcontext()  # type: ignore[assignment]
+    torch.cuda.current_stream = lambda *_: stream  # type: ignore[assignment,return-value]
+    engine = CudaOverlapEngine(device=torch.device("cpu"), messenger=_Eager())
+    for rows in (0, 1, 7, 24):
+        assert right(engine, torch.device("cpu"), rows, seed), rows
+    engine.close()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_its_patterns_are_right_with_eager_streams(ranks, seed, world):
+    ranks(world, _with_stand_ins, seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_late_product_reaches_the_host_whole(seed):
+    """Each piece sleeps on the device before it is made: an event that is missing would copy what was there before."""
+    device = torch.device("cuda", 0)
+    theirs = torch.randint(-9, 9, (2, 8, 256)).float().pin_memory()
+
+    def incoming(rows: torch.Tensor, source: int) -> torch.Tensor:
+        at = int(rows.storage_offset()) // 256
+        return theirs[source - 1, at : at + rows.shape[0]]
+
+    messenger = PinnedMessenger(0, 3, device, incoming)
+    engine = CudaOverlapEngine(device=device, messenger=messenger)
+    for call in range(20):
+        mine = torch.full((24, 256), float(call), device=device)
+        y = torch.full((24, 256), torch.nan, device=device)
+
+        def product(low: int, high: int, y: torch.Tensor = y, mine: torch.Tensor = mine) -> None:
+            torch.cuda._sleep(1_000_000)
+            y[low:high] = mine[low:high]
+
+        plan = engine.plan((8, 8, 8), 1 + call % 3)
+        out = engine.reduce_scatter(plan, product, y)
+        torch.testing.assert_close(out.cpu(), call + theirs.sum(0), rtol=0, atol=0)
+        torch.cuda.synchronize()  # the messenger's memory is read by the host
+        for piece in plan.scatter_order:
+            if piece.owner != 0:
+                assert bool((messenger.slot(y[piece.low : piece.high], piece.owner) == call).all())
+
+
+def main() -> None:
+    """NCCL between the GPUs of one host; the layers' functions beside torch's collectives."""
+    import os
+
+    import torch.distributed as dist
+
+    from undertow.parallel import Team, all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    engine = CudaOverlapEngine(device=device)
+    for rows in (1, 7, 24, 4096):
+        assert right(engine, device, rows, 3), rows
+    engine.close()
+    team = Team(device=device)
+    torch.manual_seed(rank)
+    a, b = (torch.randint(0, 2, shape, device=device).bfloat16() for shape in ((512, 128), (128, 256)))
+    want = a.float() @ b.float()
+    dist.all_reduce(want)
+    for _ in range(30):  # until the gate has decided
+        got = matmul_reduce_scatter(a, b, "sum", 0, team)
+        assert torch.equal(got, want.bfloat16().chunk(world)[rank])
+        assert torch.equal(matmul_all_reduce(a, b, "sum", team), want.bfloat16())
+        whole, (out,) = all_gather_matmul(got, [b.t().contiguous()], 0, team)
+        assert whole is not None and torch.equal(whole, want.bfloat16()) and bool(out.isfinite().all())
+    print(f"rank {rank} of {world}: all right\n{team.explain()}", flush=True)
+    team.close()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

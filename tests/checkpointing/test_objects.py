@@ -190,6 +190,30 @@ class Unknown:
     __hash__ = None  # type: ignore[assignment]
 
 
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_torchdatas_stateful_loader_goes_on_where_it_was(tmp_path, workers):
+    loaders = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def make() -> Any:
+        generator = torch.Generator().manual_seed(1)
+        return loaders.StatefulDataLoader(
+            list(range(40)), batch_size=4, shuffle=True, generator=generator, num_workers=workers
+        )
+
+    model, first, second, rest = nn.Linear(2, 2), make(), make(), []
+    with Checkpointer(tmp_path, model=model, per_rank={"loader": first}) as ckpt:
+        for index, batch in enumerate(first):
+            if index == 3:  # its own batch is out, the next one is not
+                ckpt.save(index)
+            if index > 3:
+                rest.append(batch.tolist())
+        assert ckpt.wait()[-1].ok, ckpt.reports
+    with Checkpointer(tmp_path, model=model, per_rank={"loader": second}) as ckpt:
+        ckpt.restore()
+        assert [batch.tolist() for batch in second] == rest and len(rest) == 6
+
+
 def test_unknown_classes_are_refused_before_anything_changes(tmp_path):
     job = Job()
     job.advance(0)

@@ -38,8 +38,6 @@ PLAIN = "mm, then one copy each way"
 
 def cases(context: Context) -> list[Case]:
     """M, N, K: rows of all ranks, columns, and this rank's inner dimension."""
-    if not torch.cuda.is_available():
-        raise UserError("no CUDA device", remedy="run it on a machine with a GPU, or `undertow bench overlap` here")
     named = [("table", shape) for shape in TABLE] + [("wide", shape) for shape in WIDE]
     named += [("sweep", shape) for shape in SWEEP if shape not in TABLE]
     named = named[:2] if context.quick else named
@@ -85,6 +83,8 @@ class _Rank:
 
 def trial(m: int, n: int, k: int, seed: int) -> Trial:
     """Buffers on the GPU and in pinned memory, and the arms over them."""
+    if not torch.cuda.is_available():
+        raise UserError("no CUDA device", remedy="run it on a machine with a GPU, or `undertow bench overlap` here")
     device = torch.device("cuda", torch.cuda.current_device())
     torch.manual_seed(seed)
     a = torch.randn(m, k, dtype=torch.bfloat16, device=device)

@@ -1,8 +1,8 @@
 """Whether overlap pays: a model of the machine proposes, measured calls decide.
 
-For each product (operation, shapes, dtype) the model ranks the arms; one that it finds slower than sequential by more
-than it may be wrong is never tried. The best of the others takes turns with the sequential arm on the first calls;
-then the slowest rank's times, round by round, decide alike on all ranks. It must win by 3 % and in most rounds, so that
+For each product (operation, shapes, dtype) the model ranks the arms. It leaves out what pieces cost the product, so it
+is an upper bound: where even it finds nothing to hide, nothing is tried. Otherwise its best arm takes turns with the
+sequential one on the first calls; then the slowest rank's times, round by round, decide alike on all ranks. It must win by 3 % and in most rounds, so that
 noise does not switch it on. Without a measured Machine all arms are tried. All arms add in the same order, but a BLAS
 may round a product otherwise when it gets fewer rows at a time: where a resumed run must repeat every bit, fix the arm.
 """
@@ -20,7 +20,7 @@ from ..dist.machine import Machine
 
 ROUNDS = 5  # timed calls of each arm; one more before them warms it up
 WIN = 1.03  # least median of sequential / arm, over the rounds
-DOUBT = 0.8  # an arm is tried unless its predicted speed-up is below this
+HOPE = 1.02  # least predicted speed-up with which an arm is tried
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ class Gate:
         if predicted:
             best = min(everyone[1:], key=lambda arm: predicted[arm], default=0)
             gain = predicted[0] / predicted[best] if predicted[best] > 0 else 1.0
-            if best == 0 or gain < DOUBT:
-                return _Trial([0], predicted, chosen=0, why="the model finds overlap slower")
+            if best == 0 or gain < HOPE:
+                return _Trial([0], predicted, chosen=0, why="nothing to hide, by the model")
             everyone = [0, best]
         return _Trial(everyone, predicted, [[] for _ in everyone])
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import queue
 import random
+import signal
+import threading
 import time
+from collections import defaultdict
+from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from undertow.comms.actions import Compute, Send
 from undertow.comms.chunk_plan import ChunkPlan, chunk_rows
+from undertow.comms.cost import overlapped_scatter_seconds
+from undertow.comms.link import Bucket, LinkModel
 from undertow.comms.output_map import OutputMap
 from undertow.comms.overlap_engine import OverlapEngine
 from undertow.comms.tracker import Tracker, TrackerStopped
@@ -86,6 +98,8 @@ def _storm(rank: int, world: int, seed: int, iterations: int, rows: int) -> None
 
         engine.all_gather(plan, out, whole, use)
         assert torch.equal(seen, everyone.sum(0))
+        y.fill_(torch.nan)
+        assert torch.equal(engine.all_reduce(plan, product, y), everyone.sum(0))
     engine.close()
 
 
@@ -104,12 +118,103 @@ def _order_of_sums(rank: int, world: int) -> list[float]:
     engine = OverlapEngine()
     y = torch.full((6, 1), [1e8, 1.0, -1e8][rank])
     out = engine.reduce_scatter(engine.plan((2, 2, 2)), lambda low, high: None, y)
+    half = torch.full((6, 1), [256.0, 1.0, 1.0][rank], dtype=torch.bfloat16)
+    rounded = engine.all_reduce(engine.plan((2, 2, 2)), lambda low, high: None, half)
     engine.close()
+    assert rounded.unique().tolist() == [258.0]  # bfloat16 has 256 and 258 but not 257: it was rounded once
     return out.flatten().tolist()
 
 
-def test_sums_are_in_rank_order_whoever_owns_them(ranks):
+def test_sums_are_in_rank_order_whoever_owns_them_and_rounded_once(ranks):
     assert ranks(3, _order_of_sums) == [[0.0, 0.0]] * 3  # rank 0 and 2 first would give 1
+
+
+class _Virtual:
+    """One rank of a world of threads on a virtual clock: products take `tile_s` per row, links a token bucket."""
+
+    def __init__(self, rank: int, world: int, mail: Any, bytes_per_s: float, width: int) -> None:
+        self.rank, self.world, self.mail, self.width = rank, world, mail, width
+        self.now_s, self.made_s, self.link = 0.0, dict[int, float](), Bucket(bytes_per_s)
+
+    def post_send(self, rows: torch.Tensor, to: int, tag: int) -> Any:
+        made_s = self.made_s[int(rows.storage_offset()) // self.width]
+        gone_s = self.link.take(made_s, rows.numel() * rows.element_size())
+        self.mail[self.rank, to, tag].put((rows.clone(), gone_s))
+        return None, gone_s
+
+    def post_recv(self, rows: torch.Tensor, source: int, tag: int) -> Any:
+        return rows, (source, self.rank, tag)
+
+    def wait(self, handle: Any, timeout_s: float) -> None:
+        rows, at = handle
+        if rows is not None:
+            came, at = self.mail[at].get(timeout=timeout_s)
+            rows.copy_(came)
+        self.now_s = max(self.now_s, at)
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("subchunks", [1, 4])
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 2.0])
+def test_the_engine_takes_the_closed_form_on_a_virtual_clock(world, subchunks, ratio):
+    """The real engine, all ranks as threads: max(g, g / (W T) + s), exactly; g + s when it does not overlap."""
+    width, each = 5, 12
+    nbytes, gemm_s = (world - 1) * each * width * 4, 1.0
+    times: dict[bool, list[float]] = {True: [0.0] * world, False: [0.0] * world}
+    for overlap, mail in ((o, defaultdict(queue.Queue)) for o in (True, False)):
+
+        def one(rank: int, overlap: bool = overlap, mail: Any = mail) -> None:
+            clock = _Virtual(rank, world, mail, nbytes / (ratio * gemm_s), width)
+            engine = OverlapEngine(messenger=clock, timeout_s=20)
+            plan = engine.plan((each,) * world, subchunks)
+
+            def product(low: int, high: int) -> None:
+                clock.now_s += gemm_s * (high - low) / (each * world)
+                clock.made_s |= dict.fromkeys(range(low, high), clock.now_s)
+
+            out = engine.reduce_scatter(plan, product, torch.ones(each * world, width), overlap=overlap)
+            assert torch.equal(out, torch.full((each, width), float(world)))
+            times[overlap][rank] = clock.now_s
+            engine.close()
+
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    assert times[True] == pytest.approx([overlapped_scatter_seconds(world, gemm_s, ratio, subchunks)] * world, rel=1e-9)
+    assert times[False] == pytest.approx([gemm_s + ratio] * world, rel=1e-9)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_plan_and_its_schedule_are_the_same_exchange(world):
+    """What is simulated is what the engine does: products and sends, in order."""
+    plans = [ChunkPlan(rank, chunk_rows(13, world), 2) for rank in range(world)]
+    schedule = plans[0].schedule(4, 6)
+    for rank, plan in enumerate(plans):
+        actions = [action for r, _, _, action in schedule.actions() if r == rank]
+        made = [(a.writes[0].start, a.writes[0].stop) for a in actions if isinstance(a, Compute) and a.op == "gemm"]
+        sent = [(a.to, a.reads[0].start, a.reads[0].stop) for a in actions if isinstance(a, Send)]
+        assert made == [(piece.low, piece.high) for piece in plan.scatter_order]
+        rules = OutputMap.reduce_scatter(plan).rules
+        assert sent == [(rule.dst, rule.piece.low, rule.piece.high) for rule in rules]
+
+
+def _through_a_slow_link(rank: int, world: int) -> float:
+    """4 × 100 bytes at 4000 bytes/s, one way: never earlier than 0.1 s."""
+    engine = OverlapEngine(link=LinkModel(4000.0))
+    began_s = time.monotonic()
+    out = engine.reduce_scatter(engine.plan((4, 4), 2), lambda low, high: None, torch.ones(8, 25))
+    took_s = time.monotonic() - began_s
+    engine.close()
+    assert torch.equal(out, torch.full((4, 25), 2.0))
+    return took_s
+
+
+def test_a_slow_link_is_never_early(ranks):
+    assert min(ranks(2, _through_a_slow_link)) >= 0.1
 
 
 def _traced(rank: int, world: int, folder: str) -> None:
@@ -152,3 +257,46 @@ def _lonely(rank: int, world: int) -> str:
 def test_a_rank_that_does_not_come_is_named_with_its_chunk(ranks):
     message = ranks(2, _lonely)[0]
     assert "rank 0: chunk 0 part 0 (rows 0–2) did not come from rank 1" in message
+
+
+def _killed(rank: int, store: str, pipe: Any) -> None:
+    """Rank 1 kills itself within its second call; rank 0 reports what it is told."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=20)
+    )
+    engine = OverlapEngine(timeout_s=20)
+    plan, calls = engine.plan((4, 4), 2), 0
+
+    def product(low: int, high: int) -> None:
+        nonlocal calls
+        calls += 1
+        if rank == 1 and calls == 6:  # its second piece of the second call
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    began_s = time.monotonic()
+    try:
+        for _ in range(2):
+            began_s = time.monotonic()
+            engine.reduce_scatter(plan, product, torch.ones(8, 3))
+    except PeerLost as error:
+        pipe.send((str(error), time.monotonic() - began_s))
+    os._exit(0)
+
+
+def test_a_rank_that_is_killed_is_named_with_its_chunk(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    processes = [context.Process(target=_killed, args=(rank, str(tmp_path / "store"), theirs)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    try:
+        assert ours.poll(30)
+        message, seconds = ours.recv()
+    finally:
+        for process in processes:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+    assert processes[1].exitcode == -signal.SIGKILL
+    assert message.startswith("rank 0: chunk ") and ("from rank 1" in message or "by rank 1" in message)
+    assert seconds < 15  # told by the connection, not by the time-out

@@ -1,0 +1,99 @@
+"""The gate: what the model proposes, what measurements decide, and what it says."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from undertow.dist.machine import Link, Machine
+from undertow.parallel.overlap_gate import ARMS, ROUNDS, SEQUENTIAL, Gate, Rates
+
+MACHINE = Machine("made up", links={"gloo": Link(1e-4, 1e9)}, flops={"gemm/float32": 1e11})
+
+
+def play(gate: Gate, seconds, calls: int = 60, predict=None) -> None:
+    """Calls whose arm number a takes seconds(a)."""
+    for _ in range(calls):
+        arm = gate.choose("p", predict)
+        if gate.measuring("p"):
+            gate.took("p", arm, seconds(arm))
+
+
+def alone(mine: torch.Tensor) -> list[torch.Tensor]:
+    return [mine]
+
+
+@pytest.mark.parametrize("best", [1, 2, 3])
+def test_the_fastest_arm_is_kept_and_shown(best):
+    gate = Gate(ARMS, alone)
+    play(gate, lambda arm: 0.5 if arm == best else 1.0)
+    assert gate.chosen() == ARMS[best]
+    assert (
+        f"p: {ARMS[best].name} (measured; " in gate.explain() and f"{ARMS[best].name}: measured 2.00×" in gate.explain()
+    )
+
+
+def test_sequential_stays_where_overlap_wins_little_or_only_sometimes():
+    gate = Gate(ARMS, alone)
+    play(gate, lambda arm: 0.98 if arm else 1.0)
+    assert gate.chosen() == SEQUENTIAL
+    gate, calls = Gate(ARMS[:2], alone), [0]
+
+    def sometimes(arm: int) -> float:  # much faster in three rounds of five
+        calls[0] += arm
+        return 1.0 if arm == 0 else (0.5 if calls[0] % 2 == 0 else 1.5)
+
+    play(gate, sometimes)
+    assert gate.chosen() == SEQUENTIAL
+
+
+def test_the_slowest_rank_decides(seed):
+    """Each rank would choose another arm; together they choose the one whose slowest rank is fastest."""
+    slow = torch.ones(3, ROUNDS, dtype=torch.float64)
+    slow[2] = 4.0  # another rank, for which the last arm is slow
+
+    gate = Gate(ARMS[:3], lambda mine: [mine, slow * 0.6])
+    play(gate, lambda arm: [1.0, 0.7, 0.2][arm])
+    assert gate.chosen() == ARMS[1]
+
+
+def test_noise_does_not_switch_it_on(seed):
+    """Equal arms with 10 % noise: rarely more than a coin that falls alike in 4 of 5 rounds and by 3 % allows."""
+    numbers, on = random.Random(seed), 0
+    for _ in range(300):
+        gate = Gate(ARMS[:2], alone)
+        play(gate, lambda arm: numbers.gauss(1.0, 0.1), calls=2 * ROUNDS + 3)
+        on += gate.chosen() != SEQUENTIAL
+    assert on / 300 < 0.25  # P(≥ 4 of 5 heads) = 0.19
+
+
+def test_a_model_prunes_and_is_not_believed():
+    rates = Rates.of(MACHINE, "float32", "cpu")
+    assert rates == Rates(1e11, 1e9, 1e-4) and Rates.of(MACHINE, "bfloat16", "cpu") is None
+
+    def predict(flops: float, nbytes: float):
+        return lambda arm: rates.seconds(arm, 4, flops, nbytes)
+
+    small = Gate(ARMS, alone)  # messages cost more than there is to hide
+    play(small, lambda arm: pytest.fail("nothing to measure"), predict=predict(1e5, 1e2))
+    assert small.chosen() == SEQUENTIAL and "nothing to hide, by the model" in small.explain()
+    large = predict(1e10, 1e8)
+    gains = [large(SEQUENTIAL) / large(arm) for arm in ARMS]
+    assert gains[0] == 1.0 and 1.5 < max(gains) < 2.0 and max(gains) == gains[3]
+    for truth, expected in ((0.6, ARMS[3]), (1.2, SEQUENTIAL)):  # the model says 1.9×; the measurement decides
+        gate, tried = Gate(ARMS, alone), set()
+
+        def seconds(arm: int, truth: float = truth, tried: set = tried) -> float:
+            tried.add(arm)
+            return truth if arm else 1.0
+
+        play(gate, seconds, predict=large)
+        assert gate.chosen() == expected and tried == {0, 3} and "predicted 1." in gate.explain()
+
+
+def test_a_fixed_arm_is_never_measured():
+    gate = Gate(ARMS, alone, fixed=2, why="as asked for")
+    play(gate, lambda arm: pytest.fail("measured"))
+    assert gate.explain() == f"p: {ARMS[2].name} (as asked for)"

@@ -1,10 +1,11 @@
 """Whether overlap pays: a model of the machine proposes, measured calls decide.
 
-For each product (operation, shapes, dtype) the model ranks the arms. It leaves out what pieces cost the product, so it
-is an upper bound: where even it finds nothing to hide, nothing is tried. Otherwise its best arm takes turns with the
-sequential one on the first calls; then the slowest rank's times, round by round, decide alike on all ranks. It must win by 3 % and in most rounds, so that
-noise does not switch it on. Without a measured Machine all arms are tried. All arms add in the same order, but a BLAS
-may round a product otherwise when it gets fewer rows at a time: where a resumed run must repeat every bit, fix the arm.
+For each product (operation, shapes, dtype) the model predicts every arm. It leaves out what pieces cost the product, so
+it is an upper bound: an arm with which even it finds nothing to hide is never tried. The others take turns with the
+sequential one on the first calls; then the slowest rank's times, round by round, decide alike on all ranks. An arm must
+win by 3 % and in all rounds but one, so that noise does not switch it on. Without a measured Machine all arms are
+tried. All arms add in the same order, but a BLAS may round a product otherwise when it gets fewer rows at a time: where
+a resumed run must repeat every bit, fix the arm.
 """
 
 from __future__ import annotations
@@ -108,11 +109,9 @@ class Gate:
         if self._fixed is not None:
             return _Trial([self._fixed], predicted, chosen=self._fixed, why=self._why)
         if predicted:
-            best = min(everyone[1:], key=lambda arm: predicted[arm], default=0)
-            gain = predicted[0] / predicted[best] if predicted[best] > 0 else 1.0
-            if best == 0 or gain < HOPE:
+            everyone = [0, *(arm for arm in everyone[1:] if predicted[0] >= HOPE * predicted[arm])]
+            if everyone == [0]:
                 return _Trial([0], predicted, chosen=0, why="nothing to hide, by the model")
-            everyone = [0, best]
         return _Trial(everyone, predicted, [[] for _ in everyone])
 
     def _decide(self, trial: _Trial) -> None:

@@ -79,6 +79,9 @@ def test_a_model_prunes_and_is_not_believed():
     small = Gate(ARMS, alone)  # messages cost more than there is to hide
     play(small, lambda arm: pytest.fail("nothing to measure"), predict=predict(1e5, 1e2))
     assert small.chosen() == SEQUENTIAL and "nothing to hide, by the model" in small.explain()
+    some = Gate(ARMS, alone)  # four pieces' messages cost more than they hide, one piece's do not
+    play(some, lambda arm: {0: 1.0, 1: 0.5}[arm], predict=predict(5e7, 3e5))
+    assert some.chosen() == ARMS[1]
     large = predict(1e10, 1e8)
     gains = [large(SEQUENTIAL) / large(arm) for arm in ARMS]
     assert gains[0] == 1.0 and 1.5 < max(gains) < 2.0 and max(gains) == gains[3]
@@ -87,10 +90,10 @@ def test_a_model_prunes_and_is_not_believed():
 
         def seconds(arm: int, truth: float = truth, tried: set = tried) -> float:
             tried.add(arm)
-            return truth if arm else 1.0
+            return [1.0, 1.1, 1.1, truth][arm]
 
         play(gate, seconds, predict=large)
-        assert gate.chosen() == expected and tried == {0, 3} and "predicted 1." in gate.explain()
+        assert gate.chosen() == expected and tried == {0, 1, 2, 3} and "predicted 1." in gate.explain()
 
 
 def test_a_fixed_arm_is_never_measured():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..dist.errors import UserError
 from ..dist.machine import Machine
@@ -21,26 +22,58 @@ Resource = tuple[Hashable, ...]
 
 @dataclass(frozen=True)
 class Network:
-    """Capacities in bytes/s, infinite where nothing limits. `duplex`: both directions at full rate at once."""
+    """Capacities in bytes/s, infinite where nothing limits. `duplex`: both directions at full rate at once.
+
+    `ring`: pairs are the links between neighbours, and a message occupies all links on its way, the shorter one.
+    `node`: ranks per node, 0 for one node; messages between nodes leave and enter through a card of each rank
+    (`far_bytes_per_s`) after `far_latency_s`, and nothing else limits them.
+    """
 
     latency_s: float
     port_bytes_per_s: float = math.inf
     pair_bytes_per_s: float = math.inf
     bus_bytes_per_s: float = math.inf
     duplex: bool = True
+    ring: bool = False
+    node: int = 0
+    far_bytes_per_s: float = math.inf
+    far_latency_s: float = 0.0
 
-    def resources(self, source: int, to: int) -> dict[Resource, float]:
-        """What a message from `source` to `to` occupies, with each capacity."""
+    def far(self, source: int, to: int) -> bool:
+        return bool(self.node) and source // self.node != to // self.node
+
+    def latency(self, source: int, to: int) -> float:
+        return self.far_latency_s if self.far(source, to) else self.latency_s
+
+    def resources(self, source: int, to: int, world: int) -> dict[Resource, float]:
+        """What a message from `source` to `to` of `world` ranks occupies, with each capacity."""
         found: dict[Resource, float] = {}
+        if self.far(source, to):
+            return {("card out", source): self.far_bytes_per_s, ("card in", to): self.far_bytes_per_s}
         if self.port_bytes_per_s < math.inf:
             found["port out" if self.duplex else "port", source] = self.port_bytes_per_s
             found["port in" if self.duplex else "port", to] = self.port_bytes_per_s
         if self.pair_bytes_per_s < math.inf:
-            first, second = (source, to) if self.duplex else sorted((source, to))
-            found["pair", first, second] = self.pair_bytes_per_s
+            for first, second in self._links(source, to, world):
+                ends = (first, second) if self.duplex else sorted((first, second))
+                found[("pair", *ends)] = self.pair_bytes_per_s
         if self.bus_bytes_per_s < math.inf:
             found["bus",] = self.bus_bytes_per_s
         return found
+
+    def most_bytes_per_s(self, world: int) -> float:
+        """What one rank of `world` can send at most, over all its ways out."""
+        pairs = self.pair_bytes_per_s * max(1, min(2, world - 1) if self.ring else world - 1)
+        near = min(self.port_bytes_per_s, pairs)
+        return near + self.far_bytes_per_s if self.node and world > self.node else near
+
+    def _links(self, source: int, to: int, world: int) -> list[tuple[int, int]]:
+        """The pairs that a message crosses."""
+        if not self.ring:
+            return [(source, to)]
+        ahead = (to - source) % world
+        step, hops = (1, ahead) if 2 * ahead <= world else (-1, world - ahead)
+        return [((source + step * i) % world, (source + step * (i + 1)) % world) for i in range(hops)]
 
 
 def of_machine(machine: Machine, *, topology: str = "ports", transport: str = "") -> Network:
@@ -58,7 +91,8 @@ def of_machine(machine: Machine, *, topology: str = "ports", transport: str = ""
             expected=f"one of {', '.join(machine.links) or 'those that `undertow probe` measures'}",
             remedy="measure it with undertow probe",
         )
-    return Network(link.latency_s, duplex=link.duplex, **{f"{TOPOLOGIES[topology]}_bytes_per_s": link.bytes_per_s})
+    limit: dict[str, Any] = {f"{TOPOLOGIES[topology]}_bytes_per_s": link.bytes_per_s}
+    return Network(link.latency_s, duplex=link.duplex, **limit)
 
 
 def fastest(machine: Machine) -> str:

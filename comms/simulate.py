@@ -53,6 +53,7 @@ class _Wires:
     """Messages on their way, the rates they share, and what each resource has carried."""
 
     network: Network
+    world: int
     flows: dict[int, _Flow] = field(default_factory=dict)
     capacity: dict[Resource, float] = field(default_factory=dict)
     carried: dict[Resource, float] = field(default_factory=dict)
@@ -60,7 +61,7 @@ class _Wires:
     changed: bool = False
 
     def begin(self, node: int, source: int, to: int, nbytes: int) -> None:
-        resources = self.network.resources(source, to)
+        resources = self.network.resources(source, to, self.world)
         self.capacity |= resources
         self.flows[node] = _Flow(float(nbytes), tuple(resources))
         self.changed = True
@@ -95,7 +96,7 @@ class _Run:
 
     def __init__(self, graph: Graph, network: Network, durations: dict[int, float], rendezvous: bool) -> None:
         self.graph, self.durations = graph, durations
-        self.wires = _Wires(network)
+        self.wires = _Wires(network, graph.schedule.world)
         self.frontier = Frontier(graph, rendezvous=rendezvous)
         self.now = 0.0
         self.times: dict[Event, float] = {}
@@ -132,9 +133,11 @@ class _Run:
     def _happen(self, event: Event) -> list[Event]:
         node, phase = event
         self.times[event] = self.now
-        if phase == FINISH and isinstance(self.graph.nodes[node].action, Send):
+        action = self.graph.nodes[node].action
+        if phase == FINISH and isinstance(action, Send):
             receive = self.graph.partner[node]
-            self.arrival[receive] = self.now + self.wires.network.latency_s
+            latency_s = self.wires.network.latency(self.graph.nodes[node].rank, action.to)
+            self.arrival[receive] = self.now + latency_s
             if receive in self.listening:
                 self._plan(self.arrival[receive], (receive, FINISH))
         return self.frontier.happened(event)

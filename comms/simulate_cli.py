@@ -25,6 +25,7 @@ from .schedule import Schedule
 from .schedule_text import load
 from .simulate import ASSUMED, simulate
 from .timeline import lane_table, span_table
+from .topologies import PRESETS, preset
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 _MANY_ROWS = 60
@@ -52,7 +53,10 @@ def _simulate(
     ranks: Annotated[int | None, typer.Option(help="number of ranks (default 4, or what the file says)", min=1)] = None,
     machine: Annotated[str, typer.Option(metavar="FILE", help="from `undertow probe`; otherwise assumed rates")] = "",
     size: Annotated[str, typer.Option("--bytes", help="size of a builder's schedule, such as 16MiB")] = "16MiB",
-    topology: Annotated[str, typer.Option(help=f"what the link's rate limits: {', '.join(TOPOLOGIES)}")] = "ports",
+    topology: Annotated[
+        str,
+        typer.Option(help=f"what the link's rate limits ({', '.join(TOPOLOGIES)}), or a preset: {', '.join(PRESETS)}"),
+    ] = "ports",
     transport: Annotated[str, typer.Option(help="which link of the machine file (default: the fastest)")] = "",
     rendezvous: Annotated[bool, typer.Option("--rendezvous", help="a send moves no byte before its receive")] = False,
     text: Annotated[bool, typer.Option("--text", help="print the schedule in text form, and nothing else")] = False,
@@ -72,7 +76,11 @@ def _simulate(
         sys.stdout.write(str(plan))
         return
     rates = Machine.load(Path(machine)) if machine else ASSUMED
-    network = of_machine(rates, topology=topology, transport=transport)
+    if topology in PRESETS:
+        network, link = preset(topology), f"preset {topology}: {PRESETS[topology].about}"
+    else:
+        network = of_machine(rates, topology=topology, transport=transport)
+        link = f"{transport or fastest(rates)}, per {TOPOLOGIES[topology]}"
     check(plan, rendezvous=rendezvous)
     timeline = simulate(plan, rates, network=network, rendezvous=rendezvous)
     if json:
@@ -84,7 +92,7 @@ def _simulate(
     if not few:
         console.print(f"rank 0 of {plan.world}; --all shows {len(timeline.spans)} actions\n")
     console.print(lane_table(timeline))
-    _summary(console, plan, rates, network, f"{transport or fastest(rates)}, per {TOPOLOGIES[topology]}")
+    _summary(console, plan, rates, network, link)
     console.print(f"modelled time: {format_seconds(timeline.makespan_s)}")
 
 
@@ -111,8 +119,9 @@ def _writable(name: str) -> Path:
 
 def _list(console: Console) -> None:
     console.print("schedules, and what --bytes means for each:")
+    width = max(map(len, CATALOG))
     for name, entry in CATALOG.items():
-        console.print(f"  {name:<32}{entry.meaning}", soft_wrap=True)
+        console.print(f"  {name:<{width}}  {entry.meaning}", soft_wrap=True)
     console.print("and `undertow simulate t3`: the evaluation of the T3 paper, or its hardware under your model")
 
 

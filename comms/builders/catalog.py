@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from ...dist.errors import UserError
 from ..schedule import Schedule
 from .all_gather import ring_all_gather
 from .all_to_all import all_to_all
+from .attention_named import SCHEDULES, even_attention
+from .attention_shape import Heads
 from .gemm_reduce_scatter import gemm_reduce_scatter
 from .reduce_scatter import direct_reduce_scatter, ring_reduce_scatter
 from .ring_attention import ring_attention
@@ -28,6 +31,19 @@ class Entry:
     build: Callable[[int, int], Schedule]
     row_bytes: int
     meaning: str
+
+
+def _attention(name: str, backward: bool, world: int, rows: int) -> Schedule:
+    """Teams that exchange heads are as large as the ranks allow; hybrids need a number of ranks that has a divisor."""
+    inner = 1
+    if name.startswith("ulysses"):
+        fitting = [n for n in range(1, world + 1) if world % n == 0 and _HEADS % n == 0]
+        inner = max(fitting) if name == "ulysses" else max((n for n in fitting if n < world), default=1)
+        if name == "ulysses" and inner < world:
+            raise UserError(f"{_HEADS} heads cannot be dealt to {world} ranks", remedy="choose ulysses_ring")
+    heads = Heads(1, _HEADS, _HEADS, _HEAD_DIM, _HEAD_DIM, _DTYPE)
+    even = rows + rows % 2
+    return even_attention(name, world, even, heads, causal=True, backward=backward, inner=inner)
 
 
 CATALOG = {
@@ -61,6 +77,15 @@ CATALOG = {
         2 * _HEADS * _HEAD_DIM * _ITEM,
         "as ring_attention, causal over contiguous chunks",
     ),
+}
+CATALOG |= {
+    f"attention_{name}{'_backward' if backward else ''}": Entry(
+        partial(_attention, name, backward),
+        2 * _HEADS * _HEAD_DIM * _ITEM,
+        f"{what}; causal over zigzag shards, size as ring_attention",
+    )
+    for name, what in SCHEDULES.items()
+    for backward in (False, True)
 }
 
 

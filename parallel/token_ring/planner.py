@@ -19,6 +19,7 @@ from ...comms.cost import Seconds, buffer_bytes
 from ...comms.network import Network, fastest, of_machine
 from ...comms.schedule import Schedule
 from ...comms.simulate import ASSUMED, simulate
+from ...comms.topologies import PRESETS
 from ...dist.errors import UserError
 from ...dist.machine import Machine
 from ...dist.units import format_bytes, format_seconds
@@ -86,7 +87,10 @@ class Rates:
 
     @classmethod
     def of(cls, machine: Machine | None, dtype: str, *, topology: str = "ports") -> Rates:
-        """What `machine` says, and `ASSUMED` where it says nothing. float64 is taken at half of float32."""
+        """What `machine` says, and `ASSUMED` where it says nothing. float64 is taken at half of float32.
+
+        `topology`: what the measured link's rate limits, or the name of a preset in `comms.topologies`.
+        """
         machine = machine or ASSUMED
 
         def flops(kind: str) -> float:
@@ -100,7 +104,7 @@ class Rates:
             machine.name,
             (flops("attention_forward"), flops("attention_backward")),
             copy,
-            of_machine(known, topology=topology),
+            PRESETS[topology].network if topology in PRESETS else of_machine(known, topology=topology),
         )
 
     def op_seconds(self, schedule: Schedule) -> Seconds:
@@ -133,7 +137,7 @@ def bound(problem: Problem, name: str, rates: Rates, *, backward: bool, message_
     costs `message_s` more."""
     found = problem.totals(name, backward=backward)
     network, everyone = rates.network, sum(total.sent_bytes for total in found)
-    port = min(network.port_bytes_per_s, network.pair_bytes_per_s * (problem.world - 1))
+    port = network.most_bytes_per_s(problem.world)
     busiest = max(
         max(
             total.flops / rates.attention[backward],

@@ -12,27 +12,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from ...comms.builders.attention import attention
+from ...comms.builders.attention_named import HALVES, SCHEDULES, best_routes, moves_of
 from ...comms.builders.attention_shape import Heads, Need, Shape
-from ...comms.builders.attention_totals import Totals, totals
-from ...comms.builders.routes import Route, direct, ring, two_level
+from ...comms.builders.attention_totals import Totals
+from ...comms.builders.routes import Route
 from ...comms.schedule import Schedule
 from ...dist.errors import UserError
 from ..masks import Mask, Tile, tiles
 from ..partition import Span, rows_of, shards
-
-SCHEDULES = {
-    "ring_kv": "keys and values go round a ring",
-    "ring_kv_bidirectional": "half of the keys and values go round each way",
-    "token_ring": "queries go round a ring, results straight home",
-    "token_ring_bookended": "token_ring that begins and ends with half of the local block",
-    "all_gather_kv": "all keys and values to all ranks at once",
-    "need_only_kv": "keys and values straight to the ranks that need them",
-    "need_only_q": "queries straight to the ranks that need them, results straight home",
-    "double_ring": "keys and values: a ring of nodes, and a ring inside each",
-    "ulysses": "all-to-all of heads before and after",
-    "ulysses_ring": "heads within small teams, keys and values round a ring of teams",
-    "ulysses_token": "heads within small teams, queries round a ring of teams",
-}
 
 
 @dataclass(frozen=True)
@@ -116,7 +103,7 @@ def _build(problem: Problem, name: str, backward: bool, goals: bool) -> Schedule
         name,
         _shape(problem, name),
         routes,
-        moves=_moves(name),
+        moves=moves_of(name),
         backward=backward,
         bookends=name == "token_ring_bookended",
         goals=goals,
@@ -131,18 +118,11 @@ def _plan(problem: Problem, name: str, backward: bool) -> tuple[list[Route], lis
     if reason := problem.possible(name):
         raise UserError(f"schedule '{name}': {reason}", remedy="choose ring_kv, or schedule='auto'")
     shape = _shape(problem, name)
-    choices = _routes(problem, name, problem.world // shape.inner)
-    plans = [(routes, totals(shape, routes, _moves(name), backward=backward)) for routes in choices]
-    return min(plans, key=lambda plan: max(total.sent_bytes for total in plan[1]))
-
-
-def _moves(name: str) -> str:
-    return "q" if name in ("token_ring", "token_ring_bookended", "need_only_q", "ulysses_token") else "kv"
+    return best_routes(name, shape, causal=problem.mask.causal, backward=backward, node=problem.node)
 
 
 def _shape(problem: Problem, name: str) -> Shape:
-    halves = {"ring_kv_bidirectional": "all", "token_ring_bookended": "local"}.get(name, "")
-    return _shape_of(problem, problem.inner(name), problem.kv_copies(name), halves)
+    return _shape_of(problem, problem.inner(name), problem.kv_copies(name), HALVES.get(name, ""))
 
 
 @lru_cache(maxsize=256)
@@ -155,20 +135,6 @@ def _shape_of(problem: Problem, inner: int, copies: int, halves: str) -> Shape:
         {(i, j): found for i in range(size) for j in range(size) if (found := _needs(problem, inner, i, j, halves))},
         inner,
     )
-
-
-def _routes(problem: Problem, name: str, size: int) -> list[list[Route]]:
-    """The routes to try. Under a causal mask the direction of a ring decides how many rows may stay behind early."""
-    if name == "ring_kv_bidirectional":
-        return [[ring(size), ring(size, -1)]]
-    if name == "all_gather_kv":
-        return [[direct(size, buffers=0, narrow=False)]]
-    if name in ("need_only_kv", "need_only_q"):
-        return [[direct(size)]]
-    if name == "double_ring":
-        near = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
-        return [[two_level(size, problem.node or near)]]
-    return [[ring(size)], [ring(size, -1)]] if problem.mask.causal and size > 2 else [[ring(size)]]
 
 
 def _needs(problem: Problem, inner: int, i: int, j: int, halves: str) -> tuple[Need, ...]:

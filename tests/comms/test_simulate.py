@@ -15,6 +15,7 @@ from undertow.comms.cost import buffer_bytes, direct_seconds, overlapped_scatter
 from undertow.comms.network import Network, fair_rates, of_machine
 from undertow.comms.schedule_text import parse
 from undertow.comms.simulate import ASSUMED, simulate
+from undertow.comms.topologies import PRESETS, preset
 from undertow.dist.errors import UserError
 from undertow.dist.machine import Link, Machine
 
@@ -93,6 +94,33 @@ def test_half_duplex_links_share_their_two_directions():
 def test_a_bus_is_shared_by_all():
     modelled = simulate(ring_all_gather(4, 1000, [250]), network=Network(0.0, bus_bytes_per_s=1e6), op_seconds=FREE)
     assert modelled.makespan_s == pytest.approx(4 * 3 * 1.0)
+
+
+def test_a_ring_of_links_carries_what_passes_through():
+    """4 ranks; each sends 1 MB to the other three: 1 + 2 + 1 hops. 16 MB of hops, the opposite rank clockwise, on 4
+    links clockwise and 4 back at 1 MB/s: a link clockwise carries 3 MB, one back 1 MB."""
+    network = Network(0.0, pair_bytes_per_s=1e6, ring=True)
+    modelled = simulate(all_to_all(4, 1000, [250]), network=network, op_seconds=FREE)
+    carried = {use.resource: use.nbytes for use in modelled.uses}
+    assert carried == {f"pair {r} {(r + s) % 4}": 3e6 if s == 1 else 1e6 for r in range(4) for s in (1, -1)}
+    assert modelled.makespan_s >= 3.0
+
+
+def test_between_nodes_the_cards_limit():
+    """2 nodes of 2, cards of 1 MB/s: both ranks of a node send 1 MB to the same rank of the other, then both to the
+    next, so each card in takes 2 MB at a time: 2 · 2 s, and the latency between nodes."""
+    network = Network(1e-3, port_bytes_per_s=1e9, node=2, far_bytes_per_s=1e6, far_latency_s=0.5)
+    modelled = simulate(all_to_all(4, 1000, [250]), network=network, op_seconds=FREE)
+    assert modelled.makespan_s == pytest.approx(4.5, rel=0.01)
+    assert simulate(all_to_all(2, 1000, [250]), network=network, op_seconds=FREE).makespan_s == pytest.approx(2e-3)
+
+
+def test_presets_have_names_and_limits():
+    for name, found in PRESETS.items():
+        assert preset(name) is found.network
+        assert 0 < found.network.most_bytes_per_s(16) < math.inf
+    with pytest.raises(UserError, match="nvswitch"):
+        preset("torus")
 
 
 def test_rates_are_max_min_fair():

@@ -20,9 +20,12 @@ import torch.distributed as dist
 
 from .errors import PeerLost, UserError
 from .launch_env import Launch, detect, port_of
+from .log import get_logger
 from .rendezvous import agree
 
-__all__ = ["Launch", "detect", "init_process_group", "local_device"]
+__all__ = ["Launch", "any_shared", "detect", "init_process_group", "local_device"]
+
+log = get_logger(__name__)
 
 _MPI_LAUNCHERS = ("hydra_pmi_proxy", "hydra_bstrap_pr", "mpiexec", "mpirun", "prterun", "prted", "orted", "orterun")
 
@@ -50,7 +53,8 @@ def local_device(launch: Launch, kind: str | None = None) -> torch.device:
 def init_process_group(launch: Launch, *, device: torch.device, timeout_s: float = 600.0) -> None:
     """Initialise torch.distributed's default group for `launch`, on all ranks.
 
-    CPU tensors travel by gloo, CUDA tensors (when `device` is one) by NCCL; `device` without an index means the one of
+    CPU tensors travel by gloo, CUDA tensors (when `device` is one) by NCCL, or by gloo when two ranks share a device,
+    which NCCL refuses; `device` without an index means the one of
     `local_device`, and becomes the current CUDA device. Sets GLOO_SOCKET_IFNAME unless the user did. Raises `UserError`
     for what the user can mend and `PeerLost` when ranks do not arrive within `timeout_s`.
     """
@@ -68,6 +72,10 @@ def init_process_group(launch: Launch, *, device: torch.device, timeout_s: float
         _bind_gloo(launch, address)
         prefix = dist.PrefixStore(launch.run_id, _connect(launch, address, port, timeout_s))
         store = agree(prefix, launch.rank, launch.world_size, timeout_s=timeout_s)
+        if device.type == "cuda" and any_shared(store, _device_name(), launch.world_size):
+            backend = "cpu:gloo,cuda:gloo"
+            if launch.rank == 0:
+                log.warning("ranks share a CUDA device, which NCCL refuses: gloo carries CUDA tensors, slowly")
     dist.init_process_group(  # no device_id: it makes torch split subgroups off NCCL alone, without gloo
         backend,
         store=store,
@@ -75,6 +83,21 @@ def init_process_group(launch: Launch, *, device: torch.device, timeout_s: float
         world_size=launch.world_size,
         timeout=timedelta(seconds=timeout_s),
     )
+
+
+def any_shared(store: dist.Store, name: str, world_size: int) -> bool:
+    """Whether any two of the `world_size` ranks, which all call this once, gave the same name. Four requests a rank."""
+    if store.add(f"device/{name}", 1) > 1:
+        store.add("devices/shared", 1)
+    if store.add("devices/told", 1) == world_size:
+        store.set("devices/all", "told")
+    store.wait(["devices/all"])
+    return store.add("devices/shared", 0) > 0
+
+
+def _device_name() -> str:
+    index = torch.cuda.current_device()
+    return f"{socket.gethostname()}/{torch.cuda.get_device_properties(index).uuid}"
 
 
 def _meeting_place(launch: Launch) -> tuple[str, int]:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from undertow.dist.errors import PeerLost, UserError
-from undertow.dist.launch import Launch, detect, init_process_group, local_device
+from undertow.dist.launch import Launch, any_shared, detect, init_process_group, local_device
 
 CPU = torch.device("cpu")
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -40,6 +41,14 @@ def rejoin(launch: Launch) -> tuple[float, str]:
     total = torch.tensor(float(launch.rank))
     dist.all_reduce(total)
     return total.item(), os.environ.get("GLOO_SOCKET_IFNAME", "")
+
+
+@pytest.mark.parametrize(("names", "shared"), [(["a", "b", "c"], False), (["a", "b", "a"], True), (["a"], False)])
+def test_ranks_learn_whether_two_share_a_device(names, shared):
+    store = dist.HashStore()
+    with ThreadPoolExecutor(len(names)) as pool:
+        told = list(pool.map(lambda name: any_shared(store, name, len(names)), names))
+    assert told == [shared] * len(names)
 
 
 def plain(rank, world):

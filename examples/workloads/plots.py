@@ -28,7 +28,7 @@ def plot(out: Path, done: Done) -> None:
 
 
 def losses(path: Path, done: Done) -> None:
-    """The training losses of every variant, of the first seed."""
+    """The training losses of every variant, of the first seed; cut off above where they began."""
     from matplotlib import pyplot
 
     shown = [(workload, outcomes) for workload, outcomes in done if any(outcome.losses for outcome in outcomes)]
@@ -44,6 +44,9 @@ def losses(path: Path, done: Done) -> None:
         for outcome in outcomes:
             if outcome.seed == first and outcome.losses:
                 panel.plot(_smooth(outcome.losses), linewidth=1, label=outcome.variant)
+        began = [_smooth(o.losses[:10])[-1] for o in outcomes if o.seed == first and o.losses and not o.diverged]
+        if began:
+            panel.set_ylim(top=1.1 * max(began))
         panel.set(title=workload.name, xlabel="update", ylabel="training loss")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ...dist.launch import Launch
 from ...dist.mesh import MeshShape
 from ...dist.trace import Span, Trace
-from ...parallel.overlapped_linear import Team
+from ...parallel.overlap_team import Team
 from ...parallel.tensor_parallel import token_share
 
 

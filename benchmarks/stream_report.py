@@ -74,18 +74,23 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4))
     run = runs[0]
-    for arm in dict.fromkeys(row["arm"] for row in run["rows"]):
+    arms = list(dict.fromkeys(row["arm"] for row in run["rows"]))
+    colours = dict(zip(arms, plt.get_cmap("tab20").colors))  # type: ignore[attr-defined]
+    for arm in arms:
         rows = [row for row in run["rows"] if row["arm"] == arm and not row.get("oom") and row["batch"] == 1]
         lengths = [row["tokens"] / 1024 for row in rows]
         style = "-" if arm.startswith("ours") else "--"
-        left.plot(lengths, [row["seconds"] / row["tokens"] * 1e6 for row in rows], style, marker=".", label=arm)
-        peaks = [row.get("peak_bytes", 0) / 2**30 for row in rows]
-        right.plot(lengths, peaks, style, marker=".", label=arm)
+        look: dict[str, Any] = {"linestyle": style, "marker": ".", "label": arm, "color": colours[arm]}
+        left.plot(lengths, [row["seconds"] / row["tokens"] * 1e6 for row in rows], **look)
+        right.plot(lengths, [row.get("peak_bytes", 0) / 2**30 for row in rows], **look)
     left.set(xscale="log", xlabel="tokens (K)", ylabel="µs per token", ylim=(0, None))
     right.set(xscale="log", xlabel="tokens (K)", ylabel="peak GiB", ylim=(0, None))
-    left.legend(fontsize="small")
+    for axis in (left, right):
+        axis.set_xticks(ticks := sorted({row["tokens"] / 1024 for row in run["rows"]}), [f"{t:g}" for t in ticks])
+        axis.minorticks_off()
+    right.legend(fontsize="small", bbox_to_anchor=(1.02, 1), loc="upper left")
     figure.suptitle(f"{run['options']['model']}, {run['options']['layers']} layers, {run['facts']['hardware']}")
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -154,16 +154,16 @@ def judge(cells: Sequence[Cell], mpi: Mpi) -> list[str]:
             )
     for cell in cells:
         if cell.use.startswith("call"):
-            extra = cell.extra_ns()
-            word = "met" if extra.median <= OVERHEAD_NS else "MISSED"
+            extra, calls = cell.extra_ns(), len(cell.use.removeprefix("call-").split("-"))
+            word = "met" if extra.median <= calls * OVERHEAD_NS else "MISSED"
             lines.append(
                 f"passed through, {cell.use} {cell.name}: {extra.median:+.0f} ns "
-                f"[{extra.low:+.0f}, {extra.high:+.0f}], at most {OVERHEAD_NS} {word}"
+                f"[{extra.low:+.0f}, {extra.high:+.0f}], at most {calls * OVERHEAD_NS} {word}"
             )
     tables = {"the shipped table": build.builtin_model(mpi.flavour), "a table fitted here": policy.text(
         policy.rows(cells), [])}  # fmt: skip
     for title, lines_ in tables.items():
-        table = policy.Policy(lines_)
+        table = policy.Policy(lines_, mpi.version)
         for held in (True, False):
             for use in ("pack", "unpack", "message"):
                 some = [cell for cell in cells if cell.held == held and cell.use == use]
@@ -230,21 +230,25 @@ def _gain(cell: Cell, arm: str) -> str:
 
 
 def ship(files: Sequence[Path]) -> None:
-    """Write csrc/policy/FLAVOUR.txt from the samples of that flavour's MPIs: of each point the least gain."""
-    tables: dict[str, list[tuple[str, list[policy.Row]]]] = {}
+    """Write csrc/policy/FLAVOUR.txt from samples: rows for each major version, of several runs the least gains."""
+    tables: dict[str, dict[str, list[list[policy.Row]]]] = {}
+    about: dict[str, list[str]] = {}
     for file in files:
         with gzip.open(file, "rt") as opened:
             version, hardware, *lines = opened.read().splitlines()
         flavour = "openmpi" if "Open MPI" in version else "mpich"
-        found = re.search(r"\d+\.\d+\.\d+", version)
-        about = f"{flavour} {found[0] if found else '?'} on {hardware}"
-        tables.setdefault(flavour, []).append((about, policy.rows(parse(lines), policy.SHIPPED)))
-    for flavour, found in tables.items():
-        merged = policy.least_gains([rows for _, rows in found])
-        note = ["Shipped with every build: gains that are not clearly above 1.15 are written as 1."]
-        (build.POLICY / f"{flavour}.txt").write_text(policy.text(merged, [*note, *(name for name, _ in found)]))
-        taken = sum(row.ratio >= policy.GAIN for row in merged)
-        sys.stdout.write(f"{flavour}: {len(merged)} rows, {taken} of them taken, from {len(found)} tables\n")
+        found = re.search(r"(\d+)\.\d+\.\d+", version)
+        if not found:
+            raise SystemExit(f"{file}: no version in '{version}'")
+        about.setdefault(flavour, []).append(f"{found[0]} on {hardware}")
+        tables.setdefault(flavour, {}).setdefault(found[1], []).append(policy.rows(parse(lines), policy.SHIPPED))
+    for flavour, majors in tables.items():
+        merged = {major: policy.least_gains(runs) for major, runs in majors.items()}
+        note = ["Shipped with every build: gains that are not clearly above 1.15 are written as 1.", *about[flavour]]
+        (build.POLICY / f"{flavour}.txt").write_text(policy.sections(merged, note))
+        for major, rows in merged.items():
+            taken = sum(row.ratio >= policy.GAIN for row in rows)
+            sys.stdout.write(f"{flavour} {major}: {len(rows)} rows, {taken} of them taken\n")
 
 
 BENCHMARK = Benchmark(

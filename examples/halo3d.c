@@ -1,10 +1,15 @@
 /* The halo exchange of halo3d.py in C: six subarray faces, checked, then timed. It packs nothing itself.
 
-       mpicc -O2 halo3d.c -o halo3d && mpirun -n 4 ./halo3d 64
+       mpicc -O2 halo3d.c -o halo3d && mpirun -n 4 ./halo3d 64            cells per side and rank, then exchanges (30)
        undertow mpi run --report halo.json -- mpirun -n 4 ./halo3d 64 */
 #include <mpi.h>
 #include <stdio.h>
 #include <stdlib.h>
+
+#ifndef CELL /* -DCELL=float -DMPI_CELL=MPI_FLOAT for another element */
+#define CELL double
+#define MPI_CELL MPI_DOUBLE
+#endif
 
 static int compare(const void* a, const void* b) {
   const double x = *(const double*)a, y = *(const double*)b;
@@ -14,7 +19,7 @@ static int compare(const void* a, const void* b) {
 int main(int argc, char** argv) {
   MPI_Init(&argc, &argv);
   const int n = argc > 1 ? atoi(argv[1]) : 32, side = n + 2;
-  enum { STEPS = 30 };
+  const int steps = argc > 2 ? atoi(argv[2]) : 30;
   int rank, size, dims[3] = {0, 0, 0}, wrap[3] = {1, 1, 1}, at[3];
   MPI_Comm_size(MPI_COMM_WORLD, &size);
   MPI_Dims_create(size, 3, dims);
@@ -22,7 +27,7 @@ int main(int argc, char** argv) {
   MPI_Cart_create(MPI_COMM_WORLD, 3, dims, wrap, 0, &grid);
   MPI_Comm_rank(grid, &rank);
   MPI_Cart_coords(grid, rank, 3, at);
-  double* field = malloc(sizeof(double) * side * side * side);
+  CELL* field = malloc(sizeof *field * side * side * side);
   for (int i = 0; i < side; ++i)
     for (int j = 0; j < side; ++j)
       for (int k = 0; k < side; ++k) {
@@ -44,14 +49,14 @@ int main(int argc, char** argv) {
     part[axis] = 1;
     from[axis] = up ? n : 1;
     to[axis] = up ? n + 1 : 0;
-    MPI_Type_create_subarray(3, whole, part, from, MPI_ORDER_C, MPI_DOUBLE, &inner[f]);
-    MPI_Type_create_subarray(3, whole, part, to, MPI_ORDER_C, MPI_DOUBLE, &ghost[f]);
+    MPI_Type_create_subarray(3, whole, part, from, MPI_ORDER_C, MPI_CELL, &inner[f]);
+    MPI_Type_create_subarray(3, whole, part, to, MPI_ORDER_C, MPI_CELL, &ghost[f]);
     MPI_Type_commit(&inner[f]);
     MPI_Type_commit(&ghost[f]);
     MPI_Cart_shift(grid, axis, up ? 1 : -1, &source, &peer[f]);
   }
-  double times[STEPS];
-  for (int s = 0; s < STEPS; ++s) {
+  double* times = malloc(sizeof *times * steps);
+  for (int s = 0; s < steps; ++s) {
     MPI_Request r[12];
     MPI_Barrier(grid);
     const double start = MPI_Wtime();
@@ -76,11 +81,12 @@ int main(int argc, char** argv) {
         wrong += field[(x[0] * side + x[1]) * side + x[2]] != number;
       }
   MPI_Allreduce(&wrong, &all, 1, MPI_LONG, MPI_SUM, grid);
-  qsort(times, STEPS, sizeof *times, compare);
-  if (rank == 0) printf("%d ranks, %d^3 cells: exchange %.1f us, %ld wrong ghosts\n", size, n, times[STEPS / 2] * 1e6, all);
+  qsort(times, steps, sizeof *times, compare);
+  if (rank == 0) printf("%d ranks, %d^3 cells: exchange %.1f us, %ld wrong ghosts\n", size, n, times[steps / 2] * 1e6, all);
   for (int f = 0; f < 6; ++f) MPI_Type_free(&inner[f]), MPI_Type_free(&ghost[f]);
   MPI_Comm_free(&grid);
   free(field);
+  free(times);
   MPI_Finalize();
   return all != 0;
 }

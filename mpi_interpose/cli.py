@@ -172,7 +172,18 @@ def report(file: Path) -> None:
 def show_report(data: dict, console: Console) -> None:
     """A table of datatypes, the largest first; then what was refused."""
     table = Table(title=f"datatypes on {len(data['ranks'])} rank(s), mode {data['mode']}, {data['library']}")
-    for title in ("layout", "class", "bytes", "pack", "unpack", "send", "recv", "MiB moved", "ms ours / library"):
+    for title in (
+        "layout",
+        "class",
+        "bytes",
+        "pack",
+        "unpack",
+        "send",
+        "recv",
+        "MiB moved",
+        "ms ours / library",
+        "ms saved",
+    ):
         table.add_column(title, overflow="fold")
     for row in data["types"][:30]:
         uses = [row.get(use) for use in launch.USES]
@@ -182,9 +193,15 @@ def show_report(data: dict, console: Console) -> None:
         ours, theirs = (sum(use[key] for use in uses if use) / 1e6 for key in ("ours_ns", "library_ns"))
         cells = [f"{use['taken']}/{use['taken'] + use['passed']}" if use else "" for use in uses]
         sampled = f"{ours:.2f} / {theirs:.2f}" if ours or theirs else ""
-        table.add_row(row["layout"][:60], row["class"], str(row["size"]), *cells, f"{moved:.1f}", sampled)
+        saved = sum(use.get("saved_ns", 0) for use in uses if use) / 1e6
+        numbers = (f"{moved:.1f}", sampled, f"{saved:.2f}" if saved else "")
+        table.add_row(row["layout"][:60], row["class"], str(row["size"]), *cells, *numbers)
     console.print(table)
     console.print("taken/all calls; times are those of the sampled calls")
+    total = sum(row.get(use, {}).get("saved_ns", 0) for row in data["types"] for use in launch.USES) / 1e6
+    console.print(
+        f"saved: {total:.2f} ms on all ranks together, modelled: calls taken times what the table says of each"
+    )
     for why, times in data["refused"].items():
         console.print(f"passed through {times}x: {why}")
     if data["mismatches"]:

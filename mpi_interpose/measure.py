@@ -177,7 +177,7 @@ def predictions(mpi: Mpi, plan: str, count: int) -> list[str]:
         return []
     cls, size, block, step = match[1], int(match[2]) * count, int(match[3]), int(match[4])
     path = model_file(library(mpi))
-    table = policy.Policy(path.read_text() if path.exists() else builtin_model(mpi.flavour))
+    table = policy.Policy(path.read_text() if path.exists() else builtin_model(mpi.flavour), mpi.version)
     lines = [f"model      {path if path.exists() else 'built-in table'} for {mpi.version[:40]}"]
     for use, title in (("pack", "pack"), ("unpack", "unpack"), ("send_local", "send"), ("recv_local", "recv")):
         dense_message = cls == "contiguous" and use not in ("pack", "unpack")

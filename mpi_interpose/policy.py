@@ -106,23 +106,32 @@ def text(rows_: Iterable[Row], facts: Sequence[str]) -> str:
     return "\n".join([*head, *(row.text() for row in sorted(rows_, key=_order))]) + "\n"
 
 
+def sections(tables: dict[str, list[Row]], facts: Sequence[str]) -> str:
+    """One file for several major versions: the rows of each, and for others of each point the least gain."""
+    parts = {**tables, "other": least_gains(list(tables.values()))}
+    body = [f"for {major}\n{text(found, [])}" for major, found in parts.items()]
+    return "".join(
+        [text([], facts), *("".join(line + "\n" for line in part.splitlines() if line[0] != "#") for part in body)]
+    )
+
+
 def _order(row: Row) -> tuple:
     return USES.index(row.use), row.cls, row.block, row.step, row.size
 
 
 class Policy:
-    """A table as the preload reads it."""
+    """A table as the preload reads it; `version`: what the library says of itself, which picks its rows."""
 
-    def __init__(self, table: str) -> None:
+    def __init__(self, table: str, version: str = "") -> None:
         self._lib = core.load()
         make, free, ratio = (getattr(self._lib, f"undertow_core_policy{end}") for end in ("", "_free", "_ratio"))
         number, handle = ctypes.c_double, ctypes.c_void_p
-        make.restype, make.argtypes = handle, [ctypes.c_char_p, ctypes.POINTER(ctypes.c_int)]
+        make.restype, make.argtypes = handle, [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int)]
         free.restype, free.argtypes = None, [handle]
         ratio.restype = number
         ratio.argtypes = [handle, ctypes.c_int, ctypes.c_int, number, number, number, ctypes.POINTER(number)]
         self._free, self._ratio, rows = free, ratio, ctypes.c_int()
-        self._table = make(table.encode(), ctypes.byref(rows))
+        self._table = make(table.encode(), version.encode(), ctypes.byref(rows))
         self.rows = rows.value
 
     def __del__(self) -> None:

@@ -143,8 +143,32 @@ for length, step in ((4, 8), (512, 1024), (1, 1)):
     subprocess.run([str(mpich.python), "-c", code], env=env, check=True, timeout=60)
     rows = {row["block"]: row for row in json.loads(Path(f"{report}.0.json").read_text())["types"]}
     assert (rows[16]["send"]["taken"], rows[16]["recv"]["taken"]) == (5, 0)
+    assert rows[16]["send"]["saved_ns"] == pytest.approx(5 * 8000, rel=0.01)  # five calls of what the table says
     assert rows[2048]["send"] == {**rows[2048]["send"], "taken": 0, "passed": 5}
     assert rows[4096]["send"]["taken"] == 0
+
+
+def test_large_types_are_compared_with_the_library_before_their_third_use(mpich: Install, tmp_path: Path) -> None:
+    """Two calls pass through, and then random bytes prove the type of 1 MiB; its data arrive right in all of them."""
+    table, report = tmp_path / "model.txt", tmp_path / "report"
+    table.write_text("send_local strided 64 128 1048576 9 1 1\nrecv_local strided 64 128 1048576 9 1 1\n")
+    code = """
+import numpy as np
+from mpi4py import MPI
+a = np.arange(1 << 19, dtype='f')
+t = MPI.FLOAT.Create_vector(1 << 14, 16, 32).Commit()
+for _ in range(5):
+    b = np.zeros(1 << 19, 'f')
+    MPI.COMM_SELF.Sendrecv([a, 1, t], 0, 0, [b, 1, t], 0, 0)
+    kept = np.arange(1 << 19) % 32 < 16
+    assert np.array_equal(b, np.where(kept, a, 0))
+t.Free()
+"""
+    env = environment(mpich, LD_PRELOAD=mpich.preload, UNDERTOW_MPI_MODEL=table, UNDERTOW_MPI_REPORT=report)
+    subprocess.run([str(mpich.python), "-c", code], env=env, check=True, timeout=60)
+    (row,) = json.loads(Path(f"{report}.0.json").read_text())["types"]
+    taken = row["send"]["taken"] + row["recv"]["taken"]
+    assert taken == 8  # all but the first two of ten wishes
 
 
 def test_pack_is_sampled_and_corrects_a_wrong_table(mpich: Install, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@
 #include "policy.hh"
 #include "resolve.hh"
 
-extern "C" const char undertow_builtin_model[];
+extern "C" const char undertow_builtin_model[], undertow_built_for[];
 
 namespace undertow {
 namespace {
@@ -105,12 +105,13 @@ int64_t now_ns() {
 void model_init() {
   g_one_host = one_host();
   if (const char* named = std::getenv("UNDERTOW_MPI_MODEL"); named && *named) {
-    if (g_policy.load(read_file(named).c_str()) == 0) say("the model %s has no usable row; nothing is taken", named);
+    if (g_policy.load(read_file(named).c_str(), undertow_built_for) == 0) say("the model %s has no usable row; nothing is taken", named);
     return;
   }
   std::string beside = own_path();
   beside = beside.substr(0, beside.find_last_of('/') + 1) + "model.txt";
-  if (g_policy.load(read_file(beside).c_str()) == 0) g_policy.load(undertow_builtin_model);
+  if (g_policy.load(read_file(beside).c_str(), undertow_built_for) == 0)
+    g_policy.load(undertow_builtin_model, undertow_built_for);
 }
 
 double model_ratio(Record& r, Use use, int64_t bytes) {

@@ -63,9 +63,9 @@ EXPORT void undertow_core_walk(void* plan, int unpacking, int64_t count, const c
 }
 
 // The table that decides, for `measure` and `explain`: the preload asks the same code.
-EXPORT void* undertow_core_policy(const char* text, int* rows) {
+EXPORT void* undertow_core_policy(const char* text, const char* version, int* rows) {
   Policy* policy = new Policy;
-  *rows = policy->load(text);
+  *rows = policy->load(text, version);
   return policy;
 }
 EXPORT void undertow_core_policy_free(void* policy) { delete static_cast<Policy*>(policy); }

@@ -5,6 +5,8 @@
 // and send and recv, which carry the peer's place (send_local: same host; send_remote: another one). `share` is the part
 // of (without - with) that this side of a message may call its own in the report. Between rows the logarithm of the gain
 // is interpolated by distance in octaves; far from every row nothing is known, and the call passes through.
+//
+// A line "for 4" begins rows of the library's major version 4, "for other" those of versions that have none of their own.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +14,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 
@@ -27,14 +30,23 @@ class Policy {
     double saved_ns = 0;  // per call, this side's share
   };
 
-  // Returns the number of rows used; '#' starts a comment, lines of another form are skipped.
-  int load(const char* text) {
+  // `version`: what the library says of itself. Returns the number of rows used; '#' starts a comment, lines of another
+  // form are skipped.
+  int load(const char* text, const char* version = "") {
     for (auto& list : rows_) list.clear();
+    const char* digit = std::strpbrk(version, "0123456789");
+    char own[32] = "for other";
+    if (digit && (!std::strncmp(version, "Open MPI", 8) || !std::strncmp(version, "MPICH", 5))) {
+      char major[32];
+      std::snprintf(major, sizeof major, "for %d", std::atoi(digit));
+      for (const char* at = text; at && *at; at = next_line(at))
+        if (is_line(at, major)) std::memcpy(own, major, sizeof own);
+    }
     int n = 0;
-    for (const char* at = text; at && *at;) {
-      n += line(at);
-      at = std::strchr(at, '\n');
-      if (at) ++at;
+    bool active = true;
+    for (const char* at = text; at && *at; at = next_line(at)) {
+      if (!std::strncmp(at, "for ", 4)) active = is_line(at, own);
+      else if (active) n += line(at);
     }
     return n;
   }
@@ -87,6 +99,14 @@ class Policy {
   static double distance(const Row& a, const Row& b) {
     return std::abs(a.block - b.block) + 0.5 * std::abs(a.step - b.step) + 0.5 * std::abs(a.bytes - b.bytes) +
            0.4 * std::abs(a.align - b.align) + 0.15 * std::abs(a.alias - b.alias);
+  }
+  static const char* next_line(const char* at) {
+    const char* end = std::strchr(at, '\n');
+    return end ? end + 1 : nullptr;
+  }
+  static bool is_line(const char* at, const char* wanted) {
+    const size_t n = std::strlen(wanted);
+    return !std::strncmp(at, wanted, n) && (at[n] == '\n' || at[n] == 0);
   }
   static int index(const char* word, const char* const* names, int n) {
     for (int i = 0; i < n; ++i)

@@ -60,6 +60,17 @@ static void print_cell(const char* use, const Cell* c, long wrong, int inner, co
   fflush(stdout);
 }
 
+/* Every round has an order of its own, the same on both ranks: no arm always follows the same other. */
+static void draw_order(int round, int arms, int* order) {
+  unsigned x = (unsigned)round * 2654435761u + 97u;
+  for (int k = 0; k < arms; ++k) order[k] = k;
+  for (int k = arms - 1; k > 0; --k) {
+    x = x * 1664525u + 1013904223u;
+    const int j = (int)((x >> 16) % (unsigned)(k + 1)), swap = order[k];
+    order[k] = order[j], order[j] = swap;
+  }
+}
+
 static int chosen(const char* use, const char* name) {
   char both[160];
   snprintf(both, sizeof both, "%s %s", use, name);
@@ -92,14 +103,17 @@ static void time_local(const char* use, const Cell* c, local_fn call, long wrong
     set_mode(k == 2 ? FORCE : AUTO);
     for (int i = 0; i < (k == 2 ? 2 : 8); ++i) call(c, 1, packed);
   }
-  for (int r = 0; r < rounds; ++r)
+  for (int r = 0; r < rounds; ++r) {
+    int order[ARMS];
+    draw_order(r, 4, order);
     for (int k = 0; k < 4; ++k) {
-      const int v = (k + r) % 4; /* every arm in every place */
+      const int v = order[k];
       set_mode(v == 2 ? FORCE : AUTO);
       const double start = now();
       for (int i = 0; i < inner; ++i) call(c, v >= 2, packed);
       samples[v][r] = (now() - start) / inner;
     }
+  }
   set_mode(AUTO);
   print_cell(use, c, wrong, inner, names, 4, samples);
 }
@@ -174,15 +188,18 @@ static void message_cell(const Cell* c) {
   for (int i = 0; i < 4; ++i) ping(c, 3);
   int inner = (int)(150000 / (once + 100)) + 1;
   PMPI_Bcast(&inner, 1, MPI_INT, 0, MPI_COMM_WORLD);
-  for (int r = 0; r < rounds; ++r)
+  for (int r = 0; r < rounds; ++r) {
+    int order[ARMS];
+    draw_order(r, ARMS, order);
     for (int k = 0; k < ARMS; ++k) {
-      const int v = (k + r) % ARMS;
+      const int v = order[k];
       set_mode(v == 5 ? AUTO : FORCE);
       PMPI_Barrier(MPI_COMM_WORLD);
       const double start = now();
       for (int i = 0; i < inner; ++i) ping(c, sides[v]);
       samples[v][r] = (now() - start) / inner / 2;
     }
+  }
   set_mode(AUTO);
   if (rank == 0) print_cell("message", c, all, inner, names, ARMS, samples);
 }

@@ -1,0 +1,76 @@
+"""The benchmark of datatypes judges itself, makes the shipped tables from samples, and feeds the halo's model."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from undertow.benchmarks import halo3d, mpi_datatypes
+from undertow.mpi_interpose import build, policy
+from undertow.mpi_interpose.samples import Cell, text
+
+
+def cell(use: str, name: str, size: int, block: int, cls: str = "strided", held: bool = False, **arms: float) -> Cell:
+    ns = {"library": 1e5, "again": 1e5, "auto": 1e5, **arms}
+    return Cell(use, cls, name, block, 2 * block, size, held, 0, 1, {arm: (t,) * 7 for arm, t in ns.items()})
+
+
+OPENMPI = SimpleNamespace(version="Open MPI v9.8.7, package", flavour="openmpi")
+
+
+def test_it_names_losing_cells_and_missed_targets() -> None:
+    cells = [
+        cell("pack", "indexed_block-b4", 65536, 4, "table", forced=1e4, auto=1e4),
+        cell("pack", "indexed_block-b8", 65536, 8, "table", forced=1e4, auto=4e4),
+        cell("unpack", "vector-b16-s32", 65536, 16, forced=2e5, auto=2e5),
+        cell("call-pack", "predefined", 4, 4, "contiguous", library=20, again=20, forced=90, auto=90),
+    ]
+    found = "\n".join(mpi_datatypes.judge(cells, OPENMPI))  # type: ignore[arg-type]
+    assert "over 2 us): 1" in found and "unpack vector-b16-s32 65536: 0.50" in found
+    assert "64 KiB: at least 5x MISSED: least 2.50" in found
+    assert "+70 ns [+70, +70], at most 50 MISSED" in found
+
+
+def test_results_hold_what_the_promise_needs() -> None:
+    (row,) = json.loads(json.dumps(mpi_datatypes.as_data([cell("pack", "x", 1024, 16, forced=5e4)])))
+    assert row["arms"]["forced"]["library_over_arm"] == [2, 2, 2] and not row["breaks"]
+
+
+def test_shipped_tables_have_rows_per_version_and_the_least_gains_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "POLICY", tmp_path)
+    for k, forced in ((4, 2e4), (5, 5e4)):
+        lines = text([cell("pack", "v", 4096, 16, forced=forced), cell("pack", "v", 1024, 16, held=True, forced=1e3)])
+        with gzip.open(tmp_path / f"{k}.gz", "wt") as file:
+            file.write(f"Open MPI v{k}.0.1\nsome processor\n{lines}")
+    mpi_datatypes.ship([tmp_path / "4.gz", tmp_path / "5.gz"])
+    shipped = (tmp_path / "openmpi.txt").read_text()
+    for version, gain in (("Open MPI v4.1.4", 5), ("Open MPI v5.0.9", 2), ("Open MPI v6.0.0", 2), ("Spectrum 5", 2)):
+        table = policy.Policy(shipped, version)
+        assert table.rows == 1 and table.ask("pack", "strided", 16, 32, 4096)[0] == pytest.approx(gain, rel=0.01), (
+            version
+        )
+
+
+@pytest.mark.parametrize("version", ["Open MPI v4.1.4", "Open MPI v5.0.11", "MPICH Version: 5.0.2", "MPICH Version: 9"])
+def test_what_is_shipped_reads_and_never_takes_a_message_blindly(version: str) -> None:
+    table = policy.Policy(build.builtin_model("openmpi" if "Open" in version else "mpich"), version)
+    assert table.rows > 100
+    assert table.ask("send_remote", "strided", 16, 32, 65536) == (0, 0)  # other hosts were not measured
+    assert table.ask("pack", "strided", 1 << 20, 1 << 21, 1 << 24)[0] < policy.GAIN
+
+
+def test_the_modelled_halo_is_the_ranks_work_or_the_wire() -> None:
+    rows = [cell("message", f"face-{axis}", 65536, 4, both=5e4) for axis in "zyx"]
+    data = mpi_datatypes.as_data(rows)
+    found = halo3d.faces(data, 128, "library")
+    assert found is not None and found.local_s == pytest.approx(6e-4)
+    assert halo3d.faces(data, 64, "library") is None
+    slow = halo3d.Cluster(3072, 4, 1e9, 0.0)
+    assert slow.exchange_s(found) == pytest.approx(96 * 65536 / 1e9)  # 16 faces of 6 sides through 1 GB/s
+    assert halo3d.Cluster(64, 4, 1e9, 0.0).exchange_s(found) == pytest.approx(6e-4)  # one node: no wire

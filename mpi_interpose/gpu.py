@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -43,6 +45,8 @@ def load() -> ctypes.CDLL:
         ("gpu_pack", text, [pointer, integer, pointer, pointer]),
         ("gpu_unpack", text, [pointer, integer, pointer, pointer, integer]),
         ("gpu_enqueue", text, [pointer, integer, pointer, pointer, small, pointer]),
+        ("gpu_group_open", pointer, []),
+        ("gpu_group_close", text, [pointer]),
         ("gpu_slab_get", pointer, [integer, pointer]),
         ("gpu_slab_put", None, [pointer, integer]),
         ("gpu_counters", None, [ctypes.POINTER(integer)]),
@@ -68,6 +72,18 @@ def counters() -> dict[str, int]:
     values = (ctypes.c_int64 * len(COUNTERS))()
     load().undertow_gpu_counters(values)
     return dict(zip(COUNTERS, values))
+
+
+@contextmanager
+def group() -> Iterator[None]:
+    """Packs and unpacks inside are only queued; they share launches and are complete at the end of the block."""
+    lib = load()
+    opened = lib.undertow_gpu_group_open()
+    try:
+        yield
+    finally:
+        error = lib.undertow_gpu_group_close(opened)
+    _check(error)
 
 
 def _check(error: bytes | None) -> None:

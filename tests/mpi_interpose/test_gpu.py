@@ -126,6 +126,36 @@ except InterposeError as error:
         assert "CUDA_ERROR_FAKE" in out and "pack kernel" in out, out
 
 
+def test_a_group_shares_launches(stand_in: Path) -> None:
+    """Twenty faces in both directions: two launches each, through device memory and through pinned memory."""
+    code = f"""
+import ctypes, sys
+sys.path.insert(0, {str(PROGRAMS)!r})
+import numpy as np
+from device_memory import Device
+from undertow.mpi_interpose import gpu
+device, values = Device(), np.arange(1, 20 * 512 + 1, dtype="u4")
+user, back, packed = device.array(values), device.array(values * 0), device.empty(20 * 1024)
+plan = gpu.GpuPlan("(loop 256 8 (bytes 4))", 2048)
+plan.pack(1, user.address, packed.address)
+slab = gpu.load().undertow_gpu_slab_get(20 * 1024, user.address)
+for path, middle in (("auto", packed.address), ("direct", slab), ("staged", slab)):
+    gpu.host_path(path)
+    back.write(values * 0)
+    before = gpu.counters()["launches"]
+    with gpu.group():
+        for k in range(20):
+            plan.pack(1, user.address + 2048 * k, middle + 1024 * k)
+    with gpu.group():
+        for k in range(20):
+            plan.unpack(1, middle + 1024 * k, back.address + 2048 * k)
+    got = back.read("u4").reshape(-1, 2)
+    right = bool((got[:, 0] == values[::2]).all() and not got[:, 1].any())
+    print(path, gpu.counters()["launches"] - before, right)
+"""
+    assert child(code, stand_in) == "auto 4 True\ndirect 4 True\nstaged 4 True\n"
+
+
 @pytest.mark.parametrize(
     "ir, user, want",
     [

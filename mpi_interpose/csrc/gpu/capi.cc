@@ -42,6 +42,13 @@ EXPORT const char* undertow_gpu_enqueue(void* plan, int64_t count, const void* u
                                         void* stream) {
   return attempt([&] { gpu::enqueue(*static_cast<Plan*>(plan), count, user, packed, packing != 0, stream); });
 }
+EXPORT void* undertow_gpu_group_open() { return new gpu::Group; }
+EXPORT const char* undertow_gpu_group_close(void* group) {
+  gpu::Group* g = static_cast<gpu::Group*>(group);
+  const char* error = attempt([&] { g->finish(); });
+  delete g;
+  return error;
+}
 EXPORT void* undertow_gpu_slab_get(int64_t bytes, const void* device) {
   void* slab = nullptr;
   attempt([&] { slab = gpu::slab_get(bytes, device); });

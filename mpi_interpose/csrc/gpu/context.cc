@@ -102,10 +102,6 @@ void Context::drop(Kept& k) {
 
 std::vector<Piece> Context::pieces(const Plan& plan, int64_t count, uint64_t user, uint64_t packed) {
   std::lock_guard<std::mutex> guard(lock_);
-  if (table_bytes_ > kKeepTables) {
-    for (auto& entry : tables_) drop(*entry.second);
-    tables_.clear();
-  }
   Tables tables;
   tables.of_op = [&](size_t op) {
     Kept& k = kept(plan);
@@ -135,6 +131,14 @@ std::vector<Piece> Context::pieces(const Plan& plan, int64_t count, uint64_t use
   return lower(plan, count, user, packed, tables);
 }
 
+void Context::trim() {
+  std::lock_guard<std::mutex> guard(lock_);
+  if (table_bytes_ <= kKeepTables) return;
+  Use use(*this);
+  for (auto& entry : tables_) drop(*entry.second);
+  tables_.clear();
+}
+
 void Context::forget_all() {
   Use use(*this);
   scratch.clear();
@@ -145,6 +149,10 @@ void Context::forget_all() {
 Context& context_of(const void* address, const void* other) {
   Where w = where(address);
   if (w.memory != Memory::Device && other) w = where(other);
+  return context_of(w);
+}
+
+Context& context_of(const Where& w) {
   if (w.memory != Memory::Device) throw Failure("neither buffer is device memory");
   std::lock_guard<std::mutex> guard(g_lock);
   for (auto& c : *g_contexts)
@@ -162,6 +170,11 @@ Context& context_of(const void* address, const void* other) {
 Context* any_context() {
   std::lock_guard<std::mutex> guard(g_lock);
   return g_contexts->empty() ? nullptr : g_contexts->front().get();
+}
+
+void trim_contexts() {
+  std::lock_guard<std::mutex> guard(g_lock);
+  for (auto& c : *g_contexts) c->trim();
 }
 
 void forget_contexts() {

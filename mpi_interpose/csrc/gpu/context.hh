@@ -31,6 +31,7 @@ class Context {
   void copy(void* to, const void* from, int64_t bytes, Handle on);
   void wait(Handle on) { must(cuda.cuStreamSynchronize(on), "cuStreamSynchronize"); }
   std::vector<Piece> pieces(const Plan& plan, int64_t count, uint64_t user, uint64_t packed);
+  void trim();  // frees the tables when there are too many; nobody may have queued pieces that refer to them
   void forget_all();
 
   Handle handle, stream = nullptr;
@@ -58,7 +59,9 @@ class Context {
 
 // The context of device memory; `other` is asked when `address` is not device memory. Throws Failure for neither.
 Context& context_of(const void* address, const void* other = nullptr);
+Context& context_of(const Where& where);
 Context* any_context();  // null before the first context_of
+void trim_contexts();
 void forget_contexts();
 
 }  // namespace undertow::gpu

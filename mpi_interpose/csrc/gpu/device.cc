@@ -3,6 +3,9 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <shared_mutex>
+#include <utility>
 
 #include "context.hh"
 
@@ -55,20 +58,47 @@ struct Scratch {
 
 uint64_t number(const void* p) { return reinterpret_cast<uint64_t>(p); }
 
-// One side in host memory that a kernel cannot reach, or not as fast as a copy engine: through device scratch.
-void through_scratch(Context& c, const Plan& plan, int64_t count, char* user, char* packed, bool packing) {
-  const int64_t bytes = count * plan.size;
-  Scratch scratch(c, bytes);
-  const std::vector<Piece> pieces = c.pieces(plan, count, number(user), number(scratch.at));
-  if (packing) {
-    c.launch(pieces, true, c.stream);
-    c.copy(packed, scratch.at, bytes, c.stream);
-  } else {
-    c.copy(scratch.at, packed, bytes, c.stream);
-    c.launch(pieces, false, c.stream);
+struct Copy {
+  void* to;
+  const void* from;
+  int64_t bytes;
+};
+
+// What a thread has queued and not yet waited for, all of one context and direction.
+struct Queue {
+  int depth = 0;
+  Context* context = nullptr;
+  bool packing = false;
+  std::vector<Piece> pieces;
+  std::vector<Copy> after;                        // from device scratch to host memory, once the kernel is queued
+  std::vector<std::unique_ptr<Scratch>> scratch;
+  std::vector<std::pair<void*, int64_t>> slabs;   // to be put back
+  bool busy = false;
+
+  void flush() {
+    if (busy) {
+      Context& c = *context;
+      Context::Use use(c);
+      busy = false;
+      std::vector<Piece> now;
+      now.swap(pieces);
+      c.launch(now, packing, c.stream);
+      for (const Copy& copy : after) c.copy(copy.to, copy.from, copy.bytes, c.stream);
+      after.clear();
+      c.wait(c.stream);
+    }
+    scratch.clear();
+    for (const auto& slab : slabs) pinned().put(slab.first, slab.second);
+    slabs.clear();
   }
-  c.wait(c.stream);
-}
+  void join(Context& c, bool way) {
+    if (busy && (context != &c || packing != way)) flush();
+    context = &c;
+    packing = way;
+    busy = true;
+  }
+};
+thread_local Queue t_queue;
 
 bool direct(Memory packed, int64_t bytes) {
   if (packed == Memory::Device) return true;
@@ -76,38 +106,75 @@ bool direct(Memory packed, int64_t bytes) {
   return host_path == HostPath::Direct || bytes <= kDirectBytes;
 }
 
-void move(const Plan& plan, int64_t count, char* user, char* packed, bool packing) {
+// Only the packed side is on the device: the core packs on the host.
+void on_host(Context& c, const Plan& plan, int64_t count, char* user, char* packed, bool packing) {
+  const int64_t bytes = count * plan.size;
+  std::vector<char> host(static_cast<size_t>(bytes));
+  if (packing) {
+    undertow::pack(plan, count, user, host.data());
+    c.copy(packed, host.data(), bytes, c.stream);
+    c.wait(c.stream);
+  } else {
+    c.copy(host.data(), packed, bytes, c.stream);
+    c.wait(c.stream);
+    undertow::unpack(plan, count, host.data(), user);
+  }
+}
+
+void queue(const Plan& plan, int64_t count, char* user, char* packed, bool packing) {
   const int64_t bytes = count * plan.size;
   if (bytes <= 0) return;
   char* probe = user + plan.ir->lo;  // the origin itself may lie outside the buffer
-  Context& c = context_of(probe, packed);
+  const Where u = where(probe), k = where(packed);
+  Context& c = context_of(u.memory == Memory::Device ? u : k);
   Context::Use use(c);
   counters.bytes += bytes;
+  Queue& q = t_queue;
   int64_t off = 0;
   if (contiguous(plan, count, &off)) {
-    packing ? c.copy(packed, user + off, bytes, c.stream) : c.copy(user + off, packed, bytes, c.stream);
-    c.wait(c.stream);
-    return;
+    q.join(c, packing);
+    return packing ? c.copy(packed, user + off, bytes, c.stream) : c.copy(user + off, packed, bytes, c.stream);
   }
-  if (where(probe).memory != Memory::Device) {  // only the packed side is on the device
-    std::vector<char> host(static_cast<size_t>(bytes));
-    if (packing) {
-      undertow::pack(plan, count, user, host.data());
-      c.copy(packed, host.data(), bytes, c.stream);
-      c.wait(c.stream);
-    } else {
-      c.copy(host.data(), packed, bytes, c.stream);
-      c.wait(c.stream);
-      undertow::unpack(plan, count, host.data(), user);
-    }
-    return;
+  if (u.memory != Memory::Device) return on_host(c, plan, count, user, packed, packing);
+  q.join(c, packing);
+  char* reached = packed;
+  if (!direct(k.memory, bytes)) {
+    q.scratch.push_back(std::make_unique<Scratch>(c, bytes));
+    reached = q.scratch.back()->at;
+    if (packing) q.after.push_back({packed, reached, bytes});
+    else c.copy(reached, packed, bytes, c.stream);
   }
-  if (!direct(where(packed).memory, bytes)) return through_scratch(c, plan, count, user, packed, packing);
-  c.launch(c.pieces(plan, count, number(user), number(packed)), packing, c.stream);
-  c.wait(c.stream);
+  const std::vector<Piece> pieces = c.pieces(plan, count, number(user), number(reached));
+  q.pieces.insert(q.pieces.end(), pieces.begin(), pieces.end());
+}
+
+void move(const Plan& plan, int64_t count, char* user, char* packed, bool packing) {
+  Group group;
+  queue(plan, count, user, packed, packing);
+  group.finish();
 }
 
 }  // namespace
+
+namespace {
+std::shared_mutex g_tables;  // shared: pieces are queued that refer to tables
+}
+
+Group::Group() : outermost_(t_queue.depth++ == 0) {
+  if (outermost_) g_tables.lock_shared();
+}
+Group::~Group() {
+  --t_queue.depth;
+  if (!outermost_) return;
+  if (t_queue.busy || !t_queue.slabs.empty()) t_queue = Queue{};  // a failure: what was queued is given up with it
+  g_tables.unlock_shared();
+  if (!g_tables.try_lock()) return;
+  trim_contexts();
+  g_tables.unlock();
+}
+void Group::finish() {
+  if (outermost_) t_queue.flush();
+}
 
 void pack(const Plan& plan, int64_t count, const void* user, void* packed) {
   move(plan, count, static_cast<char*>(const_cast<void*>(user)), static_cast<char*>(packed), true);
@@ -122,7 +189,9 @@ void unpack(const Plan& plan, int64_t count, const void* packed, void* user) {
 void unpack_part(const Plan& plan, int64_t count, const void* packed, void* user, int64_t bytes) {
   if (bytes <= 0) return;
   std::vector<char> host(static_cast<size_t>(count * plan.size));
+  Group group;
   pack(plan, count, user, host.data());
+  t_queue.flush();  // the bytes are needed now, also inside a group
   if (where(packed).memory == Memory::Device) {
     Context& c = context_of(packed);
     Context::Use use(c);
@@ -132,6 +201,7 @@ void unpack_part(const Plan& plan, int64_t count, const void* packed, void* user
     std::memcpy(host.data(), packed, static_cast<size_t>(bytes));
   }
   unpack(plan, count, host.data(), user);
+  t_queue.flush();  // `host` ends here
 }
 
 void copy(void* to, const void* from, int64_t bytes) {
@@ -160,7 +230,10 @@ void* slab_get(int64_t bytes, const void* device_side) {
   if (slab) ++counters.slabs;
   return slab;
 }
-void slab_put(void* slab, int64_t bytes) { pinned().put(slab, bytes); }
+void slab_put(void* slab, int64_t bytes) {
+  if (t_queue.busy) t_queue.slabs.emplace_back(slab, bytes);
+  else pinned().put(slab, bytes);
+}
 
 void release_all() {
   if (detail::state != 1) return;

@@ -19,6 +19,20 @@ void unpack(const Plan& plan, int64_t count, const void* packed, void* user);
 // A receive that brought only `bytes` bytes: the rest of the type's bytes keep their values.
 void unpack_part(const Plan& plan, int64_t count, const void* packed, void* user, int64_t bytes);
 
+// While a Group lives, this thread's packs and unpacks are only queued, and share launches; `finish` waits for all of
+// them. Slabs that are put back meanwhile are kept until then. A group inside a group joins it.
+class Group {
+ public:
+  Group();
+  ~Group();  // what was not finished is given up
+  Group(const Group&) = delete;
+  Group& operator=(const Group&) = delete;
+  void finish();
+
+ private:
+  bool outermost_;
+};
+
 // Plain bytes, at least one side on the device.
 void copy(void* to, const void* from, int64_t bytes);
 

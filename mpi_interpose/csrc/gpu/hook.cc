@@ -117,6 +117,10 @@ bool device_unpack(Record& r, int64_t count, const void* packed, void* user, int
   return true;
 }
 
+void DeviceGroup::finish() {
+  if (group_) guarded([&] { group_->finish(); });
+}
+
 void device_copy(void* to, const void* from, int64_t bytes) {
   guarded([&] { gpu::copy(to, from, bytes); });
 }

@@ -4,6 +4,9 @@
 // library underneath cannot read device memory. So a predefined type has a record of its own here.
 #pragma once
 
+#include <optional>
+
+#include "device.hh"
 #include "driver.hh"
 #include "types.hh"
 
@@ -32,6 +35,18 @@ void device_slab_put(char* slab, int64_t bytes);
 // one line, because a message that was not packed must not be sent.
 bool device_pack(Record& record, int64_t count, const void* user, void* packed);
 bool device_unpack(Record& record, int64_t count, const void* packed, void* user, int64_t bytes);
+
+// Packs and unpacks of this scope share launches and one wait, in `finish`. Costs a load without a device.
+class DeviceGroup {
+ public:
+  DeviceGroup() {
+    if (__builtin_expect(gpu::possible(), 0)) group_.emplace();
+  }
+  void finish();
+
+ private:
+  std::optional<gpu::Group> group_;
+};
 
 void device_copy(void* to, const void* from, int64_t bytes);  // between device and host memory, complete on return
 void device_stop();  // before MPI_Finalize

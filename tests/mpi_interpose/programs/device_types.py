@@ -125,9 +125,14 @@ def main(seed: int, rounds: int) -> None:
         count = rng.choice([1, 1, 2, 3, 5, 40]) if size(ir) < 4000 else 1
         extent = rng.choice([size(ir), size(ir) + 3, 7, 256, -64, 4])
         Case(device, text(ir), extent, count, indices(ir), rng).run(rng)
-    large = LARGE if not device.is_fake else LARGE[2:3] + LARGE[5:]
+    large = LARGE if not device.is_fake else LARGE[5:]
     for ir, extent in large:
         Case(device, ir, extent, 1, indices_of(ir), rng).run(rng)
+    if device.is_fake:  # one pass through the form for many words, which the stand-in compares with the general one
+        ir, extent = LARGE[2]
+        case = Case(device, ir, extent, 1, indices_of(ir), rng)
+        user = device.array(case.bytes)
+        case.check_pack(user.address + case.origin, device.empty(case.plan.size + 64))
     counts = gpu.counters()
     assert counts["launches"] > rounds, counts
     print(f"ok {rounds} random and {len(large)} large types; {counts}")

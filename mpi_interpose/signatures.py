@@ -93,8 +93,8 @@ TABLE = _table()
 _OWN = (
     "Type_get_envelope Type_get_contents Type_free Type_contiguous Type_commit Type_size_x Type_get_extent_x "
     "Type_get_true_extent_x Type_create_keyval Type_free_keyval Type_set_attr Get_elements_x Comm_size Comm_rank "
-    "Comm_test_inter Topo_test Dist_graph_neighbors_count Graph_neighbors_count Cartdim_get Pack Unpack Test Wait "
-    "Test_cancelled Request_get_status Get_library_version Initialized Query_thread"
+    "Comm_test_inter Topo_test Dist_graph_neighbors_count Graph_neighbors_count Cartdim_get Cart_shift Pack Unpack "
+    "Test Wait Test_cancelled Request_free Request_get_status Get_library_version Initialized Query_thread"
 )
 OWN = tuple(_OWN.split())
 OWN_OPTIONAL = ("Type_get_envelope_c", "Type_get_contents_c")

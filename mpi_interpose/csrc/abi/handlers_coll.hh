@@ -29,6 +29,7 @@ inline int rank_in(MPI_Comm comm) {
 struct Degrees {
   int in = 0, out = 0;
   bool known = false;
+  bool holes = false;  // some neighbour is MPI_PROC_NULL (a grid's edge): its block of the result must stay as it is
 };
 Degrees degrees_of(MPI_Comm comm);  // neighbours of a topology communicator
 
@@ -90,6 +91,9 @@ struct Blocks {
       if (counts[i] > 0)
         body(static_cast<char*>(user) + user_displs[i] * record->plan.extent, slab + dense[i] * record->plan.size,
              counts[i]);
+  }
+  void keep(int n) {  // what the library will not write comes back as it was
+    if (slab) each(n, [&](char* at, char* packed, int64_t k) { pack_slab(*record, k, at, packed); });
   }
   void finish(int n) {
     each(n, [&](char* at, char* packed, int64_t k) { unpack_slab(*record, k, packed, at, k * record->plan.size); });
@@ -159,6 +163,9 @@ struct TypedBlocks {
     for (size_t i = 0; i < records.size(); ++i)
       if (counts[i] > 0) body(*records[i], static_cast<char*>(user) + user_displs[i], slab + dense[i], counts[i]);
   }
+  void keep() {  // what the library will not write comes back as it was
+    if (slab) each([](Record& r, char* at, char* packed, int64_t k) { pack_slab(r, k, at, packed); });
+  }
   void finish() {
     each([](Record& r, char* at, char* packed, int64_t k) { unpack_slab(r, k, packed, at, k * r.plan.size); });
   }
@@ -186,12 +193,12 @@ int on_bcast(F next, Site site, void* buf, N count, MPI_Datatype type, int root,
 // One block out, `n` blocks in (or the reverse): gather, scatter, allgather, alltoall and their neighbour forms.
 template <class N, class Call>
 int exchange(Site site, void* sbuf, N scount, int64_t sblocks, MPI_Datatype stype, void* rbuf, N rcount,
-             int64_t rblocks, MPI_Datatype rtype, bool allowed, Call call) {
+             int64_t rblocks, MPI_Datatype rtype, bool allowed, Call call, bool holes = false) {
   const bool place = sbuf == MPI_IN_PLACE || rbuf == MPI_IN_PLACE;
   const auto may = [&](const void* buf, MPI_Datatype type) { return allowed && (!place || device_side(buf, type)); };
   SendSide send(sbuf, scount * sblocks, stype, sblocks > 0 && may(sbuf, stype), kCollectiveGain);
   RecvSide recv(rbuf, rcount * rblocks, rtype, rblocks > 0 && may(rbuf, rtype), kCollectiveGain);
-  if (sbuf == MPI_IN_PLACE && recv.taken()) pack_slab(*recv.record, recv.count, rbuf, recv.slab);
+  if ((holes || sbuf == MPI_IN_PLACE) && recv.taken()) pack_slab(*recv.record, recv.count, rbuf, recv.slab);
   count_call(site, send.taken() || recv.taken());
   const int rc = call(send.buf, send.type, recv.buf, recv.type);
   if (rc == MPI_SUCCESS && recv.taken()) recv.finish_all();
@@ -253,7 +260,7 @@ int on_neighbor_allgather(F next, Site site, void* sbuf, N scount, MPI_Datatype 
   return exchange(site, sbuf, scount, 1, stype, rbuf, rcount, d.in, rtype, d.known,
                   [&](void* s, MPI_Datatype st, void* r, MPI_Datatype rt) {
                     return next(s, scount, st, r, rcount, rt, comm);
-                  });
+                  }, d.holes);
 }
 
 template <class F, class N>
@@ -263,7 +270,7 @@ int on_neighbor_alltoall(F next, Site site, void* sbuf, N scount, MPI_Datatype s
   return exchange(site, sbuf, scount, d.out, stype, rbuf, rcount, d.in, rtype, d.known,
                   [&](void* s, MPI_Datatype st, void* r, MPI_Datatype rt) {
                     return next(s, scount, st, r, rcount, rt, comm);
-                  });
+                  }, d.holes);
 }
 
 template <class F, class N, class D>
@@ -294,9 +301,10 @@ int on_scatterv(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Datat
 
 template <class F, class N, class D>
 int gather_to_all(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N* rcounts, D* rdispls,
-                  MPI_Datatype rtype, MPI_Comm comm, int n) {
+                  MPI_Datatype rtype, MPI_Comm comm, int n, bool holes = false) {
   SendSide send(sbuf, scount, stype, n >= 0, kCollectiveGain);
   Blocks<N, D> recv(rbuf, rcounts, rdispls, rtype, n, kRecvUse, n > 0);
+  if (holes) recv.keep(n);
   count_call(site, send.taken() || recv.taken());
   const int rc = next(send.buf, scount, send.type, recv.buf, rcounts, recv.displs, recv.type, comm);
   if (rc == MPI_SUCCESS && recv.taken()) recv.finish(n);
@@ -315,14 +323,16 @@ template <class F, class N, class D>
 int on_neighbor_allgatherv(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N* rcounts,
                            D* rdispls, MPI_Datatype rtype, MPI_Comm comm) {
   const Degrees d = involved(sbuf, stype, rbuf, rtype) ? degrees_of(comm) : Degrees{};
-  return gather_to_all(next, site, sbuf, scount, stype, rbuf, rcounts, rdispls, rtype, comm, d.known ? d.in : -1);
+  return gather_to_all(next, site, sbuf, scount, stype, rbuf, rcounts, rdispls, rtype, comm, d.known ? d.in : -1,
+                       d.holes);
 }
 
 template <class F, class N, class D>
 int all_to_all_v(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Datatype stype, void* rbuf, N* rcounts,
-                 D* rdispls, MPI_Datatype rtype, MPI_Comm comm, int out, int in) {
+                 D* rdispls, MPI_Datatype rtype, MPI_Comm comm, int out, int in, bool holes = false) {
   Blocks<N, D> send(sbuf, scounts, sdispls, stype, out, kSendUse, out > 0);
   Blocks<N, D> recv(rbuf, rcounts, rdispls, rtype, in, kRecvUse, in > 0);
+  if (holes) recv.keep(in);
   count_call(site, send.taken() || recv.taken());
   const int rc = next(send.buf, scounts, send.displs, send.type, recv.buf, rcounts, recv.displs, recv.type, comm);
   if (rc == MPI_SUCCESS && recv.taken()) recv.finish(in);
@@ -341,14 +351,16 @@ template <class F, class N, class D>
 int on_neighbor_alltoallv(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Datatype stype, void* rbuf,
                           N* rcounts, D* rdispls, MPI_Datatype rtype, MPI_Comm comm) {
   const Degrees d = involved(sbuf, stype, rbuf, rtype) ? degrees_of(comm) : Degrees{};
-  return all_to_all_v(next, site, sbuf, scounts, sdispls, stype, rbuf, rcounts, rdispls, rtype, comm, d.out, d.in);
+  return all_to_all_v(next, site, sbuf, scounts, sdispls, stype, rbuf, rcounts, rdispls, rtype, comm, d.out, d.in,
+                      d.holes);
 }
 
 template <class F, class N, class D>
 int all_to_all_w(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Datatype* stypes, void* rbuf, N* rcounts,
-                 D* rdispls, MPI_Datatype* rtypes, MPI_Comm comm, int out, int in) {
+                 D* rdispls, MPI_Datatype* rtypes, MPI_Comm comm, int out, int in, bool holes = false) {
   TypedBlocks<N, D> send(sbuf, scounts, sdispls, stypes, out, kSendUse, out > 0);
   TypedBlocks<N, D> recv(rbuf, rcounts, rdispls, rtypes, in, kRecvUse, in > 0);
+  if (holes) recv.keep();
   count_call(site, send.taken() || recv.taken());
   const int rc = next(send.buf, scounts, send.displs, send.types, recv.buf, rcounts, recv.displs, recv.types, comm);
   if (rc == MPI_SUCCESS && recv.taken()) recv.finish();
@@ -367,7 +379,8 @@ template <class F, class N>
 int on_neighbor_alltoallw(F next, Site site, void* sbuf, N* scounts, MPI_Aint* sdispls, MPI_Datatype* stypes,
                           void* rbuf, N* rcounts, MPI_Aint* rdispls, MPI_Datatype* rtypes, MPI_Comm comm) {
   const Degrees d = degrees_of(comm);
-  return all_to_all_w(next, site, sbuf, scounts, sdispls, stypes, rbuf, rcounts, rdispls, rtypes, comm, d.out, d.in);
+  return all_to_all_w(next, site, sbuf, scounts, sdispls, stypes, rbuf, rcounts, rdispls, rtypes, comm, d.out, d.in,
+                      d.holes);
 }
 
 }  // namespace undertow

@@ -35,29 +35,29 @@ int on_startall(F next, Site site, int n, MPI_Request* requests) {
 template <class F>
 int on_wait(F next, Site site, MPI_Request* request, MPI_Status* status) {
   poll_orphans();
-  Entry* e = any_entries() && request ? entry_of(*request) : nullptr;
+  Entry* e = any_entries() && request ? claim(*request) : nullptr;
   count_call(site, e != nullptr);
   if (!e) return next(request, status);
   MPI_Status local;
   MPI_Status* st = ignored(status) ? &local : status;
   const int rc = next(request, st);
-  rc == MPI_SUCCESS ? complete(e, st) : forget(e);
+  rc == MPI_SUCCESS ? complete(e, st) : failed(e, *request);
   return rc;
 }
 
 template <class F>
 int on_test(F next, Site site, MPI_Request* request, int* flag, MPI_Status* status) {
   poll_orphans();
-  Entry* e = any_entries() && request && flag ? entry_of(*request) : nullptr;
+  Entry* e = any_entries() && request && flag ? claim(*request) : nullptr;
   count_call(site, e != nullptr);
   if (!e) return next(request, flag, status);
   MPI_Status local;
   MPI_Status* st = ignored(status) ? &local : status;
   const int rc = next(request, flag, st);
   if (rc != MPI_SUCCESS)
-    forget(e);
-  else if (*flag)
-    complete(e, st);
+    failed(e, *request);
+  else
+    *flag ? complete(e, st) : restore(e);
   return rc;
 }
 
@@ -79,15 +79,12 @@ int on_request_get_status(F next, Site site, MPI_Request request, int* flag, MPI
 
 template <class F>
 int on_request_free(F next, Site site, MPI_Request* request) {
-  Entry* e = any_entries() && request ? entry_of(*request) : nullptr;
+  Entry* e = any_entries() && request ? claim(*request) : nullptr;
   count_call(site, e != nullptr);
   if (!e) return next(request);
   if (!e->active) {  // an idle persistent request
     const int rc = next(request);
-    if (rc == MPI_SUCCESS) {
-      e->persistent = false;
-      forget(e);
-    }
+    rc == MPI_SUCCESS ? forget(e) : restore(e);
     return rc;
   }
   adopt_orphan(e);
@@ -95,36 +92,44 @@ int on_request_free(F next, Site site, MPI_Request* request) {
   return MPI_SUCCESS;
 }
 
-// The entries behind an array of requests, and statuses to complete them with.
+// The entries behind an array of requests, claimed; those that a call did not settle are put back.
 struct Batch {
   std::vector<Entry*> entries;
   std::vector<MPI_Status> own_statuses;
+  MPI_Request* requests;
   bool any = false;
 
-  Batch(int n, const MPI_Request* requests) {
+  Batch(int n, MPI_Request* users) : requests(users) {
     poll_orphans();
     if (!any_entries() || !requests || n <= 0) return;
     entries.assign(static_cast<size_t>(n), nullptr);
-    for (int i = 0; i < n; ++i) any |= (entries[i] = entry_of(requests[i])) != nullptr;
+    for (int i = 0; i < n; ++i) any |= (entries[i] = claim(requests[i])) != nullptr;
   }
+  ~Batch() {
+    for (Entry* e : entries)
+      if (e) restore(e);
+  }
+  Batch(const Batch&) = delete;
+  Batch& operator=(const Batch&) = delete;
   MPI_Status* statuses(MPI_Status* users) {
     if (!ignored(users)) return users;
     own_statuses.resize(entries.size());
     return own_statuses.data();
   }
   void settle(size_t i, MPI_Status* status, bool good) {
-    if (!entries[i]) return;
-    good ? complete(entries[i], status) : forget(entries[i]);
+    if (i >= entries.size() || !entries[i]) return;
+    good ? complete(entries[i], status) : failed(entries[i], requests[i]);
+    entries[i] = nullptr;
   }
-  // After an error: each status says whether its request completed, failed or is still pending.
-  void settle_errors(int rc, int n, const int* indices, MPI_Status* st, const MPI_Request* requests) {
-    if (rc != MPI_ERR_IN_STATUS) {  // nothing is known but which requests are gone
-      for (size_t i = 0; i < entries.size(); ++i)
-        if (handle_key(requests[i]) == handle_key(constants.request_null)) settle(i, nullptr, false);
-      return;
-    }
-    for (int k = 0; k < n; ++k)
-      if (st[k].MPI_ERROR != MPI_ERR_PENDING) settle(indices ? indices[k] : k, &st[k], st[k].MPI_ERROR == MPI_SUCCESS);
+  // After an error. With MPI_ERR_IN_STATUS each of the `n` statuses says whether its request completed, failed or is
+  // pending. Nothing else was set: what the library freed is gone, the rest stays.
+  void settle_errors(int rc, int n, const int* indices, MPI_Status* st) {
+    if (rc == MPI_ERR_IN_STATUS)
+      for (int k = 0; k < n; ++k)
+        if (st[k].MPI_ERROR != MPI_ERR_PENDING)
+          settle(indices ? indices[k] : k, &st[k], st[k].MPI_ERROR == MPI_SUCCESS);
+    for (size_t i = 0; i < entries.size(); ++i)
+      if (entries[i] && handle_key(requests[i]) == handle_key(constants.request_null)) settle(i, nullptr, false);
   }
 };
 
@@ -135,7 +140,7 @@ int on_waitall(F next, Site site, int n, MPI_Request* requests, MPI_Status* stat
   if (!batch.any) return next(n, requests, statuses);
   MPI_Status* st = batch.statuses(statuses);
   const int rc = next(n, requests, st);
-  if (rc != MPI_SUCCESS) batch.settle_errors(rc, n, nullptr, st, requests);
+  if (rc != MPI_SUCCESS) batch.settle_errors(rc, n, nullptr, st);
   else
     for (int i = 0; i < n; ++i) batch.settle(i, &st[i], true);
   return rc;
@@ -148,48 +153,58 @@ int on_testall(F next, Site site, int n, MPI_Request* requests, int* flag, MPI_S
   if (!batch.any) return next(n, requests, flag, statuses);
   MPI_Status* st = batch.statuses(statuses);
   const int rc = next(n, requests, flag, st);
-  if (rc != MPI_SUCCESS) batch.settle_errors(rc, n, nullptr, st, requests);
+  if (rc != MPI_SUCCESS) batch.settle_errors(rc, n, nullptr, st);
   else if (*flag)
     for (int i = 0; i < n; ++i) batch.settle(i, &st[i], true);
   return rc;
 }
 
-// Waitany and Testany: `call` runs the library with a status; `*index` names the one that completed, if any.
+// Waitany and Testany: `call` runs the library with an index, a flag and a status of ours: after an error the library
+// may have written none of them.
 template <class Call>
 int any_of(Site site, int n, MPI_Request* requests, int* index, int* flag, MPI_Status* status, Call call) {
   Batch batch(n, requests);
   count_call(site, batch.any);
-  if (!batch.any) return call(status);
+  if (!batch.any) return call(index, flag, status);
   MPI_Status local;
   MPI_Status* st = ignored(status) ? &local : status;
-  const int rc = call(st);
-  const bool one = (!flag || *flag) && *index >= 0 && *index < n;  // MPI_UNDEFINED is negative in every MPI
-  if (one) batch.settle(*index, st, rc == MPI_SUCCESS);
+  int at = MPI_UNDEFINED, done = 0;
+  const int rc = call(index ? &at : nullptr, flag ? &done : nullptr, st);
+  const bool one = at >= 0 && at < n;  // MPI_UNDEFINED is negative in every MPI
+  if (index && (one || rc == MPI_SUCCESS)) *index = at;
+  if (flag && (done || rc == MPI_SUCCESS)) *flag = done;
+  if (rc != MPI_SUCCESS)
+    batch.settle_errors(rc, 0, nullptr, st);
+  else if (one && (!flag || done))
+    batch.settle(at, st, true);
   return rc;
 }
 
 template <class F>
 int on_waitany(F next, Site site, int n, MPI_Request* requests, int* index, MPI_Status* status) {
   return any_of(site, n, requests, index, nullptr, status,
-                [&](MPI_Status* st) { return next(n, requests, index, st); });
+                [&](int* at, int*, MPI_Status* st) { return next(n, requests, at, st); });
 }
 
 template <class F>
 int on_testany(F next, Site site, int n, MPI_Request* requests, int* index, int* flag, MPI_Status* status) {
   return any_of(site, n, requests, index, flag, status,
-                [&](MPI_Status* st) { return next(n, requests, index, flag, st); });
+                [&](int* at, int* done, MPI_Status* st) { return next(n, requests, at, done, st); });
 }
 
-// Waitsome and Testsome.
+// Waitsome and Testsome; the count that the library leaves unset after an error is not read either.
 template <class F>
 int some_of(F next, Site site, int n, MPI_Request* requests, int* done, int* indices, MPI_Status* statuses) {
   Batch batch(n, requests);
   count_call(site, batch.any);
   if (!batch.any) return next(n, requests, done, indices, statuses);
   MPI_Status* st = batch.statuses(statuses);
-  const int rc = next(n, requests, done, indices, st);
-  const int completed = *done == MPI_UNDEFINED ? 0 : *done;
-  if (rc != MPI_SUCCESS) batch.settle_errors(rc, completed, indices, st, requests);
+  int count = MPI_UNDEFINED;
+  const int rc = next(n, requests, done ? &count : nullptr, indices, st);
+  const int completed = count == MPI_UNDEFINED ? 0 : count;
+  if (done && (rc == MPI_SUCCESS || completed)) *done = count;
+  if (rc != MPI_SUCCESS)
+    batch.settle_errors(rc, completed, indices, st);
   else
     for (int k = 0; k < completed; ++k) batch.settle(indices[k], &st[k], true);
   return rc;

@@ -31,11 +31,22 @@ void destroy(Entry* e) {
   delete e;
 }
 
-void remove(Entry* e) {
+void take_out(Entry* e) {
   Shard& s = shard_of(handle_key(e->request));
   std::lock_guard<std::mutex> guard(s.lock);
   const auto found = s.entries.find(handle_key(e->request));
   if (found != s.entries.end() && found->second == e) s.entries.erase(found);
+}
+
+void put_in(Entry* e) {
+  Shard& s = shard_of(handle_key(e->request));
+  std::lock_guard<std::mutex> guard(s.lock);
+  s.entries[handle_key(e->request)] = e;
+}
+
+void remove(Entry* e) {
+  if (!e->claimed) take_out(e);
+  e->claimed = false;
   g_live.fetch_sub(1, std::memory_order_relaxed);
 }
 
@@ -48,6 +59,8 @@ void unpack_entry(Entry* e, MPI_Status* status) {
 
 }  // namespace
 
+bool threads_may_race = false;
+
 bool any_entries() { return g_live.load(std::memory_order_relaxed) != 0; }
 
 Entry* entry_of(MPI_Request request) {
@@ -57,11 +70,24 @@ Entry* entry_of(MPI_Request request) {
   return found == s.entries.end() ? nullptr : found->second;
 }
 
+Entry* claim(MPI_Request request) {
+  Entry* e = entry_of(request);
+  if (e && threads_may_race) {
+    take_out(e);
+    e->claimed = true;
+  }
+  return e;
+}
+
+void restore(Entry* e) {
+  if (!e->claimed) return;
+  e->claimed = false;
+  put_in(e);
+}
+
 void enter(Entry* e, MPI_Request request) {
   e->request = request;
-  Shard& s = shard_of(handle_key(request));
-  std::lock_guard<std::mutex> guard(s.lock);
-  s.entries[handle_key(request)] = e;
+  put_in(e);
   g_live.fetch_add(1, std::memory_order_relaxed);
 }
 
@@ -69,6 +95,7 @@ void complete(Entry* e, MPI_Status* status) {
   if (e->active) unpack_entry(e, status);
   if (e->persistent) {
     e->active = false;
+    restore(e);
     return;
   }
   remove(e);
@@ -76,12 +103,12 @@ void complete(Entry* e, MPI_Status* status) {
 }
 
 void forget(Entry* e) {
-  if (e->persistent) {
-    e->active = false;
-    return;
-  }
   remove(e);
   destroy(e);
+}
+
+void failed(Entry* e, MPI_Request after) {
+  handle_key(after) == handle_key(constants.request_null) ? forget(e) : restore(e);
 }
 
 void adopt_orphan(Entry* e) {
@@ -94,6 +121,10 @@ void adopt_orphan(Entry* e) {
 namespace {
 
 void drain_orphans(bool wait) {
+  // The library may call the program's error handler, and that may come here again: then somebody is polling already.
+  static thread_local bool inside = false;
+  if (inside) return;
+  inside = true;
   std::lock_guard<std::mutex> guard(g_orphan_lock);
   for (size_t i = 0; i < g_orphans->size();) {
     Entry* e = (*g_orphans)[i];
@@ -106,12 +137,13 @@ void drain_orphans(bool wait) {
     }
     if (rc == MPI_SUCCESS) unpack_entry(e, &status);
     // A persistent request is not freed by its completion; the user's Request_free is carried out now.
-    if (e->persistent) real.MPI_Request_free(&e->request);
+    if (e->persistent) own.Request_free(&e->request);
     destroy(e);
     (*g_orphans)[i] = g_orphans->back();
     g_orphans->pop_back();
     g_orphan_count.fetch_sub(1);
   }
+  inside = false;
 }
 
 }  // namespace

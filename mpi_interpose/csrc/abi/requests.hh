@@ -2,8 +2,8 @@
 // what must happen when it completes: unpack a receive, free the slab.
 //
 // Completion is seen in every Wait and Test variant. The library may recycle a handle as soon as it has completed, and
-// another thread may then enter the same key; so the entry is read before the call, and removed afterwards only if it
-// is still the same entry. A request that the user frees while it is active becomes an orphan: we keep the library's
+// another thread may then hold the same handle, for a request of ours or not. So with MPI_THREAD_MULTIPLE an entry is
+// taken out of the table before the library's call, and put back when the request did not complete. A request that the user frees while it is active becomes an orphan: we keep the library's
 // request and poll it, because its slab (and a receive's data) must live until it completes.
 #pragma once
 
@@ -22,13 +22,18 @@ struct Entry {
   bool receive = false, persistent = false;
   bool active = true;   // a persistent request between Start and completion
   bool done = false;    // unpacked already (Request_get_status saw it complete)
+  bool claimed = false; // out of the table while one thread asks the library about it
 };
 
 bool any_entries();                     // one atomic load: false on the pass-through path
-Entry* entry_of(MPI_Request request);
+extern bool threads_may_race;           // the program was granted MPI_THREAD_MULTIPLE
+Entry* entry_of(MPI_Request request);   // for looking only
+Entry* claim(MPI_Request request);      // for a call that may complete it: ends in complete, forget or restore
+void restore(Entry* entry);             // did not complete
 void enter(Entry* entry, MPI_Request request);
 void complete(Entry* entry, MPI_Status* status);  // unpacks; removes and frees the entry unless it is persistent
-void forget(Entry* entry);              // after an error: frees without unpacking
+void forget(Entry* entry);              // frees without unpacking
+void failed(Entry* entry, MPI_Request after);  // after an error: gone if the library freed the request, else kept
 void adopt_orphan(Entry* entry);
 void poll_orphans();
 void finish_orphans();

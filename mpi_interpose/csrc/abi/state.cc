@@ -10,6 +10,7 @@
 #include <string>
 
 #include "handlers_coll.hh"
+#include "requests.hh"
 
 extern "C" {
 extern int undertow_gate;
@@ -85,6 +86,8 @@ void start() {
   constants.self = MPI_COMM_SELF;
   constants.request_null = MPI_REQUEST_NULL;
   own.Comm_rank(MPI_COMM_WORLD, &g_rank);
+  int level = MPI_THREAD_MULTIPLE;
+  threads_may_race = own.Query_thread(&level) != MPI_SUCCESS || level == MPI_THREAD_MULTIPLE;
   types_init();
   model_init();
   undertow_gate = 1;
@@ -131,6 +134,11 @@ Degrees degrees_of(MPI_Comm comm) {
     int dims = 0;
     d.known = own.Cartdim_get(comm, &dims) == MPI_SUCCESS;
     d.in = d.out = 2 * dims;
+    for (int k = 0; k < dims; ++k) {
+      int before = MPI_PROC_NULL, after = MPI_PROC_NULL;
+      d.known = d.known && own.Cart_shift(comm, k, 1, &before, &after) == MPI_SUCCESS;
+      d.holes = d.holes || before == MPI_PROC_NULL || after == MPI_PROC_NULL;
+    }
   } else if (kind == MPI_GRAPH) {
     d.known = own.Graph_neighbors_count(comm, rank_in(comm), &d.in) == MPI_SUCCESS;
     d.out = d.in;

@@ -162,6 +162,36 @@ def neighbours() -> None:
     graph.Free()
 
 
+def edges_of_a_grid() -> None:
+    """Beyond an edge there is nobody: that block of the result stays as it was."""
+    line = comm.Create_cart([size], periods=[False])
+    around = [rank - 1, rank + 1]
+    inside = [k for k in (0, 1) if 0 <= around[k] < size]
+
+    def check(got: np.ndarray, target: int) -> None:
+        want = incoming(2)
+        for k in inside:
+            want[k * EB + B] = block(around[k], target)
+        assert np.array_equal(got, want)
+
+    two, send, got = ([1, 1], [0, 1]), outgoing([rank - 1, rank + 1]), incoming(2)
+    line.Neighbor_allgather([outgoing([0]), 1, SEND], [got, 1, RECV])
+    check(got, 0)
+    got = incoming(2)
+    line.Neighbor_allgatherv([outgoing([0]), 1, SEND], [got, two, RECV])
+    check(got, 0)
+    got = incoming(2)
+    line.Neighbor_alltoall([send, 1, SEND], [got, 1, RECV])
+    check(got, rank)
+    got = incoming(2)
+    line.Neighbor_alltoallv([send, two, SEND], [got, two, RECV])
+    check(got, rank)
+    got = incoming(2)
+    line.Neighbor_alltoallw([send, ([1, 1], [0, 4 * EA]), [SEND] * 2], [got, ([1, 1], [0, 4 * EB]), [RECV] * 2])
+    check(got, rank)
+    line.Free()
+
+
 def across_an_intercommunicator() -> None:
     if size < 2:
         return
@@ -180,7 +210,7 @@ def across_an_intercommunicator() -> None:
 
 
 def main() -> None:
-    for rule in (rooted, all_to_all, uneven, in_place, neighbours, across_an_intercommunicator):
+    for rule in (rooted, all_to_all, uneven, in_place, neighbours, edges_of_a_grid, across_an_intercommunicator):
         try:
             rule()
         except BaseException as error:

@@ -131,8 +131,9 @@ class Rig:
         self.host.watch(live, "values", "values_ms")
         self.host.watch(host, "claim", "claim_ms")
         self.host.watch(live.staging, "fill", "staging_ms")
-        self.host.watch(live._sampler, "before", "sample_ms")
-        self.host.watch(live._sampler, "changed", "sample_again_ms")
+        for part in live._watched:
+            self.host.watch(part.sampler, "before", "sample_ms")
+            self.host.watch(part.sampler, "changed", "sample_again_ms")
         self.host.watch(ckpt._tiers, "route", "route_ms")
         self.host.watch(ckpt._pipeline, "submit", "submit_ms")
         self._leave_out_copies(copier)

@@ -39,6 +39,11 @@ class Memory(Protocol):
         """The slot of image chunk `chunk` in a room that `reserve` gave."""
         ...
 
+    def lacks_frames(self, slot: int) -> bool:
+        """Whether the bytes around payloads must be laid down: not where a slot held the same chunk of the same plan
+        before. Asking counts as having done it."""
+        ...
+
     def release(self, slot: int) -> None: ...
 
     def slot_address(self, slot: int) -> int: ...
@@ -88,6 +93,9 @@ class Arena:
 
     def slot(self, room: int, chunk: int) -> int:
         return room
+
+    def lacks_frames(self, slot: int) -> bool:
+        return True
 
     def release(self, slot: int) -> None:
         with self._changed:

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from ..dist import launch
 from ..dist.errors import UserError
@@ -42,7 +44,8 @@ from .preemption import Preempter, Preemption
 from .recover import choose
 from .restore import load, load_from
 from .retention import Retention
-from .snapshot import Seal, Snapshot
+from .slowdown import StepClock
+from .snapshot import Snapshot
 from .state import AppState
 from .tiers import Tiers
 
@@ -116,12 +119,14 @@ class Checkpointer:
         self._pipeline = Pipeline(self._tiers.committers, writers=writers, trace=self._trace)
         self._pickles: dict[str, tuple[str, bytes]] = {}
         self._live = LiveState(self.state, self._coordinator, chunk_bytes=chunk_bytes, timeout_s=timeout_s)
+        self._clock = StepClock()
         self._saved_step: int | None = None
         self._current: Snapshot | None = None
         self._arena: Arena | None = None
         self._preempter = Preempter(preemption, self._coordinator.lifeline) if preemption is not None else None
         self._observers = list(observers)
-        self._handles = attach(self.fence, self.state.modules.values(), self.state.optimizers.values())
+        modules, optimizers = self.state.modules.values(), self.state.optimizers.values()
+        self._handles = attach(lambda thing: self.fence(), self._fence_for, modules, optimizers)
 
     # -- saving ---------------------------------------------------------------------------------------------------
 
@@ -132,6 +137,7 @@ class Checkpointer:
         After a signal of `preemption` all ranks save the same step, wait until it is committed, and find `preempted`
         set: then leave the loop.
         """
+        self._clock.tick(step)
         self._report()
         if self._preempter is not None and not self.preempted and self._preempter.at(step):
             return self._save_at_once(step, self._preempter)
@@ -192,8 +198,7 @@ class Checkpointer:
         objects = {index.fqn: values[index.fqn] for index in plan.objects}
         save = Save(step, plan, objects, began_s, self._pickles, metrics)
         staging.fill(self._live.eager)
-        sources, sampler = self._live.sources
-        seals = [Seal(plan.image.chunks - 1, sources, sampler)] if sampler is not None else []
+        sources, seals = self._live.sources, self._live.seals()
         copier.begin()
         memory, parts, on_chunk = self._tiers.route(save, claimed, disk, self._ring, self._pipeline, copier)
         save.snapshot = Snapshot(step, plan, sources, staging, copier, memory, on_chunk, seals, self._live.addresses)
@@ -202,6 +207,7 @@ class Checkpointer:
             while save.snapshot.fill_next(wait=False):
                 pass
         save.call_s = time.monotonic() - began_s
+        self._clock.began(step, len(parts))
         self._pipeline.submit(save, parts)
         return True
 
@@ -215,6 +221,19 @@ class Checkpointer:
         with self._trace.span("fence", step=snapshot.step):
             snapshot.fence()
         snapshot.release_sources()
+        self._save.fence_s += time.monotonic() - began_s
+
+    def _fence_for(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before a step of `optimizer`: wait for the parts of the save in flight that it writes, and those before."""
+        self.state.stepped.setdefault(optimizer)
+        snapshot = self._current
+        end = None if snapshot is None else self._live.end_of(optimizer)
+        if snapshot is None or end is None:
+            self.fence()
+            return
+        began_s = time.monotonic()
+        with self._trace.span("fence", step=snapshot.step):
+            snapshot.fence(end)
         self._save.fence_s += time.monotonic() - began_s
 
     # -- restoring ------------------------------------------------------------------------------------------------
@@ -311,7 +330,8 @@ class Checkpointer:
         return f"saved {done[-1]}" if done else "none yet"
 
     def _report(self) -> None:
-        for report in self._pipeline.reports():
+        for ended in self._pipeline.reports():
+            report = replace(ended, slowdown_s=self._clock.ended(ended.step))
             self.reports.append(report)
             self._tell(report)
             if report.ok:

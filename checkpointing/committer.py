@@ -39,7 +39,9 @@ LATER = (Fresh, int, float, bool, str, type(None))  # values that nobody can cha
 @dataclass(frozen=True)
 class SaveReport:
     """What one save cost in one tier and how it ended. Times in seconds: `call_s` and `fence_s` blocked training,
-    `durable_s` and `commit_s` run from the call to durable files on this rank and to the commit on all."""
+    `durable_s` and `commit_s` run from the call to durable files on this rank and to the commit on all; `slowdown_s` is
+    how much longer the steps beside it took in all, call and fence included (None: no step without a save to compare
+    with)."""
 
     step: int
     tier: str
@@ -50,9 +52,12 @@ class SaveReport:
     fence_s: float
     durable_s: float
     commit_s: float
+    slowdown_s: float | None = None
 
     def __str__(self) -> str:
         times = f"call {format_seconds(self.call_s)}, fence {format_seconds(self.fence_s)}"
+        if self.slowdown_s is not None:
+            times += f", steps longer by {format_seconds(max(0.0, self.slowdown_s))}"
         end = f"committed after {format_seconds(self.commit_s)}" if self.ok else f"failed: {self.reason}"
         return f"step {self.step} ({self.tier}): {format_bytes(self.nbytes)}, {times}, {end}"
 

@@ -14,13 +14,13 @@ from torch import nn
 
 
 class FenceHook:
-    """Calls `fence` before the watched object is written; in copies and pickles of that object it does nothing."""
+    """Calls `fence` with the watched object before it is written; in copies and pickles of it, it does nothing."""
 
-    def __init__(self, fence: Callable[[], None]) -> None:
+    def __init__(self, fence: Callable[[Any], None]) -> None:
         self._fence = fence
 
-    def __call__(self, *unused: Any) -> None:
-        self._fence()
+    def __call__(self, watched: Any, *unused: Any) -> None:
+        self._fence(watched)
 
     def __deepcopy__(self, memo: dict) -> FenceHook:
         return FenceHook(_nothing)
@@ -29,18 +29,22 @@ class FenceHook:
         return FenceHook, (_nothing,)
 
 
-def _nothing() -> None:
+def _nothing(watched: Any) -> None:
     """What a copied hook does."""
 
 
 def attach(
-    fence: Callable[[], None], modules: Iterable[nn.Module], optimizers: Iterable[torch.optim.Optimizer]
+    fence: Callable[[Any], None],
+    step: Callable[[Any], None],
+    modules: Iterable[nn.Module],
+    optimizers: Iterable[torch.optim.Optimizer],
 ) -> list[Any]:
-    """Hook `fence` before every optimizer step and every load_state_dict; handles with `remove`."""
-    hook = FenceHook(fence)
+    """Hook `fence` before every load_state_dict, and `step` before every optimizer's step; each is called with the
+    object. Handles with `remove`."""
+    hook, before_step = FenceHook(fence), FenceHook(step)
     handles: list[Any] = []
     for optimizer in optimizers:
-        handles += [optimizer.register_step_pre_hook(hook), optimizer.register_load_state_dict_pre_hook(hook)]
+        handles += [optimizer.register_step_pre_hook(before_step), optimizer.register_load_state_dict_pre_hook(hook)]
     for module in modules:  # a part of the model may be loaded on its own
         handles += [part.register_load_state_dict_pre_hook(hook) for part in module.modules()]
     return handles

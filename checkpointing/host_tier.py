@@ -55,6 +55,11 @@ class Generation:
         self._bytes[: self.nbytes : mmap.PAGESIZE] |= 0  # have the pages now, not during a step
         self.address = self._bytes.ctypes.data
         self._unpin = register(self, self.address, rounded) if pinned else None
+        self._framed = bytearray(plan.image.chunks)  # a slot is always the same chunk's, and only payloads change
+
+    def lacks_frames(self, slot: int) -> bool:
+        before, self._framed[slot] = self._framed[slot], 1
+        return not before
 
     def reserve(self, count: int, *, wait: bool) -> list[int]:
         return [0] * count

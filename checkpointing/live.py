@@ -6,8 +6,8 @@ replaced, and what is not a tensor of a module or an optimizer is read anew each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +16,12 @@ from .coordinate import Coordinator
 from .copies import copier_for
 from .plan import SavePlan, make_plan, signature
 from .sample import Sampler
+from .snapshot import Seal
 from .staging import Staging
 from .state import AppState, Leaf, local_tensor
 from .watch import Watch
+
+PARTS = 8  # of the lazy tensors, fenced one after the other where several optimizers write them
 
 
 class LiveState:
@@ -36,7 +39,8 @@ class LiveState:
         self._watch: Watch | None = None
         self._plans = 0
         self._sources: list[torch.Tensor] = []
-        self._sampler: Sampler | None = None
+        self._watched: list[Watched] = []
+        self._ends: dict[int, int] = {}
         self._eager: list[torch.Tensor] = []
         self._renewed: list[tuple[int, str]] = []
 
@@ -74,7 +78,9 @@ class LiveState:
         sources = [values[index.fqn] for index in self.plan.lazy]
         self.addresses = np.fromiter(map(torch.Tensor.data_ptr, sources), np.int64, len(sources))
         if not self._sources or self.addresses.tolist() != [t.data_ptr() for t in self._sources]:
-            self._sampler = Sampler(sources) if sources else None
+            image = self.plan.image
+            self._ends = ends(self.addresses.tolist(), image.last_chunk, self.state.optimizers.values())
+            self._watched = watch_parts(sources, image.last_chunk, self._ends.values(), image.chunks - 1)
         self._sources = sources
 
     def _replan(self, leaves: Sequence[Leaf]) -> None:
@@ -84,7 +90,6 @@ class LiveState:
         self.copier = copier_for([local_tensor(leaf.value) for leaf in leaves if isinstance(leaf.value, torch.Tensor)])
         self.staging = Staging(self.plan, self.copier.device)
         self._sources = []
-        self._sampler = None
 
     @property
     def pinned(self) -> bool:
@@ -96,9 +101,60 @@ class LiveState:
         return self._eager
 
     @property
-    def sources(self) -> tuple[list[torch.Tensor], Sampler | None]:
-        """The lazy tensors in plan order, and the sampler that watches them; None where there is none."""
-        return self._sources, self._sampler
+    def sources(self) -> list[torch.Tensor]:
+        """The lazy tensors in plan order."""
+        return self._sources
+
+    def seals(self) -> list[Seal]:
+        """What watches the lazy tensors from now on, part by part."""
+        return [Seal(*part) for part in self._watched]
+
+    def end_of(self, optimizer: torch.optim.Optimizer) -> int | None:
+        """The last chunk that must have left before `optimizer` writes; None: all of them."""
+        end = self._ends.get(id(optimizer))
+        return next((part.chunk for part in self._watched[:-1] if end is not None and end <= part.chunk), None)
+
+
+class Watched(NamedTuple):
+    """Tensors that are sampled together: those that end in chunks up to `chunk`, and after the part before."""
+
+    chunk: int
+    tensors: list[torch.Tensor]
+    sampler: Sampler
+
+
+def ends(
+    addresses: Sequence[int], last_chunk: Sequence[int], optimizers: Iterable[torch.optim.Optimizer]
+) -> dict[int, int]:
+    """id(optimizer) → the last chunk of what it writes. Tensors that no optimizer owns (an EMA) come first in the image
+    and count for each, because whoever writes them may follow any of their steps."""
+    chunk_of = dict(zip(addresses, last_chunk))
+    found, free = {}, set(chunk_of)
+    for optimizer in optimizers:
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        held += [value for values in optimizer.state.values() for value in values.values()]
+        mine = {local_tensor(value).data_ptr() for value in held if isinstance(value, torch.Tensor)} & chunk_of.keys()
+        found[id(optimizer)] = max((chunk_of[address] for address in mine), default=0)
+        free -= mine
+    least = max((chunk_of[address] for address in free), default=0)
+    return {key: max(end, least) for key, end in found.items()}
+
+
+def watch_parts(
+    tensors: Sequence[torch.Tensor], last_chunk: Sequence[int], wanted: Iterable[int], last: int
+) -> list[Watched]:
+    """The tensors in at most `PARTS` parts, each ending where an optimizer does; the last one ends at chunk `last`."""
+    borders, step = [], max(1, (last + 1) // PARTS)
+    for end in sorted(set(wanted) - {last}):
+        if end - (borders[-1] if borders else -1) >= step:
+            borders.append(end)
+    parts, begin = [], -1
+    for end in (*borders, last):
+        held = [tensor for tensor, chunk in zip(tensors, last_chunk) if begin < chunk <= end]
+        if held:
+            parts.append(Watched(end, held, Sampler(held)))
+            begin = end
+    return parts
 
 
 def local(value: Any) -> Any:

@@ -45,6 +45,7 @@ class PrometheusFile:
             "fence_s": gauge("fence_seconds", "Training blocked at the fence"),
             "durable_s": gauge("durable_seconds", "From the call to durable files on this rank"),
             "commit_s": gauge("commit_seconds", "From the call to the commit on all ranks"),
+            "slowdown_s": gauge("slowdown_seconds", "By how much the steps beside the save were longer"),
         }
         self._arena = gauge("arena_bytes", "Host memory in use for bytes on their way when the save ended")
 
@@ -58,7 +59,8 @@ class PrometheusFile:
             self._step.labels(**labels).set(report.step)
             self._written.labels(**labels).inc(report.nbytes)
             for name, gauge in self._seconds.items():
-                gauge.labels(**labels).set(getattr(report, name))
+                if getattr(report, name) is not None:
+                    gauge.labels(**labels).set(getattr(report, name))
         write_to_textfile(str(self.path), self._registry)
 
 
@@ -73,5 +75,7 @@ class TensorBoardScalars:
         values["arena_bytes"] = float(arena_bytes)
         if report.ok:
             values |= {"durable_s": report.durable_s, "commit_s": report.commit_s, "bytes": float(report.nbytes)}
+        if report.slowdown_s is not None:
+            values["slowdown_ms"] = 1e3 * report.slowdown_s
         for name, value in values.items():
             self._writer.add_scalar(f"{self._prefix}/{report.tier}/{name}", value, report.step)

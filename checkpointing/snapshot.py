@@ -27,7 +27,7 @@ OnChunk = Callable[["Snapshot", int, int, Any], None]
 
 
 class Seal:
-    """Watches the lazy tensors whose last byte lies in or before `chunk`: their version counters and samples."""
+    """Watches lazy `tensors` whose last byte lies in or before `chunk`: their version counters and samples."""
 
     def __init__(self, chunk: int, tensors: Sequence[torch.Tensor], sampler: Sampler) -> None:
         self.chunk, self._tensors, self._sampler = chunk, tensors, sampler
@@ -77,6 +77,8 @@ class Snapshot:
         self._seals = list(seals)
         self._verdicts: list[tuple[torch.Tensor, Any]] = []
         self._sealing = threading.Lock()
+        self._marks: list[tuple[int, Any]] = []  # (first chunk, mark) of what has been issued
+        self._sampled: Any = None  # mark behind the background's samples
 
     # -- filling ------------------------------------------------------------------------------------------------
 
@@ -108,6 +110,7 @@ class Snapshot:
         for index, slot in enumerate(slots[:count]):
             self._on_chunk(self, first + index, slot, mark)
         with self._changed:
+            self._marks.append((first, mark))
             self._filled[first : first + count] = [True] * count
             while self._through < len(self._filled) and self._filled[self._through]:
                 self._through += 1
@@ -122,9 +125,10 @@ class Snapshot:
             begin, end = image.chunk_range(chunk)
             if begin < image.eager_bytes:
                 self._fill_eager(begin, end, int(addresses[chunk - first]))
-            view = self._memory.view(slot, end - begin)
-            for offset, data in image.static[chunk]:
-                view[offset : offset + len(data)] = data
+            if self._memory.lacks_frames(slot):
+                view = self._memory.view(slot, end - begin)
+                for offset, data in image.static[chunk]:
+                    view[offset : offset + len(data)] = data
         table = image.table
         rows = slice(table.starts[first], table.starts[first + len(slots)])
         targets = addresses[table.chunk[rows] - first] + table.chunk_offset[rows]
@@ -151,21 +155,32 @@ class Snapshot:
         """Return when whatever the caller does next cannot change chunks up to `chunk` (default: all) of this save."""
         last = len(self._filled) if chunk is None else chunk + 1
         while self._through < last and self.error is None:
-            if not self.fill_next():
+            # for a part: what the other thread has claimed may take the last slots, and no more are needed
+            if not self.fill_next(wait=chunk is None):
                 with self._changed:
                     self._changed.wait_for(lambda: self._through >= last or self.error is not None)
-        self._copier.order_after(self._copier.mark())
+        if chunk is None:
+            self._copier.order_after(self._copier.mark())
+        else:
+            with self._changed:
+                marks = [mark for first, mark in self._marks if first < last]
+            for mark in marks:
+                self._copier.order_after(mark)
         self._seal(last - 1)
+        if self._sampled is not None:
+            self._copier.order_after(self._sampled)
 
     def finish(self) -> None:
         """For the background thread, once all is filled: seal what no fence has sealed, on the copies' own stream."""
         with self._copier.side():
-            self._seal(len(self._filled) - 1)
+            self._seal(len(self._filled) - 1, behind=True)
 
-    def _seal(self, chunk: int) -> None:
+    def _seal(self, chunk: int, *, behind: bool = False) -> None:
         with self._sealing:  # a fence must not return while another thread still samples
             while self._seals and self._seals[0].chunk <= chunk:
                 self._verdicts.append(self._copier.bring(self._seals.pop(0).changed()))
+            if behind:
+                self._sampled = self._copier.mark()
 
     def release_sources(self) -> None:
         """Forget the state's tensors, once `fence()` has passed."""

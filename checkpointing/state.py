@@ -35,7 +35,8 @@ class Fresh:
 
 @dataclass(frozen=True)
 class Leaf:
-    """One value of the state. `lazy` is the optimizer's rank of touching it (smaller is earlier), or None for eager."""
+    """One value of the state. `lazy` is the optimizer's rank of touching it (smaller is earlier; -1: no optimizer
+    does), or None for eager."""
 
     path: Path
     value: Any
@@ -74,6 +75,7 @@ class AppState:
         self.others = {name: thing for name, thing in shared.items() if name not in taken}
         self.per_rank = dict(per_rank)
         self.rank, self.rng = rank, rng
+        self.stepped: dict[torch.optim.Optimizer, None] = {}  # in the order of their first steps
         self._named = self.modules  # whose parameters have names
 
     def without(self, labels: Collection[str]) -> AppState:
@@ -119,9 +121,16 @@ class AppState:
             found.append(Leaf(("rng", rank), Fresh(rng_state())))
         return found
 
+    def _stepping(self) -> list[torch.optim.Optimizer]:
+        """The optimizers in the order of their steps, as far as it has been seen. Before that: more than two step
+        inside backward, most likely, so the last one of them first."""
+        seen = [optimizer for optimizer in self.stepped if optimizer in self.optimizers.values()]
+        rest = [optimizer for optimizer in self.optimizers.values() if optimizer not in seen]
+        return seen + (rest[::-1] if len(self.optimizers) > 2 else rest)
+
     def _touch_order(self) -> dict[int, int]:
         order: dict[int, int] = {}
-        for optimizer in self.optimizers.values():
+        for optimizer in self._stepping():
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     order.setdefault(id(parameter), len(order))
@@ -137,7 +146,7 @@ def _module_leaves(label: str, module: nn.Module, order: Mapping[int, int]) -> I
         if parameter is None:
             yield Leaf((label, name), value)
         else:
-            yield Leaf((label, name), parameter.detach(), order.get(id(parameter), len(order)))
+            yield Leaf((label, name), parameter.detach(), order.get(id(parameter), -1))
 
 
 def _optimizer_leaves(

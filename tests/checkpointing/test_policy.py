@@ -15,6 +15,7 @@ from undertow.checkpointing.folder import read_manifest
 from undertow.checkpointing.frequency import young_daly
 from undertow.checkpointing.manifest import metrics_of
 from undertow.checkpointing.observe import PrometheusFile, TensorBoardScalars
+from undertow.checkpointing.slowdown import StepClock
 from undertow.dist.errors import UserError
 
 
@@ -281,3 +282,33 @@ def test_starts_from_one_step_are_counted(tmp_path, caplog):
         train(ckpt, model, optimizer, range(2, 3))
         assert ckpt.restore() == 2
     assert json.loads((tmp_path / "c" / "RESTARTS.json").read_text()) == {"step": 2, "starts": 1}
+
+
+def test_the_slowdown_is_what_steps_beside_a_save_took_longer():
+    clock, now_s = StepClock(), 0.0
+
+    def steps(numbers: range, seconds: float) -> None:
+        nonlocal now_s
+        for step in numbers:
+            clock.tick(step, now_s)
+            now_s += seconds
+
+    steps(range(5), 1.0)  # four quiet steps are over, the fifth has begun
+    clock.tick(5, now_s)
+    clock.began(5, tiers=2)
+    now_s += 1.5
+    steps(range(6, 8), 1.25)
+    clock.tick(8, now_s)
+    assert clock.ended(5) == pytest.approx(0.5 + 0.25 + 0.25)  # one tier; the other goes on
+    now_s += 2.0
+    clock.tick(9, now_s)
+    assert clock.ended(5) == pytest.approx(2.0)
+    assert clock.ended(5) is None  # a tier that nobody announced
+    clock.tick(20, now_s + 99)  # after a jump nothing is known of the time between
+    clock.began(20, tiers=1)
+    assert clock.ended(20) == 0.0
+    fresh = StepClock()
+    fresh.tick(0, 0.0)
+    fresh.began(0, tiers=1)
+    fresh.tick(1, 1.0)
+    assert fresh.ended(0) is None  # no quiet step to compare with

@@ -109,6 +109,32 @@ def test_a_save_is_of_its_moment_and_training_goes_on_alike(tmp_path, kind):
     assert same(other.state(), one.state())
 
 
+def test_a_step_waits_only_for_what_its_optimizer_writes(tmp_path):
+    """The disk is held, and the arena has room for the layer that steps first, not for all three."""
+    one, ops = Program("in backward", seed=1), HeldOps()
+    one.advance()
+    first, last = one.model[2].inner.weight, one.model[0].inner.weight
+    layer = 3 * first.nbytes + 3 * 2**16  # with two moments, and room for the eager part
+    for torn in (False, True):
+        ops.let_go.clear()
+        options = {"ops": ops, "arena_bytes": layer, "chunk_bytes": CHUNK_BYTES, "timeout_s": 20.0}
+        with Checkpointer(tmp_path / str(torn), **options, **one.objects) as ckpt:
+            before = one.state()
+            ckpt.save(1)
+            for parameter in (first, last):
+                parameter.grad = torch.ones_like(parameter)
+            one.optimizers[first].step()  # would wait for the disk if it waited for all
+            assert ckpt._current._through < ckpt._live.plan.image.chunks
+            if torn:  # a write that no hook sees, into a part that has not left
+                last.data.add_(1)
+            ops.let_go.set()
+            one.optimizers[last].step()
+            assert [report.ok for report in ckpt.wait()] == [not torn], ckpt.reports
+            if not torn:
+                ckpt.restore()
+                assert same(one.state(), before)
+
+
 class _Position:
     """The place in a stream of data, as a state."""
 

@@ -10,6 +10,20 @@ using namespace undertow::gpu;
 
 namespace undertow::gpu::words {  // no anonymous namespace: its names would hold the path of this file
 
+// Whether words pass the caches as streams (evicted first). Off where a source's neighbours are read again soon.
+constexpr bool kStream = false;
+
+template <class Word>
+__device__ __forceinline__ Word load(const Word* p) {
+  if constexpr (kStream) return __ldcs(p);
+  else return *p;
+}
+template <class Word>
+__device__ __forceinline__ void store(Word* p, Word v) {
+  if constexpr (kStream) __stcs(p, v);
+  else *p = v;
+}
+
 template <int Log> struct WordOf;
 template <> struct WordOf<0> { using type = uint8_t; };
 template <> struct WordOf<1> { using type = uint16_t; };
@@ -29,12 +43,11 @@ __device__ __forceinline__ void copy_tile(const Piece& p, uint32_t tile, bool pa
 #pragma unroll
   for (int i = 0; i < U; ++i)
     if (first + i * kThreads < p.words)
-      v[i] = packing ? *reinterpret_cast<const Word*>(u + user[i]) : k[i * kThreads];
+      v[i] = load(packing ? reinterpret_cast<const Word*>(u + user[i]) : k + i * kThreads);
 #pragma unroll
   for (int i = 0; i < U; ++i)
     if (first + i * kThreads < p.words) {
-      if (packing) k[i * kThreads] = v[i];
-      else *reinterpret_cast<Word*>(u + user[i]) = v[i];
+      store(packing ? k + i * kThreads : reinterpret_cast<Word*>(u + user[i]), v[i]);
     }
 }
 

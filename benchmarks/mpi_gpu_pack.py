@@ -104,7 +104,7 @@ class Graph:
         return self.start.elapsed_time(self.stop) * 1e-3 / self.calls
 
 
-def measure(layout: Layout, packing: bool, driver: Driver, stream: torch.cuda.Stream) -> dict:
+def measure(layout: Layout, packing: bool, driver: Driver, stream: torch.cuda.Stream, alone: bool = False) -> dict:
     """One row: seconds of every arm (median, low, high), and what was left out."""
     user = torch.randint(0, 256, (layout.span + 64,), dtype=torch.uint8, device="cuda")
     packed = torch.randint(0, 256, (layout.size,), dtype=torch.uint8, device="cuda")
@@ -117,6 +117,8 @@ def measure(layout: Layout, packing: bool, driver: Driver, stream: torch.cuda.St
     }
     graphs: dict[str, Graph] = {}
     arms = make(layout, user, packed, packing, driver)
+    if alone:
+        arms = {name: arms[name] for name in ("ours", "again", "torch")}
     arms["copy"] = lambda: copy_to.copy_(packed)
     start_user, start_packed = user.clone(), packed.clone()
     want = None
@@ -205,6 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ways", nargs="+", default=["pack", "unpack"], choices=["pack", "unpack"])
     parser.add_argument("--only", default="", help="layouts whose name contains this")
     parser.add_argument("--mib", type=float, help="only layouts of this size")
+    parser.add_argument("--alone", action="store_true", help="torch is the only rival (for trying kernels)")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop starting cells after this long")
     parser.add_argument("--output", type=Path, help="folder for the JSON file")
     options = parser.parse_args(argv)
@@ -221,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             if options.only not in layout.name or time.monotonic() - began > options.seconds:
                 continue
-            rows.append(measure(layout, way == "pack", driver, stream))
+            rows.append(measure(layout, way == "pack", driver, stream, options.alone))
             sys.stdout.write(line(rows[-1]) + "\n")
             sys.stdout.flush()
     if options.output:

@@ -80,6 +80,45 @@ def test_host_tier_every_step_is_exact_and_restores(tmp_path):
         assert all(torch.equal(a, expected[key]) for key, a in tensors(model, optimizer).items())
 
 
+@pytest.mark.parametrize("arena", [None, 64 * MIB])
+def test_optimizers_that_step_inside_backward_wait_for_their_own_part(tmp_path, arena):
+    model, _ = make()
+    optimizers = {name: torch.optim.AdamW([p], lr=1e-3) for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+
+        def update(parameter, optimizer=optimizers[name]):
+            optimizer.step()
+            optimizer.zero_grad()
+
+        parameter.register_post_accumulate_grad_hook(update)
+
+    def backward():
+        x = torch.randn(4096, 1024, device="cuda")
+        (model(x) - x).pow(2).mean().backward()
+
+    def now():
+        found = {f"model.{n}": v for n, v in model.state_dict().items()}
+        for name, optimizer in optimizers.items():
+            found |= {f"{name}.state.{name}.{k}": v for k, v in next(iter(optimizer.state.values())).items()}
+        return {k: v.detach().cpu().clone() for k, v in found.items()}
+
+    backward()
+    copies = {}
+    options = {"every": 2, "keep": None, "arena_bytes": arena}
+    with Checkpointer(tmp_path, model=model, **options, **optimizers) as ckpt:
+        for step in range(7):
+            if step % 2 == 0:
+                copies[step] = now()
+            ckpt.step(step)
+            assert step % 2 or len(ckpt._live._watched) > 4
+            backward()
+        assert all(report.ok for report in ckpt.wait()), ckpt.reports
+        for step, expected in copies.items():
+            found = stored(ckpt.folder, step)
+            for key, value in expected.items():
+                assert torch.equal(found[key], value), (step, key)
+
+
 def test_an_unfenced_writer_is_found(tmp_path):
     model, optimizer = make()
     train(model, optimizer)

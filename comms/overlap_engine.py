@@ -28,7 +28,7 @@ from .trigger import GlooMessenger, Messenger, fire
 
 _MAPS = {"scatter": OutputMap.reduce_scatter, "gather": OutputMap.all_gather, "spread": OutputMap.spread}
 Product = Callable[[int, int], None]  # make rows [low, high) of the product
-_SPREAD = 1 << 16  # tags of an all-reduce's second half, beside those of its first
+_SPREAD = 1 << 14  # tags of an all-reduce's second half, beside those of its first
 _KEPT = 64  # plans whose trackers and staging buffers are kept
 
 

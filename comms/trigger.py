@@ -1,8 +1,8 @@
 """Fires the copies of an `OutputMap`: one communication thread waits for each piece's last tile and sends it then.
 
 The thread issues all messages, because issuing one costs the caller time that the product needs, and because an
-emulated link has to sleep. What a transport must offer is three calls (`Messenger`); gloo's is here. Receives are
-posted before the product starts, so that a message never waits for its memory.
+emulated link has to sleep. What a transport must offer is three calls (`Messenger`); gloo's is here, MPI's in
+`mpi_messenger`. Receives are posted before the product starts, so that a message never waits for its memory.
 """
 
 from __future__ import annotations

@@ -37,16 +37,21 @@ def kto_loss(
 
 def grpo_loss(
     log_probs_BT: Tensor, old_BT: Tensor, advantages_B: Tensor, mask_BT: Tensor, *, epsilon: float = 0.2,
-    epsilon_high: float | None = None, reference_BT: Tensor | None = None, beta: float = 0.0,
+    epsilon_high: float | None = None, reference_BT: Tensor | None = None, beta: float = 0.0, unbiased_kl: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Shao et al. 2024, eq. 3, KL by the k3 estimate; the mean over tokens of each answer, then over answers."""
+    """Shao et al. 2024, eq. 3, KL by the k3 estimate; the mean over tokens of each answer, then over answers.
+
+    `unbiased_kl` multiplies the estimate by the ratio, so that its gradient is that of the KL (DeepSeek-V3.2, 2025):
+    the default of TRL 1.16, whose `use_bias_correction_kl=False` is ours.
+    """
     ratio = torch.exp(log_probs_BT - old_BT)
     advantage = advantages_B[:, None]
     high = epsilon if epsilon_high is None else epsilon_high
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon, 1 + high) * advantage)
     if reference_BT is not None and beta:
         gap = reference_BT - log_probs_BT
-        gain = gain - beta * (torch.exp(gap) - gap - 1)
+        kl = torch.exp(gap) - gap - 1
+        gain = gain - beta * (kl * ratio if unbiased_kl else kl)
     mask = mask_BT.to(gain.dtype)
     return -((gain * mask).sum(1) / mask.sum(1).clamp_min(1)).mean()
 

@@ -1,6 +1,7 @@
 """Chunked losses against the same formulas over full logits, in float64: values and all gradients."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ def test_preference_losses_and_their_gradients(seed):
         s, r = (lp * answer).sum(1), (reference * answer).sum(1)
         return O.kto_loss(s, r, torch.tensor([1, 0, 1]), torch.tensor(0.7), beta, 2.0, 3.0)
 
-    def grpo_written(lp):
+    def grpo_written(lp, unbiased=False):
         total = 0.0
         for b in range(B):
             terms = []
@@ -128,14 +129,16 @@ def test_preference_losses_and_their_gradients(seed):
                 clipped = min(max(ratio, torch.tensor(1 - eps)), torch.tensor(1 + eps))
                 gain = torch.min(ratio * advantages[b], clipped * advantages[b])
                 kl = torch.exp(reference[b, t] - lp[b, t]) - (reference[b, t] - lp[b, t]) - 1
-                terms.append(gain - beta * kl)
+                terms.append(gain - beta * kl * (ratio if unbiased else 1))
             total = total + sum(terms) / len(terms)
         return -total / B
 
-    def grpo(lp):
-        return O.grpo_loss(lp, old, advantages, answer, epsilon=eps, reference_BT=reference, beta=beta)
+    def grpo(lp, unbiased=False):
+        options = {"epsilon": eps, "reference_BT": reference, "beta": beta, "unbiased_kl": unbiased}
+        return O.grpo_loss(lp, old, advantages, answer, **options)
 
-    for written, ours in ((dpo_written, dpo), (kto_written, kto), (grpo_written, grpo)):
+    unbiased = partial(grpo_written, unbiased=True), partial(grpo, unbiased=True)
+    for written, ours in ((dpo_written, dpo), (kto_written, kto), (grpo_written, grpo), unbiased):
         a, b = ours(lazy), written(plain)
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
         leaves = x, norm.weight, head.weight

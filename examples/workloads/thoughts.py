@@ -282,9 +282,7 @@ WORKLOAD = Workload(
     claims=(
         Claim("two layers and D thoughts solve every depth", "worst", "constructed", None, 1.0),
         Claim("one path is no substitute", "worst", "one path", "constructed", -0.3, "<="),
-        Claim(
-            "trained thoughts beat trained tokens", "deepest", "trained", "discrete", presets=("gpu",), expected=False
-        ),
+        Claim("trained thoughts beat tokens", "deepest", "trained", "discrete", presets=("gpu",), expected=False),
     ),
     exercises=frozenset({"checkpoint"}),
     equal="updates and graphs",

@@ -92,6 +92,7 @@ def _jobs(inputs: list[Any], ratio: float, rank: int, world: int) -> Mapping[str
     teams = {name: Team(overlap=mode, link=link) for name, mode in MODES.items()}
     sizes = (x.shape[0] // world,) * world
     out = torch.empty(sizes[rank], OUTER)
+    scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # its name since torch 2.13
 
     def ours(team: Team) -> torch.Tensor:
         return team.reduce_scatter(x, w, sizes)
@@ -103,7 +104,7 @@ def _jobs(inputs: list[Any], ratio: float, rank: int, world: int) -> Mapping[str
     def plain() -> torch.Tensor:
         y = x @ w
         began_s = time.perf_counter()
-        dist.reduce_scatter_tensor(out, y)
+        scatter(out, y)
         if link is not None:
             time.sleep(max(0.0, began_s + nbytes / link.bytes_per_s - time.perf_counter()))
         return out

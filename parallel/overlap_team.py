@@ -23,10 +23,12 @@ from ..comms.overlap_cuda import CudaOverlapEngine
 from ..comms.overlap_engine import OverlapEngine, Product
 from ..dist.errors import UserError
 from ..dist.launch_env import detect
+from ..dist.log import get_logger
 from ..dist.machine import Machine
 from ..dist.trace import Trace
 from .overlap_gate import ARMS, Arm, Gate, Rates
 
+log = get_logger(__name__)
 MODES = {"auto": None, "off": 0, "on": len(ARMS) - 1}
 
 
@@ -155,7 +157,10 @@ class Team:
     def _agreed(self, machine: Machine | None) -> Machine | None:
         """Rank 0's machine on all ranks, so that all choose alike."""
         if machine is None and self.rank == 0 and Machine.default_path().exists():
-            machine = Machine.load(Machine.default_path())
+            try:
+                machine = Machine.load(Machine.default_path())
+            except UserError as error:  # the other ranks wait for this one
+                log.warning("overlap is chosen without a model of the machine: %s", error)
         found = [machine]
         dist.broadcast_object_list(found, group_src=0, group=self.group)
         return found[0]

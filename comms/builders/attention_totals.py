@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..actions import ITEM_BYTES
 from .attention_cargo import Cargo
@@ -19,12 +19,13 @@ from .running import Field
 
 @dataclass
 class Totals:
-    """Of one rank."""
+    """Of one rank. `sent_to`: bytes by receiver."""
 
     sent_bytes: int = 0
     received_bytes: int = 0
     messages_sent: int = 0
     flops: int = 0
+    sent_to: dict[int, int] = field(default_factory=dict)
 
 
 def totals(shape: Shape, routes: Sequence[Route], moves: str, *, backward: bool) -> list[Totals]:
@@ -79,10 +80,11 @@ def _heads(found: list[Totals], shape: Shape, backward: bool) -> None:
 def _message(found: list[Totals], source: int, to: int, nbytes: int) -> None:
     if nbytes:
         found[source].sent_bytes += nbytes
+        found[source].sent_to[to] = found[source].sent_to.get(to, 0) + nbytes
         found[source].messages_sent += 1
         found[to].received_bytes += nbytes
 
 
-def _row_bytes(field: Field) -> int:
-    _, row, dtype = field
+def _row_bytes(of: Field) -> int:
+    _, row, dtype = of
     return ITEM_BYTES[dtype] * math.prod(int(d) for d in row)

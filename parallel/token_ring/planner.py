@@ -27,7 +27,8 @@ from .problem import SCHEDULES, Problem
 
 DEFAULT = "ring_kv"
 MARGIN = 0.97  # another schedule must be predicted to take at most so much of the default's time
-_SIMULATED_RANKS = 8
+_SIMULATED_RANKS = 16
+_MANY_RANKS, _FEW_SCHEDULES = 8, 5  # with more ranks than that, only so many schedules are simulated
 _ALWAYS = (DEFAULT, "all_gather_kv")  # the plain ways are always simulated
 _ATTENTION = {"attend": "attention_forward", "attend_backward": "attention_backward"}
 
@@ -36,8 +37,8 @@ _ATTENTION = {"attend": "attention_forward", "attend_backward": "attention_backw
 class Estimate:
     """What a schedule would take: bytes of the busiest rank, predicted seconds; or the reason why it cannot be.
 
-    `at_least`: it was not simulated, because even this bound is longer than another's time. `buffer_bytes` is 0 where
-    the schedule was not built.
+    `at_least`: it was not simulated, because even this bound is longer than another's time, or because with more than
+    8 ranks the likeliest few are enough. `buffer_bytes` is 0 where the schedule was not built.
     """
 
     name: str
@@ -135,17 +136,22 @@ def predict(schedule: Schedule, rates: Rates) -> float:
 def bound(problem: Problem, name: str, rates: Rates, *, backward: bool, message_s: float = 0.0) -> float:
     """Seconds that no run can beat: the longest of a rank's compute, its bytes out and its bytes in; every message
     costs `message_s` more."""
-    found = problem.totals(name, backward=backward)
-    network, everyone = rates.network, sum(total.sent_bytes for total in found)
-    port = network.most_bytes_per_s(problem.world)
-    busiest = max(
-        max(
-            total.flops / rates.attention[backward],
-            max(total.sent_bytes, total.received_bytes) / port + total.messages_sent * message_s,
-        )
-        for total in found
+    found, network = problem.totals(name, backward=backward), rates.network
+    compute_s = max(total.flops for total in found) / rates.attention[backward]
+    near, far = ([[0] * problem.world, [0] * problem.world] for _ in range(2))
+    for source, total in enumerate(found):
+        for to, nbytes in total.sent_to.items():
+            out, into = far if network.far(source, to) else near
+            out[source] += nbytes
+            into[to] += nbytes
+    ends = range(problem.world)
+    inside = network.most_bytes_per_s(network.node or problem.world)
+    links_s = max(
+        max(max(near[way][r] / inside, far[way][r] / network.far_bytes_per_s) for way in (0, 1))
+        + found[r].messages_sent * message_s
+        for r in ends
     )
-    return max(busiest, everyone / network.bus_bytes_per_s)
+    return max(compute_s, links_s, sum(near[0]) / network.bus_bytes_per_s)
 
 
 @lru_cache(maxsize=256)
@@ -169,7 +175,8 @@ def choose(
     for name in sorted(bounds, key=lambda n: (n not in _ALWAYS, bounds[n])):
         best = min((e.seconds for e in found.values()), default=float("inf"))
         sent = max(total.sent_bytes for total in problem.totals(name, backward=backward))
-        if not few or (bounds[name] > best and not every and name not in _ALWAYS):
+        enough = problem.world > _MANY_RANKS and len(found) >= _FEW_SCHEDULES
+        if not few or ((bounds[name] > best or enough) and not every and name not in _ALWAYS):
             found[name] = Estimate(name, bounds[name], sent, at_least=few)
             continue
         schedule = problem.schedule(name, backward=backward, goals=False)

@@ -101,7 +101,7 @@ def _build(problem: Problem, name: str, backward: bool, goals: bool) -> Schedule
     routes = _plan(problem, name, backward)[0]
     return attention(
         name,
-        _shape(problem, name),
+        shape_of(problem, name),
         routes,
         moves=moves_of(name),
         backward=backward,
@@ -117,16 +117,17 @@ def _plan(problem: Problem, name: str, backward: bool) -> tuple[list[Route], lis
         raise UserError(f"schedule {name!r}", expected=f"'auto' or one of {', '.join(SCHEDULES)}")
     if reason := problem.possible(name):
         raise UserError(f"schedule '{name}': {reason}", remedy="choose ring_kv, or schedule='auto'")
-    shape = _shape(problem, name)
+    shape = shape_of(problem, name)
     return best_routes(name, shape, causal=problem.mask.causal, backward=backward, node=problem.node)
 
 
-def _shape(problem: Problem, name: str) -> Shape:
-    return _shape_of(problem, problem.inner(name), problem.kv_copies(name), HALVES.get(name, ""))
+def shape_of(problem: Problem, name: str) -> Shape:
+    """The rows, heads and needs of the schedule called `name`."""
+    return _shape_of_teams(problem, problem.inner(name), problem.kv_copies(name), HALVES.get(name, ""))
 
 
 @lru_cache(maxsize=256)
-def _shape_of(problem: Problem, inner: int, copies: int, halves: str) -> Shape:
+def _shape_of_teams(problem: Problem, inner: int, copies: int, halves: str) -> Shape:
     size = problem.world // inner
     return Shape(
         tuple(map(rows_of, problem.q_spans)),

@@ -1,0 +1,237 @@
+"""Modelled: every attention schedule of the field on 2 to 64 ranks, with the same kernels on the same links.
+
+    python benchmarks/attention_modelled.py --output attention_modelled
+    python benchmarks/attention_modelled.py --blocks attention_blocks.json --output attention_modelled
+
+The schedules are the ones that the executor runs, and the peers' are written by the same builders, so what differs is
+what travels when. Nothing here is a measurement of those projects: their kernels, their launch times and their bugs are
+not in it. Kernel rates are measured where `--blocks` brings the result of benchmarks/attention_blocks.py. Links are
+nominal presets of `comms.topologies`, given as a range: at the whole nominal rate, and at half of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from undertow.benchmarks.facts import facts
+from undertow.comms.builders.attention import attention
+from undertow.comms.builders.attention_shape import Heads
+from undertow.comms.builders.routes import ring
+from undertow.comms.network import Network
+from undertow.comms.schedule import Schedule
+from undertow.comms.topologies import PRESETS, preset
+from undertow.parallel.masks import Mask
+from undertow.parallel.token_ring.planner import Rates, choose, predict
+from undertow.parallel.token_ring.problem import Problem, shape_of
+
+H100 = (641e12, 545e12)  # cuDNN, causal, 32 heads of 128 at 32K tokens, measured on one H100: flop/s of each phase
+COPY = 1.5e12  # bytes/s of a copy within its memory
+SCALES = (1.0, 0.5)
+RATE_FIELDS = ("port_bytes_per_s", "pair_bytes_per_s", "bus_bytes_per_s", "far_bytes_per_s")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A way of the field as (forward schedule, backward schedule). `whole`: it sends whole shards, needed or not."""
+
+    names: tuple[str, str]
+    layout: str = "zigzag"
+    whole: bool = False
+
+
+PEERS = {
+    "ring (Liu et al.)": Peer(("ring_kv", "ring_kv"), "contiguous", whole=True),
+    "zigzag ring (ring-flash-attention)": Peer(("ring_kv", "ring_kv"), whole=True),
+    "all-gather (torch CP)": Peer(("all_gather_kv", "all_gather_kv")),
+    "Ulysses": Peer(("ulysses", "ulysses")),
+    "USP": Peer(("ulysses_ring", "ulysses_ring"), whole=True),
+    "TokenRing as published": Peer(("token_ring", "ring_kv"), whole=True),
+    "need-only (FCP, MagiAttention)": Peer(("need_only_kv", "need_only_kv")),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Modelled. `seconds` and `efficiency` (ideal / seconds) at the nominal link rate and at half of it."""
+
+    topology: str
+    heads: str
+    ranks: int
+    phase: str
+    way: str
+    schedule: str
+    sent_bytes: int
+    seconds: tuple[float, ...]
+    efficiency: tuple[float, ...]
+
+
+def slower(network: Network, scale: float) -> Network:
+    return replace(network, **{name: getattr(network, name) * scale for name in RATE_FIELDS})
+
+
+def schedule_of(peer: Peer, problem: Problem, backward: bool) -> Schedule | None:
+    """What the peer would run; None where it cannot (heads that do not divide)."""
+    name = peer.names[backward]
+    if problem.possible(name) or (name == "ulysses" and problem.kv_copies(name) > 1 and problem.world > 32):
+        return None
+    if not peer.whole:
+        return problem.schedule(name, backward=backward, goals=False)
+    shape = shape_of(problem, name)
+    moves = "q" if name == "token_ring" else "kv"
+    routes = [ring(problem.world // shape.inner, narrow=moves == "q")]  # TokenRing narrows its queries as it goes
+    return attention(name, shape, routes, moves=moves, backward=backward, goals=False)
+
+
+def cells(problem: Problem, topology: str, flops: tuple[float, float], say: Callable[[str], None]) -> list[Cell]:
+    found = []
+    rates = [Rates("preset " + topology, flops, COPY, slower(preset(topology), scale)) for scale in SCALES]
+    for backward in (False, True):
+        ideal = sum(total.flops for total in problem.totals("ring_kv", backward=backward)) / problem.world
+        ideal_s = ideal / flops[backward]
+        plans: dict[str, Schedule | None] = {
+            way: schedule_of(peer, replace(problem, layout=peer.layout), backward) for way, peer in PEERS.items()
+        }
+        chosen = choose(problem, rates[0], backward=backward).name
+        plans["undertow, predicted"] = problem.schedule(chosen, backward=backward, goals=False)
+        for way, plan in plans.items():
+            if plan is None:
+                continue
+            seconds = tuple(predict(plan, rate) for rate in rates)
+            sent = sum(plan.nbytes(r, *a.reads) for r, _, _, a in plan.actions() if a.kind == "send") // plan.world
+            h = problem.heads
+            found.append(
+                Cell(
+                    topology, f"{h.q_heads}:{h.kv_heads}", problem.world, "backward" if backward else "forward", way,
+                    plan.name, sent, seconds, tuple(ideal_s / s for s in seconds),
+                )
+            )  # fmt: skip
+            say(f"{topology} {found[-1].heads} P={problem.world} {found[-1].phase} {way}")
+    return found
+
+
+def measured_rates(file: str, heads: str) -> tuple[float, float]:
+    """flop/s of each phase, from a result of attention_blocks: those of a rank's blocks, the most ranks measured."""
+    rows = [c for c in json.loads(Path(file).read_text())["cells"] if c["heads"] == heads and c["backend"] == "best"]
+    rows = [c for c in rows if c["mask"] == "causal zigzag" and c["schedule"] == "ring_kv"]
+    found = []
+    for phase, width in (("forward", 4), ("backward", 10)):
+        best = max((c for c in rows if c["phase"] == phase), key=lambda c: (c["ranks"], c["length"]))
+        area = best["length"] * (best["length"] + 1) // 2 / best["ranks"]
+        found.append(area * int(heads.split(":")[0]) * 128 * width / (best["blocks_ms"] / 1e3))
+    return found[0], found[1]
+
+
+def tables(rows: Sequence[Cell]) -> list[Table]:
+    """One per topology, heads and phase: efficiency in %, at half of the link rate … at the nominal one."""
+    done = []
+    for key in dict.fromkeys((c.topology, c.heads, c.phase) for c in rows):
+        mine = [c for c in rows if (c.topology, c.heads, c.phase) == key]
+        ranks = sorted({c.ranks for c in mine})
+        shown = Table(title=f"modelled: {', '.join(key)}; % of ideal, half … nominal link", title_justify="left")
+        shown.add_column("way")
+        for n in ranks:
+            shown.add_column(f"P = {n}", justify="right")
+        for way in dict.fromkeys(c.way for c in mine):
+            by_rank = {c.ranks: c for c in mine if c.way == way}
+            shown.add_row(way, *(_range(by_rank.get(n), "undertow" in way) for n in ranks))
+        done.append(shown)
+    return done
+
+
+def _range(cell: Cell | None, named: bool) -> str:
+    if cell is None:
+        return "–"
+    low, high = (f"{100 * e:.0f}" for e in (min(cell.efficiency), max(cell.efficiency)))
+    return (low if low == high else f"{low}…{high}") + (f" {cell.schedule}" if named else "")
+
+
+def draw(rows: Sequence[Cell], path: Path) -> None:
+    """Efficiency over ranks, a panel for each topology, heads and phase."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    keys = list(dict.fromkeys((c.topology, c.heads, c.phase) for c in rows))
+    figure, axes = plt.subplots(
+        -(-len(keys) // 4), min(4, len(keys)), figsize=(18, 4 * -(-len(keys) // 4)), squeeze=False
+    )
+    for panel, key in zip(axes.flat, keys):
+        mine = [c for c in rows if (c.topology, c.heads, c.phase) == key]
+        for way in dict.fromkeys(c.way for c in mine):
+            line = sorted((c for c in mine if c.way == way), key=lambda c: c.ranks)
+            thick = dict(linewidth=2.5, color="black") if "undertow" in way else {}
+            panel.plot([c.ranks for c in line], [100 * c.efficiency[0] for c in line], marker="o", label=way, **thick)
+        panel.set(title=", ".join(key), xscale="log", xlabel="ranks", ylabel="% of ideal (modelled)", ylim=(0, 105))
+        panel.set_xscale("log", base=2)
+    axes.flat[0].legend(fontsize=7)
+    figure.suptitle("modelled, not measured: schedules with the same kernels on nominal links")
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+
+
+def main(argv: Sequence[str]) -> int:
+    options = _arguments(argv)
+    rows, began = list[Cell](), time.monotonic()
+    console = Console(width=170)
+    for ranks in options.ranks:
+        for topology in options.topologies:
+            for q_heads, kv_heads in options.heads:
+                if time.monotonic() - began > options.seconds:
+                    print(f"out of time before {topology}, {q_heads}:{kv_heads} heads, {ranks} ranks")
+                    continue
+                heads = Heads(1, q_heads, kv_heads, 128, 128, "bfloat16", "float32", options.wire)
+                flops = measured_rates(options.blocks, f"{q_heads}:{kv_heads}") if options.blocks else H100
+                length = ranks * options.tokens
+                problem = Problem(ranks, length, length, heads, Mask(causal=True))
+                rows += cells(problem, topology, flops, lambda text: print(text, file=sys.stderr))
+    for shown in tables(rows):
+        console.print(shown)
+    if options.output:
+        _write(rows, options)
+    return 0
+
+
+def _write(rows: Sequence[Cell], options: argparse.Namespace) -> None:
+    base = Path(options.output)
+    kernels = options.blocks and "measured: " + Path(options.blocks).name or "H100, cuDNN at 32K, measured once"
+    found = {"modelled": True, "kernels": kernels, "tokens per rank": options.tokens, "facts": facts(("torch",))}
+    base.with_suffix(".json").write_text(json.dumps({**found, "cells": [asdict(c) for c in rows]}, indent=1) + "\n")
+    console = Console(width=170, record=True, file=open(base.with_suffix(".txt"), "w"))  # noqa: SIM115
+    for shown in tables(rows):
+        console.print(shown)
+    console.file.close()
+    draw(rows, base.with_suffix(".png"))
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    def numbers(text: str) -> list[int]:
+        return [int(x) for x in text.split(",")]
+
+    def pairs(text: str) -> list[tuple[int, int]]:
+        return [(int(a), int(b)) for a, b in (x.split(":") for x in text.split(","))]
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--ranks", type=numbers, default=[2, 4, 8, 16, 32, 64])
+    parser.add_argument("--heads", type=pairs, default=[(32, 32), (32, 8)], help="query:key heads of 128")
+    parser.add_argument("--tokens", type=int, default=8192, help="of each rank")
+    parser.add_argument("--topologies", type=lambda t: t.split(","), default=["nvswitch", "two_level"],
+                        help=f"of {', '.join(PRESETS)}")  # fmt: skip
+    parser.add_argument("--wire", default="", help="dtype of partial results; default float32")
+    parser.add_argument("--blocks", default="", help="JSON of benchmarks/attention_blocks.py")
+    parser.add_argument("--seconds", type=float, default=420.0, help="no new cell is begun after this")
+    parser.add_argument("--output", default="", help="writes OUTPUT.json, .txt and .png")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

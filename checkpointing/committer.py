@@ -126,6 +126,10 @@ class TierFile(Protocol):
 
     path: Path
 
+    def begin(self) -> None:
+        """Called first, while chunks are still on their way: a tier that fetches its bytes itself does so here."""
+        ...
+
     def wait(self) -> None:
         """Return when all bytes handed over have been dealt with."""
         ...
@@ -140,12 +144,13 @@ class TierFile(Protocol):
 @dataclass
 class Part:
     """A save's way into one tier; `after` is called when it has ended, well or not. `disposable`: remove what was
-    written when it failed."""
+    written when it failed. `follows`: another tier writes the same bytes first, and goes on when this one fails."""
 
     save: Save
     file: TierFile
     disposable: bool = True
     after: Callable[[bool], None] = lambda ok: None
+    follows: bool = False
 
 
 class Committer:
@@ -211,7 +216,8 @@ class Committer:
                     durable_s = self._commit(part, f"{self.tier}/{sequence}")
             except BaseException as error:
                 reason = f"{type(error).__name__}: {error}"
-                save.snapshot.fail(error)
+                if not part.follows:
+                    save.snapshot.fail(error)
                 part.file.wait()
                 part.file.abandon()
             if sequence > 2:  # every rank has heard the words of two saves ago
@@ -245,6 +251,7 @@ class Committer:
 
     def _make_durable(self, part: Part) -> dict[str, Any]:
         save, ops = part.save, self.folder.ops
+        part.file.begin()
         save.snapshot.wait_filled()
         part.file.wait()
         pickled = save.pickled()

@@ -6,7 +6,9 @@ slots go on being given back, so that training never waits for a save that is lo
 
 from __future__ import annotations
 
+import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,14 @@ from .manifest import FileRecord, checksum
 
 
 class ShardFile:
-    """One rank's shard file being written, with its folder; created by the first write. Thread-safe."""
+    """One rank's shard file being written, with its folder; created by the first write. Thread-safe. `followed`:
+    another tier reads the chunks as they come (`read_chunk`), and calls `leave` in the end."""
 
-    def __init__(self, ops: FileOps, path: Path, image: Image) -> None:
+    def __init__(self, ops: FileOps, path: Path, image: Image, *, followed: bool = False) -> None:
         self.ops, self.path, self.image = ops, path, image
-        self._handle = -1
+        self._handle = self._reader = -1
+        self._followed = followed
+        self._written = bytearray(image.chunks)
         self.sums: list[str] = [""] * image.chunks
         self._issued = self._done = 0
         self._changed = threading.Condition()
@@ -34,6 +39,8 @@ class ShardFile:
                 self.ops.mkdir(self.path.parent)
                 rounded = -(-self.image.size // SECTOR) * SECTOR
                 self._handle = self.ops.create(self.path, rounded)
+                if self._followed:  # held open: the file is renamed, and retention may remove it before it is read
+                    self._reader = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             return self._handle
 
     def write(self, chunk: int, slot: int, memory: Memory) -> None:
@@ -42,6 +49,29 @@ class ShardFile:
         self.sums[chunk] = checksum(memory.view(slot, end - begin))
         rounded = -(-(end - begin) // SECTOR) * SECTOR  # the last chunk's rest is cut off again by `finish`
         self.ops.pwrite(self._open(), memory.view(slot, rounded), begin)
+        with self._changed:
+            self._written[chunk] = 1
+            self._changed.notify_all()
+
+    def await_chunk(self, chunk: int, failed: Callable[[], BaseException | None]) -> int:
+        """For a follower: the handle from which `chunk` can be read now. Raises what `failed` returns meanwhile."""
+        with self._changed:
+            while not self._written[chunk]:
+                if (error := failed()) is not None:
+                    raise error
+                self._changed.wait(timeout=0.2)
+            return self._reader
+
+    def leave(self) -> None:
+        """The follower reads no more."""
+        with self._changed:
+            self._followed = False
+            if self._reader >= 0:
+                handle, self._reader = self._reader, -1
+                os.close(handle)
+
+    def begin(self) -> None:
+        """Writers bring its chunks."""
 
     def issue(self) -> None:
         """Count one chunk as given to a writer."""

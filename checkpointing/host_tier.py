@@ -93,6 +93,9 @@ class HostFile:
         """A chunk's copies have been issued."""
         self._marks.append(mark)
 
+    def begin(self) -> None:
+        """The copies bring its bytes."""
+
     def wait(self) -> None:
         for mark in list(self._marks):
             self._copier.wait(mark)

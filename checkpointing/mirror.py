@@ -1,15 +1,16 @@
-"""A second home for checkpoints: files that are committed on one tier are streamed to another, and committed there too.
+"""A second home for checkpoints: what one tier writes is streamed to another, and committed there by itself.
 
-Meant for a parallel file system behind a local disk, at a longer interval. The copy is read from the file that is
-already durable, one buffer at a time, in the background, and its checksums must be those that the first tier wrote, so
-that a disk's silent error does not travel on. Any further tier works alike: a `TierFile` and a `Folder` for its
-`Committer`.
+Meant for a parallel file system behind a local disk, at a longer interval. Each chunk is read back from the disk as
+soon as it is written there, while later ones are still copied, one buffer at a time and in the background: a slow
+mirror holds no memory that training waits for. Its checksums must be those of the bytes in memory, so that a disk's
+silent error does not travel on. Any further tier works alike: a `TierFile` and a `Folder` for its `Committer`.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,56 +36,51 @@ class Mirror:
 
 
 class MirrorFile:
-    """One rank's shard file on its way from `source`, a finished file of another tier, to `path`. A `TierFile`.
+    """One rank's shard file on its way from `written`, a followed file of another tier, to `path`. A `TierFile`.
+    `failed` tells why the save is lost, once it is."""
 
-    It holds the source open from the start: retention may remove its name while the copy waits.
-    """
-
-    def __init__(self, ops: FileOps, source: Path, path: Path, written: ShardFile) -> None:
+    def __init__(
+        self, ops: FileOps, path: Path, written: ShardFile, failed: Callable[[], BaseException | None]
+    ) -> None:
         self.ops, self.path = ops, path
-        self._written = written
-        self._problem = ""
-        self._source = -1
-        try:
-            self._source = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            self._problem = f"{source} was not committed ({error.strerror})"
+        self._written, self._failed = written, failed
+        self._handle = -1
 
-    def wait(self) -> None:
-        """Nothing to wait for: `finish` copies."""
-
-    def finish(self) -> FileRecord:
-        if self._problem:
-            raise BadCheckpoint(self._problem)
+    def begin(self) -> None:
+        """Copy chunk after chunk, as the first tier writes them."""
         image, sums = self._written.image, self._written.sums
         self.ops.mkdir(self.path.parent)
-        handle = self.ops.create(self.path, -(-image.size // SECTOR) * SECTOR)
-        try:
-            with mmap.mmap(
-                -1, -(-image.chunk_bytes // SECTOR) * SECTOR
-            ) as memory:  # page-aligned, as O_DIRECT wants it
-                for chunk in range(image.chunks):
-                    begin, end = image.chunk_range(chunk)
-                    with memoryview(memory) as buffer, buffer[: end - begin] as view:
-                        _read(self._source, view, begin)
-                        if checksum(view) != sums[chunk]:
-                            raise BadCheckpoint(f"chunk {chunk} of {self.path.name} has changed on the disk")
-                        with buffer[: -(-(end - begin) // SECTOR) * SECTOR] as rounded:
-                            self.ops.pwrite(handle, rounded, begin)
-        except BaseException:
-            self.ops.abandon(handle)
-            raise
-        self.ops.finish(handle, image.size)
-        self._close()
-        return FileRecord(image.size, tuple(sums))
+        self._handle = self.ops.create(self.path, _sectors(image.size))
+        with mmap.mmap(-1, _sectors(image.chunk_bytes)) as memory:  # page-aligned, as O_DIRECT wants it
+            for chunk in range(image.chunks):
+                begin, end = image.chunk_range(chunk)
+                source = self._written.await_chunk(chunk, self._failed)
+                with memoryview(memory) as buffer, buffer[: end - begin] as view:
+                    _read(source, view, begin)
+                    if checksum(view) != sums[chunk]:
+                        raise BadCheckpoint(f"chunk {chunk} of {self.path.name} has changed on the disk")
+                    with buffer[: _sectors(end - begin)] as rounded:
+                        self.ops.pwrite(self._handle, rounded, begin)
+        self._written.leave()
+
+    def wait(self) -> None:
+        """Nothing to wait for: `begin` copies."""
+
+    def finish(self) -> FileRecord:
+        handle, self._handle = self._handle, -1
+        self.ops.finish(handle, self._written.image.size)
+        return FileRecord(self._written.image.size, tuple(self._written.sums))
 
     def abandon(self) -> None:
-        self._close()
+        self._written.leave()
+        if self._handle >= 0:
+            handle, self._handle = self._handle, -1
+            self.ops.abandon(handle)
 
-    def _close(self) -> None:
-        if self._source >= 0:
-            handle, self._source = self._source, -1
-            os.close(handle)
+
+def _sectors(nbytes: int) -> int:
+    """`nbytes` rounded up to what O_DIRECT can write."""
+    return -(-nbytes // SECTOR) * SECTOR
 
 
 def _read(handle: int, view: memoryview, offset: int) -> None:

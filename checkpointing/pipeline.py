@@ -50,11 +50,11 @@ class Pipeline:
     def _copy_loop(self) -> None:
         while (item := self._queue.get()) is not None:
             save, parts = item
+            for committer, part in parts:  # a mirror starts while chunks are still copied
+                committer.submit(part)
             with self.trace.span("copy", step=save.step):
                 while save.snapshot.fill_next():
                     pass
-            for committer, part in parts:
-                committer.submit(part)
             with self._idle:
                 self._copying -= 1
                 self._idle.notify_all()

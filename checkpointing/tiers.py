@@ -58,7 +58,7 @@ class Tiers:
         self._committers = {"disk": self._committer("disk", self.folder, keep)}
         if self.host is not None:
             self._committers["host"] = self._committer("host", self.host.folder, None)
-        if self._mirror_folder is not None and mirror is not None:  # last: the disk's commits feed it
+        if self._mirror_folder is not None and mirror is not None:
             self._committers["mirror"] = self._committer("mirror", self._mirror_folder, mirror.keep)
 
     @property
@@ -111,12 +111,13 @@ class Tiers:
             after = partial(self.host.done, claimed[0], save.step, "host")
             parts.append((self._committers["host"], Part(save, kept, disposable=False, after=after)))
         if disk:
-            file = ShardFile(
-                self.folder.ops, self.folder.scratch(save.step, self.coordinator.token) / name, save.plan.image
-            )
+            path, far = self.folder.scratch(save.step, self.coordinator.token) / name, self._far_path(save)
+            file = ShardFile(self.folder.ops, path, save.plan.image, followed=far is not None)
             takers.append(partial(pipe.flush, file, memory, copier))
-            part = Part(save, file, after=self._after_disk(save, claimed, file))
-            parts.append((self._committers["disk"], part))
+            parts.append((self._committers["disk"], Part(save, file, after=self._after_disk(save, claimed))))
+            if far is not None:
+                copy = MirrorFile(self.folder.ops, far, file, lambda: save.snapshot.error)
+                parts.append((self._committers["mirror"], Part(save, copy, follows=True)))
 
         def on_chunk(snapshot: Snapshot, chunk: int, slot: int, mark: Any) -> None:
             for take in takers:
@@ -124,26 +125,20 @@ class Tiers:
 
         return memory, parts, on_chunk
 
-    def _after_disk(self, save: Save, claimed: Claim | None, file: ShardFile) -> Callable[[bool], None]:
-        mirror = self._mirror
-        copy_on = mirror is not None and save.step // mirror.every > self._mirrored // mirror.every
-        if copy_on:
-            self._mirrored = save.step
+    def _far_path(self, save: Save) -> Path | None:
+        """Where this save's file goes on the mirror; None when it is not one that goes there."""
+        mirror, folder = self._mirror, self._mirror_folder
+        if mirror is None or folder is None or save.step // mirror.every <= self._mirrored // mirror.every:
+            return None
+        self._mirrored = save.step
+        return folder.scratch(save.step, self.coordinator.token) / save.plan.shard_name
 
+    def _after_disk(self, save: Save, claimed: Claim | None) -> Callable[[bool], None]:
         def after(ok: bool) -> None:
             if self.host is not None and claimed is not None:
                 self.host.done(claimed[0], save.step, "flush", ok)
-            if copy_on:  # whatever came of it, so that all ranks vote alike
-                self._copy_on(save, file)
 
         return after
-
-    def _copy_on(self, save: Save, written: ShardFile) -> None:
-        folder, name = self._mirror_folder, save.plan.shard_name
-        assert folder is not None
-        path = folder.scratch(save.step, self.coordinator.token) / name
-        file = MirrorFile(folder.ops, self.folder.final(save.step) / name, path, written)
-        self._committers["mirror"].submit(Part(save, file))
 
     def explain(self, every: int | None, host_every: int, arena_bytes: int) -> str:
         """The tiers in words, one line each."""

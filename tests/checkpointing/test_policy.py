@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import shutil
+import threading
 
 import pytest
 import torch
 
 from undertow.checkpointing import Checkpointer, Frequency, Mirror, Retention
+from undertow.checkpointing.files import FileOps
 from undertow.checkpointing.folder import read_manifest
 from undertow.checkpointing.frequency import young_daly
 from undertow.checkpointing.manifest import metrics_of
@@ -85,21 +88,16 @@ def test_the_mirrors_bytes_are_the_disks(tmp_path):
 
 
 def test_damage_on_the_disk_does_not_travel_on(tmp_path, monkeypatch):
-    """A byte is flipped between the disk's commit and the copy: the mirror refuses, and training goes on."""
+    """A byte comes back flipped when the mirror reads: it refuses, the disk's checkpoint stands, training goes on."""
     from undertow.checkpointing import mirror as room
 
-    real = room.MirrorFile.finish
+    real = room._read
 
-    def flipped(self):
-        path = f"/proc/self/fd/{self._source}"
-        with open(path, "r+b") as file:
-            file.seek(2048)
-            byte = file.read(1)
-            file.seek(2048)
-            file.write(bytes([byte[0] ^ 1]))
-        return real(self)
+    def flipped(handle, view, offset):
+        real(handle, view, offset)
+        view[len(view) // 2] ^= 1
 
-    monkeypatch.setattr(room.MirrorFile, "finish", flipped)
+    monkeypatch.setattr(room, "_read", flipped)
     model, optimizer = pair()
     with Checkpointer(
         tmp_path / "near", model=model, optimizer=optimizer, every=1, mirror=Mirror(tmp_path / "far")
@@ -107,7 +105,35 @@ def test_damage_on_the_disk_does_not_travel_on(tmp_path, monkeypatch):
         train(ckpt, model, optimizer, range(1))
         (report,) = [r for r in ckpt.reports if r.tier == "mirror"]
         assert not report.ok and "has changed on the disk" in report.reason
-    assert kept(tmp_path / "far") == []
+        assert [r.ok for r in ckpt.reports if r.tier == "disk"] == [True]
+    assert kept(tmp_path / "far") == [] and kept(tmp_path / "near") == [0]
+
+
+def test_the_mirror_starts_while_the_disk_still_writes(tmp_path):
+    """The disk stops after a few chunks: the mirror has them already, and commits when the rest has come."""
+
+    class Gate(FileOps):
+        def __init__(self) -> None:
+            super().__init__(direct=False)
+            self.far, self.go, self.near = threading.Semaphore(0), threading.Event(), 0
+
+        def pwrite(self, handle, data, offset):
+            target = os.readlink(f"/proc/self/fd/{handle}")
+            if "/near/" in target and ".distcp" in target:
+                self.near += 1
+                assert self.near <= 3 or self.go.wait(30)
+            super().pwrite(handle, data, offset)
+            if "/far/" in target:
+                self.far.release()
+
+    model, ops = torch.nn.Linear(300, 300), Gate()
+    optimizer = torch.optim.SGD(model.parameters())
+    options = {"ops": ops, "chunk_bytes": 65536, "writers": 1, "mirror": Mirror(tmp_path / "far")}
+    with Checkpointer(tmp_path / "near", model=model, optimizer=optimizer, **options) as ckpt:
+        ckpt.save(0)
+        assert all(ops.far.acquire(timeout=20) for _ in range(3)) and not ops.go.is_set()
+        ops.go.set()
+        assert {(r.tier, r.ok) for r in ckpt.wait()} == {("disk", True), ("mirror", True)}
 
 
 def test_several_ranks_mirror_together(ranks, tmp_path):

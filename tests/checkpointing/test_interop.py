@@ -165,3 +165,25 @@ def test_tied_weights_are_stored_once_and_every_name_reads_them(tmp_path):
         assert torch.equal(apart.head.weight, weight + 1) and torch.equal(apart.embedding.weight, weight)
         assert ckpt.restore(step=0) == 0
         assert torch.equal(apart.head.weight, weight) and torch.equal(apart.embedding.weight, weight)
+
+
+def _save_tied(rank: int, world: int, root: str, tied_ranks: int) -> int:
+    """Distinct places of the two weights in a save by all ranks, of which the first `tied_ranks` tie them."""
+    model = Tied(0, tie=rank < tied_ranks)
+    if rank >= tied_ranks:
+        model.head.load_state_dict({"weight": model.embedding.weight.detach()})
+    expected = model.embedding.weight.detach().clone()
+    with Checkpointer(root, model=model, rng=False, timeout_s=30) as ckpt:
+        ckpt.save(0)
+        assert ckpt.wait()[-1].ok, ckpt.reports
+        with torch.no_grad():
+            model.embedding.weight.zero_()
+            model.head.weight.zero_()
+        ckpt.restore()
+        assert torch.equal(model.head.weight, expected) and torch.equal(model.embedding.weight, expected)
+        return len({record.shards for record in read_manifest(ckpt.folder.final(0)).tensors.values()})
+
+
+@pytest.mark.parametrize(("tied_ranks", "places"), [(2, 1), (1, 2)])
+def test_ranks_store_once_only_what_all_of_them_tie(ranks, tmp_path, tied_ranks, places):
+    assert ranks(2, _save_tied, str(tmp_path), tied_ranks) == [places] * 2

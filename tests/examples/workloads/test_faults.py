@@ -16,7 +16,7 @@ GUARDED = ["--variant", "worked, guarded", "--set", "steps=140", "--set", "check
 
 @pytest.mark.slow
 def test_killed_in_a_task_that_was_rolled_back(tmp_path: Path, capsys):
-    """Seven spans of 20 updates: three for the addition, one for each task. With this tolerance task 0 counts as harmful
+    """Seven spans of 20 updates: three for the addition, one for each task. With this tolerance task 0 counts as bad
     and is learned again from update 60 on; the kill comes in task 2, so the resumed process must know of the roll-back.
     """
     out = tmp_path / "run"

@@ -30,6 +30,7 @@ DTYPE = "bfloat16"
 DISK_BYTES_PER_S = 1.0e9  # assumed, per rank
 PCIE_BYTES_PER_S = 25e9  # assumed, pinned device to host
 RESTART_S = 180.0  # assumed: notice, start the processes, join, read the checkpoint
+COLLECTIVES = 12  # of a layer and step: two gathers and two scatters, in forward, forward again and backward
 GAIN = 0.97  # an overlap must be predicted to take at most so much of the sequential time
 
 
@@ -112,14 +113,14 @@ def preflight(job: Job, machine: Machine | None = None) -> Preflight:
     rates = machine or ASSUMED
     memory, made, fits = _memory(job)
     compute, compute_s = _compute(job, made, machine)
-    attention, attention_s = _attention(job, machine)
+    attention, attention_s = _attention(job, made, machine)
     tensor, tensor_s = _overlap(job, rates, machine)
     sync, sync_s = _gradients(job, rates, machine)
-    step_s = max(compute_s + tensor_s, attention_s) + sync_s
+    step_s = compute_s + attention_s + tensor_s + sync_s
     total = Line(
         "step time",
         f"{format_seconds(step_s)}, {job.batch * job.data * job.tokens / step_s:,.0f} tokens/s",
-        "max(compute + exposed tensor-parallel, attention schedule) + gradients, nothing of these hidden",
+        "compute + attention schedule + exposed tensor-parallel + gradients, nothing of these hidden",
         _source(machine is not None),
     )
     saves, goodput = _checkpoints(job, machine, step_s)
@@ -166,10 +167,17 @@ def _memory(job: Job) -> tuple[list[Line], StreamPlan, bool]:
     return lines, made, fits
 
 
-def _compute(job: Job, made: StreamPlan, machine: Machine | None) -> tuple[Line, float]:
+def _kept_derived(made: StreamPlan) -> tuple[float, float]:
+    """Fractions of the layers whose attention output is kept, and whose input is computed again."""
     kept = sum(place != "none" for place in made.attention) / len(made.attention)
-    derived = made.inputs.count("derived") / len(made.inputs)
+    return kept, made.inputs.count("derived") / len(made.inputs)
+
+
+def _compute(job: Job, made: StreamPlan, machine: Machine | None) -> tuple[Line, float]:
+    kept, derived = _kept_derived(made)
     work = step_flops(job.shape, job.batch, job.tokens, attention_kept=kept, derived=derived, chunks=len(made.bounds))
+    if job.context > 1:  # the attention schedule has its own line, with its compute and its messages
+        work = {kind: flops for kind, flops in work.items() if not kind.startswith("attention")}
     rates = {kind: _rate(machine, "flops", (f"{kind}/{DTYPE}",), ASSUMED.flops[f"{kind}/{DTYPE}"]) for kind in work}
     seconds = sum(flops / rates[kind].value for kind, flops in work.items()) / (job.context * job.tensor)
     answer = f"{format_seconds(seconds)} for {sum(work.values()) / 1e12 / (job.context * job.tensor):,.1f} TFLOP"
@@ -177,7 +185,7 @@ def _compute(job: Job, made: StreamPlan, machine: Machine | None) -> tuple[Line,
     return Line("compute of a rank", answer, form, _source(*(rate.measured for rate in rates.values()))), seconds
 
 
-def _attention(job: Job, machine: Machine | None) -> tuple[list[Line], float]:
+def _attention(job: Job, made: StreamPlan, machine: Machine | None) -> tuple[list[Line], float]:
     """All layers' attention with what its schedule cannot hide; 0 without a context axis, where compute has it."""
     if job.context == 1:
         return [Line("attention schedule", "none needed: whole sequences", "context degree 1", "modelled")], 0.0
@@ -186,11 +194,12 @@ def _attention(job: Job, machine: Machine | None) -> tuple[list[Line], float]:
     heads = Heads(job.batch, q_heads, kv_heads, shape.head_dim, shape.head_dim, DTYPE)
     problem = Problem(job.context, job.tokens, job.tokens, heads, Mask(causal=True))
     rates = Rates.of(machine, DTYPE)
+    kept, derived = _kept_derived(made)
     lines, total_s = [], 0.0
     for backward in (False, True):
         choice: Choice = choose(problem, rates, backward=backward)
         best = next(estimate for estimate in choice.estimates if estimate.name == choice.name)
-        total_s += best.seconds * shape.layers
+        total_s += best.seconds * shape.layers * (1.0 if backward else 2 - kept + derived)  # forward runs again
         answer = f"{choice.name}: {format_seconds(best.seconds)} a layer, {format_bytes(best.sent_bytes)} sent"
         form = "parallel.token_ring.planner.choose: every schedule, simulated"
         source = _source(machine is not None and bool(machine.links))
@@ -199,7 +208,7 @@ def _attention(job: Job, machine: Machine | None) -> tuple[list[Line], float]:
 
 
 def _overlap(job: Job, rates: Machine, machine: Machine | None) -> tuple[list[Line], float]:
-    """The reduce-scatter after the two row-parallel products of each layer: what it adds to the products alone."""
+    """What a layer's collectives add to its products, each taken as the reduce-scatter after a row-parallel one."""
     if job.tensor == 1:
         return [Line("overlap engine", "none needed: no tensor axis", "tensor degree 1", "modelled")], 0.0
     link, measured = _link(machine, rates)
@@ -221,7 +230,7 @@ def _overlap(job: Job, rates: Machine, machine: Machine | None) -> tuple[list[Li
         gemm_s = 2 * rows * job.tensor * k * shape.width / flops[f"gemm/{DTYPE}"]
         best_s = overlapped if overlapped <= GAIN * sequential else sequential
         gains.append(sequential / overlapped)
-        exposed_s += max(0.0, best_s - gemm_s) * shape.layers
+        exposed_s += COLLECTIVES / 2 * max(0.0, best_s - gemm_s) * shape.layers
     on = min(gains) >= 1 / GAIN
     answer = f"{'tracked chunks' if on else 'sequential'}: {gains[0]:.2f}× and {gains[1]:.2f}× as fast overlapped"
     form = "comms.simulate of gemm_reduce_scatter, overlapped against sequential, attention and MLP output"
@@ -229,14 +238,15 @@ def _overlap(job: Job, rates: Machine, machine: Machine | None) -> tuple[list[Li
 
 
 def _gradients(job: Job, rates: Machine, machine: Machine | None) -> tuple[list[Line], float]:
-    if job.data == 1:
+    world = job.data * job.context  # ranks that share a row hold the same weights
+    if world == 1:
         return [], 0.0
     link, measured = _link(machine, rates)
     nbytes = job.shape.parameters * job.shape.element_size / job.tensor
     passes = 3 if job.sharded else 2  # reduce-scatter and all-gather; sharded weights are gathered twice
-    seconds = passes * ring_seconds(job.data, nbytes / job.data, link)
+    seconds = passes * ring_seconds(world, nbytes / world, link)
     answer = f"{format_seconds(seconds)} over {format_rate(link.bytes_per_s)}"
-    form = f"{passes} × comms.cost.ring_seconds({job.data}, {format_bytes(nbytes / job.data)}); counted as not hidden"
+    form = f"{passes} × comms.cost.ring_seconds({world}, {format_bytes(nbytes / world)}); counted as not hidden"
     return [Line("gradients and weights", answer, form, _source(measured))], seconds
 
 

@@ -61,6 +61,16 @@ def test_step_time_of_one_rank_is_work_over_rates():
     assert found.step_s == pytest.approx(expected, rel=1e-9)
 
 
+def test_a_step_on_context_ranks_holds_products_attention_and_gradients():
+    """Products and attention follow each other; a link that costs nothing leaves the work over the ranks, no less."""
+    free = replace(MACHINE, links={"nccl": Link(0.0, 1e18)})
+    job = replace(JOB, ranks=2, tokens=65536, state_bytes=0, device_bytes=10**13)
+    alone, shared = preflight(replace(job, ranks=1), free), preflight(replace(job, context=2), free)
+    assert alone.step_s / 2 * 0.9 < shared.step_s < alone.step_s / 2 * 1.5
+    slow = replace(MACHINE, links={"nccl": Link(0.0, 1e9)})
+    assert "gradients and weights" in answers(replace(job, context=2), slow)
+
+
 def test_slower_links_never_make_a_step_shorter():
     job = replace(JOB, context=2, tensor=2)
     slow = replace(MACHINE, links={"nccl": Link(1e-4, 1e9)})

@@ -87,10 +87,12 @@ struct Blocks {
   }
   template <class Body>
   void each(int n, Body body) {
+    DeviceGroup group;
     for (int i = 0; i < n; ++i)
       if (counts[i] > 0)
         body(static_cast<char*>(user) + user_displs[i] * record->plan.extent, slab + dense[i] * record->plan.size,
              counts[i]);
+    group.finish();
   }
   void keep(int n) {  // what the library will not write comes back as it was
     if (slab) each(n, [&](char* at, char* packed, int64_t k) { pack_slab(*record, k, at, packed); });
@@ -160,8 +162,10 @@ struct TypedBlocks {
   }
   template <class Body>
   void each(Body body) {
+    DeviceGroup group;
     for (size_t i = 0; i < records.size(); ++i)
       if (counts[i] > 0) body(*records[i], static_cast<char*>(user) + user_displs[i], slab + dense[i], counts[i]);
+    group.finish();
   }
   void keep() {  // what the library will not write comes back as it was
     if (slab) each([](Record& r, char* at, char* packed, int64_t k) { pack_slab(r, k, at, packed); });
@@ -273,13 +277,20 @@ int on_neighbor_alltoall(F next, Site site, void* sbuf, N scount, MPI_Datatype s
                   }, d.holes);
 }
 
+// MPI_IN_PLACE is the library's affair on the host; on a device the result's present contents go into the slab first.
+inline bool in_place_on_device(const void* sbuf, const void* rbuf, MPI_Datatype rtype) {
+  return sbuf == MPI_IN_PLACE && device_side(rbuf, rtype);
+}
+
 template <class F, class N, class D>
 int on_gatherv(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N* rcounts, D* rdispls,
                MPI_Datatype rtype, int root, MPI_Comm comm) {
-  const bool allowed = involved(sbuf, stype, rbuf, rtype) && sbuf != MPI_IN_PLACE && intra(comm);
+  const bool place = in_place_on_device(sbuf, rbuf, rtype);
+  const bool allowed = involved(sbuf, stype, rbuf, rtype) && (place || sbuf != MPI_IN_PLACE) && intra(comm);
   const int n = allowed && rank_in(comm) == root ? size_of(comm) : 0;
-  SendSide send(sbuf, scount, stype, allowed, kCollectiveGain);
+  SendSide send(sbuf, scount, stype, allowed && !place, kCollectiveGain);
   Blocks<N, D> recv(rbuf, rcounts, rdispls, rtype, n, kRecvUse, n > 0);
+  if (place) recv.keep(n);
   count_call(site, send.taken() || recv.taken());
   const int rc = next(send.buf, scount, send.type, recv.buf, rcounts, recv.displs, recv.type, root, comm);
   if (rc == MPI_SUCCESS && recv.taken()) recv.finish(n);
@@ -289,10 +300,11 @@ int on_gatherv(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void
 template <class F, class N, class D>
 int on_scatterv(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Datatype stype, void* rbuf, N rcount,
                 MPI_Datatype rtype, int root, MPI_Comm comm) {
-  const bool allowed = involved(sbuf, stype, rbuf, rtype) && rbuf != MPI_IN_PLACE && intra(comm);
+  const bool place = in_place_on_device(rbuf, sbuf, stype);
+  const bool allowed = involved(sbuf, stype, rbuf, rtype) && (place || rbuf != MPI_IN_PLACE) && intra(comm);
   const int n = allowed && rank_in(comm) == root ? size_of(comm) : 0;
   Blocks<N, D> send(sbuf, scounts, sdispls, stype, n, kSendUse, n > 0);
-  RecvSide recv(rbuf, rcount, rtype, allowed, kCollectiveGain);
+  RecvSide recv(rbuf, rcount, rtype, allowed && !place, kCollectiveGain);
   count_call(site, send.taken() || recv.taken());
   const int rc = next(send.buf, scounts, send.displs, send.type, recv.buf, rcount, recv.type, root, comm);
   if (rc == MPI_SUCCESS && recv.taken()) recv.finish_all();
@@ -302,7 +314,7 @@ int on_scatterv(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Datat
 template <class F, class N, class D>
 int gather_to_all(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N* rcounts, D* rdispls,
                   MPI_Datatype rtype, MPI_Comm comm, int n, bool holes = false) {
-  SendSide send(sbuf, scount, stype, n >= 0, kCollectiveGain);
+  SendSide send(sbuf, scount, stype, n >= 0 && sbuf != MPI_IN_PLACE, kCollectiveGain);
   Blocks<N, D> recv(rbuf, rcounts, rdispls, rtype, n, kRecvUse, n > 0);
   if (holes) recv.keep(n);
   count_call(site, send.taken() || recv.taken());
@@ -314,9 +326,10 @@ int gather_to_all(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, v
 template <class F, class N, class D>
 int on_allgatherv(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N* rcounts, D* rdispls,
                   MPI_Datatype rtype, MPI_Comm comm) {
-  const bool allowed = involved(sbuf, stype, rbuf, rtype) && sbuf != MPI_IN_PLACE && intra(comm);
+  const bool place = in_place_on_device(sbuf, rbuf, rtype);
+  const bool allowed = involved(sbuf, stype, rbuf, rtype) && (place || sbuf != MPI_IN_PLACE) && intra(comm);
   return gather_to_all(next, site, sbuf, scount, stype, rbuf, rcounts, rdispls, rtype, comm,
-                       allowed ? size_of(comm) : -1);
+                       allowed ? size_of(comm) : -1, place);
 }
 
 template <class F, class N, class D>
@@ -342,9 +355,11 @@ int all_to_all_v(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Data
 template <class F, class N, class D>
 int on_alltoallv(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Datatype stype, void* rbuf, N* rcounts,
                  D* rdispls, MPI_Datatype rtype, MPI_Comm comm) {
-  const bool allowed = sbuf != MPI_IN_PLACE && involved(sbuf, stype, rbuf, rtype) && intra(comm);
+  const bool place = in_place_on_device(sbuf, rbuf, rtype);
+  const bool allowed = (place || sbuf != MPI_IN_PLACE) && involved(sbuf, stype, rbuf, rtype) && intra(comm);
   const int n = allowed ? size_of(comm) : 0;
-  return all_to_all_v(next, site, sbuf, scounts, sdispls, stype, rbuf, rcounts, rdispls, rtype, comm, n, n);
+  return all_to_all_v(next, site, sbuf, scounts, sdispls, stype, rbuf, rcounts, rdispls, rtype, comm, place ? 0 : n, n,
+                      place);
 }
 
 template <class F, class N, class D>
@@ -370,9 +385,11 @@ int all_to_all_w(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Data
 template <class F, class N, class D>
 int on_alltoallw(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Datatype* stypes, void* rbuf, N* rcounts,
                  D* rdispls, MPI_Datatype* rtypes, MPI_Comm comm) {
-  const bool allowed = sbuf != MPI_IN_PLACE && intra(comm);
+  const bool place = sbuf == MPI_IN_PLACE && gpu::on_device(rbuf);
+  const bool allowed = (place || sbuf != MPI_IN_PLACE) && intra(comm);
   const int n = allowed ? size_of(comm) : 0;
-  return all_to_all_w(next, site, sbuf, scounts, sdispls, stypes, rbuf, rcounts, rdispls, rtypes, comm, n, n);
+  return all_to_all_w(next, site, sbuf, scounts, sdispls, stypes, rbuf, rcounts, rdispls, rtypes, comm, place ? 0 : n, n,
+                      place);
 }
 
 template <class F, class N>

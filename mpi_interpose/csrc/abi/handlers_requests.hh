@@ -140,9 +140,11 @@ int on_waitall(F next, Site site, int n, MPI_Request* requests, MPI_Status* stat
   if (!batch.any) return next(n, requests, statuses);
   MPI_Status* st = batch.statuses(statuses);
   const int rc = next(n, requests, st);
+  DeviceGroup group;
   if (rc != MPI_SUCCESS) batch.settle_errors(rc, n, nullptr, st);
   else
     for (int i = 0; i < n; ++i) batch.settle(i, &st[i], true);
+  group.finish();
   return rc;
 }
 
@@ -153,9 +155,11 @@ int on_testall(F next, Site site, int n, MPI_Request* requests, int* flag, MPI_S
   if (!batch.any) return next(n, requests, flag, statuses);
   MPI_Status* st = batch.statuses(statuses);
   const int rc = next(n, requests, flag, st);
+  DeviceGroup group;
   if (rc != MPI_SUCCESS) batch.settle_errors(rc, n, nullptr, st);
   else if (*flag)
     for (int i = 0; i < n; ++i) batch.settle(i, &st[i], true);
+  group.finish();
   return rc;
 }
 
@@ -203,10 +207,12 @@ int some_of(F next, Site site, int n, MPI_Request* requests, int* done, int* ind
   const int rc = next(n, requests, done ? &count : nullptr, indices, st);
   const int completed = count == MPI_UNDEFINED ? 0 : count;
   if (done && (rc == MPI_SUCCESS || completed)) *done = count;
+  DeviceGroup group;
   if (rc != MPI_SUCCESS)
     batch.settle_errors(rc, completed, indices, st);
   else
     for (int k = 0; k < completed; ++k) batch.settle(indices[k], &st[k], true);
+  group.finish();
   return rc;
 }
 

@@ -279,6 +279,19 @@ def broadcast_and_gathers() -> None:
     for r in range(size):
         want[40 * r : 40 * r + 3 + r] = data(r, 16)[: 3 + r]
     assert np.array_equal(ragged.read(), want)
+    start = blank(40 * size)
+    start[40 * rank : 40 * rank + 3 + rank] = data(rank, 16)[: 3 + rank]
+    both = Mine(start)
+    comm.Allgatherv(MPI.IN_PLACE, [both.mpi(), counts, places, MPI.INT])
+    assert np.array_equal(both.read(), want)
+    both, sends = Mine(start), [mine.mpi(), 3 + rank, MPI.INT]
+    comm.Gatherv(MPI.IN_PLACE if rank == 0 else sends, [both.mpi(), counts, places, MPI.INT], 0)
+    assert np.array_equal(both.read(), want if rank == 0 else start)
+    spread, part = Mine(want), Mine(blank(3 + rank))
+    comm.Scatterv(
+        [spread.mpi(), counts, places, MPI.INT], MPI.IN_PLACE if rank == 0 else [part.mpi(), 3 + rank, MPI.INT], 0
+    )
+    assert rank == 0 or np.array_equal(part.read(), data(rank, 16)[: 3 + rank])
     for made in (t, row):
         made.Free()
 
@@ -293,6 +306,12 @@ def all_to_all() -> None:
     got = Mine(blank(n * size))
     comm.Alltoallv([mine.mpi(), counts, places, MPI.INT], [got.mpi(), counts, places, MPI.INT])
     assert np.array_equal(got.read(), want)
+    both = Mine(data(rank, n * size))
+    comm.Alltoallv(MPI.IN_PLACE, [both.mpi(), counts, places, MPI.INT])
+    assert np.array_equal(both.read(), want)
+    both = Mine(data(rank, n * size))
+    comm.Alltoallw(MPI.IN_PLACE, [both.mpi(), counts, [4 * place for place in places], [MPI.INT] * size])
+    assert np.array_equal(both.read(), want)
     column = MPI.INT.Create_vector(n, 1, size).Commit()
     got = Mine(blank(n * size))
     comm.Alltoallw(

@@ -1,0 +1,43 @@
+"""The two programs about attention schedules, in their smallest form: every cell is there and adds up."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from undertow.benchmarks import attention_blocks, attention_modelled
+
+
+def test_blocks_of_a_rank_are_timed(tmp_path, capsys):
+    file = tmp_path / "blocks.json"
+    arguments = ["--device", "cpu", "--dtype", "float32", "--lengths", "128", "--ranks", "2", "--heads", "4:2"]
+    assert attention_blocks.main([*arguments, "--wires", "float32", "--repeats", "1", "--output", str(file)]) == 0
+    rows = json.loads(file.read_text())["cells"]
+    assert {(r["phase"], r["mask"], r["schedule"]) for r in rows} == {
+        (phase, mask, schedule)
+        for phase in ("forward", "backward")
+        for mask in ("causal zigzag", "full")
+        for schedule in ("ring_kv", "token_ring")
+    }
+    causal = next(r for r in rows if r["mask"] == "causal zigzag")
+    assert set(causal["shapes"]) == {"64×64 causal", "64×32 full", "32×64 full"}  # one kernel call for each block
+    assert all(r["blocks_ms"] > 0 and r["ideal_ms"] == pytest.approx(r["whole_ms"] / 2) for r in rows)
+    assert "sums over blocks" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_field_is_modelled(tmp_path, capsys):
+    base = tmp_path / "modelled"
+    arguments = ["--ranks", "2,4", "--heads", "8:8", "--topologies", "nvswitch", "--output", str(base)]
+    assert attention_modelled.main(arguments) == 0
+    found = json.loads(base.with_suffix(".json").read_text())
+    assert found["modelled"] is True and base.with_suffix(".png").stat().st_size > 10_000
+    assert "modelled" in base.with_suffix(".txt").read_text() and "modelled" in capsys.readouterr().out
+    by_way = {(c["way"], c["ranks"], c["phase"]): c for c in found["cells"]}
+    assert {way for way, *_ in by_way} == {*attention_modelled.PEERS, "undertow, predicted"}
+    for cell in by_way.values():
+        assert cell["seconds"][0] <= cell["seconds"][1] * (1 + 1e-9)  # half of the link is never faster
+        assert 0 < cell["efficiency"][1] <= cell["efficiency"][0] <= 1 + 1e-9
+    whole, needed = (by_way[way, 4, "backward"] for way in attention_modelled.PEERS if "zigzag" in way or "need" in way)
+    assert needed["sent_bytes"] < whole["sent_bytes"]

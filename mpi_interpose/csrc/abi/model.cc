@@ -166,15 +166,17 @@ void observe(Record& r, Use use, bool ours, int64_t bytes, int64_t ns) {
   o.mask.store((now == 2) == taking ? std::min(kRarest, 2 * mask + 1) : 63, std::memory_order_relaxed);
 }
 
+// A count that threads may lose now and then, for calls that pass through: a locked addition costs as much as the rest.
+void count_passed(Tally& t) { t.passed.store(t.passed.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed); }
+
 bool wanted(Record* r, Use use, int64_t count, double gain) {
   if (!r || count <= 0 || r->plan.size == 0 || r->wrong.load(std::memory_order_relaxed)) return false;
-  int64_t bytes;
-  if (__builtin_mul_overflow(count, r->plan.size, &bytes)) return false;
-  bool take = mode != Mode::Auto || model_ratio(*r, use, bytes) >= gain;
-  take = take && proved(*r);
   Tally& t = r->tally[use];
-  (take ? t.taken : t.passed).fetch_add(1, std::memory_order_relaxed);
-  if (!take) return false;
+  int64_t bytes;
+  if (mode == Mode::Auto && r->plan.form(count).cls == Class::Contiguous) return count_passed(t), false;
+  if (__builtin_mul_overflow(count, r->plan.size, &bytes)) return false;
+  if ((mode == Mode::Auto && model_ratio(*r, use, bytes) < gain) || !proved(*r)) return count_passed(t), false;
+  t.taken.fetch_add(1, std::memory_order_relaxed);
   t.bytes.fetch_add(bytes, std::memory_order_relaxed);
   if (mode == Mode::Auto) credit(*r, use, bytes);
   return true;

@@ -64,8 +64,9 @@ class Machine:
     `copies` in bytes/s by route ('host', 'host_one_thread', 'd2h_pinned', 'd2h_pageable', 'h2d_pinned', 'h2d_pageable',
     'd2d', 'pin'); `disks` in bytes/s ('write_direct', 'write_buffered', 'read_direct', 'read_buffered'); `flops` by
     'kind/dtype' with kinds 'gemm', 'gemm_backward', 'attention_forward', 'attention_backward' and dtypes 'float32',
-    'bfloat16'; `facts` names the hardware and software versions; `datatypes` by MPI version: what `undertow mpi measure`
-found, rows of (use, class, block, step, bytes, ns without us, ns with us, share). What was not measured is absent.
+    'bfloat16'; `facts` names the hardware and software versions; `datatypes` by MPI version: rows of
+    `undertow mpi measure` (use, class, block, step, bytes, ns without us, ns with us, share). What was not measured is
+    absent.
     """
 
     name: str

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import build as building
-from . import core, gpu_doctor, launch, measure, spec, toolchain
+from . import core, gpu_doctor, launch, measure, signatures, spec, toolchain
 from .errors import InterposeError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="The MPI datatype interposer.")
@@ -71,6 +71,7 @@ def doctor(
         ("flavour", mpi.flavour),
         ("preload", str(library)),
         ("intercepted", f"{len(have)} functions, {large} of them large-count"),
+        ("not in this MPI", missing(mpi)),
         ("Fortran", "own entry points" if mpi.flavour == "openmpi" else "comes through the C functions"),
         ("kernels", core.load().undertow_core_kernels().decode()),
         (
@@ -85,6 +86,17 @@ def doctor(
         rows.append(("warning", f"{mpirun} belongs to {mismatch}, the compiler wrapper to {mpi.flavour}"))
     width = max(len(name) for name, _ in rows)
     sys.stdout.write("".join(f"{name:<{width}}  {text}\n" for name, text in rows))
+
+
+def missing(mpi: toolchain.Mpi) -> str:
+    """Functions that could be intercepted but that this MPI does not have, and what follows from that."""
+    needed = [f"MPI_{name}" for name in signatures.OWN if f"MPI_{name}" not in mpi.symbols]
+    if needed:
+        return f"{', '.join(needed)}: without these every call is handed on"
+    lacking = [symbol for symbol in toolchain.SYMBOLS if symbol not in mpi.symbols]
+    plain = [symbol for symbol in lacking if not symbol.endswith("_c")]
+    parts = plain + ([f"{len(lacking) - len(plain)} large-count functions"] if len(lacking) > len(plain) else [])
+    return f"{', '.join(parts)}; not exported, the others are served" if parts else "nothing is missing"
 
 
 def _launcher_family(mpirun: str) -> str:

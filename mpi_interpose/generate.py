@@ -29,6 +29,8 @@ TYPES = {
     "p": "int*",
     "P": ("int*", "MPI_Count*"),
     "m": "MPI_Message*",
+    "f": "MPI_Info",
+    "C": "MPI_Comm*",
     "v": "void*",
 }
 
@@ -58,6 +60,11 @@ def exports(symbols: set[str]) -> str:
         f"extern const int undertow_symbol_count;\nconst int undertow_symbol_count = {len(rows)};",
         "extern const char* const undertow_symbol_names[];\nconst char* const undertow_symbol_names[] = {"
         + ", ".join(f'"{row[0]}"' for row in rows)
+        + "};",
+        "W undertow_absent(int index);     // says which function the MPI at hand lacks, and gives an error code",
+        *(f"static W absent_{index}() {{ return undertow_absent({index}); }}" for index in range(len(rows))),
+        "extern void* const undertow_absents[];\nvoid* const undertow_absents[] = {"
+        + ", ".join(f"(void*)absent_{index}" for index in range(len(rows)))
         + "};",
         f"void* undertow_next[{len(rows)}];",
         "int undertow_gate;           // 1: between MPI_Init and MPI_Finalize with the right MPI",
@@ -104,8 +111,10 @@ def reals(symbols: set[str]) -> str:
                 for symbol, *_ in rows
             ),
             "",
-            "#define UNDERTOW_FILL_OWN(own, find) \\",
+            "#define UNDERTOW_FILL_OWN(own, find, lacking) \\",
             *(f'  own.{name} = reinterpret_cast<decltype(own.{name})>(find("{name}")); \\' for name in own),
+            *(f'  if (!own.{name}) lacking = "MPI_{name}"; \\' for name in own if name not in OWN_OPTIONAL),
+            "",
             "",
         ]
     )

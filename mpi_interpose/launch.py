@@ -55,6 +55,8 @@ def environment(library: Path, mode: str, report: str | None) -> dict[str, str]:
         raise InterposeError(f"--mode {mode}; expected one of {', '.join(MODES)}")
     before = os.environ.get("LD_PRELOAD", "")
     values = {"LD_PRELOAD": f"{library} {before}".strip(), "UNDERTOW_MPI_MODE": mode}
+    # Reordering the ranks of a graph takes messages among all ranks: here all of them get the preload.
+    values["UNDERTOW_MPI_REORDER"] = os.environ.get("UNDERTOW_MPI_REORDER", "1")
     if report:
         values["UNDERTOW_MPI_REPORT"] = report
     return values

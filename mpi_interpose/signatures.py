@@ -7,7 +7,7 @@ program that looks for an optional symbol (mpi4py looks for the large-count ones
 Kinds, one letter per argument: b buffer, n count (MPI_Count in the large-count twin), N array of counts, D array of
 displacements (MPI_Aint in the twin), A array of MPI_Aint, t datatype, T array of datatypes, h pointer to a datatype,
 i int, o operation, c communicator, r pointer to a request, q request, R array of requests, s status, S array of
-statuses, p int pointer, P count pointer, m message pointer, v any other pointer.
+statuses, p int pointer, P count pointer, m message pointer, f info, C communicator pointer, v any other pointer.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def _table() -> tuple[Signature, ...]:
         Signature("Reduce_local", "reduce_local", "bbnto"),
         Signature("Reduce_scatter", "reduce_scatter", "bbNtoc"),
         Signature("Reduce_scatter_block", "reduce_scatter_block", "bbntoc"),
+        Signature("Dist_graph_create_adjacent", "dist_graph_create_adjacent", "cippippfiC", False),
         Signature("Scan", "scan", "bbntoc"),
         Signature("Exscan", "exscan", "bbntoc"),
     ]
@@ -97,6 +98,8 @@ _OWN = (
     "Test Wait Test_cancelled Request_free Request_get_status Get_library_version Initialized Query_thread"
 )
 OWN = tuple(_OWN.split())
+# What only the reordering of graph communicators needs, beside Comm_rank and Comm_size.
+OWN += ("Allgather", "Allgatherv", "Allreduce", "Comm_split", "Comm_free", "Dist_graph_create_adjacent")
 OWN_OPTIONAL = ("Type_get_envelope_c", "Type_get_contents_c")
 
 # Open MPI's Fortran bindings call PMPI directly, so their entry points are exported too (see fortran.py).

@@ -3,6 +3,8 @@
 // Extents and bounds come from the library (they carry every resize and every rule about padding); the order of bytes
 // comes from the constructor. At the end size and true bounds of the IR must equal the library's, and before a type's
 // first use the library packs a pattern that must come out as the IR says; anything else is passed through.
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstring>
 #include <mutex>
@@ -24,7 +26,7 @@ namespace {
 constexpr int kMaxDepth = 64;
 constexpr int64_t kMaxTable = 1 << 21;
 constexpr int64_t kMaxPattern = 1 << 18;  // bytes of the buffer in the pattern comparison
-constexpr int64_t kMaxNoise = 1 << 28;    // the same for larger types, which are compared by one pack of random bytes
+constexpr int64_t kMaxNoise = 1 << 28;    // packed bytes of larger types, which are compared by one pack of random bytes
 constexpr uint32_t kNoiseAfter = 2;       // and not before their third use: a type used once is not worth it
 
 enum Name { kNamed, kDup, kContiguous, kVector, kHvector, kIndexed, kHindexed, kIndexedBlock, kHindexedBlock, kStruct,
@@ -70,21 +72,30 @@ void must(int rc, const char* what) {
   if (rc != MPI_SUCCESS) throw Unsupported(std::string(what) + " failed");
 }
 
+// The large-count questions, where the MPI that this was built for has them and the one at hand too.
+bool asks_large() {
+#if defined(UNDERTOW_HAS_TYPE_GET_ENVELOPE_C) && defined(UNDERTOW_HAS_TYPE_GET_CONTENTS_C)
+  return own.Type_get_envelope_c && own.Type_get_contents_c;
+#else
+  return false;
+#endif
+}
+
 // How many arguments of each kind the constructor had.
 struct Envelope {
   Name name = kNamed;
-#if defined(UNDERTOW_HAS_TYPE_GET_ENVELOPE_C) && defined(UNDERTOW_HAS_TYPE_GET_CONTENTS_C)
   MPI_Count ints = 0, addrs = 0, counts = 0, types = 0;
-#else
-  int ints = 0, addrs = 0, counts = 0, types = 0;
-#endif
   explicit Envelope(MPI_Datatype type) {
     int combiner = 0;
+    if (asks_large()) {
 #if defined(UNDERTOW_HAS_TYPE_GET_ENVELOPE_C) && defined(UNDERTOW_HAS_TYPE_GET_CONTENTS_C)
-    must(own.Type_get_envelope_c(type, &ints, &addrs, &counts, &types, &combiner), "Type_get_envelope_c");
-#else
-    must(own.Type_get_envelope(type, &ints, &addrs, &types, &combiner), "Type_get_envelope");
+      must(own.Type_get_envelope_c(type, &ints, &addrs, &counts, &types, &combiner), "Type_get_envelope_c");
 #endif
+    } else {
+      int i = 0, a = 0, t = 0;
+      must(own.Type_get_envelope(type, &i, &a, &t, &combiner), "Type_get_envelope");
+      ints = i, addrs = a, types = t;
+    }
     name = name_of(combiner);
   }
   // Value-index and F90 types belong to the library: they are never freed.
@@ -110,12 +121,16 @@ struct Contents {
       throw Unsupported("table too long");
     ints.resize(e.ints), addrs.resize(e.addrs), counts.resize(e.counts), types.resize(e.types);
     if (e.predefined()) return;
+    int rc = MPI_SUCCESS;
+    if (asks_large()) {
 #if defined(UNDERTOW_HAS_TYPE_GET_ENVELOPE_C) && defined(UNDERTOW_HAS_TYPE_GET_CONTENTS_C)
-    const int rc = own.Type_get_contents_c(type, e.ints, e.addrs, e.counts, e.types, ints.data(), addrs.data(), counts.data(),
-                                           types.data());
-#else
-    const int rc = own.Type_get_contents(type, e.ints, e.addrs, e.types, ints.data(), addrs.data(), types.data());
+      rc = own.Type_get_contents_c(type, e.ints, e.addrs, e.counts, e.types, ints.data(), addrs.data(), counts.data(),
+                                   types.data());
 #endif
+    } else {
+      rc = own.Type_get_contents(type, static_cast<int>(e.ints), static_cast<int>(e.addrs), static_cast<int>(e.types),
+                                 ints.data(), addrs.data(), types.data());
+    }
     if (rc != MPI_SUCCESS) types.clear();
     must(rc, "Type_get_contents");
   }
@@ -376,17 +391,36 @@ Decoded decode(MPI_Datatype type) {
 
 namespace {
 
-// One element of random bytes, packed by the library and by our kernels: a byte from a wrong place agrees by chance once
-// in 256, so a wrong order is seen.
-void compare_noise(const Record& r, const Bounds& b) {
-  if (b.true_extent > kMaxNoise || b.size > kMaxNoise) throw Unsupported("too large to compare with the library");
-  std::vector<unsigned char> buffer(b.true_extent), theirs(b.size), ours(b.size);
-  uint64_t x = 0x9e3779b97f4a7c15ull;
-  for (unsigned char& v : buffer) {
-    x ^= x << 13, x ^= x >> 7, x ^= x << 17;
-    v = static_cast<unsigned char>(x >> 32);
+// Address space without memory until it is touched, because a type may reach over many GiB and touch little of them.
+struct Span {
+  unsigned char* base;
+  size_t bytes;
+  explicit Span(int64_t n) : bytes(static_cast<size_t>(n)) {
+    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) throw Unsupported("too far apart to compare with the library");
+    madvise(p, bytes, MADV_NOHUGEPAGE);
+    base = static_cast<unsigned char*>(p);
   }
-  unsigned char* origin = buffer.data() - b.true_lb;
+  ~Span() { munmap(base, bytes); }
+  Span(const Span&) = delete;
+  Span& operator=(const Span&) = delete;
+};
+
+// One element of random bytes, none of them zero, at the places where the IR has bytes, and zeros elsewhere; packed by
+// the library and by our kernels. A byte from a place of another byte agrees by chance once in 255, so a wrong order is
+// seen, and one from outside never agrees.
+void compare_noise(const Record& r, const Bounds& b) {
+  if (b.size > kMaxNoise) throw Unsupported("too large to compare with the library");
+  std::vector<unsigned char> noise(b.size), theirs(b.size), ours(b.size);
+  uint64_t x = 0x9e3779b97f4a7c15ull;
+  for (unsigned char& v : noise) {
+    x ^= x << 13, x ^= x >> 7, x ^= x << 17;
+    v = static_cast<unsigned char>(1 + (x >> 32) % 255);
+  }
+  const Span span(b.true_extent);
+  unsigned char* origin = span.base - b.true_lb;
+  walk_unpack(*r.plan.ir, 1, r.plan.extent, reinterpret_cast<const char*>(noise.data()),
+              reinterpret_cast<char*>(origin), 0, b.size);
   int position = 0;
   must(own.Pack(origin, 1, handle_of(r), theirs.data(), static_cast<int>(b.size), &position, constants.self), "Pack");
   pack(r.plan, 1, reinterpret_cast<const char*>(origin), reinterpret_cast<char*>(ours.data()));

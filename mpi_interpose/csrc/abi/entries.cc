@@ -1,6 +1,7 @@
 // The typed functions behind the exported symbols (generated), in one unit with the handlers that they call.
 #include "handlers_coll.hh"
 #include "handlers_device.hh"
+#include "handlers_graph.hh"
 #include "handlers_local.hh"
 #include "handlers_requests.hh"
 #include "state.hh"

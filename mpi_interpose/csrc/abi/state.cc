@@ -15,6 +15,7 @@
 extern "C" {
 extern int undertow_gate;
 extern void* undertow_next[];
+extern void* const undertow_absents[];
 extern const int undertow_symbol_count;
 extern const char undertow_built_for[];      // first line of MPI_Get_library_version at build time
 extern const char undertow_flavour_name[];   // openmpi, mpich or abi
@@ -65,16 +66,23 @@ bool right_library() {
 
 void resolve_all() {
   mode = wished_mode();
-  for (int i = 0; i < undertow_symbol_count; ++i) undertow_next[i] = find(undertow_symbol_names[i]);
+  for (int i = 0; i < undertow_symbol_count; ++i) {
+    const char* name = undertow_symbol_names[i];
+    undertow_next[i] = find(name);
+    if (!undertow_next[i]) undertow_next[i] = find_own(name + std::strlen("MPI_"));
+    // This library may have been built for an MPI with more functions. A program that was linked to the one at hand
+    // cannot call these; if it finds ours by name, it gets an error.
+    if (!undertow_next[i]) undertow_next[i] = undertow_absents[i];
+  }
   if (mode == Mode::Off || !right_library()) return;
-  for (int i = 0; i < undertow_symbol_count; ++i)
-    if (!undertow_next[i]) {
-      say("the MPI at hand (%s) lacks %s, which the one this preload was built for has: doing nothing",
-          mapped_library(), undertow_symbol_names[i]);
-      return;
-    }
   UNDERTOW_FILL_REAL(real, undertow_next)
-  UNDERTOW_FILL_OWN(own, find_own)
+  const char* lacking = nullptr;
+  UNDERTOW_FILL_OWN(own, find_own, lacking)
+  if (lacking) {
+    say("the MPI at hand (%s) lacks %s, without which nothing can be done: every call is handed on", mapped_library(),
+        lacking);
+    return;
+  }
   g_matching = true;
 }
 
@@ -150,6 +158,13 @@ Degrees degrees_of(MPI_Comm comm) {
 }
 
 }  // namespace undertow
+
+// Called in the place of a function that neither has a name in the library nor a profiling name.
+extern "C" unsigned long undertow_absent(int index) {
+  undertow::say("the program called %s, which its MPI (%s) does not have", undertow::undertow_symbol_names[index],
+                undertow::mapped_library());
+  return static_cast<unsigned long>(MPI_ERR_UNSUPPORTED_OPERATION);
+}
 
 // Called by every export while the gate is not open. MPI_Init itself may pass before the gate is open.
 extern "C" int undertow_enter(int at_init) {

@@ -19,6 +19,8 @@ from undertow.mpi_interpose import core
 from undertow.mpi_interpose.compile import core_library
 from undertow.mpi_interpose.errors import InterposeError
 
+pytestmark = pytest.mark.slow  # on the checkout only
+
 
 def expected_pack(ir: tuple, count: int, extent: int, buffer: np.ndarray, origin: int) -> np.ndarray:
     one = indices(ir)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from mpis import PROGRAMS, Install, start
+
+pytestmark = pytest.mark.slow  # on the checkout only
 
 KINDS = (
     "named dup contiguous vector hvector indexed hindexed indexed_block hindexed_block struct subarray darray resized "

@@ -11,6 +11,8 @@ from mpis import Install, environment, start
 
 import undertow.examples
 
+pytestmark = pytest.mark.slow  # on the checkout only
+
 EXAMPLES = Path(undertow.examples.__file__).parent
 
 

@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 from undertow.parallel.stream import stream_backprop
 
 pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.slow  # on the checkout only
 TOKENS = 21
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from undertow.__main__ import main
+from undertow.benchmarks.kill_resume import Job, prepare
 from undertow.dist.trace import trace_path
 from undertow.dist.trace_read import read_attempts
 from undertow.examples.metrics import read
@@ -38,18 +40,24 @@ def script(cluster, data):
         path = run.with_suffix(".sbatch")
         words = ["--nodes", "2", "--tasks-per-node", "2", "--interface", "lo", "--run-dir", str(run), "--time", "5min"]
         words += ["--min-disk", "1MiB", "--output", str(path), *options]
-        train = ["-m", "undertow", "train", "--out", str(run), "--resume", "--recipe", "tiny", "--data", str(data)]
-        train += ["--steps", str(STEPS), "--checkpoint-every", "10", "--threads", "1", "--device", "cpu"]
+        train = ["-m", "undertow", "train", *training(run, data), "--resume", "--threads", "1", "--device", "cpu"]
         assert main(["slurm", "render", template, *words, "--", *train]) == 0
         return path
 
     return render
 
 
+def training(run: Path, data: Path) -> list[str]:
+    words = ["--out", str(run), "--recipe", "tiny", "--data", str(data)]
+    return [*words, "--steps", str(STEPS), "--checkpoint-every", "10"]
+
+
 @pytest.fixture(scope="module")
-def undisturbed(cluster, script) -> Path:
+def undisturbed(cluster, data) -> Path:
+    """Four forked ranks without Slurm: what started them leaves no trace in a result."""
     run = cluster.folder / "undisturbed"
-    cluster.wait(cluster.submit(script("srun", run)), "COMPLETED")
+    prepare()
+    Job(training(run, data), 4, run.with_suffix(".log")).succeed(150)
     return run
 
 
@@ -73,7 +81,7 @@ def assert_same(run: Path, reference: Path) -> None:
 
 def test_srun_loses_a_rank_and_is_preempted(cluster, script, undisturbed):
     run = cluster.folder / "srun"
-    job = cluster.submit(script("srun", run))
+    job = cluster.submit(script("srun", run), "--export=ALL,RETRY_WAIT=1")
     reach(run, 12)
     os.kill(read_attempts(trace_path(run / "trace", 3))[-1].os_pid, signal.SIGKILL)  # on the second node
     log = cluster.folder / f"undertow-{job}.log"
@@ -132,6 +140,35 @@ def test_an_unfit_node_is_named(cluster, script):
     cluster.wait(job, "FAILED")
     said = (cluster.folder / f"undertow-{job}.log").read_text()
     assert "node n1: " in said and "less than 1.0 EiB" in said and "--exclude=NODE" in said
+
+
+VECTOR = """\
+import numpy
+from mpi4py import MPI
+
+comm = MPI.COMM_WORLD
+column = MPI.DOUBLE.Create_vector(64, 1, 64).Commit()
+sent, got = numpy.arange(4096.0).reshape(64, 64), numpy.zeros((64, 64))
+comm.Sendrecv([sent, 1, column], 1 - comm.rank, recvbuf=[got, 1, column], source=1 - comm.rank)
+assert (got[:, 0] == sent[:, 0]).all() and not got[:, 1:].any()
+print("column", comm.rank, "of", comm.size)
+"""
+
+
+def test_an_mpi_program_under_the_preload(cluster):
+    """Two ranks on one node, started by the mpirun beside this Python; the report says what the preload saw."""
+    path, run = cluster.folder / "mpi.sbatch", cluster.folder / "mpi"
+    program = cluster.folder / "vector.py"
+    program.write_text(VECTOR)
+    words = ["--tasks-per-node", "2", "--interface", "lo", "--run-dir", str(run), "--min-disk", "1MiB"]
+    assert main(["slurm", "render", "mpi", *words, "--output", str(path), "--", sys.executable, str(program)]) == 0
+    mpirun = Path(sys.executable).parent / "mpirun"
+    job = cluster.submit(path, f"--export=ALL,MPIRUN={mpirun},MPIRUN_OPTIONS=-launcher fork,MAX_RESTARTS=0")
+    cluster.wait(job, "COMPLETED FAILED")
+    said = (cluster.folder / f"undertow-{job}.log").read_text()
+    assert "column 0 of 2" in said and "column 1 of 2" in said, said
+    (report,) = cluster.folder.glob("mpi-logs/mpi-*.json")
+    assert "vector" in report.read_text()
 
 
 def test_array_of_benchmarks(cluster):

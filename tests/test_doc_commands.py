@@ -56,6 +56,8 @@ CLAIMS = {
     "torchrun undertow bench": HAND,
     "python -m benchmarks.NAME": HAND,
     "python -m undertow.benchmarks": HAND,
+    "python benchmarks/attention_blocks": HAND,
+    "python benchmarks/attention_modelled": HAND,
     "undertow workloads": "tests/examples/workloads/test_cli.py",
     "torchrun undertow workloads": "tests/examples/workloads/test_equivalence.py",
     "undertow mpi run": "tests/mpi_interpose/test_cli.py",

@@ -103,7 +103,7 @@ class Driver:
             self.functions[name] = made
         return self.functions[name]
 
-    def paper(self, layout: Layout, user: int, packed: int, packing: bool) -> Callable[[], None] | None:
+    def paper(self, layout: Layout, user: int, packed: int, packing: bool) -> Callable[[], object] | None:
         dims = layout.dims
         if layout.offsets or not 1 <= len(dims) <= 2 or not self.module:
             return None
@@ -127,7 +127,7 @@ class Driver:
 
         return run
 
-    def memcpy(self, layout: Layout, user: int, packed: int, packing: bool) -> Callable[[], None] | None:
+    def memcpy(self, layout: Layout, user: int, packed: int, packing: bool) -> Callable[[], object] | None:
         """cuMemcpy2DAsync, or 3D when the outer stride is a multiple of the inner one (a pitch must divide it)."""
         dims = layout.dims
         if layout.offsets or not 1 <= len(dims) <= 2 or dims[-1][1] < layout.block:
@@ -183,11 +183,11 @@ def views(layout: Layout, user: torch.Tensor, packed: torch.Tensor) -> tuple[tor
 
 def make(
     layout: Layout, user: torch.Tensor, packed: torch.Tensor, packing: bool, driver: Driver
-) -> dict[str, Callable[[], None]]:
+) -> dict[str, Callable[[], object]]:
     """The arms by name; 'ours' first. `user` holds the layout's span, `packed` its size, both uint8 on the device."""
     plan = gpu.GpuPlan(layout.ir(), layout.span)
     at, to = user.data_ptr(), packed.data_ptr()
-    arms: dict[str, Callable[[], None]] = {
+    arms: dict[str, Callable[[], object]] = {
         "ours": lambda: plan.enqueue(1, at, to, packing, torch.cuda.current_stream().cuda_stream),
     }
     arms["again"] = arms["ours"]
@@ -214,7 +214,7 @@ def make(
     return arms
 
 
-def _indexed(layout: Layout, user: torch.Tensor, packed: torch.Tensor, packing: bool) -> Callable[[], None]:
+def _indexed(layout: Layout, user: torch.Tensor, packed: torch.Tensor, packing: bool) -> Callable[[], object]:
     """A gather or scatter by torch's index_select and index_copy_, with the index ready on the device."""
     word = next(w for w in (8, 4, 2, 1) if layout.block % w == 0 and all(o % w == 0 for o in layout.offsets))
     typed = _TYPES[word]

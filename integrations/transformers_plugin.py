@@ -81,7 +81,9 @@ class LazyCheckpoints(TrainerCallback):
         for stale in Path(args.output_dir).glob(f"{STAGING}*") if coordinator.rank == 0 else []:
             if not stale.name.startswith(STAGING + coordinator.token):
                 shutil.rmtree(stale, ignore_errors=True)  # a killed run's
-        self._hooks = attach(self._saver.fence, [self.trainer.model], [_innermost(kwargs["optimizer"])])
+        saver = self._saver
+        optimizer = _innermost(kwargs["optimizer"])
+        self._hooks = attach(lambda _: saver.fence(), lambda _: saver.fence(), [self.trainer.model], [optimizer])
         for name, ours in (("_save_checkpoint", self._save), ("_finalize_training", self._finalize)):
             self._plain[name] = getattr(self.trainer, name)
             setattr(self.trainer, name, ours)

@@ -96,7 +96,9 @@ def gpu_units() -> list[Unit]:
     """The device side without MPI: the driver's functions at run time, and the kernels' PTX as a string."""
     ptx = (CSRC / "gpu" / "kernels.ptx").read_text()
     lines = "\n".join('"' + line.replace("\\", "\\\\").replace('"', '\\"') + '\\n"' for line in ptx.splitlines())
-    text = f'extern "C" {{\nextern const char undertow_gpu_kernels[];\nconst char undertow_gpu_kernels[] =\n{lines};\n}}\n'
+    text = (
+        f'extern "C" {{\nextern const char undertow_gpu_kernels[];\nconst char undertow_gpu_kernels[] =\n{lines};\n}}\n'
+    )
     units = [Unit(name, CSRC / "gpu" / f"{name}.cc") for name in GPU]
     return [*units, Unit("gpu_kernels", text)]
 

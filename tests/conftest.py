@@ -24,6 +24,27 @@ class RootIsAFolder:
         return pytest.Dir.from_parent(parent, path=path) if path == ROOT else None
 
 
+# The files that take longest, begun first: where several run beside each other, none of them is left over at the end.
+LONGEST = (
+    "test_cluster",
+    "test_mpi4py_suite",
+    "test_torchrun",
+    "test_elastic",
+    "test_stream_families",
+    "test_deepspeed_plugin",
+    "test_claims",
+    "test_kill",
+    "test_programs",
+    "test_train",
+    "test_doc_commands",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(RootIsAFolder())
 

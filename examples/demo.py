@@ -21,8 +21,10 @@ from ..dist.errors import UserError
 from ..dist.progress import Progress
 from ..dist.trace import trace_path
 from ..dist.trace_read import read_attempts
-from .kill_and_resume import Outcome, compare, finish, kill_inside, start, stop
+from .kill_and_resume import IN_FLIGHT, Kill, Outcome, compare, finish, kill_inside, start, stop
 from .recipes import recipe
+
+ATTEMPTS = 5  # runs that are begun until one is killed inside a checkpoint; small ones can be too quick
 
 
 def main(argv: list[str]) -> int:
@@ -52,20 +54,19 @@ def command(
     console.print(f"[1/3] {config.steps} steps on {ranks} ranks, without checkpoints")
     _run(undisturbed, ranks, [*options, "--checkpoint-every", "0"], out / "undisturbed.log", config.steps)
 
-    console.print("[2/3] the same with checkpoints; rank 1 is killed while one is being written")
+    console.print(f"[2/3] the same with checkpoints; rank {min(1, ranks - 1)} is killed while one is being written")
     log = out / "killed.log"
-    process = start(killed, ranks, options, log=log)
-    try:
-        victim = kill_inside(
-            process,
-            killed,
-            rank=min(1, ranks - 1),
-            from_step=config.steps // 2,
-            inside=("flush",),
-            timeout_s=1200,
+    victim = None
+    for _ in range(ATTEMPTS):
+        shutil.rmtree(killed, ignore_errors=True)
+        if (victim := _run_and_kill(killed, ranks, options, log, config.steps // 2)) is not None:
+            break
+        console.print("      the run ended before it could be killed inside a checkpoint; once more")
+    if victim is None:
+        raise UserError(
+            f"{ATTEMPTS} runs of recipe {recipe_name} ended before rank {min(1, ranks - 1)} could be killed",
+            remedy="a longer recipe, for example --recipe demo",
         )
-    finally:
-        stop(process)
     console.print(f"      killed rank {victim.rank} in step {victim.step}, inside: {', '.join(victim.inside)}")
 
     console.print("[3/3] restart with --resume")
@@ -75,6 +76,16 @@ def command(
     _show(console, outcome, killed, undisturbed)
     console.print(f"loss curve: {killed / 'loss.png'}")
     return 0 if outcome.identical else 1
+
+
+def _run_and_kill(out: Path, ranks: int, options: list[str], log: Path, from_step: int) -> Kill | None:
+    """A run whose second rank is killed inside a checkpoint; None if it was too quick for that."""
+    process = start(out, ranks, options, log=log)
+    try:
+        rank = min(1, ranks - 1)
+        return kill_inside(process, out, rank=rank, from_step=from_step, inside=IN_FLIGHT, timeout_s=1200)
+    finally:
+        stop(process)
 
 
 def _run(out: Path, ranks: int, options: list[str], log: Path, steps: int) -> None:

@@ -64,14 +64,16 @@ def stop(process: subprocess.Popen) -> None:
 
 def kill_inside(
     process: subprocess.Popen, out: Path, *, rank: int, from_step: int, inside: Sequence[str], timeout_s: float
-) -> Kill:
+) -> Kill | None:
     """SIGKILL `rank` as soon as, at or after `from_step`, one of the spans `inside` is open (none: at once).
 
-    Waits for torchrun to notice and end the others.
+    Waits for torchrun to notice and end the others. None: the run ended well before such a moment was seen.
     """
     trace = trace_path(out / "trace", rank)
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
+        if process.poll() == 0:
+            return None
         if process.poll() is not None:
             raise UndertowError(f"the run ended with code {process.returncode} before rank {rank} could be killed")
         step = _newest_step(trace)

@@ -57,12 +57,12 @@ def describe(ir: str, lb: int, extent: int) -> str:
     return _text(load().undertow_core_describe(ir.encode(), lb, extent))
 
 
-class CorePlan:
-    """A plan of the core; addresses are integers, the caller keeps the buffers alive."""
+class Plan:
+    """A plan that `lib` made of an IR and the bytes from element to element, and frees with this object."""
 
-    def __init__(self, ir: str, extent: int, library: Path | None = None) -> None:
-        self._lib = load(library)
-        self._plan = self._lib.undertow_core_plan(ir.encode(), extent)
+    def __init__(self, lib: ctypes.CDLL, ir: str, extent: int) -> None:
+        self._lib = lib
+        self._plan = lib.undertow_core_plan(ir.encode(), extent)
         if not self._plan:
             raise InterposeError(f"the core cannot plan this datatype: {ir[:80]}")
 
@@ -73,6 +73,13 @@ class CorePlan:
     @property
     def size(self) -> int:
         return self._lib.undertow_core_size(self._plan)
+
+
+class CorePlan(Plan):
+    """A plan of the core; addresses are integers, the caller keeps the buffers alive."""
+
+    def __init__(self, ir: str, extent: int, library: Path | None = None) -> None:
+        super().__init__(load(library), ir, extent)
 
     def pack(self, count: int, source: int, target: int) -> None:
         self._lib.undertow_core_pack(self._plan, count, source, target)

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from .compile import CSRC, Unit, cache_folder, core_units, gpu_units, headers_digest, link
+from .core import Plan
 from .errors import InterposeError
 
 MEMORY = ("host", "device", "pinned", "managed")
@@ -91,22 +92,11 @@ def _check(error: bytes | None) -> None:
         raise InterposeError(f"device pack: {error.decode()}")
 
 
-class GpuPlan:
+class GpuPlan(Plan):
     """A plan for device memory. `ir` is the text form (see spec.read), `extent` the bytes from element to element."""
 
     def __init__(self, ir: str, extent: int) -> None:
-        self._lib = load()
-        self._plan = self._lib.undertow_core_plan(ir.encode(), extent)
-        if not self._plan:
-            raise InterposeError(f"the core cannot plan this datatype: {ir[:80]}")
-
-    def __del__(self) -> None:
-        if getattr(self, "_plan", None):
-            self._lib.undertow_core_free(self._plan)
-
-    @property
-    def size(self) -> int:
-        return self._lib.undertow_core_size(self._plan)
+        super().__init__(load(), ir, extent)
 
     def pack(self, count: int, source: int, target: int) -> None:
         """count elements at `source` to count * size bytes at `target`; complete on return, either may be host."""

@@ -15,7 +15,20 @@ from .compile import CSRC, Unit, cache_folder, core_units, gpu_units, headers_di
 from .generate import entries, exports, reals
 from .toolchain import Mpi
 
-GLUE = ("resolve", "decode", "types", "report", "model", "transfer", "requests", "state", "graph", "reorder", "entries")
+GLUE = (
+    "resolve",
+    "decode",
+    "prove",
+    "types",
+    "report",
+    "model",
+    "transfer",
+    "requests",
+    "state",
+    "graph",
+    "reorder",
+    "entries",
+)
 POLICY = CSRC / "policy"
 
 

@@ -1,17 +1,15 @@
 // A datatype back to its constructor calls, and from these to IR: all combiners of MPI 3.1 to 5.0.
 //
 // Extents and bounds come from the library (they carry every resize and every rule about padding); the order of bytes
-// comes from the constructor. At the end size and true bounds of the IR must equal the library's, and before a type's
-// first use the library packs a pattern that must come out as the IR says; anything else is passed through.
-#include <sys/mman.h>
-
+// comes from the constructor. At the end size and true bounds of the IR must equal the library's; anything else is passed
+// through. What the library makes of the bytes themselves is asked before a type's first use (prove.cc).
 #include <algorithm>
 #include <cstring>
 #include <mutex>
 #include <unordered_map>
 #include <vector>
 
-#include "report.hh"
+#include "decode.hh"
 #include "types.hh"
 
 namespace undertow {
@@ -25,9 +23,6 @@ namespace {
 
 constexpr int kMaxDepth = 64;
 constexpr int64_t kMaxTable = 1 << 21;
-constexpr int64_t kMaxPattern = 1 << 18;  // bytes of the buffer in the pattern comparison
-constexpr int64_t kMaxNoise = 1 << 28;    // packed bytes of larger types, which are compared by one pack of random bytes
-constexpr uint32_t kNoiseAfter = 2;       // and not before their third use: a type used once is not worth it
 
 enum Name { kNamed, kDup, kContiguous, kVector, kHvector, kIndexed, kHindexed, kIndexedBlock, kHindexedBlock, kStruct,
             kSubarray, kDarray, kResized, kF90Real, kF90Complex, kF90Integer, kValueIndex, kPair };
@@ -66,10 +61,6 @@ Name name_of(int combiner) {
   if (combiner == MPI_COMBINER_STRUCT_INTEGER) return kStruct;
 #endif
   throw Unsupported("unknown combiner " + std::to_string(combiner));
-}
-
-void must(int rc, const char* what) {
-  if (rc != MPI_SUCCESS) throw Unsupported(std::string(what) + " failed");
 }
 
 // The large-count questions, where the MPI that this was built for has them and the one at hand too.
@@ -144,36 +135,6 @@ struct Contents {
   int64_t a(size_t k) const { return addrs.at(k); }
   int64_t c(size_t k) const { return counts.at(k); }
 };
-
-struct Bounds {
-  int64_t size, lb, extent, true_lb, true_extent;
-};
-
-Bounds bounds_of(MPI_Datatype type) {
-  MPI_Count size = 0, lb = 0, extent = 0, true_lb = 0, true_extent = 0;
-  must(own.Type_size_x(type, &size), "Type_size_x");
-  must(own.Type_get_extent_x(type, &lb, &extent), "Type_get_extent_x");
-  must(own.Type_get_true_extent_x(type, &true_lb, &true_extent), "Type_get_true_extent_x");
-  if (size < 0) throw Unsupported("size is undefined");
-  return {size, lb, extent, true_lb, true_extent};
-}
-
-// Packs one element of a byte pattern with the library; the positions of its bytes in the buffer, in packed order.
-std::vector<int64_t> library_order(MPI_Datatype type, const Bounds& b) {
-  if (b.true_extent > kMaxPattern || b.size > kMaxPattern || b.size == 0) throw Unsupported("too large to compare");
-  std::vector<int64_t> where(b.size, 0);
-  std::vector<unsigned char> buffer(b.true_extent), packed(b.size);
-  for (int shift = 0; shift < 24; shift += 8) {
-    for (int64_t i = 0; i < b.true_extent; ++i) buffer[i] = static_cast<unsigned char>(i >> shift);
-    int position = 0;
-    must(own.Pack(buffer.data() - b.true_lb, 1, type, packed.data(), static_cast<int>(b.size), &position, constants.self),
-         "Pack");
-    if (position != b.size) throw Unsupported("the library packs another number of bytes");
-    for (int64_t i = 0; i < b.size; ++i) where[i] |= static_cast<int64_t>(packed[i]) << shift;
-  }
-  for (int64_t& w : where) w += b.true_lb;
-  return where;
-}
 
 struct Decoder {
   uint32_t combiners = 0;
@@ -344,25 +305,37 @@ struct Decoder {
   }
 };
 
-void expand(const Node& n, int64_t off, std::vector<int64_t>& out) {
-  if (n.size == 0) return;
-  switch (n.kind) {
-    case Kind::Bytes:
-      for (int64_t i = 0; i < n.size; ++i) out.push_back(off + i);
-      return;
-    case Kind::Loop:
-      for (int64_t i = 0; i < n.count; ++i) expand(*n.child, off + i * n.stride, out);
-      return;
-    case Kind::Seq:
-      for (const Part& p : n.parts) expand(*p.node, off + p.off, out);
-      return;
-    case Kind::Runs:
-      for (size_t r = 0; r < n.offs.size(); ++r)
-        for (int64_t i = 0; i < n.run_len(r); ++i) out.push_back(off + n.offs[r] + i);
-  }
+}  // namespace
+
+void must(int rc, const char* what) {
+  if (rc != MPI_SUCCESS) throw Unsupported(std::string(what) + " failed");
 }
 
-}  // namespace
+Bounds bounds_of(MPI_Datatype type) {
+  MPI_Count size = 0, lb = 0, extent = 0, true_lb = 0, true_extent = 0;
+  must(own.Type_size_x(type, &size), "Type_size_x");
+  must(own.Type_get_extent_x(type, &lb, &extent), "Type_get_extent_x");
+  must(own.Type_get_true_extent_x(type, &true_lb, &true_extent), "Type_get_true_extent_x");
+  if (size < 0) throw Unsupported("size is undefined");
+  return {size, lb, extent, true_lb, true_extent};
+}
+
+// Packs one element of a byte pattern with the library; the positions of its bytes in the buffer, in packed order.
+std::vector<int64_t> library_order(MPI_Datatype type, const Bounds& b) {
+  if (b.true_extent > kMaxPattern || b.size > kMaxPattern || b.size == 0) throw Unsupported("too large to compare");
+  std::vector<int64_t> where(b.size, 0);
+  std::vector<unsigned char> buffer(b.true_extent), packed(b.size);
+  for (int shift = 0; shift < 24; shift += 8) {
+    for (int64_t i = 0; i < b.true_extent; ++i) buffer[i] = static_cast<unsigned char>(i >> shift);
+    int position = 0;
+    must(own.Pack(buffer.data() - b.true_lb, 1, type, packed.data(), static_cast<int>(b.size), &position, constants.self),
+         "Pack");
+    if (position != b.size) throw Unsupported("the library packs another number of bytes");
+    for (int64_t i = 0; i < b.size; ++i) where[i] |= static_cast<int64_t>(packed[i]) << shift;
+  }
+  for (int64_t& w : where) w += b.true_lb;
+  return where;
+}
 
 void drop(MPI_Datatype type) {
   try {
@@ -387,79 +360,6 @@ Decoded decode(MPI_Datatype type) {
   out.leaf = d.mixed || d.first_leaf ? constants.byte : d.leaf;
   out.leaf_size = d.mixed || d.first_leaf ? 1 : d.leaf_size;
   return out;
-}
-
-namespace {
-
-// Address space without memory until it is touched, because a type may reach over many GiB and touch little of them.
-struct Span {
-  unsigned char* base;
-  size_t bytes;
-  explicit Span(int64_t n) : bytes(static_cast<size_t>(n)) {
-    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) throw Unsupported("too far apart to compare with the library");
-    madvise(p, bytes, MADV_NOHUGEPAGE);
-    base = static_cast<unsigned char*>(p);
-  }
-  ~Span() { munmap(base, bytes); }
-  Span(const Span&) = delete;
-  Span& operator=(const Span&) = delete;
-};
-
-// One element of random bytes, none of them zero, at the places where the IR has bytes, and zeros elsewhere; packed by
-// the library and by our kernels. A byte from a place of another byte agrees by chance once in 255, so a wrong order is
-// seen, and one from outside never agrees.
-void compare_noise(const Record& r, const Bounds& b) {
-  if (b.size > kMaxNoise) throw Unsupported("too large to compare with the library");
-  std::vector<unsigned char> noise(b.size), theirs(b.size), ours(b.size);
-  uint64_t x = 0x9e3779b97f4a7c15ull;
-  for (unsigned char& v : noise) {
-    x ^= x << 13, x ^= x >> 7, x ^= x << 17;
-    v = static_cast<unsigned char>(1 + (x >> 32) % 255);
-  }
-  const Span span(b.true_extent);
-  unsigned char* origin = span.base - b.true_lb;
-  walk_unpack(*r.plan.ir, 1, r.plan.extent, reinterpret_cast<const char*>(noise.data()),
-              reinterpret_cast<char*>(origin), 0, b.size);
-  int position = 0;
-  must(own.Pack(origin, 1, handle_of(r), theirs.data(), static_cast<int>(b.size), &position, constants.self), "Pack");
-  pack(r.plan, 1, reinterpret_cast<const char*>(origin), reinterpret_cast<char*>(ours.data()));
-  if (position != b.size || theirs != ours) throw Unsupported("the library packs other bytes than the type's");
-}
-
-}  // namespace
-
-bool prove(Record& r) {
-  const int64_t span = r.plan.ir->hi - r.plan.ir->lo;
-  if (mode == Mode::Auto && (span > kMaxPattern || r.plan.size > kMaxPattern) &&
-      r.proof_wishes.fetch_add(1, std::memory_order_relaxed) < kNoiseAfter)
-    return false;
-  static std::mutex lock;
-  static auto* known = new std::unordered_map<uint64_t, int>;
-  uint64_t key = r.plan.ir->hash;
-  for (uint64_t v : {static_cast<uint64_t>(r.combiners), static_cast<uint64_t>(r.plan.extent),
-                     static_cast<uint64_t>(handle_key(r.leaf)), static_cast<uint64_t>(r.plan.size)})
-    key = (key ^ v) * 0x9e3779b97f4a7c15ull;
-  std::lock_guard<std::mutex> guard(lock);
-  int& state = (*known)[key];
-  if (state == 0 && !r.dead.load()) {
-    state = 1;
-    try {
-      const Bounds b = bounds_of(handle_of(r));
-      if (b.true_extent > kMaxPattern || b.size > kMaxPattern) {
-        compare_noise(r, b);
-      } else {
-        std::vector<int64_t> order;
-        expand(*r.plan.ir, 0, order);
-        if (order != library_order(handle_of(r), b)) throw Unsupported("the library packs other bytes than the type's");
-      }
-    } catch (const std::exception& e) {
-      state = 2;
-      report_refused(e.what());
-    }
-  }
-  r.proof.store(state, std::memory_order_release);
-  return state == 1;
 }
 
 }  // namespace undertow

@@ -75,9 +75,9 @@ struct Decoded {
   int64_t leaf_size = 0;
 };
 Decoded decode(MPI_Datatype type);
-// Whether the library packs one element of a pattern into the bytes that the plan says; asked before a type's first
-// use (of types over 256 KiB the third, by random bytes), once per structure. Open MPI 5.0.11 packs wrong bytes for some types of 16-byte elements with gaps: a program
-// must see the same with and without the preload, so such types are passed through.
+// prove.cc: whether the library packs a type's bytes as the plan says; asked before a type's first use (of types over
+// 256 KiB the third), once per structure. Open MPI 5.0.11 packs wrong bytes for some types of 16-byte elements with gaps:
+// a program must see the same with and without the preload, so such types are passed through.
 bool prove(Record& record);
 inline bool proved(Record& record) {
   const int p = record.proof.load(std::memory_order_acquire);

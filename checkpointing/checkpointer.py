@@ -31,12 +31,11 @@ from .coordinate import Coordinator
 from .cost import predict
 from .due import Due
 from .files import FileOps
-from .foreign import ForeignReader, Names
+from .foreign import Names, open_on_all
 from .frequency import Frequency
 from .hooks import attach
 from .layout import CHUNK_BYTES
 from .live import LiveState
-from .manifest import BadCheckpoint
 from .mirror import Mirror
 from .observe import Observer
 from .pipeline import Pipeline
@@ -267,23 +266,11 @@ class Checkpointer:
         """
         self.fence()
         self._pipeline.drain()
-        coordinator, names, problem, reader = self._coordinator, names or {}, None, None
+        names = names or {}
         with self._trace.span("restore"):
-            try:
-                reader = ForeignReader(Path(path), self.state, names, self._allow)
-                if verify:
-                    reader.verify(part=coordinator.rank, parts=coordinator.world)
-            except (UserError, BadCheckpoint) as error:
-                problem = error
-            coordinator.round += 1
-            word = f"restore/{coordinator.round}/foreign"
-            coordinator.say(word, problem and str(problem))
-            others = [text for text in coordinator.hear_all(word, timeout_s=self.timeout_s) if text]
-            if problem is not None:
-                raise problem
-            if others:
-                raise BadCheckpoint(others[0])
-            assert reader is not None
+            reader = open_on_all(
+                Path(path), self.state, names, self._coordinator, self._allow, verify=verify, timeout_s=self.timeout_s
+            )
             load_from(self.state, reader, self._allow, [label for label in names if names[label] is None])
         self._saved_step = None
 

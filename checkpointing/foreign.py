@@ -19,6 +19,7 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from ..dist.errors import UserError
+from .coordinate import Coordinator
 from .manifest import COMMIT, METADATA, BadCheckpoint, Manifest, ObjectRecord, ShardRecord, TensorRecord, check_boxes
 from .state import AppState, plain_name
 from .stored import DcpCheckpoint
@@ -204,6 +205,37 @@ class ForeignReader:
             raise BadCheckpoint(f"{self.path}: '{key}' is no whole torch.save archive ({error})") from error
         if bad is not None:
             raise BadCheckpoint(f"{self.path}: '{key}' is damaged: its {bad} has not the CRC-32 it was written with")
+
+
+def open_on_all(
+    path: Path,
+    state: AppState,
+    names: Names,
+    coordinator: Coordinator,
+    allowed: Sequence[type] = (),
+    *,
+    verify: bool,
+    timeout_s: float,
+) -> ForeignReader:
+    """The reader, once every rank has found its part whole; the first rank's problem is everybody's. Collective."""
+    problem: UserError | BadCheckpoint | None = None
+    reader = None
+    try:
+        reader = ForeignReader(path, state, names, allowed)
+        if verify:
+            reader.verify(part=coordinator.rank, parts=coordinator.world)
+    except (UserError, BadCheckpoint) as error:
+        problem = error
+    coordinator.round += 1
+    word = f"restore/{coordinator.round}/foreign"
+    coordinator.say(word, problem and str(problem))
+    others = [text for text in coordinator.hear_all(word, timeout_s=timeout_s) if text]
+    if problem is not None:
+        raise problem
+    if others:
+        raise BadCheckpoint(others[0])
+    assert reader is not None
+    return reader
 
 
 def _dotted(prefix: str) -> str:

@@ -25,7 +25,7 @@ class CudaMessenger(Protocol):
     world: int
 
     def exchange(self, after: Any, sends: Rows, receives: Rows) -> list[Any]:
-        """Start both behind the event `after`; the events behind which they are complete."""
+        """Start both behind `after`, an event or a `Counted`; the events behind which they are complete."""
         ...
 
     def close(self) -> None: ...
@@ -49,7 +49,7 @@ class NcclMessenger:
         if not operations:
             return []
         with torch.cuda.stream(self._stream):
-            self._stream.wait_event(after)
+            after.wait(self._stream)
             for work in dist.batch_isend_irecv(operations):
                 work.wait()  # orders this stream; the host goes on
             return [self._stream.record_event()]
@@ -77,7 +77,7 @@ class PinnedMessenger:
         for stream, copies in ((self._out, [(self.slot(r, to), r) for r, to in sends]),
                                (self._in, [(r, self._incoming(r, source)) for r, source in receives])):  # fmt: skip
             if copies:
-                stream.wait_event(after)
+                after.wait(stream)
                 with torch.cuda.stream(stream):
                     for target, source in copies:
                         target.copy_(source, non_blocking=True)

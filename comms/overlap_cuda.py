@@ -6,10 +6,16 @@ two streams, so that the last wave of one, which leaves processors idle, is fill
 async tensor parallelism does the same). What a caller gets is ordered behind its current stream. Nothing spins on a
 processor, and no stream waits for an event that is not queued before it, so one hardware queue
 (CUDA_DEVICE_MAX_CONNECTIONS=1) and CUDA_LAUNCH_BLOCKING cost overlap, but cannot deadlock.
+
+A reduce-scatter or all-reduce may instead get a `tracked` product: one kernel, queued before all that waits for it,
+which counts its finished tiles, and streams that wait for the counts (`stream_wait`). While a CUDA graph is captured
+the events are used: a captured count would be true at every replay.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,14 +24,29 @@ import torch.distributed as dist
 from ..dist.errors import UserError
 from .chunk_plan import ChunkPlan, Piece
 from .cuda_messengers import CudaMessenger, NcclMessenger, Rows
+from .cuda_watch import Watch
 from .overlap_engine import Product, add_in_order
+from .stream_wait import Counted
+
+# Queue the whole product, the given rows first to last, on the current stream, and have it add 1 to counters[i] as each
+# tile of the i-th is in memory; returns their numbers of tiles.
+Tracked = Callable[[Sequence[tuple[int, int]], torch.Tensor], Sequence[int]]
+_KEPT = 64  # plans whose counters are kept
+
+
+@dataclass
+class _Counters:
+    """Of one plan: how far every piece has come on the device, and how far it must come. They only grow."""
+
+    counts: torch.Tensor
+    need: list[int]
 
 
 class CudaOverlapEngine:
     """The ranks of `group` that multiply together, over NCCL, or over `messenger`. Use from one thread.
 
-    All tensors are on `device`. Calls are queued, not waited for; a rank that does not come shows as NCCL's time-out of
-    `timeout_s`.
+    All tensors are on `device`. Calls are queued, not waited for; a piece that has not come after `timeout_s` is named
+    in the log, and by `PeerLost` from the next call; NCCL's own time-out follows it.
     """
 
     def __init__(
@@ -36,31 +57,45 @@ class CudaOverlapEngine:
         timeout_s: float = 300.0,
         messenger: CudaMessenger | None = None,
     ) -> None:
-        self.messenger = messenger or NcclMessenger(group, device, timeout_s)
+        self.messenger = messenger or NcclMessenger(group, device, 1.5 * timeout_s)
         self.rank, self.world, self.device = self.messenger.rank, self.messenger.world, device
         self._streams = [torch.cuda.Stream(device) for _ in range(2)]
+        self._watch = Watch(timeout_s)
+        self._counters: dict[ChunkPlan, _Counters] = {}
 
     def plan(self, sizes: tuple[int, ...], subchunks: int = 1) -> ChunkPlan:
         return ChunkPlan(self.rank, sizes, subchunks)
 
     def reduce_scatter(
-        self, plan: ChunkPlan, product: Product, y_MN: torch.Tensor, *, overlap: bool = True
+        self,
+        plan: ChunkPlan,
+        product: Product,
+        y_MN: torch.Tensor,
+        *,
+        overlap: bool = True,
+        tracked: Tracked | None = None,
     ) -> torch.Tensor:
-        """As `OverlapEngine.reduce_scatter`."""
-        return self._scatter(plan, product, y_MN, y_MN.new_empty(plan.own[1] - plan.own[0], y_MN.shape[1]), overlap)
+        """As `OverlapEngine.reduce_scatter`; by `tracked`, which must make the same `y`, where it is given."""
+        out = y_MN.new_empty(plan.own[1] - plan.own[0], y_MN.shape[1])
+        return self._scatter(plan, product, y_MN, out, overlap, tracked)
 
     def all_reduce(
-        self, plan: ChunkPlan, product: Product, y_MN: torch.Tensor, *, overlap: bool = True
+        self,
+        plan: ChunkPlan,
+        product: Product,
+        y_MN: torch.Tensor,
+        *,
+        overlap: bool = True,
+        tracked: Tracked | None = None,
     ) -> torch.Tensor:
-        """As `OverlapEngine.all_reduce`."""
+        """As `OverlapEngine.all_reduce`; by `tracked`, which must make the same `y`, where it is given."""
         whole = torch.empty_like(y_MN)
-        self._scatter(plan, product, y_MN, whole[slice(*plan.own)], overlap)
+        self._scatter(plan, product, y_MN, whole[slice(*plan.own)], overlap, tracked)
         summed = self._current().record_event()
         events: list[Any] = []
         for part in range(plan.subchunks):
             for step in range(1, self.world):
-                sends, receives = self._spread(plan, whole, step, part)
-                events += self.messenger.exchange(summed, sends, receives)
+                events += self._exchange("sum", summed, *self._spread(plan, whole, step, part), part)
         self._wait(events)
         return whole
 
@@ -75,7 +110,7 @@ class CudaOverlapEngine:
         for step in range(1, self.world):
             source = (self.rank + step) % self.world
             for part in range(plan.subchunks):
-                events = self.messenger.exchange(start, *self._spread(plan, whole, step, part))
+                events = self._exchange("rows", start, *self._spread(plan, whole, step, part), part)
                 arrived |= {piece: events for piece in plan.chunk(source)[part : part + 1]}
         if not overlap:
             self._wait([event for events in arrived.values() for event in events])
@@ -88,10 +123,17 @@ class CudaOverlapEngine:
 
     def close(self) -> None:
         """Collective."""
+        self._watch.close()
         self.messenger.close()
 
     def _scatter(
-        self, plan: ChunkPlan, product: Product, y: torch.Tensor, out: torch.Tensor, overlap: bool
+        self,
+        plan: ChunkPlan,
+        product: Product,
+        y: torch.Tensor,
+        out: torch.Tensor,
+        overlap: bool,
+        tracked: Tracked | None,
     ) -> torch.Tensor:
         self._usable(plan)
         current, base = self._current(), plan.own[0]
@@ -100,6 +142,9 @@ class CudaOverlapEngine:
         if not overlap:
             product(0, plan.rows)
         start = current.record_event()
+        counted: dict[Piece, Counted] = {}
+        if overlap and tracked is not None and not self._capturing():
+            counted = self._count(plan, tracked, start)
         arrived: dict[Piece, list[Any]] = {piece: [] for piece in plan.chunk(self.rank)}
         leaving: list[Any] = []
         at = 0
@@ -107,19 +152,21 @@ class CudaOverlapEngine:
             owner, source = (self.rank + step) % self.world, (self.rank - step) % self.world
             for part in range(plan.subchunks):
                 sends: Rows = []
-                made = start
+                made: Any = start
                 for piece in plan.chunk(owner)[part : part + 1]:
-                    if overlap:
+                    if counted:
+                        made = counted[piece]
+                    elif overlap:
                         made, at = self._make(at, start, product, piece, []), at + 1
                     sends = _numbers(y[piece.low : piece.high], owner)
                 receives: Rows = []
                 for piece in plan.chunk(self.rank)[part : part + 1]:
                     receives = _numbers(staged[source][piece.low - base : piece.high - base], source)
-                events = self.messenger.exchange(made, sends, receives)
+                events = self._exchange("partial sums", made, sends, receives, part)
                 leaving += events
                 for piece in plan.chunk(self.rank)[part : part + 1]:
                     arrived[piece] += events
-        for piece in plan.chunk(self.rank) if overlap else ():
+        for piece in plan.chunk(self.rank) if overlap and not counted else ():
             self._make(at, start, product, piece, [])
             at += 1
         self._join()
@@ -139,6 +186,30 @@ class CudaOverlapEngine:
             [each for piece in sends for each in _numbers(whole[piece.low : piece.high], to)],
             [each for piece in receives for each in _numbers(whole[piece.low : piece.high], source)],
         )
+
+    def _count(self, plan: ChunkPlan, tracked: Tracked, start: Any) -> dict[Piece, Counted]:
+        """Queue the whole product; what each piece's reader must wait for."""
+        order = plan.scatter_order
+        held = self._counters.pop(plan, None)  # kept only if the product could be queued: else nobody knows its counts
+        if held is None:
+            held = _Counters(torch.zeros(len(order), dtype=torch.int32, device=self.device), [0] * len(order))
+            start = self._current().record_event()
+        tiles = tracked([(piece.low, piece.high) for piece in order], held.counts)
+        held.need = [before + new for before, new in zip(held.need, tiles)]
+        self._counters[plan] = held
+        if len(self._counters) > _KEPT:
+            del self._counters[next(iter(self._counters))]
+        return {piece: Counted(start, held.counts, at, held.need[at]) for at, piece in enumerate(order)}
+
+    def _exchange(self, what: str, after: Any, sends: Rows, receives: Rows, part: int) -> list[Any]:
+        events = self.messenger.exchange(after, sends, receives)
+        if events and not self._capturing():
+            ends = [f"to rank {to}" for _, to in sends] + [f"from rank {source}" for _, source in receives]
+            self._watch.expect(f"rank {self.rank}: {what}, part {part} of a chunk, {' and '.join(ends)}", events)
+        return events
+
+    def _capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _make(self, at: int, start: Any, product: Product, piece: Piece, needed: list[Any]) -> Any:
         """Queue the `at`-th piece; the event behind which it is made."""

@@ -26,15 +26,20 @@ HOPE = 1.02  # least predicted speed-up with which an arm is tried
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to run a product. `subchunks`: pieces of a rank's chunk; `overlap` False is the sequential way."""
+    """A way to run a product. `subchunks`: pieces of a rank's chunk; `overlap` False is the sequential way.
+
+    `tracked`: one kernel that counts its tiles (`kernels.tracked_matmul`), instead of a product for each piece.
+    """
 
     name: str
     subchunks: int
     overlap: bool
+    tracked: bool = False
 
 
 SEQUENTIAL = Arm("sequential", 1, False)
 ARMS = (SEQUENTIAL, *(Arm(f"overlap, {n} piece{'s' if n > 1 else ''}", n, True) for n in (1, 2, 4)))
+CUDA_ARMS = (*ARMS, *(Arm(f"tracked, {n} pieces", n, True, True) for n in (2, 4, 8)))
 
 
 @dataclass(frozen=True)
@@ -93,18 +98,24 @@ class Gate:
         self.arms, self._gather, self._fixed, self._why = tuple(arms), gather, fixed, why
         self._trials: dict[Hashable, _Trial] = {}
 
-    def choose(self, key: Hashable, predict: Callable[[Arm], float] | None = None) -> int:
+    def choose(
+        self,
+        key: Hashable,
+        predict: Callable[[Arm], float] | None = None,
+        can: Callable[[Arm], bool] = lambda arm: True,
+    ) -> int:
         """The arm for this call; collective at the call that decides. Followed by `took` while `measuring`.
 
-        `predict`: seconds of an arm by the model, equal on all ranks; None when there is no model.
+        `predict`: seconds of an arm by the model, equal on all ranks; None when there is no model. `can`: whether an
+        arm can run this product, equal on all ranks; the sequential one always can.
         """
-        trial = self._trials.get(key) or self._trials.setdefault(key, self._trial(predict))
+        trial = self._trials.get(key) or self._trials.setdefault(key, self._trial(predict, can))
         if trial.chosen is None and trial.calls == (ROUNDS + 1) * len(trial.arms):
             self._decide(trial)
         return trial.arms[trial.calls % len(trial.arms)] if trial.chosen is None else trial.chosen
 
-    def _trial(self, predict: Callable[[Arm], float] | None) -> _Trial:
-        everyone = list(range(len(self.arms)))
+    def _trial(self, predict: Callable[[Arm], float] | None, can: Callable[[Arm], bool]) -> _Trial:
+        everyone = [at for at, arm in enumerate(self.arms) if at == 0 or can(arm)]
         predicted = {} if predict is None else {arm: predict(self.arms[arm]) for arm in everyone}
         if self._fixed is not None:
             return _Trial([self._fixed], predicted, chosen=self._fixed, why=self._why)

@@ -26,7 +26,8 @@ from ..dist.launch_env import detect
 from ..dist.log import get_logger
 from ..dist.machine import Machine
 from ..dist.trace import Trace
-from .overlap_gate import ARMS, Arm, Gate, Rates
+from .kernels.tracked_matmul import tracked_product
+from .overlap_gate import ARMS, CUDA_ARMS, Arm, Gate, Rates
 
 log = get_logger(__name__)
 MODES = {"auto": None, "off": 0, "on": len(ARMS) - 1}
@@ -68,7 +69,8 @@ class Team:
             fixed, why = 0, "one rank"
         elif detect().disabled:
             fixed, why = 0, "UNDERTOW_DISABLE"
-        self.gate = Gate(ARMS, self._gather, fixed=fixed, why=why)
+        arms = ARMS if self.device.type == "cpu" else CUDA_ARMS
+        self.gate = Gate(arms, self._gather, fixed=fixed, why=why)
         self._mesh: DeviceMesh | None = None
 
     @property
@@ -81,21 +83,11 @@ class Team:
 
     def reduce_scatter(self, a_MK: Tensor, b_KN: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """This rank's rows of the sum of all a @ b; `sizes`: rows of each rank."""
-        y = a_MK.new_empty(a_MK.shape[0], b_KN.shape[1])
-        product = rows_of(a_MK, b_KN, y)
-        return self._run(
-            "matmul_reduce_scatter", a_MK.shape[1], b_KN.shape[1], b_KN.shape[1], sizes, y.dtype,
-            lambda plan, overlap: self.engine.reduce_scatter(plan, product, y, overlap=overlap),
-        )  # fmt: skip
+        return self._scatter("matmul_reduce_scatter", self.engine.reduce_scatter, a_MK, b_KN, b_KN.shape[1], sizes)
 
     def all_reduce(self, a_MK: Tensor, b_KN: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """The sum of all a @ b, the same bits on all ranks; `sizes`: rows that each rank adds up."""
-        y = a_MK.new_empty(a_MK.shape[0], b_KN.shape[1])
-        product = rows_of(a_MK, b_KN, y)
-        return self._run(
-            "matmul_all_reduce", a_MK.shape[1], b_KN.shape[1], 2 * b_KN.shape[1], sizes, y.dtype,
-            lambda plan, overlap: self.engine.all_reduce(plan, product, y, overlap=overlap),
-        )  # fmt: skip
+        return self._scatter("matmul_all_reduce", self.engine.all_reduce, a_MK, b_KN, 2 * b_KN.shape[1], sizes)
 
     def all_gather(self, a_rK: Tensor, bs: Sequence[Tensor], sizes: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
         """(all ranks' rows of a [M, K], its product with each b); `sizes`: rows of each rank."""
@@ -114,15 +106,28 @@ class Team:
 
         self._run(
             "all_gather_matmul", a_rK.shape[1], sum(b.shape[1] for b in bs), a_rK.shape[1], sizes, a_rK.dtype,
-            lambda plan, overlap: self.engine.all_gather(plan, a_rK, whole, use, overlap=overlap),
+            lambda plan, arm: self.engine.all_gather(plan, a_rK, whole, use, overlap=arm.overlap),
         )  # fmt: skip
         return whole, outs
 
+    def _scatter(
+        self, kind: str, pattern: Callable[..., Tensor], a: Tensor, b: Tensor, row_numbers: int, sizes: tuple[int, ...]
+    ) -> Tensor:
+        y = a.new_empty(a.shape[0], b.shape[1])
+        product = rows_of(a, b, y)
+        tracked = tracked_product(a, b, y) if self.device.type == "cuda" else None
+
+        def call(plan: ChunkPlan, arm: Arm) -> Tensor:
+            more = {"tracked": tracked} if arm.tracked else {}
+            return pattern(plan, product, y, overlap=arm.overlap, **more)
+
+        return self._run(kind, a.shape[1], b.shape[1], row_numbers, sizes, y.dtype, call, tracked is not None)
+
     def _run(
         self, kind: str, k: int, n: int, row_numbers: int, sizes: tuple[int, ...], dtype: torch.dtype,
-        call: Callable[[ChunkPlan, bool], Any],
+        call: Callable[[ChunkPlan, Arm], Any], tracked: bool = False,
     ) -> Any:  # fmt: skip
-        """`row_numbers`: how many numbers of each row travel."""
+        """`row_numbers`: how many numbers of each row travel. `tracked`: whether a tracked arm can run it."""
         if len(sizes) != self.world:
             raise UserError(f"rows for {len(sizes)} ranks", expected=f"one number for each of {self.world}")
         name = str(dtype).removeprefix("torch.")
@@ -131,13 +136,13 @@ class Team:
         nbytes = sum(sizes) * row_numbers * dtype.itemsize * (self.world - 1) / self.world
         flops = 2.0 * sum(sizes) * n * k
         predict = None if rates is None else lambda arm: rates.seconds(arm, self.world, flops, nbytes)
-        chosen = self.gate.choose(key, predict)
+        chosen = self.gate.choose(key, predict, lambda arm: tracked or not arm.tracked)
         arm: Arm = self.gate.arms[chosen]
         plan = self.engine.plan(sizes, arm.subchunks)
         if not self.gate.measuring(key):
-            return call(plan, arm.overlap)
+            return call(plan, arm)
         began_s = self._now()
-        found = call(plan, arm.overlap)
+        found = call(plan, arm)
         self.gate.took(key, chosen, self._now() - began_s)
         return found
 

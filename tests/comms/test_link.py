@@ -44,5 +44,5 @@ def test_messages_take_at_least_as_long_as_the_link_says(per, ranks):
     for rank, (out, (_, end), sent, received) in enumerate(results):
         assert out == wanted[rank]["out"].tolist()
         assert sent == {(rank + 1) % world: 256} and received == {(rank - 1) % world: 256}
-        # Two hops, one after the other, begun when the first rank began: a rank that came late may itself wait for less.
+        # Two hops, one after the other, from when the first rank began: one that came late may itself wait for less.
         assert end - first_start >= 2 * (0.05 + 0.01)

@@ -13,8 +13,11 @@ import torch
 
 from undertow.comms.chunk_plan import chunk_rows
 from undertow.comms.cuda_messengers import PinnedMessenger
+from undertow.comms.cuda_watch import Watch
 from undertow.comms.overlap_cuda import CudaOverlapEngine
+from undertow.comms.stream_wait import Counted, can_wait
 from undertow.comms.trigger import GlooMessenger
+from undertow.dist.errors import PeerLost
 
 
 class _Stream:
@@ -40,6 +43,8 @@ class _Eager:
         self.rank, self.world = self._gloo.rank, self._gloo.world
 
     def exchange(self, after: Any, sends: Any, receives: Any) -> list[Any]:
+        if isinstance(after, Counted):
+            assert after.before is not None and int(after.counters[after.at]) == after.value
         handles = [self._gloo.post_recv(rows, source, 0) for rows, source in receives]
         handles += [self._gloo.post_send(rows, to, 0) for rows, to in sends]
         for handle in handles:
@@ -50,8 +55,23 @@ class _Eager:
         self._gloo.close()
 
 
+def tracked(y: torch.Tensor, mine: torch.Tensor, sleep: int = 0) -> Any:
+    """A product in the order that it is given, three tiles a piece; each may sleep on the device before it is made."""
+
+    def product(pieces: Any, counters: torch.Tensor) -> list[int]:
+        for at, (low, high) in enumerate(pieces):
+            if sleep:
+                torch.cuda._sleep(sleep)
+            y[low:high] = mine[low:high]
+            for _ in range(3):
+                counters[at] += 1
+        return [3] * len(pieces)
+
+    return product
+
+
 def right(engine: CudaOverlapEngine, device: torch.device, rows: int, seed: int) -> bool:
-    """Whole numbers in poisoned memory: equal to the sum, bit for bit, whatever the pieces."""
+    """Whole numbers in poisoned memory: equal to the sum, bit for bit, whatever the pieces, by events and by counts."""
     rank, world, ok = engine.rank, engine.world, True
     generator = torch.Generator().manual_seed(seed)
     for subchunks, overlap in ((1, False), (1, True), (3, True)):
@@ -63,9 +83,12 @@ def right(engine: CudaOverlapEngine, device: torch.device, rows: int, seed: int)
             def product(low: int, high: int, y: torch.Tensor = y, mine: torch.Tensor = everyone[rank]) -> None:
                 y[low:high] = mine[low:high]
 
-            out = pattern(plan, product, y, overlap=overlap)
             where = slice(*plan.own) if pattern == engine.reduce_scatter else slice(None)
-            ok &= torch.equal(out, everyone.sum(0)[where])
+            ok &= torch.equal(pattern(plan, product, y, overlap=overlap), everyone.sum(0)[where])
+            if device.type == "cpu" or not can_wait():
+                y.fill_(torch.nan)
+                out = pattern(plan, product, y, overlap=overlap, tracked=tracked(y, everyone[rank]))
+                ok &= torch.equal(out, everyone.sum(0)[where])
         whole, seen = torch.full((rows, 5), torch.nan, device=device), torch.zeros(rows, 5, device=device)
 
         def use(low: int, high: int, seen: torch.Tensor = seen, whole: torch.Tensor = whole) -> None:
@@ -93,10 +116,67 @@ def test_its_patterns_are_right_with_eager_streams(ranks, seed, world):
     ranks(world, _with_stand_ins, seed)
 
 
+class _Event:
+    def __init__(self) -> None:
+        self.done = False
+
+    def query(self) -> bool:
+        return self.done
+
+
+def test_a_piece_that_does_not_come_is_named():
+    seconds = [0.0]
+    watch, first, second = Watch(1e6, now=lambda: seconds[0]), _Event(), _Event()
+    watch.expect("rank 0: part 0 from rank 1", [first])
+    watch.expect("rank 0: part 1 from rank 2", [second])
+    seconds[0] = 0.9e6
+    first.done = True
+    watch.look()  # the second one's time begins here
+    seconds[0] = 1.8e6
+    watch.look()
+    watch.expect("rank 0: part 2 from rank 1", [])
+    seconds[0] = 2.0e6
+    watch.look()
+    with pytest.raises(PeerLost, match="part 1 from rank 2: not complete after 1e\\+06 s"):
+        watch.expect("rank 0: part 3 from rank 1", [second])
+    watch.close()
+
+
+def test_a_tracked_product_that_fails_leaves_no_counts_behind():
+    stream = _Stream()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "Stream", _Stream)
+        patch.setattr(torch.cuda, "current_stream", lambda *_: stream)
+        engine = CudaOverlapEngine(device=torch.device("cpu"), messenger=_Nobody())
+        plan, y, mine = engine.plan((4,), 2), torch.zeros(4, 5), torch.ones(4, 5)
+
+        def broken(pieces: Any, counters: torch.Tensor) -> list[int]:
+            counters[0] += 1
+            raise RuntimeError("no memory")
+
+        with pytest.raises(RuntimeError, match="no memory"):
+            engine.reduce_scatter(plan, lambda low, high: None, y, tracked=broken)
+        out = engine.reduce_scatter(plan, lambda low, high: None, y, tracked=tracked(y, mine))
+        assert torch.equal(out, mine)
+        assert [held.counts.tolist() == held.need for held in engine._counters.values()] == [True]
+
+
+class _Nobody:
+    """The only rank."""
+
+    rank, world = 0, 1
+
+    def exchange(self, after: Any, sends: Any, receives: Any) -> list[Any]:
+        raise AssertionError("a message, and nobody to take it")
+
+    def close(self) -> None: ...
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_late_product_reaches_the_host_whole(seed):
-    """Each piece sleeps on the device before it is made: an event that is missing would copy what was there before."""
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("by_counts", [False, True])
+def test_a_late_product_reaches_the_host_whole(seed, by_counts):
+    """Each piece sleeps on the device before it is made: a wait that is missing would copy what was there before."""
     device = torch.device("cuda", 0)
     theirs = torch.randint(-9, 9, (2, 8, 256)).float().pin_memory()
 
@@ -115,7 +195,8 @@ def test_a_late_product_reaches_the_host_whole(seed):
             y[low:high] = mine[low:high]
 
         plan = engine.plan((8, 8, 8), 1 + call % 3)
-        out = engine.reduce_scatter(plan, product, y)
+        late = tracked(y, mine, 1_000_000) if by_counts else None
+        out = engine.reduce_scatter(plan, product, y, tracked=late)
         torch.testing.assert_close(out.cpu(), call + theirs.sum(0), rtol=0, atol=0)
         torch.cuda.synchronize()  # the messenger's memory is read by the host
         for piece in plan.scatter_order:

@@ -1,0 +1,61 @@
+"""Names the piece that does not come: on a GPU the host only queues work, so nobody waits who could say for what.
+
+A thread looks at the oldest exchange that is not complete. When that has been the same one for `timeout_s`, it is
+logged, by rank and piece, and the next call raises it; NCCL's own time-out, which names neither, ends the process then.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..dist.errors import PeerLost
+from ..dist.log import get_logger
+
+log = get_logger(__name__)
+
+
+class Watch:
+    """Exchanges of one engine in the order of their queueing. `now`: a clock in seconds, for tests."""
+
+    def __init__(self, timeout_s: float, now: Callable[[], float] = time.monotonic) -> None:
+        self._timeout_s, self._now = timeout_s, now
+        self._pending: deque[tuple[str, Sequence[Any]]] = deque()
+        self._since_s = now()
+        self._error: PeerLost | None = None
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def expect(self, what: str, events: Sequence[Any]) -> None:
+        """`events` complete the exchange that `what` names. Raises `PeerLost` when an earlier one is overdue."""
+        if self._error is not None:
+            raise self._error
+        if not events:
+            return
+        if not self._pending:
+            self._since_s = self._now()
+        self._pending.append((what, events))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="undertow-overlap-watch", daemon=True)
+            self._thread.start()
+
+    def look(self) -> None:
+        """Forget what is complete; report the oldest one when it is overdue."""
+        while self._pending and all(event.query() for event in self._pending[0][1]):
+            self._pending.popleft()
+            self._since_s = self._now()
+        if self._pending and self._error is None and self._now() - self._since_s > self._timeout_s:
+            self._error = PeerLost(f"{self._pending[0][0]}: not complete after {self._timeout_s:g} s")
+            log.error("%s", self._error)
+
+    def close(self) -> None:
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closed.wait(min(1.0, self._timeout_s / 4)):
+            self.look()

@@ -105,7 +105,8 @@ class Benchmark:
     `claim` is one sentence that the numbers support or refute. `packages` are the distributions whose versions matter.
     `program`, where given, takes the place of the harness: a benchmark whose timing loop cannot be Python's measures
     and reports by itself. It is called with quick, rounds (None: its own default), the filter and the output folder,
-    and returns the exit status.
+    and returns the exit status. `choices`: the arms among which each case's `ours` chooses by itself, so that the
+    report can say how well.
     """
 
     name: str
@@ -115,3 +116,4 @@ class Benchmark:
     packages: tuple[str, ...] = ()
     x_label: str = "size (bytes)"
     program: Callable[[bool, int | None, str, Path], int] | None = None
+    choices: tuple[str, ...] = ()

@@ -7,8 +7,10 @@ so that they never replace the results that are kept in benchmarks/results.
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -42,6 +44,10 @@ def bench(
     list_: Annotated[bool, typer.Option("--list", help="list the benchmarks, or the cases of NAME")] = False,
     quick: Annotated[bool, typer.Option("--quick", help=f"fewer cases, {QUICK_ROUNDS} rounds: a look only")] = False,
     rounds: Annotated[int | None, typer.Option(help="rounds per case, at least 6", show_default=False)] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="shared out among the cases: fewer rounds, and no new case after it", show_default=False),
+    ] = None,
     filter_: Annotated[str, typer.Option("--filter", help="only cases whose name contains this")] = "",
     seed: Annotated[int, typer.Option(help="seeds the inputs and the order of the arms")] = 0,
     output: Annotated[str, typer.Option(help="folder for the JSON, Markdown and PNG", show_default=False)] = "",
@@ -61,18 +67,23 @@ def bench(
     benchmark = discover.load(name)
     if rounds is not None and rounds < 6:
         raise UserError(f"--rounds {rounds}", expected="at least 6, the fewest that give a 95 % interval of a median")
+    if minutes is not None and benchmark.program:
+        raise UserError(f"--minutes with '{name}'", expected="a benchmark that the harness times; this one times itself")
+    if minutes is not None and minutes <= 0:
+        raise UserError(f"--minutes {minutes:g}", expected="more than 0")
     if benchmark.program and not list_:
         raise typer.Exit(benchmark.program(quick, rounds, filter_, Path(output) if output else _default_folder(quick)))
-    run = _Run(benchmark, quick, rounds or (QUICK_ROUNDS if quick else benchmark.rounds), filter_, seed, machine)
+    rounds = rounds or (QUICK_ROUNDS if quick else benchmark.rounds)
+    run = _Run(benchmark, quick, rounds, filter_, seed, machine, None if minutes is None else 60 * minutes)
     if list_:
         typer.echo("\n".join(case.name for case in run.cases(0, 1)))
         return
     old = _load(compare, name) if compare else None
-    report = _load(read, name) if read else run.report()
+    folder = Path(output) if output else _default_folder(quick or bool(read))
+    report = _load(read, name) if read else run.report(folder)
     if report is None:  # another rank than 0
         return
     _show(report)
-    folder = Path(output) if output else _default_folder(quick or bool(read))
     _write(report, folder, draw=plot)
     if old is not None:
         from undertow.benchmarks.compare import comparison
@@ -83,11 +94,20 @@ def bench(
 
 
 class _Run:
-    """One run of one benchmark: its options, and what becomes of them."""
+    """One run of one benchmark: its options, and what becomes of them. `limit_s`: seconds to share out."""
 
-    def __init__(self, benchmark: Benchmark, quick: bool, rounds: int, only: str, seed: int, machine: str) -> None:
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        quick: bool,
+        rounds: int,
+        only: str,
+        seed: int,
+        machine: str,
+        limit_s: float | None,
+    ) -> None:
         self.benchmark, self.quick, self.rounds, self.only, self.seed = benchmark, quick, rounds, only, seed
-        self.machine_file = machine
+        self.machine_file, self.limit_s = machine, limit_s
 
     def cases(self, rank: int, world_size: int):
         from undertow.benchmarks.case import Context
@@ -106,12 +126,13 @@ class _Run:
         """The command that repeats the measurement; where its output goes is left out."""
         parts = ["undertow", "bench", self.benchmark.name, "--rounds", str(self.rounds), "--seed", str(self.seed)]
         parts += ["--quick"] if self.quick else []
+        parts += ["--minutes", f"{self.limit_s / 60:g}"] if self.limit_s else []
         parts += ["--filter", self.only] if self.only else []
         parts += ["--machine", Path(self.machine_file).name] if self.machine_file else []
         return shlex.join(parts)
 
-    def report(self) -> Report | None:
-        """Run all cases; the report on rank 0, None elsewhere."""
+    def report(self, folder: Path) -> Report | None:
+        """Run all cases; the report on rank 0, None elsewhere. What is known after each case is kept in `folder`."""
         from undertow.benchmarks.facts import facts
         from undertow.benchmarks.harness import run_case
         from undertow.benchmarks.report import Row
@@ -122,14 +143,27 @@ class _Run:
         found = facts(self.benchmark.packages)
         if world_size > 1:
             found["ranks"] = str(world_size)
-        total = len(cases) * self.rounds
+        total, end_s = len(cases) * self.rounds, time.monotonic() + (self.limit_s or math.inf)
         with Progress(total, f"bench {self.benchmark.name}", enabled=rank == 0, unit="round") as bar:
-            for case in cases:
+            for at, case in enumerate(cases):
                 bar.update(0, case=case.name)
-                now = run_case(case, rounds=self.rounds, seed=self.seed, peers=peers, tick=bar.update)
-                if rank == 0 and len(cases) > 1:
-                    _show(self._report(found, now))  # what is known already, should a later case fail or be stopped
-                rows += now
+                if peers.largest(float(time.monotonic() > end_s)):
+                    rows.append(Row(case.name, self.benchmark.name, "ours", note="the time of --minutes was up"))
+                    bar.update(self.rounds)
+                    continue
+                share_s = time.monotonic() + (end_s - time.monotonic()) / (len(cases) - at)
+                rows += run_case(
+                    case,
+                    rounds=self.rounds,
+                    seed=self.seed,
+                    peers=peers,
+                    tick=bar.update,
+                    late=lambda until_s=share_s: time.monotonic() > until_s,
+                )
+                bar.update((at + 1) * self.rounds - bar.done)  # the rounds that were left out
+                if rank == 0 and len(cases) > 1:  # should a later case fail or be stopped
+                    _show(self._report(found, [row for row in rows if row.case == case.name]))
+                    _keep(self._report(found, rows), folder)
         if world_size > 1:
             import torch.distributed as dist
 
@@ -141,8 +175,9 @@ class _Run:
 
         about = self.benchmark
         return Report(
-            about.name, about.claim, self.command(), self.seed, self.rounds, found, about.x_label, tuple(rows)
-        )
+            about.name, about.claim, self.command(), self.seed, self.rounds, found, about.x_label, tuple(rows),
+            about.choices,
+        )  # fmt: skip
 
 
 def _join() -> tuple[int, int, Peers]:
@@ -201,13 +236,27 @@ def _default_folder(aside: bool) -> Path:
     return Path("runs/bench") if aside or not (ROOT / "setup.cfg").exists() else ROOT / "benchmarks" / "results"
 
 
-def _write(report: Report, folder: Path, *, draw: bool) -> None:
+def _base(report: Report) -> str:
     from undertow.benchmarks.facts import slug
 
-    base = f"{report.benchmark}_{slug(report.facts['hardware'])}_{report.facts['date']}"
+    return f"{report.benchmark}_{slug(report.facts['hardware'])}_{report.facts['date']}"
+
+
+def _keep(report: Report, folder: Path) -> None:
+    """Only the JSON, from which `--read` makes the rest."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        report.dump(folder / f"{base}.json")
+        report.dump(folder / f"{_base(report)}.json")
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror}", remedy="name another folder with --output"
+        ) from error
+
+
+def _write(report: Report, folder: Path, *, draw: bool) -> None:
+    base = _base(report)
+    _keep(report, folder)
+    try:
         picture = _picture(report, folder / f"{base}.png") if draw else ""
         (folder / f"{base}.md").write_text(report.markdown(picture))
     except OSError as error:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from statistics import median
 
 from undertow.benchmarks.case import Arm, Case, Measured
-from undertow.benchmarks.intervals import median_interval, ratio_interval
+from undertow.benchmarks.intervals import LEAST_SAMPLES, median_interval, ratio_interval
 from undertow.benchmarks.report import Row
 from undertow.benchmarks.timing import Peers, Sample, Timer, default_timer
 
@@ -34,11 +34,13 @@ def run_case(
     timer_for: TimerFor | None = None,
     least_sample_s: float = 2e-3,
     tick: Callable[[], None] = lambda: None,
+    late: Callable[[], bool] = lambda: False,
 ) -> list[Row]:
     """Run one case and return one row per arm, in the case's order, the A/A row after the plain one.
 
     Every rank of `peers` must call it with equal arguments; all get equal rows. `least_sample_s`: an arm shorter than
-    this is run several times per sample. `tick` is called after each round.
+    this is run several times per sample. `tick` is called after each round. Once any rank is `late`, no round is begun
+    beyond the fewest that give an interval.
     """
     peers = peers or Peers()
     timer_for = timer_for or (lambda arm: default_timer(arm, peers))
@@ -49,7 +51,13 @@ def run_case(
     rows = {arm.name: _checked(case, arm, trial.reference, peers) for arm in trial.arms}
     good = [arm for arm in trial.arms if rows[arm.name].wrong == 0]
     timing = _Timing(case, good, timer_for, alone=peers.alone)
-    timing.run(rounds, random.Random(f"{seed}/{case.name}"), least_sample_s, tick)
+    timing.run(
+        rounds,
+        random.Random(f"{seed}/{case.name}"),
+        least_sample_s,
+        tick,
+        lambda: peers.largest(float(late())) > 0,
+    )
     rows |= {name: replace(rows[name], wrong=None, note=note) for name, note in timing.failed.items()}
     return [row for arm in trial.arms for row in _rows(case, rows[arm.name], timing.samples, timing.inner)]
 
@@ -103,13 +111,22 @@ class _Timing:
         self.inner: dict[str, int] = {}
         self.failed: dict[str, str] = {}
 
-    def run(self, rounds: int, order: random.Random, least_sample_s: float, tick: Callable[[], None]) -> None:
+    def run(
+        self,
+        rounds: int,
+        order: random.Random,
+        least_sample_s: float,
+        tick: Callable[[], None],
+        late: Callable[[], bool],
+    ) -> None:
         for arm in self.arms:
             self._guarded(arm, lambda arm=arm: self._warm_up(arm, least_sample_s))
         lineup = [(arm.name, arm) for arm in self.arms]
         lineup += [(arm.name + AGAIN, arm) for arm in self.arms if arm.name == self.case.plain]
         gc.collect()
-        for _ in range(rounds):
+        for done in range(rounds):
+            if done >= LEAST_SAMPLES and late():
+                break
             for name, arm in order.sample(lineup, len(lineup)):
                 self._guarded(arm, lambda name=name, arm=arm: self._sample(name, arm))
             tick()

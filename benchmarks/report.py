@@ -88,7 +88,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All rows of one run, with what is needed to repeat it."""
+    """All rows of one run, with what is needed to repeat it. `choices`: see `case.Benchmark`."""
 
     benchmark: str
     claim: str
@@ -98,6 +98,7 @@ class Report:
     facts: dict[str, str]
     x_label: str = ""
     rows: tuple[Row, ...] = ()
+    choices: tuple[str, ...] = ()
 
     def compared(self) -> list[Row]:
         """The rows that ran; those with a wrong answer are among them."""
@@ -133,7 +134,8 @@ class Report:
             data = json.loads(path.read_text())
             if data.pop("format") != FORMAT:
                 raise KeyError("format")
-            return cls(rows=tuple(map(_row, data.pop("rows"))), **data)
+            rows, choices = tuple(map(_row, data.pop("rows"))), tuple(data.pop("choices", ()))
+            return cls(rows=rows, choices=choices, **data)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"cannot read the benchmark result {path} ({type(error).__name__}: {error})",
@@ -142,6 +144,8 @@ class Report:
 
     def markdown(self, plot: str = "") -> str:
         """The report as a page; `plot` is the picture's path relative to it."""
+        from undertow.benchmarks.choice import summary
+
         facts = "\n".join(f"- {name}: {value}" for name, value in self.facts.items())
         again = [row.ratio for row in self.rows if row.role == "again" and row.ratio]
         noise = max((max(1 - r.low, r.high - 1) for r in again), default=0.0)
@@ -158,6 +162,7 @@ class Report:
             *(f"- not compared: {line}" for line in self.not_compared()),
             "",
             *_extras_table(self.rows),
+            *summary(self.rows, self.choices),
             "Time is the median over the rounds; in each round every arm runs once, in a random order. *of it* is the "
             "time over the predicted one. Ratio is "
             "plain / arm, formed within each round: median [95 % interval from order statistics]; above 1 is faster "

@@ -6,12 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from undertow.__main__ import main
-from undertow.benchmarks import checksum
+from undertow.benchmarks import checksum, cli
+from undertow.benchmarks.case import Arm, Benchmark, Case, Trial
 from undertow.benchmarks.discover import FOLDER, listed, load
+from undertow.benchmarks.report import Report
 
 
 @pytest.fixture
@@ -90,6 +93,8 @@ def test_the_plot_is_a_png(small, tmp_path):
         (["checksm"], "no benchmark 'checksm'; expected one of"),
         (["checksum", "--rounds", "5"], "--rounds 5; expected at least 6"),
         (["checksum", "--filter", "no such"], "leaves no case"),
+        (["checksum", "--minutes", "0"], "--minutes 0; expected more than 0"),
+        (["mpi_datatypes", "--minutes", "1"], "times itself"),
         (["checksum", "--compare", "absent.json"], "absent.json"),
         (["checksum", "--machine", "absent.json"], "undertow probe"),
     ],
@@ -100,6 +105,28 @@ def test_bad_input_is_one_clear_line(arguments, words, tmp_path, monkeypatch, ca
     err = capsys.readouterr().err
     assert words in err and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_time_that_is_up_cuts_rounds_and_then_cases(tmp_path, monkeypatch):
+    """The first of two cases uses up all of the time: it gets the fewest rounds, and the other none."""
+    seconds = [0.0]
+    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+
+    def slow() -> int:
+        seconds[0] += 1
+        return 1
+
+    def a_case(name: str) -> Case:
+        arms = [Arm("plain", slow), Arm("ours", slow)]
+        return Case(name, lambda: Trial(arms, lambda: 1), "plain", "ours", warm_ups=1)
+
+    about = Benchmark("small", "a claim", lambda context: [a_case("first"), a_case("second")], rounds=1000)
+    report = cli._Run(about, False, 1000, "", 0, "", 10.0).report(tmp_path)
+    assert report is not None and len(report.rows[0].samples_s) == 6
+    assert report.not_compared() == ["small (second): the time of --minutes was up"]
+    kept = [Report.load(path) for path in tmp_path.iterdir()]  # after the first case, and there was no later one
+    assert [[row.case for row in each.rows] for each in kept] == [["first"] * 3]
+    assert "--minutes 0.166667" in report.command
 
 
 def test_an_unwritable_folder_is_one_clear_line(small, tmp_path, capsys):

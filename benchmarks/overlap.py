@@ -29,7 +29,7 @@ from undertow.parallel.overlap_team import Team
 INNER, OUTER = 1024, 1024
 ROWS = {2: 2048, 4: 1024}  # by ranks: four share this project's two cores
 RATIOS = (0.0, 0.5, 1.0, 2.0)  # reduce-scatter time / product time; 0: no emulated link
-MODES = {"sequential": "off", ARMS[-1].name: "on", "auto": "auto"}
+FIXED = tuple(arm.name for arm in ARMS)
 TORCH = "mm, then reduce_scatter_tensor"
 
 
@@ -66,10 +66,12 @@ def trial(world: int, rows: int, ratio: float, seed: int) -> Trial:
     crew.run("decide")
     scatter_s = ratio * product_s
     predicted = {
-        "sequential": product_s + scatter_s,
-        TORCH: product_s + scatter_s,
-        ARMS[-1].name: overlapped_scatter_seconds(world, product_s, scatter_s, ARMS[-1].subchunks),
+        arm.name: overlapped_scatter_seconds(world, product_s, scatter_s, arm.subchunks)
+        if arm.overlap
+        else product_s + scatter_s
+        for arm in ARMS
     }
+    predicted[TORCH] = product_s + scatter_s
 
     def run(name: str) -> Measured:
         seconds, found = crew.run(name)
@@ -77,7 +79,8 @@ def trial(world: int, rows: int, ratio: float, seed: int) -> Trial:
         return Measured(all(rights), seconds, {"pieces": float(pieces[0])} if name == "auto" else {})
 
     arms = [
-        Arm(name, partial(run, name), predicted_s=predicted.get(name) if ratio else None) for name in [*MODES, TORCH]
+        Arm(name, partial(run, name), predicted_s=predicted.get(name) if ratio else None)
+        for name in (*FIXED, "auto", TORCH)
     ]
     return Trial(arms, reference=lambda: True)
 
@@ -89,7 +92,7 @@ def _jobs(inputs: list[Any], ratio: float, rank: int, world: int) -> Mapping[str
     nbytes = scattered_bytes(world, x.shape[0])
     product_s = _slowest(_product_s(x, w))
     link = LinkModel(nbytes / (ratio * product_s)) if ratio else None
-    teams = {name: Team(overlap=mode, link=link) for name, mode in MODES.items()}
+    teams = {name: Team(overlap=name, link=link) for name in (*FIXED, "auto")}
     sizes = (x.shape[0] // world,) * world
     out = torch.empty(sizes[rank], OUTER)
     scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # its name since torch 2.13
@@ -151,6 +154,7 @@ BENCHMARK = Benchmark(
     rounds=15,
     packages=("torch",),
     x_label="reduce-scatter time / product time",
+    choices=FIXED,
 )
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 One rank of a world of eight makes its bf16 product; what a peer should get goes to pinned host memory, and what it
 would send comes from there, as many bytes as a real rank moves each way. Sequential is one cuBLAS call and all copies
 behind it, in the same engine; beside it stands what a script would have, one `mm` and one copy each way. `pieces` is
-what the gate chose (0: sequential), `ideal` the speed-up of a perfect overlap, (product + copies) / max(product,
-copies), and `copy/gemm` their ratio, from times measured just before. Every answer is compared with the float32 sum,
+what the gate chose (0: sequential; negative: that many, by the Triton kernel that counts its tiles), `ideal` the
+speed-up of a perfect overlap, (product + copies) / max(product, copies), `copy/gemm` their ratio, and `triton/cublas`
+the whole product's time by that kernel, from times measured just before. Every answer is compared with the float32 sum,
 and every byte in the peers' memory with the product. `--filter table`, `wide` and `sweep` run a part.
 """
 
@@ -24,7 +25,9 @@ from undertow.comms.chunk_plan import chunk_rows
 from undertow.comms.cuda_messengers import PinnedMessenger
 from undertow.comms.overlap_cuda import CudaOverlapEngine
 from undertow.dist.errors import UserError
-from undertow.parallel.overlap_gate import ARMS, Gate
+from undertow.parallel import overlap_gate
+from undertow.parallel.kernels.tracked_matmul import tracked_matmul, tracked_product, unusable
+from undertow.parallel.overlap_gate import CUDA_ARMS
 from undertow.parallel.overlap_team import rows_of
 
 WORLD = 8
@@ -67,11 +70,13 @@ class _Rank:
     messenger: PinnedMessenger
     sizes: tuple[int, ...]
 
-    def scatter(self, subchunks: int, overlap: bool, *, check: bool = False) -> torch.Tensor:
+    def scatter(self, arm: overlap_gate.Arm, *, check: bool = False) -> torch.Tensor:
         """This rank's rows of the sum. `check`: compare what the peers got with the product, bit by bit."""
         y = self.a.new_empty(self.a.shape[0], self.b.shape[1])
-        plan = self.engine.plan(self.sizes, subchunks)
-        out = self.engine.reduce_scatter(plan, rows_of(self.a, self.b, y), y, overlap=overlap)
+        plan = self.engine.plan(self.sizes, arm.subchunks)
+        tracked = tracked_product(self.a, self.b, y) if arm.tracked else None
+        product = rows_of(self.a, self.b, y)
+        out = self.engine.reduce_scatter(plan, product, y, overlap=arm.overlap, tracked=tracked)
         if check:
             torch.cuda.synchronize()
             for piece in plan.scatter_order:
@@ -100,34 +105,45 @@ def trial(m: int, n: int, k: int, seed: int) -> Trial:
 
     messenger = PinnedMessenger(0, WORLD, device, incoming)
     rank = _Rank(a, b, partials, CudaOverlapEngine(device=device, messenger=messenger), messenger, sizes)
-    for arm in ARMS:
-        rank.scatter(arm.subchunks, arm.overlap, check=True)
+    why_not = unusable(a, b)
+    usable = [arm for arm in CUDA_ARMS if not (arm.tracked and why_not)]
+    for arm in usable:
+        rank.scatter(arm, check=True)
     copies_s, product_s = _seconds(partial(_copies, rank)), _seconds(partial(torch.mm, a, b))
+    chosen = _decided(rank, usable)
     facts = {
         "ideal": (product_s + copies_s) / max(product_s, copies_s),
         "copy/gemm": copies_s / product_s,
-        "pieces": float(_decided(rank)),
+        "pieces": float(chosen.subchunks * chosen.overlap * (-1 if chosen.tracked else 1)),
     }
-    chosen = next(arm for arm in ARMS if arm.subchunks * arm.overlap == facts["pieces"])
+    if not why_not:
+        facts["triton/cublas"] = _seconds(partial(_counted, a, b)) / product_s
 
     def auto() -> Measured:
-        return Measured(rank.scatter(chosen.subchunks, chosen.overlap), extras=facts)
+        return Measured(rank.scatter(chosen), extras=facts)
 
-    arms = [Arm(arm.name, partial(rank.scatter, arm.subchunks, arm.overlap), device="cuda") for arm in ARMS]
+    arms = [
+        Arm(arm.name, partial(rank.scatter, arm), device="cuda") if arm in usable else Arm.missing(arm.name, why_not)
+        for arm in CUDA_ARMS
+    ]
     arms += [Arm("auto", auto, device="cuda"), Arm(PLAIN, _plain(rank), device="cuda")]
     return Trial(arms, reference=lambda: own)
 
 
-def _decided(rank: _Rank) -> int:
-    """The gate's verdict on this product, from calls of its own: pieces, or 0."""
-    gate = Gate(ARMS, lambda mine: [mine])
-    while gate.chosen() is None:
+def _decided(rank: _Rank, arms: list[overlap_gate.Arm]) -> overlap_gate.Arm:
+    """The gate's verdict on this product, from calls of its own."""
+    gate = overlap_gate.Gate(arms, lambda mine: [mine])
+    while (verdict := gate.chosen()) is None:
         at = gate.choose("product")
-        arm = gate.arms[at]
         if gate.measuring("product"):
-            gate.took("product", at, _seconds(partial(rank.scatter, arm.subchunks, arm.overlap), repeats=1))
-    arm = gate.chosen()
-    return arm.subchunks if arm is not None and arm.overlap else 0
+            gate.took("product", at, _seconds(partial(rank.scatter, gate.arms[at]), repeats=1))
+    return verdict
+
+
+def _counted(a: torch.Tensor, b: torch.Tensor) -> None:
+    """The product alone by the kernel that counts its tiles, as one piece."""
+    y = a.new_empty(a.shape[0], b.shape[1])
+    tracked_matmul(a, b, y, [(0, a.shape[0])], torch.zeros(1, dtype=torch.int32, device=a.device))
 
 
 def _copies(rank: _Rank) -> None:
@@ -181,11 +197,12 @@ def _too_far(found: torch.Tensor, wanted: torch.Tensor) -> int:
 
 BENCHMARK = Benchmark(
     name="overlap_cuda",
-    claim="row chunks of cuBLAS hide a reduce-scatter on copy engines, and the gate is never slower than sequential",
+    claim="a product hides its reduce-scatter on copy engines, and the gate is never slower than sequential",
     cases=cases,
     rounds=15,
     packages=("torch",),
     x_label="rows",
+    choices=tuple(arm.name for arm in CUDA_ARMS),
 )
 
 if __name__ == "__main__":

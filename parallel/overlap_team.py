@@ -37,9 +37,10 @@ class Team:
     """The ranks of `group` (None: all) that multiply together. Create, use and `close` on every rank alike.
 
     `overlap`: 'auto' measures each product's arms and keeps the fastest (see `overlap_gate`), 'on' takes the finest
-    overlap, 'off' none; UNDERTOW_DISABLE=1 is 'off'. The last two repeat every bit from run to run. `device`: CPU
-    (gloo) or CUDA (NCCL). `machine`: the measured rates for the gate's model, of the default file if there is one;
-    rank 0's counts. `link` emulates a slow link on gloo, `trace` records what ran when.
+    overlap of those without Triton, 'off' none, and the name of one of `overlap_gate.CUDA_ARMS` that one;
+    UNDERTOW_DISABLE=1 is 'off'. All but 'auto' repeat every bit from run to run. `device`: CPU (gloo) or CUDA (NCCL).
+    `machine`: the measured rates for the gate's model, of the default file if there is one; rank 0's counts. `link`
+    emulates a slow link on gloo, `trace` records what ran when.
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class Team:
         link: LinkModel | None = None,
         trace: Trace | None = None,
     ) -> None:
-        if overlap not in MODES:
-            raise UserError(f"overlap={overlap!r}", expected=f"one of {', '.join(MODES)}")
         self.group, self.device = group or dist.group.WORLD, torch.device(device)
+        arms = ARMS if self.device.type == "cpu" else CUDA_ARMS
+        modes = MODES | {arm.name: at for at, arm in enumerate(arms)}
+        if overlap not in modes:
+            raise UserError(f"overlap={overlap!r}", expected=f"one of {'; '.join(modes)}")
         if self.device.type == "cpu":
             self.engine = OverlapEngine(group, timeout_s=timeout_s, link=link, trace=trace)
         elif link is None:
@@ -64,12 +67,11 @@ class Team:
             raise UserError("an emulated link around NCCL", expected="device='cpu': the emulation holds host threads")
         self.rank, self.world, self.link = self.engine.rank, self.engine.world, link
         self.machine = self._agreed(machine)
-        fixed, why = MODES[overlap], "as asked for"
+        fixed, why = modes[overlap], "as asked for"
         if self.world == 1:
             fixed, why = 0, "one rank"
         elif detect().disabled:
             fixed, why = 0, "UNDERTOW_DISABLE"
-        arms = ARMS if self.device.type == "cpu" else CUDA_ARMS
         self.gate = Gate(arms, self._gather, fixed=fixed, why=why)
         self._mesh: DeviceMesh | None = None
 

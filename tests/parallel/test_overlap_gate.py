@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from undertow.dist.machine import Link, Machine
-from undertow.parallel.overlap_gate import ARMS, ROUNDS, SEQUENTIAL, Gate, Rates
+from undertow.parallel.overlap_gate import ARMS, CUDA_ARMS, ROUNDS, SEQUENTIAL, Gate, Rates
 
 MACHINE = Machine("made up", links={"gloo": Link(1e-4, 1e9)}, flops={"gemm/float32": 1e11})
 
@@ -33,6 +33,19 @@ def test_the_fastest_arm_is_kept_and_shown(best):
     assert (
         f"p: {ARMS[best].name} (measured; " in gate.explain() and f"{ARMS[best].name}: measured 2.00×" in gate.explain()
     )
+
+
+def test_an_arm_that_cannot_run_a_product_is_left_out():
+    gate = Gate(CUDA_ARMS, alone)
+    for key, can, best in (("narrow", lambda arm: not arm.tracked, 3), ("wide", lambda arm: True, 5)):
+        tried = set()
+        for _ in range((ROUNDS + 1) * len(CUDA_ARMS) + 1):
+            arm = gate.choose(key, can=can)
+            if gate.measuring(key):
+                tried.add(arm)
+                gate.took(key, arm, 1.0 / (1 + arm) if arm <= 5 else 2.0)
+        assert gate.choose(key) == best
+        assert tried == {at for at, arm in enumerate(CUDA_ARMS) if at == 0 or can(arm)}
 
 
 def test_sequential_stays_where_overlap_wins_little_or_only_sometimes():

@@ -68,7 +68,9 @@ def bench(
     if rounds is not None and rounds < 6:
         raise UserError(f"--rounds {rounds}", expected="at least 6, the fewest that give a 95 % interval of a median")
     if minutes is not None and benchmark.program:
-        raise UserError(f"--minutes with '{name}'", expected="a benchmark that the harness times; this one times itself")
+        raise UserError(
+            f"--minutes with '{name}'", expected="a benchmark that the harness times; this one times itself"
+        )
     if minutes is not None and minutes <= 0:
         raise UserError(f"--minutes {minutes:g}", expected="more than 0")
     if benchmark.program and not list_:

@@ -1,0 +1,157 @@
+"""Overlapped products between the GPUs of one host over NCCL, beside cuBLAS + NCCL and torch's asynchronous operators.
+
+Both patterns, GEMM → reduce-scatter and all-gather → GEMM, over the shapes of Flux and FlashOverlap and a sweep of M.
+`cuBLAS + NCCL` is what a script has: one product and one collective. torch's fused operators run on its symmetric
+memory, with NVLink multicast left off. Every arm's answer is compared with a float32 product summed in float32.
+
+    torchrun --nproc-per-node 2 -m undertow bench overlap_gpus --minutes 6
+
+Without GPUs it runs a small shape over gloo, to see that it works.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Trial
+from undertow.comms.chunk_plan import chunk_rows
+from undertow.dist.errors import UserError
+from undertow.parallel.overlap_gate import ARMS, CUDA_ARMS, ROUNDS
+from undertow.parallel.overlap_team import Team
+
+SHAPES = [(8192, 12288, 49152), (8192, 49152, 12288), (8192, 8192, 28672), (8192, 28672, 8192)]
+SWEEP = [(m, 8192, 28672) for m in (256, 512, 1024, 2048, 4096, 16384)]
+PLAIN, TORCH = "cuBLAS + NCCL", "torch symm_mem.fused"
+SCATTER, GATHER = "matmul_reduce_scatter", "all_gather_matmul"
+
+
+class Ranks:
+    """One case on this rank: its inputs, one team per way, and the right answer."""
+
+    def __init__(self, pattern: str, shape: tuple[int, int, int], world: int, device: torch.device, seed: int) -> None:
+        m, n, k = shape
+        self.pattern, self.world, self.device, self.rank = pattern, world, device, dist.get_rank()
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        generator = torch.Generator(device).manual_seed(seed + self.rank)
+        self.sizes = chunk_rows(m, world)
+        inner, outer = (k // world, n) if pattern == SCATTER else (k, n // world)
+        rows = m if pattern == SCATTER else self.sizes[self.rank]
+        self.a = torch.randn(rows, inner, device=device, generator=generator).to(dtype)
+        self.b = (torch.randn(inner, outer, device=device, generator=generator) / k**0.5).to(dtype)
+        self.names = [arm.name for arm in (CUDA_ARMS if device.type == "cuda" else ARMS)]
+        if pattern == GATHER:
+            self.names = [name for name in self.names if not name.startswith("tracked")]
+        self.teams = {name: Team(overlap=name, device=device) for name in (*self.names, "auto")}
+        for _ in range((ROUNDS + 1) * len(self.names) + 1):
+            self.ours("auto")
+        self.wanted = self._exact()
+
+    def ours(self, name: str) -> torch.Tensor:
+        if self.pattern == SCATTER:
+            return self.teams[name].reduce_scatter(self.a, self.b, self.sizes)
+        return self.teams[name].all_gather(self.a, [self.b], self.sizes)[1][0]
+
+    def plain(self) -> torch.Tensor:
+        if self.pattern == SCATTER:
+            y = self.a @ self.b
+            out = y.new_empty(self.sizes[self.rank], y.shape[1])
+            dist.reduce_scatter_tensor(out, y)
+            return out
+        whole = self.a.new_empty(sum(self.sizes), self.a.shape[1])
+        dist.all_gather_into_tensor(whole, self.a)
+        return whole @ self.b
+
+    def torch_fused(self) -> torch.Tensor:
+        name = dist.distributed_c10d._get_default_group().group_name
+        if self.pattern == SCATTER:
+            return torch.ops.symm_mem.fused_matmul_reduce_scatter(self.a, self.b, "sum", 0, name)
+        return torch.ops.symm_mem.fused_all_gather_matmul(self.a, [self.b], 0, name)[1][0]
+
+    def wrong(self, found: torch.Tensor) -> bool:
+        """bf16 rounds each rank's partial, of magnitude below 8, and the sum, below 8 √W: 2^-8 · 8 (W + √W)."""
+        limit = 8 * (self.world + self.world**0.5) * (2**-8 if found.dtype == torch.bfloat16 else 2**-20)
+        return not bool(((found.float() - self.wanted).abs() <= limit).all())
+
+    def close(self) -> None:
+        for team in self.teams.values():
+            team.close()
+
+    def _exact(self) -> torch.Tensor:
+        if self.pattern == SCATTER:
+            y = self.a.float() @ self.b.float()
+            out = y.new_empty(self.sizes[self.rank], y.shape[1])
+            dist.reduce_scatter_tensor(out, y)
+            return out
+        whole = self.a.new_empty(sum(self.sizes), self.a.shape[1])
+        dist.all_gather_into_tensor(whole, self.a)
+        return whole.float() @ self.b.float()
+
+
+_open: list[Ranks] = []  # of the case that runs now
+
+
+def trial(pattern: str, shape: tuple[int, int, int], world: int, seed: int) -> Trial:
+    while _open:
+        _open.pop().close()
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    ranks = Ranks(pattern, shape, world, device, seed)
+    _open.append(ranks)
+    kind = device.type
+
+    def checked(name: str, call: Callable[[], Any]) -> Arm:
+        return Arm(name, call, device=kind)
+
+    arms = [checked(PLAIN, ranks.plain)]
+    arms += [checked(name, partial(ranks.ours, name)) for name in (*ranks.names, "auto")]
+    if cuda:
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        arms.append(checked(TORCH, ranks.torch_fused))
+    else:
+        arms.append(Arm.missing(TORCH, "torch's fused operators have no CPU kernels"))
+    return Trial(arms, reference=lambda: ranks)
+
+
+def cases(context: Context) -> Sequence[Case]:
+    world, cuda = context.world_size, torch.cuda.is_available()
+    if world < 2:
+        raise UserError(
+            "this benchmark needs several ranks", remedy="torchrun --nproc-per-node 2 -m undertow bench overlap_gpus"
+        )
+    shapes = SHAPES + SWEEP if cuda else [(256, 128, 128)]
+    return [
+        Case(
+            f"{pattern} {m}×{n}×{k}",
+            partial(trial, pattern, (m, n, k), world, context.seed),
+            plain=PLAIN,
+            ours="auto",
+            group=pattern,
+            x=m,
+            wrong=lambda found, ranks: int(ranks.wrong(found)),
+        )
+        for m, n, k in (shapes[:1] if context.quick else shapes)
+        for pattern in (SCATTER, GATHER)
+    ]
+
+
+BENCHMARK = Benchmark(
+    name="overlap_gpus",
+    claim="between GPUs products that send while they run are never slower than cuBLAS and NCCL",
+    cases=cases,
+    rounds=15,
+    packages=("torch",),
+    x_label="rows",
+    choices=tuple(arm.name for arm in CUDA_ARMS),
+)
+
+if __name__ == "__main__":
+    from undertow.benchmarks.cli import main
+
+    sys.exit(main(["overlap_gpus", *sys.argv[1:]]))

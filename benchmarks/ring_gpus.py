@@ -1,0 +1,204 @@
+"""Ring attention between the GPUs of one host over NCCL: every schedule beside torch's context parallel and the ideal.
+
+All arms get the same sequence in the same zigzag layout. `ring_kv` is what ring-flash-attention's zigzag form does, in
+this package's executor; torch's context parallel is the real one, its buffers sharded outside of the time. `of_ideal`
+is the time of the same kernel's monolithic call on one GPU, divided by the ranks and by the arm's time. With
+``--machine`` (from `undertow probe` on these GPUs) the model's prediction stands beside each schedule.
+
+    torchrun --nproc-per-node 2 -m undertow bench ring_gpus --minutes 8
+
+Without GPUs it runs small shapes over gloo, to see that it works.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Measured, Trial
+from undertow.comms.builders.attention_shape import Heads
+from undertow.dist.errors import UserError
+from undertow.dist.machine import Machine
+from undertow.parallel import token_ring_attention
+from undertow.parallel.blocks.select import choose as choose_block
+from undertow.parallel.masks import Mask
+from undertow.parallel.partition import positions_of
+from undertow.parallel.token_ring.executors import forget
+from undertow.parallel.token_ring.planner import Rates, predict
+from undertow.parallel.token_ring.problem import SCHEDULES, Problem
+
+PLAIN, TORCH = "ring_kv", "torch context_parallel"
+GATE_CALLS = 31  # enough for the gate to have decided
+LENGTHS = (32_768, 65_536, 131_072, 262_144)
+HEADS = ((32, 32), (32, 4))
+
+
+class Side:
+    """One case on this rank: the whole sequence's answer where this rank's rows are, and its shards."""
+
+    def __init__(self, problem: Problem, backward: bool, device: torch.device, seed: int) -> None:
+        self.problem, self.backward, self.device = problem, backward, device
+        h, dtype = problem.heads, getattr(torch, problem.heads.dtype)
+        generator = torch.Generator(device).manual_seed(seed)  # alike on all ranks
+        sizes = (h.q_heads, h.kv_heads, h.kv_heads, h.q_heads)
+        self.whole = [
+            torch.randn(1, n, problem.lq, h.head_dim, device=device, dtype=dtype, generator=generator) for n in sizes
+        ]
+        at = positions_of(problem.q_spans[dist.get_rank()]).to(device)
+        q, k, v, dout = self.whole
+        block = choose_block(q, k, v, causal=True, window=None)
+        options: dict[str, Any] = {"scale": h.head_dim**-0.5, "causal": True}
+        out, lse = block.forward(q, k, v, **options)
+        answer = [out, *(block.backward(dout, q, k, v, out, lse, **options) if backward else ())]
+        self.wanted = [x[:, :, at].transpose(1, 2).contiguous() for x in answer]
+        del answer
+        self.shards = [x[:, :, at].transpose(1, 2).contiguous() for x in self.whole]
+
+        def monolithic() -> None:
+            out, lse = block.forward(q, k, v, **options)
+            if backward:
+                block.backward(dout, q, k, v, out, lse, **options)
+
+        times = sorted(self.seconds(monolithic) for _ in range(3))
+        self.ideal_s = times[1] / problem.world
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        """Of one call, on the device where there is one."""
+        if self.device.type != "cuda":
+            start_s = time.perf_counter()
+            call()
+            return time.perf_counter() - start_s
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def ours(self, schedule: str) -> Measured:
+        leaves = [x.detach().requires_grad_(self.backward) for x in self.shards[:3]]
+        n = self.problem.lq
+        found: list[torch.Tensor] = []
+
+        def call() -> None:
+            out = token_ring_attention(
+                *leaves, causal=True, lengths=(n, n), schedule=schedule, backward_schedule=schedule
+            )  # fmt: skip
+            grads = torch.autograd.grad(out, leaves, self.shards[3]) if self.backward else ()
+            found.extend((out.detach(), *grads))
+
+        return self._measured(found, self.seconds(call))
+
+    def torch_context_parallel(self) -> Measured:
+        """Its zigzag ring, heads of keys repeated where its ring does not take grouped heads (as its users do)."""
+        from torch.distributed.tensor.experimental import context_parallel
+
+        mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.problem.world,))
+        copies = self.problem.heads.q_heads // self.problem.heads.kv_heads
+        whole = [self.whole[0], *(x.repeat_interleave(copies, 1) for x in self.whole[1:3]), self.whole[3]]
+        buffers = [x.clone() for x in whole]
+        found: list[torch.Tensor] = []
+        with context_parallel(mesh, buffers=buffers, buffer_seq_dims=[2] * 4):
+            leaves = [x.detach().clone().requires_grad_(self.backward) for x in buffers[:3]]
+
+            def call() -> None:
+                out = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True)
+                grads = torch.autograd.grad(out, leaves, buffers[3]) if self.backward else ()
+                found.extend((out.detach(), *grads))
+
+            seconds = self.seconds(call)
+        if copies > 1 and self.backward:
+            found[2:] = [x.unflatten(1, (-1, copies)).sum(2) for x in found[2:]]
+        return self._measured([x.transpose(1, 2) for x in found], seconds)
+
+    def _measured(self, found: Sequence[torch.Tensor], seconds: float) -> Measured:
+        """Right when no number is further from the monolithic kernel's than rounding in bf16 can take it.
+
+        2^-5 of the largest: an output is rounded once (2^-9), its partial results and the probabilities beside them are
+        too, and a gradient sums some of these errors.
+        """
+        limit = 2**-5 if found[0].dtype == torch.bfloat16 else 2**-13
+        errors = [
+            float((x.float() - y.float()).abs().max() / y.float().abs().max()) for x, y in zip(found, self.wanted)
+        ]
+        right = len(found) == len(self.wanted) and max(errors) < limit
+        return Measured(right, seconds, {"of_ideal": self.ideal_s / seconds, "error": max(errors)})
+
+
+def trial(problem: Problem, backward: bool, seed: int, machine: Machine | None) -> Trial:
+    forget()
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    side = Side(problem, backward, device, seed)
+    names = [n for n in SCHEDULES if not problem.possible(n) and n not in ("double_ring", "ulysses_token")]
+    for _ in range(GATE_CALLS):
+        side.ours("auto")
+    rates = None if machine is None else Rates.of(machine, problem.heads.dtype)
+    phases = (False, True) if backward else (False,)
+
+    def predicted(name: str) -> float | None:
+        if rates is None:
+            return None
+        return sum(predict(problem.schedule(name, backward=phase), rates) for phase in phases)
+
+    arms = [Arm(name, partial(side.ours, name), predicted_s=predicted(name)) for name in names]
+    arms.append(Arm("auto", partial(side.ours, "auto")))
+    if cuda:
+        arms.append(Arm(TORCH, side.torch_context_parallel))
+    else:
+        arms.append(
+            Arm.missing(TORCH, "its ring has no CPU form (torch 2.13: no sharding strategy for the CPU kernel)")
+        )
+    return Trial(arms, reference=lambda: True)
+
+
+def cases(context: Context) -> Sequence[Case]:
+    world, cuda = context.world_size, torch.cuda.is_available()
+    if world < 2:
+        raise UserError(
+            "this benchmark needs several ranks", remedy="torchrun --nproc-per-node 2 -m undertow bench ring_gpus"
+        )
+    lengths = LENGTHS if cuda else (512,)
+    lengths = lengths[:1] if context.quick else lengths
+    found = []
+    for length in lengths:
+        for q_heads, kv_heads in HEADS if cuda else ((4, 2),):
+            for backward in (False, True):
+                heads = Heads(1, q_heads, kv_heads, *((128, 128, "bfloat16") if cuda else (32, 32)))
+                problem = Problem(world, length, length, heads, Mask(causal=True))
+                phase = "forward + backward" if backward else "forward"
+                found.append(
+                    Case(
+                        f"{length:,} tokens, {q_heads}:{kv_heads} heads, {phase}",
+                        partial(trial, problem, backward, context.seed, context.machine),
+                        plain=PLAIN,
+                        ours="auto",
+                        group=f"{q_heads}:{kv_heads} heads, {phase}",
+                        x=length,
+                        warm_ups=1,
+                    )
+                )
+    return found
+
+
+BENCHMARK = Benchmark(
+    name="ring_gpus",
+    claim="between GPUs the chosen schedule is never slower than the KV ring, and near the ideal",
+    cases=cases,
+    rounds=11,
+    packages=("torch",),
+    x_label="tokens",
+    choices=tuple(SCHEDULES),
+)
+
+if __name__ == "__main__":
+    from undertow.benchmarks.cli import main
+
+    sys.exit(main(["ring_gpus", *sys.argv[1:]]))

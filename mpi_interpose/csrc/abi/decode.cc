@@ -328,7 +328,8 @@ std::vector<int64_t> library_order(MPI_Datatype type, const Bounds& b) {
   for (int shift = 0; shift < 24; shift += 8) {
     for (int64_t i = 0; i < b.true_extent; ++i) buffer[i] = static_cast<unsigned char>(i >> shift);
     int position = 0;
-    must(own.Pack(buffer.data() - b.true_lb, 1, type, packed.data(), static_cast<int>(b.size), &position, constants.self),
+    must(own.Pack(shifted(buffer.data(), -b.true_lb), 1, type, packed.data(), static_cast<int>(b.size), &position,
+                  constants.self),
          "Pack");
     if (position != b.size) throw Unsupported("the library packs another number of bytes");
     for (int64_t i = 0; i < b.size; ++i) where[i] |= static_cast<int64_t>(packed[i]) << shift;

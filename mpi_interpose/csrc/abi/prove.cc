@@ -60,7 +60,7 @@ void compare_noise(const Record& r, const Bounds& b) {
     v = static_cast<unsigned char>(1 + (x >> 32) % 255);
   }
   const Span span(b.true_extent);
-  unsigned char* origin = span.base - b.true_lb;
+  unsigned char* origin = shifted(span.base, -b.true_lb);
   walk_unpack(*r.plan.ir, 1, r.plan.extent, reinterpret_cast<const char*>(noise.data()),
               reinterpret_cast<char*>(origin), 0, b.size);
   int position = 0;

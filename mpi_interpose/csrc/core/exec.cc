@@ -81,10 +81,10 @@ void iterate(const Nest& nest, int depth, char* user, char* packed, Body body) {
     int k = depth - 1;
     for (; k >= 0; --k) {
       const Dim& d = nest.dim[k];
-      user += d.ss;
+      user = shifted(user, d.ss);
       packed += d.ds;
       if (++index[k] < d.n) break;
-      user -= d.n * d.ss;
+      user = shifted(user, -d.n * d.ss);
       packed -= d.n * d.ds;
       index[k] = 0;
     }
@@ -94,7 +94,7 @@ void iterate(const Nest& nest, int depth, char* user, char* packed, Body body) {
 
 template <bool Pack>
 void run_op(const Kernels& k, const Op& op, const Dim& a, const Dim& b, char* user, char* packed) {
-  user += op.soff;
+  user = shifted(user, op.soff);
   packed += op.doff;
   Nest nest;
   nest.push(a);
@@ -136,7 +136,7 @@ void run(const Plan& plan, int64_t count, char* user, char* packed) {
   for (int64_t e = 0; e < elements.n; ++e)
     for (int64_t i = 0; i < outer.n; i += tile) {
       const Dim part{std::min(tile, outer.n - i), outer.ss, outer.ds}, none{1, 0, 0};
-      char* u = user + e * elements.ss + i * outer.ss;
+      char* u = shifted(user, e * elements.ss + i * outer.ss);
       char* p = packed + e * elements.ds + i * outer.ds;
       for (const Op& op : plan.ops) run_op<Pack>(k, op, none, part, u, p);
     }

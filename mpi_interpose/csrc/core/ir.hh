@@ -31,6 +31,14 @@ inline int64_t mul(int64_t a, int64_t b) {
   return r;
 }
 
+// p + n for a `p` that need not point into the bytes: MPI_BOTTOM is null and its types hold addresses; an origin may lie
+// far outside its type.
+template <class T>
+T* shifted(T* p, int64_t n) {
+  static_assert(sizeof(T) == 1, "bytes");
+  return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(n));
+}
+
 enum class Kind : uint8_t { Bytes, Loop, Seq, Runs };
 
 struct Node;

@@ -54,12 +54,12 @@ void walk_elements(const Node& n, int64_t count, int64_t extent, int64_t from, i
 
 void walk_pack(const Node& n, int64_t count, int64_t extent, const char* src, char* dst, int64_t from, int64_t to) {
   walk_elements(n, count, extent, from, to,
-                [=](int64_t off, int64_t len, int64_t pos) { std::memcpy(dst + (pos - from), src + off, len); });
+                [=](int64_t off, int64_t len, int64_t pos) { std::memcpy(dst + (pos - from), shifted(src, off), len); });
 }
 
 void walk_unpack(const Node& n, int64_t count, int64_t extent, const char* src, char* dst, int64_t from, int64_t to) {
   walk_elements(n, count, extent, from, to,
-                [=](int64_t off, int64_t len, int64_t pos) { std::memcpy(dst + off, src + (pos - from), len); });
+                [=](int64_t off, int64_t len, int64_t pos) { std::memcpy(shifted(dst, off), src + (pos - from), len); });
 }
 
 }  // namespace undertow

@@ -11,10 +11,12 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <utility>
 
 #include "pieces.hh"
 
 using undertow::gpu::Batch;
+using undertow::gpu::One;
 using undertow::gpu::Piece;
 
 namespace {
@@ -33,6 +35,7 @@ thread_local void* g_stack[64];
 thread_local int g_depth = 0;
 int g_context;
 long g_launches = 0;
+std::map<void*, std::pair<int, int>> g_ones;
 
 bool failing(const char* name) {
   const char* wish = std::getenv("FAKE_CUDA_FAIL");
@@ -134,17 +137,33 @@ int cuModuleLoadData(void** module, const void* image) {
   return *module = &g_context, 0;
 }
 int cuModuleGetFunction(void** f, void* module, const char* name) {
-  return *f = module, std::strcmp(name, "undertow_copy") ? kInvalid : 0;
+  static char one[5][2];  // undertow_one_LOG_UNROLL
+  int log, unroll;
+  *f = module;
+  if (std::strcmp(name, "undertow_copy") == 0) return 0;
+  if (std::sscanf(name, "undertow_one_%d_%d", &log, &unroll) != 2 || log > 4 || (unroll != 1 && unroll != 4)) return kInvalid;
+  *f = &one[log][unroll == 4];
+  g_ones[*f] = {log, unroll};
+  return 0;
 }
 int cuStreamCreate(void** s, unsigned) { return *s = &g_context, g_current ? 0 : kInvalidContext; }
 int cuStreamSynchronize(void*) { return g_current ? 0 : kInvalidContext; }
-int cuLaunchKernel(void*, unsigned grid, unsigned, unsigned, unsigned threads, unsigned, unsigned, unsigned, void*,
+int cuLaunchKernel(void* f, unsigned grid, unsigned, unsigned, unsigned threads, unsigned, unsigned, unsigned, void*,
                    void** arguments, void**) {
   if (!g_current || !grid || threads != undertow::gpu::kThreads || failing("cuLaunchKernel")) return kInvalid;
   std::lock_guard<std::mutex> guard(g_lock);
+  ++g_launches;
+  if (const auto found = g_ones.find(f); found != g_ones.end()) {
+    const One& one = *static_cast<const One*>(arguments[0]);
+    const Piece& p = one.piece;
+    const uint32_t per_tile = undertow::gpu::kThreads * p.unroll;
+    if (found->second != std::make_pair(int(p.word_log2), int(p.unroll))) die("a kernel for other words", p.word_log2);
+    if (grid != (p.words + per_tile - 1) / per_tile || p.kind == undertow::gpu::kCrossed) die("a grid of another size", grid);
+    run(p, one.packing);
+    return 0;
+  }
   const Batch& batch = *static_cast<const Batch*>(arguments[0]);
   for (uint32_t i = 0; i < batch.n; ++i) run(batch.pieces[i], batch.packing);
-  ++g_launches;
   return 0;
 }
 int cuMemAlloc_v2(unsigned long long* address, size_t n) {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <string>
 
 #include "device.hh"
 
@@ -47,11 +48,26 @@ Context::Context(Handle context, int ordinal)
   Use use(*this);
   must(cuda.cuModuleLoadData(&module_, undertow_gpu_kernels), "loading the pack kernels");
   must(cuda.cuModuleGetFunction(&kernel_, module_, "undertow_copy"), "finding the pack kernel");
+  for (int log = 0; log < 5; ++log)
+    for (int many = 0; many < 2; ++many) {
+      const std::string name = "undertow_one_" + std::to_string(log) + (many ? "_4" : "_1");
+      must(cuda.cuModuleGetFunction(&ones_[log][many], module_, name.c_str()), "finding a pack kernel");
+    }
   must(cuda.cuStreamCreate(&stream, 0), "cuStreamCreate");
 }
 
 // Pieces in order, as many per launch as fit its arguments; every launch is one kernel over all its pieces.
 void Context::launch(const std::vector<Piece>& pieces, bool packing, Handle on) {
+  if (pieces.size() == 1 && pieces[0].kind != kCrossed) {
+    One one{pieces[0], packing, 0};
+    void* arguments[] = {&one};
+    const Handle kernel = ones_[one.piece.word_log2][one.piece.unroll > 1];
+    must(cuda.cuLaunchKernel(kernel, tiles_of(one.piece), 1, 1, kThreads, 1, 1, 0, on, arguments, nullptr),
+         "launching a pack kernel");
+    ++counters.launches;
+    ++counters.pieces;
+    return;
+  }
   for (size_t at = 0; at < pieces.size(); at += kBatch) {
     Batch batch{};
     batch.n = static_cast<uint32_t>(std::min<size_t>(kBatch, pieces.size() - at));

@@ -52,6 +52,7 @@ class Context {
   void drop(Kept& kept);
 
   Handle module_ = nullptr, kernel_ = nullptr;
+  Handle ones_[5][2] = {};  // for a launch of one piece: log2 of its word, whether a thread takes several
   std::mutex lock_;
   std::unordered_map<const Node*, std::unique_ptr<Kept>> tables_;
   int64_t table_bytes_ = 0;

@@ -1,8 +1,10 @@
 // The copy kernel: pieces in, words moved. One source for pack and unpack, which differ in the side that is read.
 //
-// A persistent grid walks over tiles. A tile belongs to one piece and is a run of consecutive packed words; each thread
-// first computes all its places, then loads, then stores, so that several loads are in flight. Types whose loops cross
-// memory order (a transpose) go through a tile in shared memory, so that both sides are read and written along rows.
+// A tile belongs to one piece and is a run of consecutive packed words; each thread first computes all its places, then
+// loads, then stores, so that several loads are in flight. A launch of one piece has a kernel for its word size, short
+// arguments and a block for each tile; one of several pieces has a persistent grid that walks over the tiles of all.
+// Types whose loops cross memory order (a transpose) go through a tile in shared memory, so that both sides are read and
+// written along rows.
 // `python -m undertow.mpi_interpose.gpu_kernels` compiles this file to kernels.ptx, which is what is shipped.
 #include "pieces.hh"
 
@@ -123,7 +125,7 @@ __device__ __forceinline__ void either(const Piece& p, uint32_t tile, bool packi
 }
 
 __device__ __forceinline__ void walk(const Batch& batch) {
-  __shared__ __align__(16) char square[kTile * (kTile + 1) * 8];
+  __shared__ __align__(16) char square[kTile * (kTile + 1) * 16];
   const bool packing = batch.packing;
   int piece = 0;
   for (uint32_t tile = blockIdx.x; tile < batch.tiles; tile += gridDim.x) {
@@ -134,7 +136,8 @@ __device__ __forceinline__ void walk(const Batch& batch) {
       if (p.word_log2 == 0) cross_tile<0>(p, own, packing, square);
       else if (p.word_log2 == 1) cross_tile<1>(p, own, packing, square);
       else if (p.word_log2 == 2) cross_tile<2>(p, own, packing, square);
-      else cross_tile<3>(p, own, packing, square);
+      else if (p.word_log2 == 3) cross_tile<3>(p, own, packing, square);
+      else cross_tile<4>(p, own, packing, square);
       continue;
     }
     switch (p.word_log2) {
@@ -148,6 +151,21 @@ __device__ __forceinline__ void walk(const Batch& batch) {
 }
 
 }  // namespace undertow::gpu::words
+
+// One piece that is no transpose, a block for each of its tiles. Named by log2 of the word and the words per thread.
+#define UNDERTOW_ONE(LOG)                                                                                            \
+  extern "C" __global__ void __launch_bounds__(kThreads) undertow_one_##LOG##_1(const __grid_constant__ One one) {   \
+    words::copy_word<LOG>(one.piece, blockIdx.x, one.packing);                                                       \
+  }                                                                                                                  \
+  extern "C" __global__ void __launch_bounds__(kThreads) undertow_one_##LOG##_4(const __grid_constant__ One one) {   \
+    words::copy_tile<LOG, kUnroll>(one.piece, blockIdx.x, one.packing);                                              \
+  }
+UNDERTOW_ONE(0)
+UNDERTOW_ONE(1)
+UNDERTOW_ONE(2)
+UNDERTOW_ONE(3)
+UNDERTOW_ONE(4)
+static_assert(kUnroll == 4, "the names above end with it");
 
 extern "C" __global__ void __launch_bounds__(kThreads, 4) undertow_copy(const __grid_constant__ Batch batch) {
   words::walk(batch);

@@ -53,6 +53,11 @@ struct Batch {
   uint32_t n, tiles, packing, spare;
   Piece pieces[kBatch];
 };
+// A launch of one piece. Short, because a launch waits for its arguments to arrive.
+struct One {
+  Piece piece;
+  uint32_t packing, spare;
+};
 static_assert(sizeof(Batch) <= 4096, "kernel arguments are limited to 4 KiB on older drivers");
 
 // n / d for n < 2^31, d >= 2, from numbers made by `divisor`.

@@ -131,6 +131,7 @@ def train(run: Run, *, resume: bool, checkpoints: bool, trace: Trace) -> Result 
         if resume and start is None:
             log.info("no checkpoint in %s yet: starting from step 0", run.out)
         start = start or 0
+        _note_memory(run, trace)
         metrics = Metrics(run.out, enabled=rank0, start=start)
         tokens = config.batch * config.length
         pending: list[tuple[int, torch.Tensor, torch.Tensor]] = []
@@ -150,8 +151,7 @@ def train(run: Run, *, resume: bool, checkpoints: bool, trace: Trace) -> Result 
                 if (step + 1) % config.log_every and step + 1 < config.steps:
                     bar.update()
                     continue
-                now = memory.read(run.device)
-                trace.counter("memory", rss=float(now.rss), device=float(now.device_allocated))
+                _note_memory(run, trace)
                 losses = [(number, loss.item(), norm.item()) for number, loss, norm in pending]  # waits for the device
                 seconds = time.monotonic() - began_s
                 rate = tokens * len(pending) / seconds
@@ -180,6 +180,15 @@ def train(run: Run, *, resume: bool, checkpoints: bool, trace: Trace) -> Result 
     return result
 
 
+def _note_memory(run: Run, trace: Trace) -> None:
+    """Now and at most so far; `undertow plan --compare` reads the growth from the first note."""
+    now = memory.read(run.device)
+    on_device = {}
+    if run.device.type == "cuda":
+        on_device = {"device": float(now.device_allocated), "device_peak": float(now.device_peak_allocated)}
+    trace.counter("memory", rss=float(now.rss), peak_rss=float(now.peak_rss), **on_device)
+
+
 def hash_of(tensors: dict[str, torch.Tensor]) -> str:
     """xxh3-128 over names and bytes, in name order: equal hashes mean bit-identical tensors, whatever their layout.
     Collective where there are DTensors."""
@@ -194,9 +203,13 @@ def hash_of(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def prepare_folder(out: Path, config: TrainConfig, data: Path | None, manifest: str, resume: bool) -> None:
-    """Rank 0: make the run's folder, or refuse one that holds another run."""
-    now = json.loads(json.dumps({"config": asdict(config), "data": str(data or "standard library"), "text": manifest}))
+def prepare_folder(out: Path, run: Run, data: Path | None, resume: bool) -> None:
+    """Rank 0: make the run's folder, or refuse one that holds another run. How it runs (ranks, systems, device) may
+    change when it is resumed; the newest is kept."""
+    config, manifest = run.config, run.corpus.manifest
+    how = {"ranks": run.here.world_size, "systems": asdict(run.parallel.systems), "device": run.device.type}
+    what = {"config": asdict(config), "data": str(data or "standard library"), "text": manifest}
+    now = json.loads(json.dumps(what | how))
     path = out / "config.json"
     try:
         if path.exists():
@@ -288,7 +301,7 @@ def command(
         problem = [""]
         if here.rank == 0:
             try:
-                prepare_folder(out, config, data, run.corpus.manifest, resume)
+                prepare_folder(out, run, data, resume)
             except UserError as error:
                 problem = [str(error)]
         dist.broadcast_object_list(problem, src=0)

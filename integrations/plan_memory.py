@@ -1,0 +1,95 @@
+"""Does a job fit: resident bytes, and what a step holds above them; plain where that fits, streamed where it must.
+
+A plain step drops its gradients before it begins (`zero_grad(set_to_none=True)`), so they are born as the saved values
+of the layers die, and the peak is the larger of both ends; a streamed step is planned above weights and gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..dist.units import format_bytes
+from ..parallel.memory_model import plain_bytes, plain_flops, saved_bytes, step_flops
+from ..parallel.stream.plan import StreamPlan
+from ..parallel.stream.planner import plan as plan_stream
+from .plan_job import Job, Line
+
+PASSES = 6  # reads and writes of each saved value: made, read by the next, read in backward, its gradient made and read
+UPDATE_LISTS = 2  # copies of the weights that AdamW's for-each form makes beside the gradients
+STREAM_PASSES = 8  # forward runs again
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """`streamed`: the plan, None for a plain step. `peak_bytes` on the device; `host_bytes` for offload."""
+
+    lines: tuple[Line, ...]
+    fits: bool
+    peak_bytes: int
+    streamed: StreamPlan | None
+
+    @property
+    def host_bytes(self) -> int:
+        return self.streamed.host_bytes if self.streamed else 0
+
+    def work(self, job: Job) -> dict[str, float]:
+        """FLOPs of all ranks that share a row, by kind."""
+        if self.streamed is None:
+            return plain_flops(job.shape, job.batch, job.tokens)
+        kept, derived = kept_derived(self.streamed)
+        chunks = len(self.streamed.bounds)
+        return step_flops(job.shape, job.batch, job.tokens, attention_kept=kept, derived=derived, chunks=chunks)
+
+    def traffic_bytes(self, job: Job) -> float:
+        """Reads and writes of a rank's memory outside products: element-wise operations, clipping, the optimizer."""
+        rows = job.batch * job.rows
+        saved = job.shape.layers * saved_bytes(job.shape, rows) + rows * job.shape.vocab * 4
+        update = (2 * job.weight + 4 * job.weight + 2 * job.state_bytes) * job.shape.parameters / share(job)
+        return saved * (STREAM_PASSES if self.streamed else PASSES) + update
+
+
+def share(job: Job) -> int:
+    """Ranks over which weights and state are spread."""
+    return job.tensor * (job.data * job.context if job.sharded else 1)
+
+
+def kept_derived(made: StreamPlan | None) -> tuple[float, float]:
+    """Fractions of the layers whose attention output is kept, and whose input is computed again."""
+    if made is None:
+        return 1.0, 0.0
+    kept = sum(place != "none" for place in made.attention) / len(made.attention)
+    return kept, made.inputs.count("derived") / len(made.inputs)
+
+
+def footprint(job: Job) -> Footprint:
+    """What fits, and how."""
+    shape, weight = job.shape, job.weight
+    weights, state = (shape.parameters * each // share(job) for each in (weight, job.state_bytes))
+    gathered = 2 * shape.layer_parameters * weight // job.tensor if job.sharded and share(job) > job.tensor else 0
+    rows, whole = job.batch * job.rows, job.batch * (job.tokens // job.context)
+    inputs = 2 * whole * shape.width * shape.element_size if job.tensor > 1 else 0  # gathered for a layer's products
+    resident = weights + state + gathered + inputs
+    update = (1 + UPDATE_LISTS) * weights
+    plain = resident + max(plain_bytes(shape, rows), weights + saved_bytes(shape, rows), update)
+    form = f"parameters × (2 × {weight} + {job.state_bytes} B) / {share(job)}"
+    extra = f" + {format_bytes(gathered)} of two gathered layers" if gathered else ""
+    lines = [Line("weights, gradients, state", format_bytes(resident + weights - inputs), form + extra, "modelled")]
+    if job.stream == "off" or (job.stream == "auto" and plain <= job.device_bytes):
+        fits, peak, made = plain <= job.device_bytes, plain, None
+        how, model = "not needed" if job.stream == "auto" else "off", "saved values of all layers, whole logits"
+    else:
+        budget = job.device_bytes - resident - weights
+        made = plan_stream(shape, job.batch, job.rows, budget_bytes=max(budget, 1), host_bytes=job.host_bytes)
+        fits = budget > 0 and "exceeds" not in made.reason
+        peak = resident + max(weights + made.device_bytes, update)
+        several = f"{len(made.bounds)} chunks of {made.chunk} rows"
+        how = f"on: {several if len(made.bounds) > 1 else 'whole layers, the loss in pieces'}"
+        how += f"; a plain step needs {format_bytes(plain)}" if job.stream == "auto" else ""
+        model = "parallel.memory_model.moments"
+    answer = f"{'yes' if fits else 'no'}: peak {format_bytes(peak)} of {format_bytes(job.device_bytes)}"
+    name = model if made else f"parallel.memory_model.plain_bytes: {model}"
+    lines.append(Line("does it fit", answer, name, "modelled"))
+    lines.append(
+        Line("streamed backpropagation", how, "parallel.stream.planner.plan: least work that fits", "modelled")
+    )
+    return Footprint(tuple(lines), fits, int(peak), made)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from undertow.benchmarks import overlap_gpus, ring_gpus
+from undertow.benchmarks import checkpoint_ranks, overlap_gpus, ring_gpus
 from undertow.benchmarks.case import Context, Measured
+from undertow.benchmarks.checkpoint_job import Size
 from undertow.dist.errors import UserError
+from undertow.examples.lm import LMConfig
 from undertow.parallel.token_ring.executors import forget
 
 
@@ -38,7 +41,21 @@ def test_every_arm_is_right(ranks):
         assert {name for _, name in found} >= {"ring_kv", "auto", "cuBLAS + NCCL", "overlap, 4 pieces"}
 
 
-@pytest.mark.parametrize("module", [ring_gpus, overlap_gpus])
+def _read_back(rank, world):
+    checkpoint_ranks.STEPS = 2
+    size = Size("tiny", LMConfig(layers=1, width=64, heads=2, kv_heads=2, hidden=128, vocab=256), 1, 8, 1)
+    trial = checkpoint_ranks.trial(size, torch.device("cpu"))
+    found = {arm.name: (arm.reference and arm.reference(), arm.run().answer) for arm in trial.arms}
+    checkpoint_ranks._close(checkpoint_ranks._open.pop())
+    return found
+
+
+def test_every_save_of_sharded_training_reads_back(ranks):
+    for found in ranks(2, _read_back):
+        assert len(found) == 4 and set(found.values()) == {(0, 0)}
+
+
+@pytest.mark.parametrize("module", [ring_gpus, overlap_gpus, checkpoint_ranks])
 def test_one_rank_is_told_how_to_start_several(module):
     with pytest.raises(UserError, match="torchrun"):
         module.cases(Context())

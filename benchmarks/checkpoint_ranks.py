@@ -1,0 +1,223 @@
+"""Checkpoints of FSDP2 training on the GPUs of one host: what they cost the slowest rank, at every step or every k-th.
+
+Each arm trains the same model for a few steps, with its saves, and all ranks wait for the slowest. Ours is the host
+tier at every step (memory that outlives the processes), and the disk (fsync, checksums, a commit that all ranks agree
+on); `dcp.async_save` is torch's own, without checksums. Before anything is timed, what each arm saved is read back by
+stock `dcp.load` and compared bit by bit, on every rank.
+
+    torchrun --nproc-per-node 2 -m undertow bench checkpoint_ranks --minutes 6
+
+Without GPUs it trains a tiny model over gloo, to see that it works. UNDERTOW_BENCH_DIR names the disk's folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.fsdp import fully_shard
+
+from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Measured, Trial
+from undertow.benchmarks.checkpoint_job import LARGE, MEDIUM, Size
+from undertow.benchmarks.checkpoint_phases import TINY
+from undertow.checkpointing import Checkpointer
+from undertow.dist.errors import UserError
+from undertow.examples.lm import ByteLM
+
+STEPS = 16
+
+
+class Sharded:
+    """One FSDP2 training job on this rank; `folder` is the same on all ranks."""
+
+    def __init__(self, size: Size, device: torch.device, folder: Path) -> None:
+        torch.manual_seed(0)
+        self.device, self.folder, self.step = device, folder, 0
+        with device:
+            self.model = ByteLM(size.model)
+        for layer in self.model.blocks:
+            fully_shard(layer)
+        fully_shard(self.model)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
+        torch.manual_seed(1 + dist.get_rank())
+        self.tokens = torch.randint(0, 256, (size.batch, size.length + 1), device=device)
+        self.closing = contextlib.ExitStack()
+        self.train()
+
+    def train(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss = self.model(self.tokens[:, :-1], self.tokens[:, 1:])
+        loss.backward()
+        self.optimizer.step()
+        self.step += 1
+
+    def state(self) -> dict[str, Any]:
+        """As dcp keeps it: sharded, by names."""
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer}
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+class Ours:
+    """`Checkpointer` on the host tier or the disk."""
+
+    def __init__(self, job: Sharded, name: str, *, host: bool) -> None:
+        self.host = host
+        self.ckpt = job.closing.enter_context(
+            Checkpointer(job.folder / name, model=job.model, optimizer=job.optimizer, keep=1, host_every=int(host))
+        )
+        self.job = job
+
+    def save(self) -> None:
+        self.ckpt.save(self.job.step, disk=not self.host, host=self.host)
+
+    def drain(self) -> None:
+        self.ckpt.wait()
+        if self.ckpt.failures:
+            raise RuntimeError(self.ckpt.reports[-1].reason)
+
+    def path(self) -> Path:
+        host = self.ckpt.host
+        folder = host.folder if self.host and host is not None else self.ckpt.folder
+        return folder.final(folder.committed()[-1])
+
+
+class Dcp:
+    """torch's asynchronous save, its pinned stager kept from save to save."""
+
+    def __init__(self, job: Sharded, name: str) -> None:
+        self.job, self.folder, self.count, self.future = job, job.folder / name, 0, None
+        self.group = dist.new_group(backend="gloo")
+
+    def save(self) -> None:
+        self.drain()
+        if self.count and dist.get_rank() == 0:
+            shutil.rmtree(self.path())
+        self.count += 1
+        self.future = dcp.async_save(self.job.state(), checkpoint_id=self.path(), process_group=self.group)
+
+    def drain(self) -> None:
+        if self.future is not None:
+            self.future.result()
+        self.future = None
+
+    def path(self) -> Path:
+        return self.folder / str(self.count)
+
+
+def wrong(job: Sharded, way: Any) -> int:
+    """Tensors of one save that stock dcp reads back differently, of all ranks."""
+    kept = {name: value.detach().clone() for name, value in _named(job).items()}
+    way.save()
+    job.train()  # the state moves on while the copies leave
+    way.drain()
+    found = {name: torch.zeros_like(value) for name, value in kept.items()}
+    dcp.load(found, checkpoint_id=way.path())
+    differ = sum(not torch.equal(_local(found[name]), _local(value)) for name, value in kept.items())
+    cell = torch.tensor([differ], device=job.device)
+    dist.all_reduce(cell)
+    return int(cell)
+
+
+def _named(job: Sharded) -> dict[str, torch.Tensor]:
+    """The sharded tensors by the names that all arms' files hold."""
+    return {f"model.{name}": value for name, value in job.state()["model"].items()}
+
+
+def _local(value: Any) -> torch.Tensor:
+    return value.to_local() if hasattr(value, "to_local") else value
+
+
+def sample(job: Sharded, way: Any, every: int, steps: int) -> Measured:
+    job.synchronize()
+    dist.barrier()
+    began_s = time.perf_counter()
+    for index in range(steps):
+        if way is not None and index % every == 0:
+            way.save()
+        job.train()
+    job.synchronize()
+    seconds = time.perf_counter() - began_s
+    if way is not None:
+        way.drain()
+    durable_s = time.perf_counter() - began_s
+    return Measured(0, seconds, {"step_ms": 1e3 * seconds / steps, "all_saved_s": durable_s})
+
+
+_open: list[Sharded] = []
+
+
+def trial(size: Size, device: torch.device) -> Trial:
+    while _open:
+        _close(_open.pop())
+    base = os.environ.get("UNDERTOW_BENCH_DIR") or None
+    made = [tempfile.mkdtemp(prefix="undertow-bench-", dir=base) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(made, 0)
+    job = Sharded(size, device, Path(str(made[0])))
+    _open.append(job)
+    ways: dict[str, tuple[Any, int]] = {
+        "no checkpoints": (None, 1),
+        "undertow host, every step": (Ours(job, "host", host=True), 1),
+        f"undertow disk, every {STEPS}": (Ours(job, "disk", host=False), STEPS),
+        f"dcp.async_save, every {STEPS}": (Dcp(job, "dcp"), STEPS),
+    }
+    checks = {name: wrong(job, way) if way is not None else 0 for name, (way, _) in ways.items()}
+
+    def arm(name: str, way: Any, every: int) -> Arm:
+        run: Callable[[], Measured] = partial(sample, job, way, every, STEPS)
+        return Arm(name, run, reference=lambda: checks[name])
+
+    return Trial([arm(name, *way) for name, way in ways.items()], reference=lambda: 0)
+
+
+def _close(job: Sharded) -> None:
+    job.closing.close()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(job.folder, ignore_errors=True)
+
+
+def cases(context: Context) -> Sequence[Case]:
+    if context.world_size < 2:
+        raise UserError(
+            "this benchmark needs several ranks",
+            remedy="torchrun --nproc-per-node 2 -m undertow bench checkpoint_ranks",
+        )
+    cuda = torch.cuda.is_available()
+    sizes = [MEDIUM, LARGE] if cuda else [TINY]
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return [
+        Case(size.name, partial(trial, size, device), "no checkpoints", "undertow host, every step", warm_ups=1)
+        for size in (sizes[:1] if context.quick else sizes)
+    ]
+
+
+BENCHMARK = Benchmark(
+    name="checkpoint_ranks",
+    claim="FSDP2 training with a save to host memory at every step takes at most 3 % longer",
+    cases=cases,
+    rounds=8,
+    packages=("torch",),
+    x_label="",
+)
+
+if __name__ == "__main__":
+    from undertow.benchmarks.cli import main
+
+    sys.exit(main(["checkpoint_ranks", *sys.argv[1:]]))

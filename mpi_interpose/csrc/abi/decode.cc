@@ -353,7 +353,7 @@ Decoded decode(MPI_Datatype type) {
   const Bounds b = bounds_of(type);
   out.ir = normalise(d.type(type, 0));
   if (out.ir->size != b.size) throw Unsupported("size differs from the library's");
-  if (b.size > 0 && (out.ir->lo != b.true_lb || out.ir->hi - out.ir->lo != b.true_extent))
+  if (b.size > 0 && (out.ir->lo != b.true_lb || out.ir->hi != add(b.true_lb, b.true_extent)))
     throw Unsupported("true bounds differ from the library's");
   out.lb = b.lb;
   out.extent = b.extent;

@@ -62,8 +62,9 @@ struct Blocks {
     if (!r || !(device || wanted(r, use, total, kCollectiveGain))) return;
     const MPI_Datatype twin = twin_of(r);
     if (handle_key(twin) == handle_key(constants.type_null)) return;
-    record = r;
     slab = slab_get(total * r->plan.size, device ? user_bytes(*r, first(n, *r)) : nullptr);
+    if (!slab) return;
+    record = r;
     if (use == kSendUse) each(n, [&](char* at, char* packed, int64_t k) { pack_slab(*r, k, at, packed); });
     buf = slab;
     type = twin;
@@ -138,8 +139,9 @@ struct TypedBlocks {
       take = (device ? device_wanted(t[i], use, c[i]) != nullptr : wanted(r, use, c[i], kCollectiveGain)) || take;
       total += bytes;
     }
-    if (!take) return;
+    if (!take || !(device || small_enough(total))) return;
     slab = slab_get(total, device);
+    if (!slab) return;
     if (use == kSendUse) each([&](Record& r, char* at, char* packed, int64_t k) { pack_slab(r, k, at, packed); });
     buf = slab;
     types = twins.data();

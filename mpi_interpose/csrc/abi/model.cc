@@ -11,6 +11,7 @@
 #include <string>
 
 #include "policy.hh"
+#include "report.hh"
 #include "resolve.hh"
 
 extern "C" const char undertow_builtin_model[], undertow_built_for[];
@@ -169,12 +170,19 @@ void observe(Record& r, Use use, bool ours, int64_t bytes, int64_t ns) {
 // A count that threads may lose now and then, for calls that pass through: a locked addition costs as much as the rest.
 void count_passed(Tally& t) { t.passed.store(t.passed.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed); }
 
+bool small_enough(int64_t bytes) {
+  if (bytes <= kLargestCopy) return true;
+  report_refused("a message of more than 1 GiB: packing it would take as much memory again");
+  return false;
+}
+
 bool wanted(Record* r, Use use, int64_t count, double gain) {
   if (!r || count <= 0 || r->plan.size == 0 || r->wrong.load(std::memory_order_relaxed)) return false;
   Tally& t = r->tally[use];
   int64_t bytes;
   if (mode == Mode::Auto && r->plan.form(count).cls == Class::Contiguous) return count_passed(t), false;
   if (__builtin_mul_overflow(count, r->plan.size, &bytes)) return false;
+  if (!small_enough(bytes)) return count_passed(t), false;
   if ((mode == Mode::Auto && model_ratio(*r, use, bytes) < gain) || !proved(*r)) return count_passed(t), false;
   t.taken.fetch_add(1, std::memory_order_relaxed);
   t.bytes.fetch_add(bytes, std::memory_order_relaxed);

@@ -14,6 +14,7 @@ namespace undertow {
 constexpr double kGain = 1.08;            // to take a path
 constexpr double kSampledGain = 1.12, kStay = 1.03;  // the same by samples: to begin, to go on
 constexpr double kCollectiveGain = 1.5;   // the table is measured on two ranks
+constexpr int64_t kLargestCopy = 1 << 30; // a message's slab; larger ones would double the program's memory
 
 void model_init();  // UNDERTOW_MPI_MODEL, else model.txt beside this library, else the built-in table of the flavour
 double model_ratio(Record& record, Use use, int64_t bytes);  // time without us / with us; negative: unknown
@@ -26,6 +27,8 @@ struct Choice {
 };
 Choice choose_local(Record& record, Use use, int64_t bytes);
 void observe(Record& record, Use use, bool ours, int64_t bytes, int64_t ns);
+
+bool small_enough(int64_t bytes);  // for a slab; the report tells of messages that are not
 
 // For messages; counts the decision. Collectives ask for more gain.
 bool wanted(Record* record, Use use, int64_t count, double gain = kGain);

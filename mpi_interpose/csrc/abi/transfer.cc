@@ -48,8 +48,12 @@ char* slab_get(int64_t bytes, const void* device) {
   }
   void* block = nullptr;
   if (posix_memalign(&block, kHeader, static_cast<size_t>(kHeader + (1ll << c)))) {
-    say("out of memory for a message of %lld bytes", static_cast<long long>(bytes));
-    std::abort();
+    if (device) {
+      say("out of memory for a message of %lld bytes", static_cast<long long>(bytes));
+      std::abort();
+    }
+    report_refused("no memory for a copy of the message");
+    return nullptr;
   }
   const Header header{c, bytes};
   std::memcpy(block, &header, sizeof header);
@@ -104,6 +108,7 @@ void pack_slab(Record& r, int64_t count, const void* user, char* slab) {
   if (!comparable(r, count)) return;
   const int64_t n = count * r.plan.size;
   char* other = slab_get(n);
+  if (!other) return;
   int position = 0;
   const int rc = own.Pack(const_cast<void*>(user), static_cast<int>(count), handle_of(r), other, static_cast<int>(n),
                           &position, constants.self);
@@ -130,6 +135,7 @@ void unpack_slab(Record& r, int64_t count, const char* slab, void* user, int64_t
   if (!comparable(r, count)) return;
   // The library reads back what we wrote; both must be the message. Overlapping targets are the program's error.
   char* other = slab_get(n);
+  if (!other) return;
   int position = 0;
   const int rc = own.Pack(user, static_cast<int>(count), handle_of(r), other, static_cast<int>(n), &position,
                           constants.self);

@@ -12,7 +12,8 @@
 namespace undertow {
 
 // Slabs are kept for reuse by powers of two, so that large messages do not pay page faults each time.
-// For a message from or to device memory (`device` not null) the slab is pinned.
+// For a message from or to device memory (`device` not null) the slab is pinned. NULL when memory is short: the caller
+// then leaves the message to the library, except where the bytes are a device's and the program has to stop.
 char* slab_get(int64_t bytes, const void* device = nullptr);
 void slab_put(char* slab);
 void slab_release_all();
@@ -40,8 +41,9 @@ struct SendSide {
     if (!r || !(device || wanted(r, kSendUse, count, gain))) return;
     const MPI_Datatype twin = twin_of(r);
     if (handle_key(twin) == handle_key(constants.type_null)) return;
-    record = r;
     slab = slab_get(count * r->plan.size, device ? user_bytes(*r, user) : nullptr);
+    if (!slab) return;
+    record = r;
     pack_slab(*r, count, user, slab);
     buf = slab;
     type = twin;
@@ -76,8 +78,9 @@ struct RecvSide {
     if (!r || !(device || wanted(r, kRecvUse, n, gain))) return;
     const MPI_Datatype twin = twin_of(r);
     if (handle_key(twin) == handle_key(constants.type_null)) return;
-    record = r;
     slab = slab_get(n * r->plan.size, device ? user_bytes(*r, target) : nullptr);
+    if (!slab) return;
+    record = r;
     buf = slab;
     type = twin;
   }

@@ -17,7 +17,7 @@ uint64_t mix(uint64_t h, uint64_t v) {
 // Widens [lo, hi) of `n` by a child's bounds moved by `off`.
 void cover(Node& n, bool& first, int64_t off, const Node& child) {
   if (child.size == 0) return;
-  const int64_t lo = add(off, child.lo), hi = add(off, child.hi);
+  const int64_t lo = reachable(add(off, child.lo)), hi = reachable(add(off, child.hi));
   n.lo = first ? lo : std::min(n.lo, lo);
   n.hi = first ? hi : std::max(n.hi, hi);
   first = false;
@@ -81,7 +81,7 @@ Ref runs(std::vector<int64_t> offs, std::vector<int64_t> lens) {
     node->pieces += lens[i] > 0;
     node->hash = mix(mix(node->hash, static_cast<uint64_t>(offs[i])), static_cast<uint64_t>(lens[i]));
     if (lens[i] == 0) continue;
-    const int64_t hi = add(offs[i], lens[i]);
+    const int64_t hi = reachable(add(reachable(offs[i]), lens[i]));
     node->lo = first ? offs[i] : std::min(node->lo, offs[i]);
     node->hi = first ? hi : std::max(node->hi, hi);
     first = false;

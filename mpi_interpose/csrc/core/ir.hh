@@ -25,6 +25,14 @@ inline int64_t add(int64_t a, int64_t b) {
   return r;
 }
 
+// Offsets of bytes lie within this, further than memory reaches, so that their differences and negatives are numbers.
+constexpr int64_t kReach = int64_t{1} << 60;
+
+inline int64_t reachable(int64_t off) {
+  if (off < -kReach || off > kReach) throw Unsupported("reaches further than memory");
+  return off;
+}
+
 inline int64_t mul(int64_t a, int64_t b) {
   int64_t r;
   if (__builtin_mul_overflow(a, b, &r)) throw Unsupported("size overflow");

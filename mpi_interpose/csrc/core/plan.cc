@@ -110,7 +110,7 @@ Plan make_plan(const Ref& ir, int64_t lb, int64_t extent) {
   plan.ir = normalise(ir);
   plan.size = plan.ir->size;
   plan.lb = lb;
-  plan.extent = extent;
+  plan.extent = reachable(extent);
   const Node* root = plan.ir.get();
   int64_t soff = 0;
   if (root->kind == Kind::Seq && root->parts.size() == 1) soff = root->parts[0].off, root = root->parts[0].node.get();

@@ -6,11 +6,9 @@ are among the cases.
 
 from __future__ import annotations
 
-import sys
-import traceback
-
 import numpy as np
 from mpi4py import MPI
+from rule_loop import keep
 
 comm = MPI.COMM_WORLD
 rank, size = comm.rank, comm.size
@@ -209,19 +207,5 @@ def across_an_intercommunicator() -> None:
     half.Free()
 
 
-def main() -> None:
-    for rule in (rooted, all_to_all, uneven, in_place, neighbours, edges_of_a_grid, across_an_intercommunicator):
-        try:
-            rule()
-        except BaseException as error:
-            sys.stderr.write(f"rank {rank}: {rule.__name__}: {type(error).__name__}: {error}\n")
-            traceback.print_exc()
-            sys.stderr.flush()
-            comm.Abort(1)
-    comm.Barrier()
-    if rank == 0:
-        print("ok")
-
-
 if __name__ == "__main__":
-    main()
+    keep((rooted, all_to_all, uneven, in_place, neighbours, edges_of_a_grid, across_an_intercommunicator))

@@ -9,7 +9,6 @@ usage: device_messages.py [NAME …]
 from __future__ import annotations
 
 import sys
-import traceback
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from mpi4py import MPI
 sys.path.insert(0, str(Path(__file__).parent))
 
 from device_memory import Array, Device
+from rule_loop import keep
 
 comm = MPI.COMM_WORLD
 rank, size, peer = comm.rank, comm.size, comm.rank ^ 1
@@ -381,22 +381,5 @@ RULES = [
 ]  # fmt: skip
 
 
-def main(names: list[str]) -> None:
-    for rule in RULES:
-        if names and rule.__name__ not in names:
-            continue
-        comm.Barrier()
-        try:
-            rule()
-        except BaseException as error:
-            sys.stderr.write(f"rank {rank}: {rule.__name__}: {type(error).__name__}: {error}\n")
-            traceback.print_exc()
-            sys.stderr.flush()
-            comm.Abort(1)
-    comm.Barrier()
-    if rank == 0:
-        print("ok", len(RULES), "on", "the stand-in" if device.is_fake else "a GPU")
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    keep(RULES, sys.argv[1:], "on the stand-in" if device.is_fake else "on a GPU")

@@ -2,20 +2,10 @@
    derived type is given to completion calls that the library refuses (a wrong handle beside it, or no place for results),
    then it is completed as usual. A truncated receive is one error, after which the others complete. Prints "ok" on two
    ranks. */
-#include <mpi.h>
-#include <stdio.h>
-#include <string.h>
-
-#define CHECK(condition)                                                    \
-  do {                                                                      \
-    if (!(condition)) {                                                     \
-      fprintf(stderr, "rank %d line %d: %s\n", rank, __LINE__, #condition); \
-      MPI_Abort(MPI_COMM_WORLD, 1);                                         \
-    }                                                                       \
-  } while (0)
+#include "check.h"
 
 enum { N = 400 };
-static int rank, peer, mine[N], got[3][N];
+static int mine[N], got[3][N];
 static MPI_Datatype t;
 
 /* Open MPI 5 crashes on a handle that is no request, and refuses missing results; MPICH the reverse. */
@@ -81,9 +71,7 @@ static void truncated(int together) {
 }
 
 int main(int argc, char** argv) {
-  MPI_Init(&argc, &argv);
-  MPI_Comm_rank(MPI_COMM_WORLD, &rank);
-  peer = rank ^ 1;
+  begin(&argc, &argv);
   MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
   MPI_Comm_set_errhandler(MPI_COMM_SELF, MPI_ERRORS_RETURN);
   for (int i = 0; i < N; ++i) mine[i] = i + 1000 * rank;
@@ -93,8 +81,5 @@ int main(int argc, char** argv) {
   truncated(0);
   truncated(1);
   MPI_Type_free(&t);
-  MPI_Barrier(MPI_COMM_WORLD);
-  if (rank == 0) printf("ok\n");
-  MPI_Finalize();
-  return 0;
+  return end();
 }

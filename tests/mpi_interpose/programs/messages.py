@@ -12,10 +12,10 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-import traceback
 
 import numpy as np
 from mpi4py import MPI
+from rule_loop import keep
 
 comm = MPI.COMM_WORLD
 rank, size = comm.rank, comm.size
@@ -499,25 +499,5 @@ RULES = [
 ]  # fmt: skip
 
 
-def main(names: list[str]) -> None:
-    for rule in RULES:
-        if names and rule.__name__ not in names:
-            continue
-        comm.Barrier()
-        if size % 2 == 0:
-            try:
-                rule()
-            except BaseException as error:
-                sys.stderr.write(f"rank {rank}: {rule.__name__}: {type(error).__name__}: {error}\n")
-                sys.stderr.flush()
-                traceback.print_exc()
-                comm.Abort(1)
-            if rank == 0:
-                print("kept", rule.__name__)
-    comm.Barrier()
-    if rank == 0:
-        print("ok", len(RULES))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    keep(RULES if size % 2 == 0 else [], sys.argv[1:])

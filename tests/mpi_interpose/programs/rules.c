@@ -1,20 +1,8 @@
 /* A C program with derived datatypes: vector, indexed, struct, subarray and their nesting, by the int interfaces, on an
    even number of ranks. Prints "ok" and exits 0 when every byte is where it belongs. */
-#include <mpi.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#define CHECK(condition)                                                   \
-  do {                                                                     \
-    if (!(condition)) {                                                    \
-      fprintf(stderr, "rank %d line %d: %s\n", rank, __LINE__, #condition); \
-      MPI_Abort(MPI_COMM_WORLD, 1);                                        \
-    }                                                                      \
-  } while (0)
+#include "check.h"
 
 enum { N = 4096 };
-static int rank, size, peer;
 
 static void exchange(MPI_Datatype t, int count) {
   static char mine[N], theirs[N], got[N], want[N], packed[N];
@@ -82,10 +70,7 @@ static void exchange(MPI_Datatype t, int count) {
 }
 
 int main(int argc, char** argv) {
-  MPI_Init(&argc, &argv);
-  MPI_Comm_rank(MPI_COMM_WORLD, &rank);
-  MPI_Comm_size(MPI_COMM_WORLD, &size);
-  peer = rank ^ 1;
+  begin(&argc, &argv);
   CHECK(size % 2 == 0);
   MPI_Datatype t[8];
   MPI_Type_vector(20, 3, 5, MPI_INT, &t[0]);
@@ -113,8 +98,5 @@ int main(int argc, char** argv) {
   for (int i = 0; i < 8; ++i) MPI_Type_free(&t[i]);
   MPI_Type_free(&column);
   MPI_Type_free(&record);
-  MPI_Barrier(MPI_COMM_WORLD);
-  if (rank == 0) printf("ok\n");
-  MPI_Finalize();
-  return 0;
+  return end();
 }

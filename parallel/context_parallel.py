@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class ContextParallel:
     """How one sequence of `length` tokens lies on the ranks of `group`, the same on all of them.
 
-    `cu_seqlens`: bounds of packed documents; `layout` and the schedules as in `token_ring_attention`.
+    `cu_seqlens`: bounds of packed documents; `layout`, the schedules and `wire_dtype` as in `token_ring_attention`.
     """
 
     group: dist.ProcessGroup | None
@@ -41,6 +41,7 @@ class ContextParallel:
     cu_seqlens: tuple[int, ...] | None = None
     schedule: str = "auto"
     backward_schedule: str = "auto"
+    wire_dtype: torch.dtype | None = None
 
     @property
     def size(self) -> int:
@@ -81,6 +82,7 @@ class ContextParallel:
             scale=scale,
             schedule=self.schedule,
             backward_schedule=self.backward_schedule,
+            wire_dtype=self.wire_dtype,
         )
         return out.transpose(1, 2)
 
@@ -120,16 +122,18 @@ def enable_context_parallel(
     layout: str = "zigzag",
     schedule: str = "auto",
     backward_schedule: str = "auto",
+    wire_dtype: torch.dtype | None = None,
 ) -> Enabled:
     """Spread every training step of a transformers model over `group` (a group, or a one-axis mesh; None: all ranks).
 
     Every rank calls the model with the same whole batch, as without; it computes its part of the tokens, and
     `output.loss` is the whole loss. Average parameter gradients over all ranks (DDP and FSDP do). `output.logits` are
     this rank's; the returned handle has `unshard` for them, and `disable()`. Padding must stand on the right; packed
-    documents are told by `position_ids` that begin anew, in a batch of 1. `UserError` names what cannot be done.
+    documents are told by `position_ids` that begin anew, in a batch of 1. The options are those of
+    `token_ring_attention`. `UserError` names what cannot be done.
     """
     from .context_parallel_hf import Enabled
 
     if group is not None and not isinstance(group, dist.ProcessGroup):
         group = group.get_group()
-    return Enabled(model, ContextParallel(group, 0, layout, None, schedule, backward_schedule))
+    return Enabled(model, ContextParallel(group, 0, layout, None, schedule, backward_schedule, wire_dtype))

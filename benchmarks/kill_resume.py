@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -274,10 +275,14 @@ def main(
     out: Annotated[Path, typer.Option(help="A new folder for the runs.")] = Path("runs/kill_resume"),
     result: Annotated[Path | None, typer.Option(help="Write the rows as JSON here.")] = None,
     timeout_s: Annotated[float, typer.Option(help="Longest time of one run.")] = 120.0,
+    minutes: Annotated[float | None, typer.Option(help="Begin no trial after this time.")] = None,
 ) -> None:
     """Kill and resume the main job; exit code 1 when a run differs, is damaged, or too few kills struck a flush."""
     if trials < 1 or ranks < 1:
         raise UserError(f"--trials {trials} --ranks {ranks}", expected="at least 1")
+    if minutes is not None and minutes <= 0:
+        raise UserError(f"--minutes {minutes:g}", expected="more than 0")
+    end_s = time.monotonic() + (math.inf if minutes is None else 60 * minutes)
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty", expected="a new folder", remedy="pass another --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -290,6 +295,8 @@ def main(
     rows = []
     with Progress(trials, "kill and resume", unit="trial") as bar:
         for trial in range(trials):
+            if rows and time.monotonic() > end_s:
+                break
             when = moment(seed, trial, begun=begun, run_s=run_s)
             rows.append(run_trial(trial, when, out, options, ranks, timeout_s))
             bar.update(identical=sum(row.identical for row in rows), flush=summary(rows)["inside_a_flush"])
@@ -301,7 +308,7 @@ def main(
 
         text = {"facts": facts(()), "seed": seed, "ranks": ranks, "recipe": recipe, "summary": found}
         result.write_text(json.dumps(text | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    enough = trials < 20 or summary(rows)["inside_a_flush"] >= 5  # type: ignore[operator]
+    enough = len(rows) < 20 or summary(rows)["inside_a_flush"] >= 5  # type: ignore[operator]
     if not all(row.good for row in rows) or not enough:
         raise typer.Exit(1)
 

@@ -95,7 +95,7 @@ def merge(parts: list[Path], target: Path) -> dict:
     merged: dict = {"format": 1, "ranks": sorted(r["rank"] for r in ranks), "mismatches": 0}
     functions: dict[str, dict[str, int]] = {}
     refused: dict[str, int] = {}
-    types: dict[str, dict] = {}
+    types: dict[tuple, dict] = {}
     for rank in ranks:
         merged.update({name: rank[name] for name in ("size", "mode", "kernels", "library")})
         merged["mismatches"] += rank["mismatches"]
@@ -103,10 +103,8 @@ def merge(parts: list[Path], target: Path) -> dict:
             _sum(functions.setdefault(name, {}), counts)
         _sum(refused, rank["refused"])
         for row in rank["types"]:
-            known = types.setdefault(
-                row["plan"], {key: row[key] for key in ("plan", "layout", "class", "size", "block")}
-            )
-            known["combiners"] = sorted({*known.get("combiners", []), *row["combiners"]})
+            names = ("plan", "layout", "class", "size", "block", "combiners")
+            known = types.setdefault((row["plan"], *row["combiners"]), {key: row[key] for key in names})
             known["types"] = known.get("types", 0) + row["types"]
             for use in ("pack", "unpack", "send", "recv"):
                 if use in row:

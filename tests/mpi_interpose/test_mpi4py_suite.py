@@ -8,45 +8,16 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
-import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from mpis import Install, environment
 
-from undertow.mpi_interpose.compile import cache_folder
+from undertow.benchmarks.mpi4py_suite import COMBINERS, Outcome, broken, read_outcome, sources
+from undertow.mpi_interpose.errors import InterposeError
 
 SUBSET = r"test_(datatype|pack|p2p_buf|request|status)\b"
-
-
-def suite(install: Install) -> Path:
-    """Folder with mpi4py's unpacked sources."""
-    ask = [str(install.python), "-c", "import mpi4py; print(mpi4py.__version__)"]
-    version = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
-    folder = cache_folder() / "test-mpi4py"
-    target = folder / f"mpi4py-{version}"
-    if not (target / "test" / "main.py").exists():
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "-q",
-            "--no-deps",
-            "--no-build-isolation",
-            "--no-binary",
-            ":all:",
-        ]
-        done = subprocess.run(
-            [*pip, f"mpi4py=={version}", "-d", str(folder)], capture_output=True, text=True, check=False
-        )
-        archives = list(folder.glob(f"mpi4py-{version}*.tar.gz"))
-        if not archives:
-            pytest.skip(f"pip cannot bring mpi4py's sources: {done.stderr[-200:]}")
-        with tarfile.open(archives[0]) as archive:
-            archive.extractall(folder, filter="data")
-    return target
 
 
 @pytest.mark.slow
@@ -54,9 +25,31 @@ def test_mpi4py_agrees_with_itself(pympi: Install, tmp_path: Path) -> None:
     report = tmp_path / "report"
     env = environment(pympi, LD_PRELOAD=pympi.preload, UNDERTOW_MPI_MODE="force", UNDERTOW_MPI_REPORT=report)
     command = [str(pympi.python), "test/main.py", "-q", "-i", SUBSET]
-    done = subprocess.run(command, env=env, cwd=suite(pympi), capture_output=True, text=True, timeout=280, check=False)
+    try:
+        folder = sources(str(pympi.python))
+    except InterposeError as error:
+        pytest.skip(str(error))
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0 and "\nOK" in done.stderr, done.stderr[-3000:]
     data = json.loads(Path(f"{report}.0.json").read_text())
     taken = {name.removesuffix("_c"): counts["taken"] for name, counts in data["functions"].items()}
     assert taken["MPI_Pack"] > 1000 and taken["MPI_Unpack"] > 1000 and taken["MPI_Sendrecv"] > 100
     assert data["mismatches"] == 0
+
+
+def test_the_benchmark_names_what_differs() -> None:
+    """Counts that differ, tests that fail on one side only, mismatches, and a combiner without a taken plan."""
+    words = """FAIL: testPack (test_pack.TestPack.testPack)\nERROR: testOld (test_old.TestOld)
+Ran 2127 tests in 3.2s\n\nFAILED (failures=1, errors=1, skipped=160)\n"""
+    run, skipped, failed = read_outcome(words)
+    assert (run, skipped) == (2127, 160)
+    assert failed == ("test_old.TestOld.testOld", "test_pack.TestPack.testPack")
+    hits = dict.fromkeys(COMBINERS, 3)
+    plain = Outcome("mpich-9", 1, "off", run, skipped, failed, 1.0, "yes")
+    good = replace(plain, mode="force", intercepted=9, taken=5, combiners=hits)
+    assert broken([plain, good]) == []
+    found = "\n".join(broken([plain, replace(good, failed=failed[:1], run=2126, combiners={**hits, "darray": 0})]))
+    assert "2126 run, 160 skipped, not 2127 and 160" in found and "no plan taken of darray" in found
+    assert "test_pack.TestPack.testPack fails only without the preload" in found
+    found = "\n".join(broken([plain, replace(good, mode="check", intercepted=0, mismatches=2)]))
+    assert "no call was intercepted" in found and "2 results differ" in found

@@ -7,6 +7,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <utility>
 
 #include "kernels.hh"
 
@@ -26,15 +27,16 @@ struct Line {
 };
 
 std::mutex g_lock;
-std::map<std::string, Line> g_lines;
+using Kind = std::pair<std::string, uint32_t>;  // the plan's words, and which combiners made it
+std::map<Kind, Line> g_lines;
 std::map<std::string, int64_t> g_refused;
 std::atomic<int64_t> g_mismatches{0};
 constexpr size_t kMaxLines = 4096;
 
 void absorb(Record& r) {  // under g_lock
-  std::string name = r.plan.describe();
-  if (g_lines.size() >= kMaxLines && !g_lines.count(name)) name = "(others)";
-  Line& line = g_lines[name];
+  Kind kind(r.plan.describe(), r.combiners);
+  if (g_lines.size() >= kMaxLines && !g_lines.count(kind)) kind = {"(others)", 0};
+  Line& line = g_lines[kind];
   line.types++;
   line.combiners |= r.combiners;
   line.size = r.plan.size;
@@ -82,9 +84,9 @@ void write_json(FILE* f, int rank, int size) {
   }
   std::fprintf(f, "},\n \"types\": [");
   comma = "";
-  for (const auto& [name, line] : g_lines) {
+  for (const auto& [kind, line] : g_lines) {
     std::fprintf(f, "%s\n  {\"plan\": %s, \"layout\": %s, \"class\": \"%s\", \"size\": %lld, \"block\": %lld, ", comma,
-                 quoted(name).c_str(), quoted(line.layout).c_str(), line.cls, static_cast<long long>(line.size),
+                 quoted(kind.first).c_str(), quoted(line.layout).c_str(), line.cls, static_cast<long long>(line.size),
                  static_cast<long long>(line.block));
     std::fprintf(f, "\"types\": %lld, \"combiners\": [", static_cast<long long>(line.types));
     const char* inner = "";
@@ -108,7 +110,7 @@ void write_json(FILE* f, int rank, int size) {
 void write_text(FILE* f, int rank) {
   std::fprintf(f, "undertow: rank %d, datatypes under the preload (taken/passed)\n", rank);
   int64_t saved = 0;
-  for (const auto& [name, line] : g_lines) {
+  for (const auto& [kind, line] : g_lines) {
     int64_t any = 0;
     for (int u = 0; u < kUses; ++u) saved += line.saved_ns[u];
     for (int u = 0; u < kUses; ++u) any += line.taken[u] + line.passed[u];
@@ -117,7 +119,7 @@ void write_text(FILE* f, int rank) {
                  static_cast<long long>(line.taken[0]), static_cast<long long>(line.passed[0]),
                  static_cast<long long>(line.taken[1]), static_cast<long long>(line.passed[1]),
                  static_cast<long long>(line.taken[2]), static_cast<long long>(line.passed[2]),
-                 static_cast<long long>(line.taken[3]), static_cast<long long>(line.passed[3]), name.c_str());
+                 static_cast<long long>(line.taken[3]), static_cast<long long>(line.passed[3]), kind.first.c_str());
   }
   std::fprintf(f, "undertow:   time saved on this rank: %.3f ms, modelled: calls taken times what the table says of each\n",
                static_cast<double>(saved) / 1e6);

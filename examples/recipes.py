@@ -11,12 +11,15 @@ from .lm import LMConfig
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run. `batch` counts rows over all ranks, so the trajectory does not depend on their number."""
+    """One run. `batch` counts rows over all ranks and over the `accumulate` backward passes of an update, so that the
+    trajectory depends on neither. `precision` is one of `precision.PRECISIONS`."""
 
     model: LMConfig
     steps: int
     batch: int
     length: int
+    accumulate: int = 1
+    precision: str = "auto"
     lr: float = 1e-3
     warmup: int = 20
     weight_decay: float = 0.1
@@ -77,7 +80,7 @@ def recipe(name: str, **changes: object) -> TrainConfig:
     if name not in RECIPES:
         raise UserError(f"there is no recipe '{name}'", expected=f"one of {', '.join(RECIPES)}")
     config = replace(RECIPES[name](), **{key: value for key, value in changes.items() if value is not None})  # type: ignore[arg-type]
-    for field in ("steps", "batch", "length", "log_every"):
+    for field in ("steps", "batch", "accumulate", "length", "log_every"):
         if getattr(config, field) < 1:
             raise UserError(f"{field} is {getattr(config, field)}", expected="at least 1")
     return config

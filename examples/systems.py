@@ -95,13 +95,15 @@ class Parallel:
         if self._shards:
             self._averages.append(GradientAverage(self._shards, self._built.group("data", "context")))
 
-    def rows(self, batch: int) -> slice:
-        """This rank's rows of a batch of `batch`."""
-        if batch % self.data:
+    def rows(self, batch: int, accumulate: int = 1) -> slice:
+        """This rank's rows of a batch of `batch`, which it takes in `accumulate` equal parts."""
+        parts = self.data * accumulate
+        if batch % parts:
+            times = f", {accumulate} backward passes each" if accumulate > 1 else ""
             raise UserError(
-                f"batch {batch} rows over {self.data} ranks",
+                f"batch {batch} rows over {self.data} ranks{times}",
                 expected="rows per rank × data-parallel ranks = batch",
-                remedy=f"pass --batch {-(-batch // self.data) * self.data}",
+                remedy=f"pass --batch {-(-batch // parts) * parts}",
             )
         each = batch // self.data
         return slice(self.place * each, (self.place + 1) * each)
@@ -148,11 +150,14 @@ class Parallel:
             parameter.grad.to_local().div_(self.systems.tensor_parallel)  # type: ignore[union-attr]
 
     def clip(self, limit: float) -> torch.Tensor:
-        """Scale the gradients down to a global norm of `limit`; their norm before, the same on all ranks."""
+        """Scale the gradients down to a global norm of `limit`; their norm before, the same on all ranks.
+
+        After `reduce`, whole gradients are alike on all ranks and counted once; shards differ along the tensor axis and
+        are added over it. In float32 whatever the gradients are."""
         whole, shards = ([_local_grad(p) for p in kind] for kind in (self._whole, self._shards))
-        norm = torch.nn.utils.get_total_norm(whole)
+        norm = _norm(whole)
         if shards:
-            square = torch.nn.utils.get_total_norm(shards).square()
+            square = _norm(shards).square()
             dist.all_reduce(square, group=self._built.group("tensor"))
             norm = (norm.square() + square).sqrt()
         torch._foreach_mul_([*whole, *shards], (limit / (norm + 1e-6)).clamp(max=1.0))
@@ -181,6 +186,10 @@ class Parallel:
             self._team.close()
         if self._context is not None:
             executors.forget()
+
+
+def _norm(grads: list[torch.Tensor]) -> torch.Tensor:
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2.0, torch.float32)))
 
 
 def _local_grad(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -30,6 +30,7 @@ from ..dist.units import parse_bytes
 from . import corpus as text
 from .lm import ByteLM
 from .metrics import Metrics, plot_losses
+from .precision import PRECISIONS, Precision
 from .recipes import RECIPES, TrainConfig, recipe
 from .systems import PLAIN, Parallel, Systems
 
@@ -61,9 +62,11 @@ class Run:
         self.config, self.out, self.here, self.device = config, out, here, device
         self.corpus = text.load(data)
         torch.manual_seed(config.seed)
-        self.parallel = Parallel(systems, ByteLM(config.model).to(device), here, device)
+        self.precision = Precision.of(config.precision, device)
+        model = self.precision.prepare(ByteLM(config.model).to(device))
+        self.parallel = Parallel(systems, model, here, device)
         self.model = self.parallel.model
-        self.rows = self.parallel.rows(config.batch)
+        self.rows = self.parallel.rows(config.batch, config.accumulate)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.lr,
@@ -74,7 +77,7 @@ class Run:
 
     def loss(self, window: torch.Tensor) -> torch.Tensor:
         window = window.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with self.precision.autocast():
             return self.parallel.loss(window)
 
     def step(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,13 +89,19 @@ class Run:
             seed=config.seed, step=step, rows=self.rows, batch=config.batch, length=config.length
         )
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(window)
-        loss.backward()
-        self.parallel.reduce()
+        total = torch.zeros((), device=self.device)
+        for rows in window.chunk(
+            config.accumulate
+        ):  # equally many tokens in each: the mean of their means is the whole
+            loss = self.loss(rows) / config.accumulate
+            self.precision.scaled(loss).backward()
+            total += loss.detach()
+        self.parallel.reduce()  # once, whatever the number of backward passes
+        self.precision.unscale(self.optimizer)
         norm = self.parallel.clip(config.clip)
-        loss = self.parallel.mean(loss)
-        self.optimizer.step()
-        return loss, norm
+        total = self.parallel.mean(total)
+        self.precision.step(self.optimizer)
+        return total, norm
 
     @torch.no_grad()
     def bits_per_byte(self) -> float:
@@ -119,6 +128,7 @@ def train(run: Run, *, resume: bool, checkpoints: bool, trace: Trace) -> Result 
         run.out / "checkpoints",
         model=run.model,
         optimizer=run.optimizer,
+        **run.precision.state(),
         every=config.checkpoint_every if checkpoints else 0,
         keep=config.keep,
         trace=trace,
@@ -220,7 +230,7 @@ def prepare_folder(out: Path, run: Run, data: Path | None, resume: bool) -> None
             changed = [
                 f"{key} {before['config'].get(key)} → {value}"
                 for key, value in now["config"].items()
-                if key not in free and before["config"].get(key) != value
+                if key not in free and before["config"].get(key, value) != value
             ]
             changed += [f"text {before.get('text')} → {manifest}"] if before.get("text") != manifest else []
             if changed:
@@ -250,6 +260,10 @@ def command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint.")] = False,
     steps: Annotated[int | None, typer.Option(help="Number of updates.")] = None,
     batch: Annotated[int | None, typer.Option(help="Rows per update, over all ranks.")] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(help="Backward passes of an update, of batch / N rows each.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help=f"One of {', '.join(PRECISIONS)}.")] = None,
     length: Annotated[int | None, typer.Option(help="Bytes per row.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights and data order.")] = None,
@@ -273,6 +287,8 @@ def command(
         recipe_name,
         steps=steps,
         batch=batch,
+        accumulate=accumulate,
+        precision=precision,
         length=length,
         lr=lr,
         seed=seed,

@@ -7,7 +7,8 @@ all-gather are each other's backward, and the rows gathered there serve the weig
 added in rank order whoever owns the rows, in float32 at least, and rounded once.
 
 `group` is a process group, its name, None for all ranks, or a `Team`. A size that the world does not divide is cut as
-torch.chunk and DTensor cut it. All ranks call alike.
+torch.chunk and DTensor cut it. All ranks call alike. Under autocast they are matrix products like any other: operands
+are cast first, so 16 bits are sent.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def matmul_reduce_scatter(
 
     `reduce_op`: 'sum' or 'avg'. Differentiable.
     """
+    A, B = _cast(A, B)
     _fits(A, B)
     team, dim, average = team_of(group, A.device), _dim(scatter_dim, A.ndim), _average(reduce_op)
     if dim == A.ndim - 1:  # columns of the product are rows of its transpose
@@ -63,6 +65,7 @@ def all_gather_matmul(
     A_shard: [..., K], `gather_dim` not the last; Bs: [K, N] each. `total`: the gathered size, when W does not divide
     it. Differentiable, except through the gathered A.
     """
+    A_shard, *Bs = _cast(A_shard, *Bs)
     for B in Bs:
         _fits(A_shard, B)
     team, dim = team_of(group, A_shard.device), _dim(gather_dim, A_shard.ndim)
@@ -83,6 +86,7 @@ def matmul_all_reduce(A: Tensor, B: Tensor, reduce_op: str = "sum", group: Group
     Differentiable where all ranks go on alike: the gradient of the result must be equal on all ranks, and is not summed
     over them (Megatron's g).
     """
+    A, B = _cast(A, B)
     _fits(A, B)
     team, average = team_of(group, A.device), _average(reduce_op)
     rows = A.reshape(A.shape[:-1].numel(), A.shape[-1])
@@ -142,6 +146,15 @@ class _AllReduce(torch.autograd.Function):
 def _weight_grad(a: Tensor, dout: Tensor, b: Tensor) -> Tensor:
     """aᵀ @ dout in the memory layout of `b`, so that a weight given as its transpose takes it without a copy."""
     return (dout.t() @ a).t() if b.stride(0) == 1 and b.stride(1) != 1 else a.t() @ dout
+
+
+def _cast(*operands: Tensor) -> list[Tensor]:
+    """As autocast casts those of torch's own matrix products, if it is on: anything but float64."""
+    device = operands[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(operands)
+    dtype = torch.get_autocast_dtype(device)
+    return [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in operands]
 
 
 def _fits(a: Tensor, b: Tensor) -> None:

@@ -10,7 +10,8 @@ are run from short to long until the time is used up; an arm that ran out of mem
 `hf+mask` is the baseline of the StreamBP paper: a padding mask, which keeps Hugging Face from causal flash attention.
 `python benchmarks/stream_report.py JSON…` turns the files of `--json` into a table and a plot.
 With `--streambp FOLDER` the published StreamBP runs in processes of its own (`stream_rival.py` says how to fill
-FOLDER), after our model has left the device. `--batches 1,2,4` repeats everything for each batch size.
+FOLDER), after our model has left the device. `--batches 1,2,4` repeats everything for each batch size; an arm like
+`ours+stash#32768` has chunks of that many rows. `benchmarks/stream_session.py` runs all of it in one GPU session.
 """
 
 from __future__ import annotations
@@ -69,6 +70,12 @@ OURS = {
 }
 
 
+def options_of(arm: str, chunk: int | None) -> dict[str, Any]:
+    """Of one of our arms; `arm#ROWS` has chunks of its own length, so that lengths can be compared in one run."""
+    name, _, rows = arm.partition("#")
+    return {**OURS[name], "chunk": None if name == "ours auto" else int(rows) if rows else chunk}
+
+
 def build(name: str, layers: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -107,8 +114,8 @@ def tiled_mlps(model: nn.Module, rows: int) -> Iterator[None]:
 @contextlib.contextmanager
 def armed(arm: str, model: Any, chunk: int | None) -> Iterator[Callable[[Tensor], tuple[Tensor, Any]]]:
     """The arm's step, tokens to (loss, plan or None), with the model set up for it and put back afterwards."""
-    if arm in OURS:
-        with stream_backprop(model, chunk=None if arm == "ours auto" else chunk, **OURS[arm]) as engine:
+    if arm.partition("#")[0] in OURS:
+        with stream_backprop(model, **options_of(arm, chunk)) as engine:
 
             def ours(tokens: Tensor) -> tuple[Tensor, Any]:
                 loss = model(input_ids=tokens, labels=tokens).loss

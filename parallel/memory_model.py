@@ -18,6 +18,7 @@ from typing import Any
 from ..dist.errors import UserError
 
 KEY_TILE = 16384  # as stream.attention
+PRODUCT_ROWS = 16384  # as stream.sums
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -218,6 +219,10 @@ def step_flops(
     }
 
 
-def sum_bytes(shape: DecoderShape, chunks: int) -> int:
-    """Device memory traffic of adding a chunk's weight gradients to their float32 sums, over a step."""
-    return 0 if chunks == 1 else 8 * chunks * shape.layers * shape.layer_parameters
+def sum_bytes(shape: DecoderShape, rows: int, chunk: int) -> int:
+    """Device memory traffic of adding weight gradients to their float32 sums, over a step: each product of at most
+    `PRODUCT_ROWS` rows reads and writes the sum, so chunks longer than that save nothing here."""
+    if chunk >= rows:
+        return 0
+    products = rows // chunk * -(-chunk // PRODUCT_ROWS) + -(-(rows % chunk) // PRODUCT_ROWS)
+    return 8 * products * shape.layers * shape.layer_parameters

@@ -1,11 +1,12 @@
 """From free bytes and a model's sizes to a `StreamPlan`: a pure function, the same answer on every rank.
 
-Chunk lengths from the whole sequence down to `SMALLEST` are tried, each with layer inputs where they fit: on the device
-(the last layers first, because their backward comes first), the rest on the host, every second one not kept at all when
-the host is full too. What room remains goes to attention outputs, which saves their recomputation. Of what fits, the
-plan with the least predicted work wins: one chunk is plain checkpointing of whole layers with a chunked loss, so
-chunking is chosen only where it does not fit, or where the room that it frees saves more attention than chunks cost.
-When nothing fits, the tightest plan is returned with a reason, so that a run degrades instead of failing here.
+The whole sequence and chunk lengths from `LONGEST_CHUNK` down to `SMALLEST` rows are tried, each with layer inputs
+where they fit: on the device (the last layers first, because their backward comes first), the rest on the host, every
+second one not kept at all when the host is full too. What room remains goes to attention outputs, which saves their
+recomputation. Of what fits, the plan with the least predicted work wins: one chunk is plain checkpointing of whole
+layers with a chunked loss, so chunking is chosen only where it does not fit, or where the room that it frees saves more
+attention than chunks cost. When nothing fits, the tightest plan is returned with a reason, so that a run degrades
+instead of failing here.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from .loss import default_rows
 from .plan import StreamPlan
 
 SMALLEST = 512
+# Rows of one of several chunks. Longer ones promise little (the sums are read and written for every `PRODUCT_ROWS` rows
+# anyway; keys are projected again for 1 - 1/chunks of the rows, 1 % of a step), take the room of attention outputs, and
+# were slower: on an H100, one Llama-3-8B layer at 256K tokens took 7.10 s in 2 chunks of 128K and 6.33 s in 32 of 8K.
+LONGEST_CHUNK = 32768
 MARGIN = 0.06  # of the budget, for the allocator
 # Relative speeds of an H100 (measured: 8192³ GEMM, cuDNN attention at 32K, device copy); only their ratios matter here.
 RATES = {"gemm": 787e12, "attention_forward": 641e12, "attention_backward": 545e12}
@@ -76,7 +81,8 @@ def cost(plan: StreamPlan, shape: DecoderShape) -> float:
         chunks=chunks,
     )
     copies = HOST_SEEN * 2 * plan.host_bytes / HOST_BYTES_PER_S
-    return sum(amount / RATES[kind] for kind, amount in work.items()) + sum_bytes(shape, chunks) / BYTES_PER_S + copies
+    sums = sum_bytes(shape, plan.batch * plan.tokens, plan.batch * plan.chunk) / BYTES_PER_S
+    return sum(amount / RATES[kind] for kind, amount in work.items()) + sums + copies
 
 
 def _reason(best: StreamPlan, found: list[StreamPlan], tried: list[int], shape: DecoderShape) -> str:
@@ -88,6 +94,8 @@ def _reason(best: StreamPlan, found: list[StreamPlan], tried: list[int], shape: 
     if longest.chunk > best.chunk:
         gain = cost(longest, shape) / cost(best, shape) - 1
         return f"longer chunks fit, but the room saves more attention ({gain:.1%} of a step, predicted)"
+    if best.chunk == tried[1] and best.batch * best.tokens > 2 * LONGEST_CHUNK:
+        return f"one chunk does not fit; of several, those of more than {LONGEST_CHUNK} rows were measured to be slower"
     return "longer chunks do not fit the budget"
 
 
@@ -106,7 +114,7 @@ def _chunks(batch: int, tokens: int, chunk: int | None) -> list[int]:
     while sizes[-1] * batch > SMALLEST and sizes[-1] > 128:
         half = -(-sizes[-1] // 2)
         sizes.append(min(-(-half // 128) * 128, sizes[-1] - 1) if half > 128 else 128)  # whole tiles for the kernels
-    return sizes
+    return [size for size in sizes if size == tokens or size * batch <= LONGEST_CHUNK or size <= 128]
 
 
 def _spacings(every: int | None) -> list[bool]:

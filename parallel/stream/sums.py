@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 LOW = (torch.bfloat16, torch.float16)
 BLOCK_ROWS = 512  # rows that a CPU converts to float32 at a time
+PRODUCT_ROWS = 16384  # rows of one product into a float32 sum on a GPU; as `memory_model` counts them
 
 
 def add_product(total: Tensor, dy_ND: Tensor, x_Nd: Tensor) -> None:
@@ -29,7 +30,8 @@ def add_product(total: Tensor, dy_ND: Tensor, x_Nd: Tensor) -> None:
     if total.dtype == dy_ND.dtype:
         total.addmm_(dy_ND.T, x_Nd)
     elif total.is_cuda and _sums_in_float32(dy_ND.dtype):
-        torch.addmm(total, dy_ND.T, x_Nd, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
+        for dy, x in zip(dy_ND.split(PRODUCT_ROWS), x_Nd.split(PRODUCT_ROWS)):
+            torch.addmm(total, dy.T, x, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
     elif total.is_cuda:
         total += dy_ND.T @ x_Nd
     else:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from undertow.parallel.stream import stream_backprop
+from undertow.parallel.stream.sums import add_product
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,6 +41,17 @@ def inputs_for(shape, batch, tokens):
         mask[:, :77], labels[:, :78] = 0, -100
         extra["attention_mask"] = mask
     return {"input_ids": ids, "labels": labels, **extra}
+
+
+@pytest.mark.parametrize("rows", [100, 16384, 40000])
+def test_a_product_is_added_to_a_float32_sum_without_rounding(rows, seed):
+    """Whatever number of rows one call takes: closer to float64 than one rounding to bfloat16 would leave it."""
+    dy, x = torch.randn(rows, 96, device="cuda").bfloat16(), torch.randn(rows, 160, device="cuda").bfloat16()
+    before = torch.randn(96, 160, device="cuda")
+    total = before.clone()
+    add_product(total, dy, x)
+    exact = before.double() + dy.double().T @ x.double()
+    assert (total - exact).norm() <= 1e-4 * exact.norm()  # bfloat16 would be 1.7e-3
 
 
 def errors(model, exact, **inputs):

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from undertow.dist.errors import UserError
-from undertow.parallel.memory_model import DecoderShape, checkpointing_bytes, step_flops
+from undertow.parallel.memory_model import DecoderShape, checkpointing_bytes, step_flops, sum_bytes
 from undertow.parallel.stream.plan import StreamPlan
-from undertow.parallel.stream.planner import MARGIN, cost, plan
+from undertow.parallel.stream.planner import LONGEST_CHUNK, MARGIN, cost, plan
 
 GiB = 1 << 30
 LLAMA = DecoderShape(32, 4096, 32, 8, 128, 14336, 128256, 218_112_000)
@@ -41,6 +41,23 @@ def test_one_chunk_wherever_it_fits_and_the_longest_that_pays_elsewhere():
             assert "exceeds" in other.reason or cost(made, LLAMA) <= cost(other, LLAMA) * 1.001
     whole = plan(LLAMA, 1, 32768)
     assert cost(replace(whole, chunk=8192), LLAMA) > cost(whole, LLAMA), "chunks cost something"
+
+
+def test_a_sequence_that_does_not_fit_whole_is_not_cut_in_two():
+    """One layer at 256K tokens on 80 GB, where 2 chunks of 128K were measured to be slower than 32 of 8K."""
+    one = replace(LLAMA, layers=1)
+    made = plan(one, 1, 1 << 18, budget_bytes=70 * GiB, host_bytes=100 * GiB)
+    assert 8192 <= made.chunk <= LONGEST_CHUNK and str(LONGEST_CHUNK) in made.reason
+    assert plan(one, 4, 1 << 16, budget_bytes=70 * GiB).chunk * 4 <= LONGEST_CHUNK, "rows of all sequences count"
+    assert plan(one, 1, 1 << 18, chunk=1 << 17).chunk == 1 << 17, "what is asked for is done"
+    assert len(plan(one, 1, 1 << 18).bounds) == 1, "and one chunk, which adds nothing up, may be as long as it likes"
+
+
+def test_traffic_of_the_sums_by_hand():
+    """Read and written, 4 bytes each, once per product of at most 16384 rows; one chunk sums nothing."""
+    weight_bytes = 8 * 32 * 218_112_000
+    for rows, chunk, products in ((65536, 65536, 0), (65536, 8192, 8), (65536, 32768, 4), (50000, 20000, 5)):
+        assert sum_bytes(LLAMA, rows, chunk) == products * weight_bytes
 
 
 def test_more_room_is_used_for_attention_outputs():

@@ -5,8 +5,9 @@
 
 The schedules are the ones that the executor runs, and the peers' are written by the same builders, so what differs is
 what travels when. Nothing here is a measurement of those projects: their kernels, their launch times and their bugs are
-not in it. Kernel rates are measured where `--blocks` brings the result of benchmarks/attention_blocks.py. Links are
-nominal presets of `comms.topologies`, given as a range: at the whole nominal rate, and at half of it.
+not in it. Kernel rates are measured where `--blocks` brings the result of benchmarks/attention_blocks.py. All figures
+are ranges. One end: nominal links (`comms.topologies`), and merges that cost the attention beside them nothing. The
+other: half of those links, and attention that stands still while a merge runs beside it. Peers merge between blocks.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rich.table import Table
 
 from undertow.benchmarks.facts import facts
 from undertow.comms.builders.attention import attention
+from undertow.comms.builders.attention_named import best_routes, moves_of
 from undertow.comms.builders.attention_shape import Heads
 from undertow.comms.builders.routes import ring
 from undertow.comms.network import Network
@@ -35,7 +37,10 @@ from undertow.parallel.token_ring.problem import Problem, shape_of
 
 H100 = (641e12, 545e12)  # cuDNN, causal, 32 heads of 128 at 32K tokens, measured on one H100: flop/s of each phase
 COPY = 1.5e12  # bytes/s of a copy within its memory
-SCALES = (1.0, 0.5)
+RANGE = (
+    (1.0, 0.0),
+    (0.5, 1.0),
+)  # (link rate, how much of a merge's time the attention beside it loses), best and worst
 RATE_FIELDS = ("port_bytes_per_s", "pair_bytes_per_s", "bus_bytes_per_s", "far_bytes_per_s")
 
 
@@ -61,7 +66,7 @@ PEERS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """Modelled. `seconds` and `efficiency` (ideal / seconds) at the nominal link rate and at half of it."""
+    """Modelled. `seconds` and `efficiency` (ideal / seconds) at both ends of `RANGE`."""
 
     topology: str
     heads: str
@@ -83,17 +88,19 @@ def schedule_of(peer: Peer, problem: Problem, backward: bool) -> Schedule | None
     name = peer.names[backward]
     if problem.possible(name) or (name == "ulysses" and problem.kv_copies(name) > 1 and problem.world > 32):
         return None
-    if not peer.whole:
-        return problem.schedule(name, backward=backward, goals=False)
-    shape = shape_of(problem, name)
-    moves = "q" if name == "token_ring" else "kv"
-    routes = [ring(problem.world // shape.inner, narrow=moves == "q")]  # TokenRing narrows its queries as it goes
-    return attention(name, shape, routes, moves=moves, backward=backward, goals=False)
+    shape, moves = shape_of(problem, name), moves_of(name)
+    if peer.whole:
+        routes = [ring(problem.world // shape.inner, narrow=moves == "q")]  # TokenRing narrows its queries as it goes
+    else:
+        routes, _ = best_routes(name, shape, causal=problem.mask.causal, backward=backward)
+    return attention(name, shape, routes, moves=moves, backward=backward, goals=False, beside=False)
 
 
 def cells(problem: Problem, topology: str, flops: tuple[float, float], say: Callable[[str], None]) -> list[Cell]:
     found = []
-    rates = [Rates("preset " + topology, flops, COPY, slower(preset(topology), scale)) for scale in SCALES]
+    rates = [
+        Rates("preset " + topology, flops, COPY, slower(preset(topology), scale), 0.0, drag) for scale, drag in RANGE
+    ]
     for backward in (False, True):
         ideal = sum(total.flops for total in problem.totals("ring_kv", backward=backward)) / problem.world
         ideal_s = ideal / flops[backward]
@@ -131,12 +138,14 @@ def measured_rates(file: str, heads: str) -> tuple[float, float]:
 
 
 def tables(rows: Sequence[Cell]) -> list[Table]:
-    """One per topology, heads and phase: efficiency in %, at half of the link rate … at the nominal one."""
+    """One per topology, heads and phase: efficiency in %, at the worst … best end of `RANGE`."""
     done = []
     for key in dict.fromkeys((c.topology, c.heads, c.phase) for c in rows):
         mine = [c for c in rows if (c.topology, c.heads, c.phase) == key]
         ranks = sorted({c.ranks for c in mine})
-        shown = Table(title=f"modelled: {', '.join(key)}; % of ideal, half … nominal link", title_justify="left")
+        shown = Table(
+            title=f"modelled: {', '.join(key)}; % of ideal, worst … best end of the assumptions", title_justify="left"
+        )
         shown.add_column("way")
         for n in ranks:
             shown.add_column(f"P = {n}", justify="right")

@@ -1,14 +1,15 @@
 """Run a schedule on a model of a machine: event-driven, over the same graph that the executors walk.
 
 Operations take the time of `cost.action_seconds`; messages are flows over `network` resources, whose rates are divided
-anew whenever a flow begins or ends. A receive ends one latency after the last byte has left. Lanes of a rank run beside
-each other without slowing each other down: contention of compute and communication for memory or cores is not
-modelled, and neither is the time to launch an action.
+anew whenever a flow begins or ends. A receive ends one latency after the last byte has left. Of the contention of a
+rank's lanes one kind is modelled: an operation without flops (a merge, a sum, a copy) takes `drag` of the rate of
+those with flops beside it. Messages slow no operation down, and launching an action takes no time.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -46,6 +47,30 @@ class _Flow:
     left: float
     used: tuple[Resource, ...]
     rate: float = 0.0
+
+
+@dataclass
+class _Cores:
+    """Operations that run on one rank: those with flops, by event, as [seconds left, since when]; others by number."""
+
+    drag: float
+    working: dict[Event, list[float]] = field(default_factory=dict)
+    others: int = 0
+
+    @property
+    def rate(self) -> float:
+        return max(0.0, 1.0 - self.drag * self.others)
+
+    def change(self, now: float, others: int) -> dict[Event, float]:
+        """As many other operations more (or fewer) from now on: when each one with flops will end; inf if it stands."""
+        for work in self.working.values():
+            work[0] -= (now - work[1]) * self.rate
+            work[1] = now
+        self.others += others
+        return {
+            event: now + max(left, 0.0) / self.rate if self.rate else math.inf
+            for event, (left, _) in self.working.items()
+        }
 
 
 @dataclass
@@ -94,8 +119,12 @@ class _Wires:
 class _Run:
     """A simulation at the moment `now`."""
 
-    def __init__(self, graph: Graph, network: Network, durations: dict[int, float], rendezvous: bool) -> None:
+    def __init__(
+        self, graph: Graph, network: Network, durations: dict[int, float], rendezvous: bool, drag: float
+    ) -> None:
         self.graph, self.durations = graph, durations
+        self.cores = [_Cores(drag) for _ in range(graph.schedule.world)]
+        self.due: dict[Event, float] = {}  # the valid one of an event's entries in the agenda
         self.wires = _Wires(network, graph.schedule.world)
         self.frontier = Frontier(graph, rendezvous=rendezvous)
         self.now = 0.0
@@ -120,7 +149,7 @@ class _Run:
         if phase == START or isinstance(action, Wait):
             return self._happen(event)
         if isinstance(action, Compute):
-            self._plan(self.now + self.durations[node], event)
+            self._compute(event, rank, action)
         elif isinstance(action, Send):
             self.began[node] = self.now
             self.wires.begin(node, rank, action.to, self.graph.schedule.nbytes(rank, *action.reads))
@@ -130,10 +159,30 @@ class _Run:
             self.listening.add(node)
         return []
 
+    def _compute(self, event: Event, rank: int, action: Compute) -> None:
+        """Begin an operation, which may slow down those that run."""
+        cores = self.cores[rank]
+        if action.flops:
+            cores.working[event] = [self.durations[event[0]], self.now]
+            self._replan(cores.change(self.now, 0))
+        else:
+            self._replan(cores.change(self.now, 1))
+            self._plan(self.now + self.durations[event[0]], event)
+
+    def _replan(self, ends: dict[Event, float]) -> None:
+        for event, seconds in ends.items():
+            if self.due.get(event) != seconds:
+                self._plan(seconds, event)
+
     def _happen(self, event: Event) -> list[Event]:
         node, phase = event
         self.times[event] = self.now
         action = self.graph.nodes[node].action
+        if phase == FINISH and isinstance(action, Compute):
+            cores = self.cores[self.graph.nodes[node].rank]
+            cores.working.pop(event, None)
+            if not action.flops:
+                self._replan(cores.change(self.now, -1))
         if phase == FINISH and isinstance(action, Send):
             receive = self.graph.partner[node]
             latency_s = self.wires.network.latency(self.graph.nodes[node].rank, action.to)
@@ -143,10 +192,14 @@ class _Run:
         return self.frontier.happened(event)
 
     def _plan(self, seconds: float, event: Event) -> None:
-        heapq.heappush(self.agenda, (seconds, len(self.times), event))
+        self.due[event] = seconds
+        if seconds < math.inf:
+            heapq.heappush(self.agenda, (seconds, len(self.times), event))
 
     def _next_moment(self) -> list[Event]:
         """Go to the next moment at which something happens; the events of that moment."""
+        while self.agenda and self.due.get(self.agenda[0][2]) != self.agenda[0][0]:
+            heapq.heappop(self.agenda)  # planned anew since
         ends = self.wires.ends(self.now)
         moments = [*ends.values(), *(entry[0] for entry in self.agenda[:1])]
         if not moments:
@@ -157,7 +210,10 @@ class _Run:
         self.now = until
         events: list[Event] = [(node, FINISH) for node in ended]
         while self.agenda and self.agenda[0][0] <= until:
-            events.append(heapq.heappop(self.agenda)[2])
+            seconds, _, event = heapq.heappop(self.agenda)
+            if self.due.get(event) == seconds:
+                del self.due[event]
+                events.append(event)
         return events
 
 
@@ -168,12 +224,14 @@ def simulate(
     network: Network | None = None,
     op_seconds: Seconds = NO_SECONDS,
     rendezvous: bool = False,
+    drag: float = 0.0,
 ) -> Timeline:
     """The modelled timeline of `schedule` on `machine`; deterministic.
 
     `network` replaces the machine's link; `op_seconds` the time of operations (by name: seconds, or a function of the
-    action). `rendezvous`: bytes move only once the receive has been reached. Raises `UserError` for a rate that the
-    machine lacks, and `RuntimeError` for a schedule that deadlocks (`check` says where).
+    action). `rendezvous`: bytes move only once the receive has been reached. `drag`: 0 if merges cost the attention
+    beside them nothing, 1 if it stands still meanwhile. Raises `UserError` for a rate that the machine lacks, and
+    `RuntimeError` for a schedule that deadlocks (`check` says where).
     """
     graph = need(schedule)
     durations = {
@@ -181,7 +239,7 @@ def simulate(
         for node in graph.nodes
         if isinstance(node.action, Compute)
     }
-    run = _Run(graph, network or of_machine(machine), durations, rendezvous)
+    run = _Run(graph, network or of_machine(machine), durations, rendezvous, drag)
     run.run()
     if len(run.times) < 2 * len(graph.nodes):
         raise RuntimeError(f"schedule {schedule.name} stops before its end; check() says where")

@@ -29,13 +29,16 @@ def attention(
     backward: bool = False,
     bookends: bool = False,
     goals: bool = True,
+    beside: bool = True,
 ) -> Schedule:
     """The schedule. `moves`: 'kv' or 'q'. With several routes, need i of a pair travels by route i.
 
     Inputs `q` [rows, batch, q_heads, head_dim], `k`, `v`; backward also `dout` as out, `lse`, `delta` [rows, batch,
     q_heads]. Outputs `out`, `lse`, or `dq`, `dk`, `dv`, in the partial dtype. The needs of a pair (t, t) must cover all
     query rows with the first, and all key rows together. `bookends` keeps the last of them for the end: it hides the
-    last return, as the first hides the first arrival. Without `goals` it can be costed and simulated, not checked.
+    last return, as the first hides the first arrival. `beside`: results are merged in a lane of their own, while the
+    next block is computed; otherwise between blocks, as ring-flash-attention and torch do. Without `goals` it can be
+    costed and simulated, not checked.
     """
     draft = Draft(name, len(shape.q_rows), moves=moves, backward=backward, inner=shape.inner)
     for rank in range(draft.world):
@@ -45,7 +48,9 @@ def attention(
             whole = draft.value(rank, given, dtype, shape.rows(given, rank), row, "input")
             if shape.inner > 1 and whole.rows:
                 split(draft, shape, rank, given)
-    teams = [Team(draft, shape, column, routes, moves, backward, bookends, goals) for column in range(shape.inner)]
+    teams = [
+        Team(draft, shape, column, routes, moves, backward, bookends, goals, beside) for column in range(shape.inner)
+    ]
     for team in teams:
         for at in range(team.size):
             team.begin(at)

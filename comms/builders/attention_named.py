@@ -18,6 +18,7 @@ from .routes import Route, direct, ring, two_level
 
 SCHEDULES = {
     "ring_kv": "keys and values go round a ring",
+    "ring_kv_bookended": "ring_kv that begins and ends with half of the local block",
     "ring_kv_bidirectional": "half of the keys and values go round each way",
     "token_ring": "queries go round a ring, results straight home",
     "token_ring_bookended": "token_ring that begins and ends with half of the local block",
@@ -30,7 +31,8 @@ SCHEDULES = {
     "ulysses_token": "heads within small teams, queries round a ring of teams",
 }
 MOVING_QUERIES = ("token_ring", "token_ring_bookended", "need_only_q", "ulysses_token")
-HALVES = {"ring_kv_bidirectional": "all", "token_ring_bookended": "local"}  # which needs are cut into two
+BOOKENDED = ("ring_kv_bookended", "token_ring_bookended")
+HALVES = {"ring_kv_bidirectional": "all", **dict.fromkeys(BOOKENDED, "local")}  # which needs are cut into two
 
 
 def moves_of(name: str) -> str:
@@ -101,6 +103,4 @@ def even_attention(
     needs = even_needs(size, rows * inner, causal=causal, halves=HALVES.get(name, ""))
     shape = Shape((rows,) * world, (rows,) * world, heads, needs, inner)
     routes, _ = best_routes(name, shape, causal=causal, backward=backward)
-    return attention(
-        name, shape, routes, moves=moves_of(name), backward=backward, bookends=name == "token_ring_bookended"
-    )
+    return attention(name, shape, routes, moves=moves_of(name), backward=backward, bookends=name in BOOKENDED)

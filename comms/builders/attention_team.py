@@ -31,7 +31,9 @@ class Team:
         backward: bool,
         bookends: bool,
         goals: bool,
+        beside: bool,
     ) -> None:
+        self.beside = beside
         self.draft, self.shape, self.column, self.routes = draft, shape, column, routes
         self.moves, self.backward, self.bookends, self.goals = moves, backward, bookends, goals
         self.size = draft.world // shape.inner
@@ -45,6 +47,9 @@ class Team:
         self.held: dict[tuple[int, int, int], tuple[list[Slice], int, str]] = {}
         self.guards: dict[tuple[int, str], list[Slice]] = {}
         self.counts: dict[tuple[int, str], int] = {}
+
+    def merge_lane(self, name: str) -> str:
+        return "merge" if self.beside or name in self.returned else "compute"
 
     def rank(self, team: int) -> int:
         return team * self.shape.inner + self.column
@@ -177,7 +182,7 @@ class Team:
             label = f"{'away' if home != place else 'part'}_{max(part, 0)}.{group[0]}"
             stays = home == place and running.begins(low, high)
             where, label = self._slot(place, f"own.{group[0]}" if stays else label, 0 if stays else 2)
-            if home != place:
+            if where:
                 self._free(place, where, "compute")
             parts = [
                 self.draft.value(
@@ -205,23 +210,30 @@ class Team:
         self, place: int, group: tuple[str, ...], home: int, parts: list[Slice],
         low: int, high: int, slot: str, part: int,
     ) -> None:  # fmt: skip
-        running = self.running[home, group[0]]
-        lane = "merge" if group[0] in self.returned else "compute"
+        running, lane = self.running[home, group[0]], self.merge_lane(group[0])
         if home == place:
-            running.add(parts, low, high, lane)
+            read = running.add(parts, low, high, lane)
+            if slot:
+                self.guards[place, slot].extend(read)
             return
         done = self.draft.token(self.rank(place), f"returned.{parts[0].value}")
         self.guards[place, slot].append(done)
-        came, label = self._slot(home, f"came_{part}.{group[0]}", 2)
-        self._free(home, came, f"back_{part}_in")
+        stays = running.begins(low, high)
+        came, label = self._slot(home, f"{'own' if stays else 'came'}_{part}.{group[0]}", 0 if stays else 2)
+        if came:
+            self._free(home, came, f"back_{part}_in")
         values = [
-            self.draft.value(self.rank(home), f"{n}.{label}", dtype, high - low, row, slot=f"{n}.{came}")
+            self.draft.value(
+                self.rank(home), f"{n}.{label}", dtype, high - low, row, slot=f"{n}.{came}" if came else ""
+            )
             for n, s, (_, row, dtype) in zip(group, parts, (self.shape.part(n, self.shape.inner) for n in group))
         ]
         tag = parts[0].value
         self.draft.send(self.rank(place), f"back_{part}_out", self.rank(home), tag, *parts, done=done)
         self.draft.recv(self.rank(home), f"back_{part}_in", self.rank(place), tag, *values)
-        self.guards[home, came].extend(running.add(values, low, high, lane))
+        read = running.add(values, low, high, lane)
+        if came:
+            self.guards[home, came].extend(read)
 
     def _goals(self) -> None:
         pieces = {}

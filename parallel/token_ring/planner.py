@@ -78,6 +78,7 @@ class Rates:
     """The part of a `Machine` that a choice depends on; hashable, so that choices can be remembered.
 
     `attention`: (flops/s forward, backward); `copy_bytes_per_s` of one memory; `launch_s`: host time per operation.
+    `drag`: how much of a merge's time the attention beside it loses, 0 to 1; all of it unless somebody has measured.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Rates:
     copy_bytes_per_s: float
     network: Network
     launch_s: float = 0.0
+    drag: float = 1.0
 
     @classmethod
     def of(cls, machine: Machine | None, dtype: str, *, topology: str = "ports") -> Rates:
@@ -130,7 +132,7 @@ def _owner(schedule: Schedule, action: Compute) -> int:
 
 def predict(schedule: Schedule, rates: Rates) -> float:
     """Modelled seconds of one run, on the simulator."""
-    return simulate(schedule, network=rates.network, op_seconds=rates.op_seconds(schedule)).makespan_s
+    return simulate(schedule, network=rates.network, op_seconds=rates.op_seconds(schedule), drag=rates.drag).makespan_s
 
 
 def bound(problem: Problem, name: str, rates: Rates, *, backward: bool, message_s: float = 0.0) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from ...comms.builders.attention import attention
-from ...comms.builders.attention_named import HALVES, SCHEDULES, best_routes, moves_of
+from ...comms.builders.attention_named import BOOKENDED, HALVES, SCHEDULES, best_routes, moves_of
 from ...comms.builders.attention_shape import Heads, Need, Shape
 from ...comms.builders.attention_totals import Totals
 from ...comms.builders.routes import Route
@@ -105,7 +105,7 @@ def _build(problem: Problem, name: str, backward: bool, goals: bool) -> Schedule
         routes,
         moves=moves_of(name),
         backward=backward,
-        bookends=name == "token_ring_bookended",
+        bookends=name in BOOKENDED,
         goals=goals,
     )
 

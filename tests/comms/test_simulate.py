@@ -8,6 +8,7 @@ import pytest
 
 from undertow.comms.builders.all_gather import ring_all_gather
 from undertow.comms.builders.all_to_all import all_to_all
+from undertow.comms.builders.draft import Draft
 from undertow.comms.builders.gemm_reduce_scatter import gemm_reduce_scatter
 from undertow.comms.builders.reduce_scatter import direct_reduce_scatter, ring_reduce_scatter
 from undertow.comms.builders.ring_attention import ring_attention
@@ -71,6 +72,24 @@ def test_overlapped_gemm_takes_the_closed_form(world, subchunks, ratio):
     }
     assert times[True] == pytest.approx(overlapped_scatter_seconds(world, gemm_s, scatter_s, subchunks), rel=1e-9)
     assert times[False] == pytest.approx(gemm_s + scatter_s, rel=1e-9)
+
+
+@pytest.mark.parametrize(("drag", "wanted"), [(0.0, 10.0), (0.5, 13.0), (1.0, 16.0)])
+def test_a_merge_beside_attention_takes_its_share(drag, wanted):
+    """10 s of products; beside them 4 s of merging, then 2 s more, in another lane. Alone a merge is not slowed."""
+    draft = Draft("beside", 1)
+    given = draft.value(0, "x", "float32", 4, [1], "input")
+    first, second, out = (draft.value(0, name, "float32", 4, [1], role) for name, role in
+                          (("a", "scratch"), ("b", "scratch"), ("out", "output")))  # fmt: skip
+    draft.compute(0, "gemm", [given], [out], flops=1, engine="gemm/float32")
+    draft.compute(0, "copy", [given], [first], kind="copy", lane="merge")
+    draft.compute(0, "add", [first, first], [second], kind="reduce", lane="merge")
+    times = {"gemm": 10.0, "copy": 4.0, "add": 2.0}
+    assert simulate(draft.done(), MACHINE, op_seconds=times, drag=drag).makespan_s == pytest.approx(wanted)
+    times["gemm"] = 1.0  # merges end last: at 6 s, whatever the products lose
+    assert simulate(draft.done(), MACHINE, op_seconds=times, drag=drag).makespan_s == pytest.approx(
+        7.0 if drag == 1 else 6.0
+    )
 
 
 def test_unstaggered_overlap_of_two_ranks_by_hand():

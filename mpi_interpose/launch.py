@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 from . import build
@@ -18,11 +20,16 @@ from .errors import InterposeError
 from .toolchain import Mpi, find_mpicc, probe
 
 LAUNCHERS = ("mpirun", "mpiexec", "prterun", "orterun", "srun")
+PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # batch systems send them to be saved
 MODES = ("auto", "force", "check", "off")
 
 
 def is_launcher(word: str) -> bool:
     return Path(word).name.split(".")[0] in LAUNCHERS
+
+
+def _is_srun(word: str) -> bool:
+    return Path(word).name.split(".")[0] == "srun"
 
 
 def wants_abi(command: list[str]) -> bool:
@@ -41,7 +48,8 @@ def wants_abi(command: list[str]) -> bool:
 
 def mpi_of(command: list[str], mpicc: str | None, abi: bool) -> Mpi:
     """The MPI that `command` will use, as far as it can be told from outside."""
-    wrapper = mpicc or find_mpicc(command[0] if command and is_launcher(command[0]) else None)
+    launcher = command[0] if command and is_launcher(command[0]) and not _is_srun(command[0]) else None
+    wrapper = mpicc or find_mpicc(launcher)  # srun starts any MPI, so what lies beside it says nothing
     if abi:
         beside = Path(wrapper).with_name("mpicc_abi")
         if Path(wrapper).name != "mpicc_abi" and beside.exists():
@@ -74,19 +82,33 @@ def run(command: list[str], mode: str, report: Path | None, mpicc: str | None = 
     if not shutil.which(command[0]):
         raise InterposeError(f"'{command[0]}' is not a program")
     if disabled() or mode == "off":
-        return subprocess.run(command, check=False).returncode
+        return _status(command, {})
     mpi = mpi_of(command, mpicc, abi or wants_abi(command))
     library = build.library(mpi)
-    with tempfile.TemporaryDirectory(prefix="undertow-mpi-") as folder:
+    shared = report.absolute().parent if report else None  # ranks on other nodes see the report's folder, not /tmp
+    with tempfile.TemporaryDirectory(prefix=".undertow-mpi-", dir=shared) as folder:
         parts = str(Path(folder) / "rank") if report else None
         values = environment(library, mode, parts)
         full = list(command)
-        if mpi.flavour == "openmpi" and is_launcher(command[0]) and Path(command[0]).name.split(".")[0] != "srun":
+        if mpi.flavour == "openmpi" and is_launcher(command[0]) and not _is_srun(command[0]):
             full[1:1] = [word for name in values for word in ("-x", name)]
-        status = subprocess.run(full, env={**os.environ, **values}, check=False).returncode
+        status = _status(full, values)
         if report:
             merge(sorted(Path(folder).glob("rank.*.json")), report)
     return status
+
+
+def _status(command: list[str], values: dict[str, str]) -> int:
+    """Run to the end. Signals that batch systems send go on to `command`, whose ranks may save upon them."""
+    with subprocess.Popen(command, env={**os.environ, **values}) as process:
+        if threading.current_thread() is not threading.main_thread():  # handlers are the main thread's
+            return process.wait()
+        before = {number: signal.signal(number, lambda got, _: process.send_signal(got)) for number in PASSED_ON}
+        try:
+            return process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def merge(parts: list[Path], target: Path) -> dict:

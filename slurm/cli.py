@@ -47,6 +47,9 @@ def render(
     partition: Annotated[str, typer.Option(help="partition(s)")] = "",
     account: Annotated[str, typer.Option(help="account")] = "",
     interface: Annotated[str, typer.Option(help="network interface of NCCL and gloo")] = "",
+    mpi: Annotated[
+        str, typer.Option(help="mpi: srun --mpi=THIS starts the ranks (pmix: Open MPI, pmi2: MPICH), not mpirun")
+    ] = "",
     max_restarts: Annotated[int, typer.Option(help="restarts within one start of the job")] = 3,
     max_requeues: Annotated[int, typer.Option(help="times the job may go back into the queue")] = 20,
     min_disk: Annotated[str, typer.Option(help="room that the run's folder must have")] = "1GiB",
@@ -75,6 +78,7 @@ def render(
         partition=partition,
         account=account,
         interface=interface,
+        mpi=mpi,
         max_restarts=max_restarts,
         max_requeues=max_requeues,
         min_disk=min_disk,

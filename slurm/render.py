@@ -37,7 +37,10 @@ def explain(request: Request) -> list[str]:
     if r.min_nodes:
         lines.append(f"elastic: goes on with {r.min_nodes} to {r.nodes} nodes")
     lines.append(f"network interface: {r.interface or 'left to NCCL and undertow (--interface NAME fixes it)'}")
-    lines.append(f"run in {r.run_dir}, logs per rank in {_log_dir(r)}")
+    each = "reports of the preload" if r.template == "mpi" and not r.mpi else "logs per rank"
+    lines.append(f"run in {r.run_dir}, {each} in {_log_dir(r)}")
+    if r.template == "mpi":
+        lines.append(f"ranks start by {f'srun --mpi={r.mpi}' if r.mpi else 'mpirun (--mpi pmix or pmi2: by srun)'}")
     lines.append(f"each rank runs: {' '.join(_command(r))}")
     return lines
 
@@ -60,8 +63,20 @@ def _values(r: Request) -> dict[str, str]:
     if r.interface:
         interface = f"export NCCL_SOCKET_IFNAME=${{NCCL_SOCKET_IFNAME:-{r.interface}}}"
         interface += f" GLOO_SOCKET_IFNAME=${{GLOO_SOCKET_IFNAME:-{r.interface}}}"
+    launcher, note = (
+        "${MPIRUN:-mpirun} -n {} ${MPIRUN_OPTIONS:-}".replace("{}", str(r.ntasks)),
+        "mpirun starts the ranks",
+    )
+    if r.mpi:
+        launcher = (
+            f"srun --mpi={r.mpi} --ntasks={r.ntasks} --ntasks-per-node={r.tasks_per_node} --kill-on-bad-exit=1 "
+            '--unbuffered \\\n         --output="$LOG_DIR/$name-rank-%t.log"'
+        )
+        note = f"srun starts the ranks, which meet through its plugin {r.mpi}"
     return {
         "template": r.template,
+        "launcher": launcher,
+        "launcher_note": note,
         "job_name": r.job_name,
         "time": str(r.minutes),
         "run_dir_sh": _in_shell(r.run_dir),

@@ -16,7 +16,7 @@ from ..dist.units import format_seconds, parse_bytes
 TEMPLATES = {
     "torchrun": "one torchrun per node, which restarts its workers; elastic with --min-nodes",
     "srun": "one task per rank, no torchrun",
-    "mpi": "an MPI program under mpirun, with the datatype preload",
+    "mpi": "an MPI program under mpirun, or srun with --mpi; with the datatype preload",
     "array": "one benchmark per array task",
 }
 WORD = re.compile(r"[A-Za-z0-9._+:/%=-]+")
@@ -26,7 +26,8 @@ NAME = re.compile(r"[A-Za-z0-9._+-]+")
 @dataclass(frozen=True)
 class Request:
     """One job. Times in seconds; `command` is what each rank runs, without the interpreter (torchrun, srun) or with
-    the program (mpi); `cases` are the lines of an array. `directives` are further #SBATCH options, such as
+    the program (mpi); `cases` are the lines of an array. `mpi`: srun starts the
+    ranks by this of its plugins, not mpirun. `directives` are further #SBATCH options, such as
     'constraint=h100'. Raises `UserError` for what Slurm would refuse or silently bend."""
 
     template: str
@@ -43,6 +44,7 @@ class Request:
     partition: str = ""
     account: str = ""
     interface: str = ""
+    mpi: str = ""
     max_restarts: int = 3
     max_requeues: int = 20
     min_disk: str = "1GiB"
@@ -63,7 +65,7 @@ class Request:
                 raise UserError(f"{_dashed(option)} is {getattr(self, option)}", expected="0 or more")
         self._check_time()
         self._check_template()
-        for option in ("job_name", "partition", "account", "interface"):
+        for option in ("job_name", "partition", "account", "interface", "mpi"):
             value, optional = getattr(self, option), option != "job_name"
             if not (NAME.fullmatch(value) or (optional and not value)) and option != "partition":
                 raise UserError(f"{_dashed(option)} is '{value}'", expected="letters, digits and . _ + -")
@@ -106,6 +108,10 @@ class Request:
             )
         if self.template == "array" and (self.nodes > 1 or self.command):
             raise UserError("an array task is one benchmark on one node", remedy="leave out --nodes and the command")
+        if self.mpi and self.template != "mpi":
+            raise UserError(
+                f"--mpi {self.mpi} with {self.template}", remedy="only the template mpi has it; leave it out"
+            )
         if self.template == "mpi" and not self.command:
             raise UserError("no program for mpirun", remedy="undertow slurm render mpi --nodes 2 -- ./app ARGUMENTS")
 

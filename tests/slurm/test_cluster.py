@@ -142,35 +142,64 @@ def test_an_unfit_node_is_named(cluster, script):
     assert "node n1: " in said and "less than 1.0 EiB" in said and "--exclude=NODE" in said
 
 
-VECTOR = """\
+COLUMNS = """\
 import os
+import pathlib
+import signal
+import sys
 
 import numpy
 from mpi4py import MPI
 
-comm = MPI.COMM_WORLD
+told = []
+signal.signal(signal.SIGUSR1, lambda number, frame: told.append(number))
+comm, run = MPI.COMM_WORLD, pathlib.Path(os.environ["RUN_DIR"])
 column = MPI.DOUBLE.Create_vector(64, 1, 64).Commit()
-sent, got = numpy.arange(4096.0).reshape(64, 64), numpy.zeros((64, 64))
-comm.Sendrecv([sent, 1, column], 1 - comm.rank, recvbuf=[got, 1, column], source=1 - comm.rank)
-assert (got[:, 0] == sent[:, 0]).all() and not got[:, 1:].any()
-os.write(1, f"column {comm.rank} of {comm.size}\\n".encode())  # in one piece: both ranks write to one log
+sent, got = numpy.arange(4096.0).reshape(64, 64) + comm.rank, numpy.zeros((64, 64))
+left = (comm.rank - 1) % comm.size
+comm.Sendrecv([sent, 1, column], (comm.rank + 1) % comm.size, recvbuf=[got, 1, column], source=left)
+assert (got[:, 0] == sent[:, 0] - comm.rank + left).all() and not got[:, 1:].any()
+os.write(1, f"column {comm.rank} of {comm.size} on {os.environ['SLURMD_NODENAME']}\\n".encode())  # in one piece
+if len(sys.argv) > 1 and not (run / "saved").exists():
+    (run / f"waiting-{comm.rank}").touch()
+    while not comm.allreduce(len(told)):
+        pass
+    if comm.rank == 0:
+        (run / "saved").write_text("7\\n")
+        (run / "preempted").write_text("7\\n")
+    comm.Barrier()
 """
 
 
-def test_an_mpi_program_under_the_preload(cluster):
-    """Two ranks on one node, started by the mpirun beside this Python; the report says what the preload saw."""
-    path, run = cluster.folder / "mpi.sbatch", cluster.folder / "mpi"
-    program = cluster.folder / "vector.py"
-    program.write_text(VECTOR)
-    words = ["--tasks-per-node", "2", "--interface", "lo", "--run-dir", str(run), "--min-disk", "1MiB"]
-    assert main(["slurm", "render", "mpi", *words, "--output", str(path), "--", sys.executable, str(program)]) == 0
-    mpirun = Path(sys.executable).parent / "mpirun"
-    job = cluster.submit(path, f"--export=ALL,MPIRUN={mpirun},MPIRUN_OPTIONS=-launcher fork,MAX_RESTARTS=0")
-    cluster.wait(job, "COMPLETED FAILED")
-    said = (cluster.folder / f"undertow-{job}.log").read_text()
-    assert "column 0 of 2" in said and "column 1 of 2" in said, said
-    (report,) = cluster.folder.glob("mpi-logs/mpi-*.json")
-    assert "vector" in report.read_text()
+def test_mpi_programs_across_nodes_under_the_preload(cluster):
+    """Two nodes of two ranks each: the mpirun beside this Python, told to save and requeued; the same MPI started by
+    srun through PMI-2. The preload's report names the program's type."""
+    program, beside = cluster.folder / "columns.py", Path(sys.executable).parent
+    program.write_text(COLUMNS)
+    started = {"mpirun": ([], [sys.executable, str(program), "wait"], "MPIRUN=" + str(beside / "mpirun"))}
+    started["pmi2"] = (["--mpi", "pmi2"], [sys.executable, str(program)], f"MPICC={beside / 'mpicc'}")
+    jobs = {}
+    for name, (options, command, variables) in started.items():
+        path, run = cluster.folder / f"mpi-{name}.sbatch", cluster.folder / f"mpi-{name}"
+        words = ["--nodes", "2", "--tasks-per-node", "2", "--interface", "lo", "--run-dir", str(run), *options]
+        words += ["--min-disk", "1MiB", "--max-restarts", "0", "--output", str(path)]
+        assert main(["slurm", "render", "mpi", *words, "--", *command]) == 0
+        jobs[name] = cluster.submit(path, f"--export=ALL,{variables}")
+    deadline_s = time.monotonic() + 400  # the first start compiles the preload
+    while len(list((cluster.folder / "mpi-mpirun").glob("waiting-*"))) < 4:
+        assert time.monotonic() < deadline_s, cluster.logs()
+        time.sleep(0.1)
+    cluster.call("scancel", "--batch", "--signal=USR1", jobs["mpirun"])
+    for name, job in jobs.items():
+        assert cluster.wait(job, "COMPLETED FAILED", timeout_s=400)["JobState"] == "COMPLETED", cluster.logs()
+        logs = [cluster.folder / f"undertow-{job}.log", *(cluster.folder / f"mpi-{name}-logs").glob("*rank-*.log")]
+        said = "".join(path.read_text() for path in logs)
+        assert all(f"column {rank} of 4 on n{rank // 2 + 1}" in said for rank in range(4)), (name, said)
+        for report in (cluster.folder / f"mpi-{name}-logs").glob("*-mpi.json"):
+            assert json.loads(report.read_text())["ranks"] == [0, 1, 2, 3] and "vector" in report.read_text()
+    log = (cluster.folder / f"undertow-{jobs['mpirun']}.log").read_text()
+    assert "saved at step 7" in log and cluster.job(jobs["mpirun"])["Restarts"] == "1"
+    assert len(list((cluster.folder / "mpi-mpirun-logs").glob("*-mpi.json"))) == 2
 
 
 def test_array_of_benchmarks(cluster):

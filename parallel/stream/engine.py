@@ -26,11 +26,12 @@ from ...dist.units import format_bytes
 from ..memory_model import DecoderShape
 from . import overrides
 from .deepspeed_zero import are_here, is_partitioned
-from .layer import Answer, LayerCall, NoAttention, Scene, StreamedLayer
+from .layer import LayerCall, NoAttention, StreamedLayer
 from .layout import Layout
 from .offload import Courier, HostSlot
 from .plan import StreamPlan
 from .protocol import Attend, Unsupported
+from .scene import Answer, Scene
 from .store import Derived, Slot
 
 

@@ -1,10 +1,10 @@
 """The adapter for Hugging Face decoders (transformers 5.17, 5.23 and 5.24 are tested): no model file is patched.
 
 Two public registries carry it. The attention interface named `undertow_stream` is where a layer hands over q, k, v of
-its chunk; the mask interface of the same name returns a `Witness` instead of a T x T tensor: a few sampled rows of the
-mask that the model meant, against which the intervals of `layout` are checked. The name is written into the config only
-while a pass or a layer's backward runs, so `generate` and everything else see the model as it was. Whatever a layer
-records on the way (router logits) is cut into rows, carried through backward with its gradient, and handed on.
+its chunk; the mask interface of the same name returns a `Witness` (`hf_mask`) instead of a T x T tensor. The name is
+written into the config only while a pass or a layer's backward runs, so `generate` and everything else see the model as
+it was. Whatever a layer records on the way (router logits) is cut into rows, carried through backward with its
+gradient, and handed on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import contextlib
 import inspect
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,86 +28,19 @@ from transformers.utils.output_capturing import _active_collector
 from ...dist.errors import UserError
 from ..memory_model import DecoderShape
 from . import overrides
-from .layer import Answer
+from .hf_mask import Witness, witness_mask
 from .layout import Layout, read
 from .loss import IGNORE, causal_loss
 from .plain import draws_random_numbers
 from .protocol import Unsupported
 from .rows import Pipeline, Rows
+from .scene import Answer
 
 if TYPE_CHECKING:
     from .engine import Engine
 
 NAME = "undertow_stream"
-SAMPLES = 12
 _answering = threading.local()
-
-
-@dataclass
-class Witness:
-    """What the model's own mask function says about sampled queries: keys [low, high) for each, or None for a mask
-    that is no interval. Stands where the attention mask would be."""
-
-    sampled: dict[tuple[int, int], tuple[int, int] | None]
-    _agreed: dict[int | None, int | None] = field(default_factory=dict)
-
-    def window(self, layout: Layout, claimed: int | None) -> int | None:
-        """The sliding window that explains the samples: the one the layer claims, or one that only the mask knows."""
-        if claimed not in self._agreed:
-            self._agreed[claimed] = self._explain(layout, claimed)
-        return self._agreed[claimed]
-
-    def _explain(self, layout: Layout, claimed: int | None) -> int | None:
-        for window in dict.fromkeys((claimed, None, self.widest)):
-            if self.fits(layout, window):
-                return window
-        raise Unsupported("the attention mask is not causal, sliding, packed or padded in a form that is known")
-
-    @property
-    def widest(self) -> int | None:
-        """The most keys that a sampled query sees: the window, if there is one."""
-        return max((seen[1] - seen[0] for seen in self.sampled.values() if seen is not None), default=0) or None
-
-    def fits(self, layout: Layout, window: int | None) -> bool:
-        return all(self._fits(layout, at, seen, window) for at, seen in self.sampled.items())
-
-    @staticmethod
-    def _fits(layout: Layout, at: tuple[int, int], seen: tuple[int, int] | None, window: int | None) -> bool:
-        if seen is None:
-            return False
-        segment = next(s for s in layout.rows[at[0]] if s.start <= at[1] < s.stop)
-        padding = segment.keys_stop < segment.stop
-        return padding or layout.sees(*at, window) == seen or seen[0] == seen[1] == layout.sees(*at, window)[0]
-
-
-def witness_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    mask_function: Any,
-    attention_mask: Tensor | None = None,
-    use_vmap: bool = False,
-    device: Any = "cpu",
-    **_: Any,
-) -> Witness:
-    """Registered as the mask interface: samples the mask function instead of writing the mask."""
-    if use_vmap or q_length != kv_length:
-        raise Unsupported("the model adds a mask function of its own")
-    queries = torch.linspace(0, q_length - 1, min(SAMPLES, q_length), device=device).long().unique()
-    row = torch.arange(batch_size, device=device)[:, None, None, None]
-    head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
-    keys = torch.arange(kv_length, device=device)[None, None, None, :]
-    seen = mask_function(row, head, queries[None, None, :, None], keys)
-    seen = seen.expand(batch_size, 1, queries.shape[0], kv_length)[:, 0]
-    if attention_mask is not None:
-        seen = seen & attention_mask.bool()[:, None, :]
-    count = seen.sum(-1)
-    low = seen.int().argmax(-1)
-    high = torch.where(count > 0, kv_length - seen.flip(-1).int().argmax(-1), low)
-    facts = torch.stack((queries.expand(batch_size, -1), low, high, count), -1).tolist()
-    return Witness(
-        {(b, query): (a, z) if z - a == n else None for b, per_row in enumerate(facts) for query, a, z, n in per_row}
-    )
 
 
 def chunk_attention(

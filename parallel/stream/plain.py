@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ..memory_model import DecoderShape
 from . import overrides
-from .layer import Answer
 from .layout import Layout, read
 from .loss import causal_loss, rows_of
 from .protocol import Unsupported, causal_attention
 from .rows import Pipeline, Rows
+from .scene import Answer
 
 if TYPE_CHECKING:
     from .engine import Engine

@@ -14,8 +14,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..memory_model import DecoderShape, Moments, loss_bytes, moments, step_flops, sum_bytes
-from .loss import default_rows
 from .plan import StreamPlan
+from .sweep import default_rows
 
 SMALLEST = 512
 # Rows of one of several chunks. Longer ones promise little (the sums are read and written for every `PRODUCT_ROWS` rows

@@ -6,12 +6,17 @@ clone's own name, and fail where that name is no identifier ('my-clone').
 
 from __future__ import annotations
 
+import functools
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from undertow.integrations.pytest_plugin import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,6 +52,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(RootIsAFolder())
+
+
+@pytest.fixture
+def ranks() -> Callable[..., list[Any]]:
+    """The plugin's `ranks` with the patience for a slow machine under load; it costs nothing when they answer."""
+    return functools.partial(run_ranks, timeout_s=280.0)
 
 
 @pytest.fixture

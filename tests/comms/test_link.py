@@ -24,7 +24,7 @@ def test_a_bucket_queues_messages_and_forgets_idle_time():
 def _gather(rank, world, per):
     schedule = ring_all_gather(world, 8, [4])
     x = torch.full((8, 4), float(rank))
-    with P2P(timeout_s=30, link=LinkModel(128 / 0.05, 0.01, per)) as executor:
+    with P2P(timeout_s=240, link=LinkModel(128 / 0.05, 0.01, per)) as executor:
         executor.prepare(schedule)
         start = time.monotonic()
         out = executor.run(schedule, {"x": x})["out"]

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import defaultdict
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,7 +111,7 @@ def test_late_and_poisoned_pieces_sum_bit_for_bit(ranks, seed, world, rows):
 
 @pytest.mark.slow
 def test_a_thousand_calls_reuse_their_buffers(ranks, seed):
-    ranks(2, _storm, seed, 1000, 13, timeout_s=120)
+    ranks(2, _storm, seed, 1000, 13)
 
 
 def _order_of_sums(rank: int, world: int) -> list[float]:
@@ -167,7 +168,7 @@ def test_the_engine_takes_the_closed_form_on_a_virtual_clock(world, subchunks, r
 
         def one(rank: int, overlap: bool = overlap, mail: Any = mail) -> None:
             clock = _Virtual(rank, world, mail, nbytes / (ratio * gemm_s), width)
-            engine = OverlapEngine(messenger=clock, timeout_s=20)
+            engine = OverlapEngine(messenger=clock, timeout_s=240)
             plan = engine.plan((each,) * world, subchunks)
 
             def product(low: int, high: int) -> None:
@@ -183,7 +184,7 @@ def test_the_engine_takes_the_closed_form_on_a_virtual_clock(world, subchunks, r
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30)
+            thread.join(240)
     assert times[True] == pytest.approx([overlapped_scatter_seconds(world, gemm_s, ratio, subchunks)] * world, rel=1e-9)
     assert times[False] == pytest.approx([gemm_s + ratio] * world, rel=1e-9)
 
@@ -202,26 +203,37 @@ def test_a_plan_and_its_schedule_are_the_same_exchange(world):
         assert sent == [(rule.dst, rule.piece.low, rule.piece.high) for rule in rules]
 
 
-def _through_a_slow_link(rank: int, world: int) -> float:
-    """4 × 100 bytes at 4000 bytes/s, one way: never earlier than 0.1 s."""
+def _through_a_slow_link(rank: int, world: int) -> tuple[float, float]:
+    """4 × 100 bytes at 4000 bytes/s, one way: never earlier than 0.1 s. When it began and ended."""
     engine = OverlapEngine(link=LinkModel(4000.0))
     began_s = time.monotonic()
     out = engine.reduce_scatter(engine.plan((4, 4), 2), lambda low, high: None, torch.ones(8, 25))
-    took_s = time.monotonic() - began_s
+    ended_s = time.monotonic()
     engine.close()
     assert torch.equal(out, torch.full((4, 25), 2.0))
-    return took_s
+    return began_s, ended_s
 
 
 def test_a_slow_link_is_never_early(ranks):
-    assert min(ranks(2, _through_a_slow_link)) >= 0.1
+    times = ranks(2, _through_a_slow_link)
+    first_s = min(began_s for began_s, _ in times)  # one clock: a rank that came late may itself wait for less
+    assert min(ended_s for _, ended_s in times) >= first_s + 0.1
 
 
 def _traced(rank: int, world: int, folder: str) -> None:
-    with Trace(f"{folder}/{rank}.json", rank) as trace:
+    path, made = Path(f"{folder}/{rank}.json"), 0
+
+    def product(low: int, high: int) -> None:
+        """The last ends after the first send has begun, or after a minute if that waits for all products."""
+        nonlocal made
+        made += 1
+        deadline_s = time.monotonic() + 60
+        while made == 4 and '"name":"send' not in path.read_text().replace(" ", "") and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+
+    with Trace(path, rank) as trace:
         engine = OverlapEngine(trace=trace)
-        y = torch.ones(8, 4)
-        engine.reduce_scatter(engine.plan((4, 4), 2), lambda low, high: time.sleep(0.02), y)
+        engine.reduce_scatter(engine.plan((4, 4), 2), product, torch.ones(8, 4))
         engine.close()
 
 
@@ -242,15 +254,17 @@ def test_the_first_send_starts_before_the_last_tile_ends(ranks, tmp_path):
 
 
 def _lonely(rank: int, world: int) -> str:
-    engine = OverlapEngine(timeout_s=1.0)
+    engine = OverlapEngine()
     if rank == 1:
-        time.sleep(3.0)  # alive, but never comes
+        dist.barrier()  # alive until rank 0 has its answer, but never comes
         return ""
+    engine.timeout_s = 1.0
     plan = engine.plan((2, 2))
     with pytest.raises(PeerLost) as caught:
         engine.reduce_scatter(plan, lambda low, high: None, torch.ones(4, 1))
     with pytest.raises(UndertowError, match="failed before"):
         engine.reduce_scatter(plan, lambda low, high: None, torch.ones(4, 1))
+    dist.barrier()
     return str(caught.value)
 
 
@@ -262,9 +276,9 @@ def test_a_rank_that_does_not_come_is_named_with_its_chunk(ranks):
 def _killed(rank: int, store: str, pipe: Any) -> None:
     """Rank 1 kills itself within its second call; rank 0 reports what it is told."""
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=20)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=600)
     )
-    engine = OverlapEngine(timeout_s=20)
+    engine = OverlapEngine(timeout_s=600)
     plan, calls = engine.plan((4, 4), 2), 0
 
     def product(low: int, high: int) -> None:
@@ -273,13 +287,11 @@ def _killed(rank: int, store: str, pipe: Any) -> None:
         if rank == 1 and calls == 6:  # its second piece of the second call
             os.kill(os.getpid(), signal.SIGKILL)
 
-    began_s = time.monotonic()
     try:
         for _ in range(2):
-            began_s = time.monotonic()
             engine.reduce_scatter(plan, product, torch.ones(8, 3))
     except PeerLost as error:
-        pipe.send((str(error), time.monotonic() - began_s))
+        pipe.send(str(error))
     os._exit(0)
 
 
@@ -290,13 +302,12 @@ def test_a_rank_that_is_killed_is_named_with_its_chunk(tmp_path):
     for process in processes:
         process.start()
     try:
-        assert ours.poll(30)
-        message, seconds = ours.recv()
+        assert ours.poll(240), "told by the connection, not by the time-out"
+        message = ours.recv()
     finally:
         for process in processes:
-            process.join(10)
+            process.join(60)
             if process.is_alive():
                 process.kill()
     assert processes[1].exitcode == -signal.SIGKILL
     assert message.startswith("rank 0: chunk ") and ("from rank 1" in message or "by rank 1" in message)
-    assert seconds < 15  # told by the connection, not by the time-out

@@ -10,6 +10,7 @@ import re
 import signal
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from undertow.dist.trace import Trace
 
 def _execute(rank, world, cases):
     """Each case three times, so that buffers, tags and threads are used again."""
-    with P2P(timeout_s=30) as executor:
+    with P2P(timeout_s=240) as executor:
         runs = [[executor.run(c.schedule, c.inputs[rank], c.ops) for c in cases] for _ in range(3)]
     return [[{name: tensor.numpy() for name, tensor in outputs.items()} for outputs in run] for run in runs]
 
@@ -62,8 +63,8 @@ class _Pairwise(Nccl):
 
 
 def _execute_pairwise(rank, world, cases):
-    with P2P(timeout_s=30) as executor:
-        transport = _Pairwise(private_store(None), list(range(world)), rank, torch.device("cpu"), 30)
+    with P2P(timeout_s=240) as executor:
+        transport = _Pairwise(private_store(None), list(range(world)), rank, torch.device("cpu"), 240)
         executor._transport = transport
         runs = [[executor.run(c.schedule, c.inputs[rank], c.ops) for c in cases] for _ in range(2)]
     assert len(set(transport.opened)) == len(transport.opened)
@@ -93,7 +94,7 @@ def _with_delays(rank, world, schedule, inputs, rounds, seed):
         total = reads[0] + reads[1]
         writes[0].copy_(total)
 
-    with P2P(timeout_s=30) as executor:
+    with P2P(timeout_s=240) as executor:
         return [
             executor.run(schedule, inputs[rank], {"gemm": slow_gemm, "add": slow_add})["out"].tolist()
             for _ in range(rounds)
@@ -110,12 +111,19 @@ def test_random_delays_change_nothing(algorithm, ranks, seed):
 
 
 def _traced(rank, world, folder):
+    path, made = Path(f"{folder}/trace-{rank:05d}.json"), 0
+
     def slow_gemm(reads, writes):
-        time.sleep(0.2)
+        """The second product ends after the first send has begun, or after a minute if that waits for all products."""
+        nonlocal made
+        made += 1
+        deadline_s = time.monotonic() + 60
+        while made == 2 and '"name":"send' not in path.read_text().replace(" ", "") and time.monotonic() < deadline_s:
+            time.sleep(0.01)
         gemm(reads, writes)
 
-    trace = Trace(f"{folder}/trace-{rank:05d}.json", rank)
-    with P2P(timeout_s=30, trace=trace) as executor:
+    trace = Trace(path, rank)
+    with P2P(timeout_s=240, trace=trace) as executor:
         for overlap in (True, False):
             schedule = gemm_reduce_scatter(world, 4, 4, 3, overlap=overlap)
             executor.run(schedule, {"x": torch.ones(4 * world, 4), "w": torch.ones(4, 3)}, {"gemm": slow_gemm})
@@ -141,13 +149,17 @@ def _failing(rank, world, schedule, lane):
         time.sleep(0.01)
         torch.add(reads[0], reads[1], out=writes[0]) if lane == "reduce" else gemm(reads, writes)
 
-    executor = P2P(timeout_s=3)
+    executor = P2P(timeout_s=240)
+    executor.prepare(schedule)
+    if lane == "compute":
+        executor.timeout_s = 3  # for the message that never comes; in the other case all that are needed do
     inputs = {"x": torch.ones(8, 4), "w": torch.ones(4, 3)}
     try:
         executor.run(schedule, inputs, {"add" if lane == "reduce" else "gemm": broken})
         outcome = "no error"
     except Exception as error:
         outcome = f"{type(error).__name__}: {error}"
+    executor.timeout_s = 3
     try:
         executor.run(schedule, inputs)
         return outcome, "no error"
@@ -176,7 +188,7 @@ def _dying(rank, pipe, store):
 
     try:
         schedule = gemm_reduce_scatter(2, 4, 4, 3)
-        executor = P2P(timeout_s=60)
+        executor = P2P(timeout_s=600)
         executor.run(schedule, {"x": torch.ones(8, 4), "w": torch.ones(4, 3)}, {"gemm": die} if rank else None)
     except BaseException as error:
         pipe.send(f"{type(error).__name__}: {error}")
@@ -192,7 +204,7 @@ def test_a_killed_peer_gives_peer_lost_without_waiting_for_the_time_out(tmp_path
     for process in processes:
         process.start()
     try:
-        assert ours.poll(30), "rank 0 still waits for a dead peer"
+        assert ours.poll(240), "rank 0 still waits for a dead peer"
         message = ours.recv()
     finally:
         for process in processes:
@@ -203,7 +215,7 @@ def test_a_killed_peer_gives_peer_lost_without_waiting_for_the_time_out(tmp_path
 
 
 def _disagreeing(rank, world):
-    executor = P2P(timeout_s=10)
+    executor = P2P(timeout_s=240)
     try:
         executor.run(direct_reduce_scatter(world, 4 + (rank == 2)), {"x": torch.ones((4 + (rank == 2)) * world)})
     except UserError as error:
@@ -218,7 +230,7 @@ def test_ranks_with_different_schedules_are_told(ranks):
 
 def _refusals(rank, world):
     found = []
-    with P2P(timeout_s=10) as executor:
+    with P2P(timeout_s=240) as executor:
         for schedule in (
             ring_all_gather(3, 4),
             parse(str(ring_all_gather(2, 4)).replace("goal 0 out[0:4] = x@0[0:4]\n", "")),
@@ -243,7 +255,7 @@ def test_refusals_leave_the_executor_usable(ranks):
 
 def _two_groups(rank, world):
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    with P2P(pairs[rank // 2], timeout_s=30) as pair, P2P(timeout_s=30) as everyone:
+    with P2P(pairs[rank // 2], timeout_s=30) as pair, P2P(timeout_s=240) as everyone:
         both = pair.run(ring_all_gather(2, 1), {"x": torch.tensor([float(rank)])})["out"].tolist()
         total = everyone.run(ring_reduce_scatter(4, 1), {"x": torch.arange(4.0)})["out"].tolist()
         again = pair.run(direct_reduce_scatter(2, 1), {"x": torch.tensor([1.0, 2.0]) * (rank + 1)})["out"].tolist()
@@ -254,7 +266,7 @@ def _after_uneven_groups(rank, world):
     """torch names a locally synchronised group by how many groups a rank has: executors must not depend on that."""
     for _ in range(rank):
         dist.new_group([rank], use_local_synchronization=True)
-    with P2P(timeout_s=10) as executor:
+    with P2P(timeout_s=240) as executor:
         return executor.run(ring_reduce_scatter(world, 1), {"x": torch.arange(float(world))})["out"].tolist()
 
 

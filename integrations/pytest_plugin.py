@@ -1,4 +1,4 @@
-"""A pytest fixture that runs a function on several gloo ranks from plain `pytest`.
+"""Several ranks from plain `pytest`: a fixture for gloo ranks, a mark for MPI ranks (`pytest_mpi_plugin`).
 
 ``def test_sum(ranks): assert ranks(4, lambda rank, world: …) == […]``. The ranks are forked from the test process
 (starting four takes well under a second, because torch is imported already), joined by a file store, and watched: the
@@ -23,6 +23,8 @@ from typing import Any
 
 import pytest
 
+from . import pytest_mpi_plugin as mpi
+
 
 class RankFailure(AssertionError):
     """One rank raised, died or did not answer; the message carries that rank's traceback."""
@@ -30,9 +32,28 @@ class RankFailure(AssertionError):
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    config.addinivalue_line("markers", mpi.MARK)
+    if os.environ.get(mpi.CHILD):  # an MPI rank, which may not want torch
+        return
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    mark = pyfuncitem.get_closest_marker("mpi_ranks")
+    if mark is None or os.environ.get(mpi.CHILD):
+        return None
+    mpi.run_again(pyfuncitem, *mark.args, **mark.kwargs)
+    return True
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    outcome = yield
+    if os.environ.get(mpi.CHILD) and item.get_closest_marker("mpi_ranks") is not None:
+        mpi.tell(outcome.get_result())
 
 
 def _child(rank: int, world: int, store: str, fn: Callable, args: tuple, timeout_s: float, pipe) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from . import build
 from .errors import InterposeError
-from .toolchain import Mpi, find_mpicc, probe
+from .toolchain import Mpi, find_mpicc, look, probe
 
 LAUNCHERS = ("mpirun", "mpiexec", "prterun", "orterun", "srun")
 PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # batch systems send them to be saved
@@ -49,12 +49,19 @@ def wants_abi(command: list[str]) -> bool:
 def mpi_of(command: list[str], mpicc: str | None, abi: bool) -> Mpi:
     """The MPI that `command` will use, as far as it can be told from outside."""
     launcher = command[0] if command and is_launcher(command[0]) and not _is_srun(command[0]) else None
-    wrapper = mpicc or find_mpicc(launcher)  # srun starts any MPI, so what lies beside it says nothing
-    if abi:
-        beside = Path(wrapper).with_name("mpicc_abi")
-        if Path(wrapper).name != "mpicc_abi" and beside.exists():
-            wrapper = str(beside)
-    return probe(wrapper)
+    try:
+        # srun starts any MPI, so what lies beside it says nothing
+        wrapper = mpicc or find_mpicc(launcher)
+        if abi:
+            beside = Path(wrapper).with_name("mpicc_abi")
+            if Path(wrapper).name != "mpicc_abi" and beside.exists():
+                wrapper = str(beside)
+        return probe(wrapper)
+    except InterposeError:
+        found = None if mpicc else look(launcher, abi)  # no compiler: the shipped preloads need none
+        if found is None:
+            raise
+        return found
 
 
 def environment(library: Path, mode: str, report: str | None) -> dict[str, str]:
@@ -81,6 +88,8 @@ def run(command: list[str], mode: str, report: Path | None, mpicc: str | None = 
         raise InterposeError("nothing to run; expected, for example, `undertow mpi run -- mpirun -n 4 ./app`")
     if not shutil.which(command[0]):
         raise InterposeError(f"'{command[0]}' is not a program")
+    if report and not report.absolute().parent.is_dir():
+        raise InterposeError(f"cannot write {report}: there is no folder {report.absolute().parent}")
     if disabled() or mode == "off":
         return _status(command, {})
     mpi = mpi_of(command, mpicc, abi or wants_abi(command))

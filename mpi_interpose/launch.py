@@ -17,7 +17,7 @@ from pathlib import Path
 
 from . import build
 from .errors import InterposeError
-from .toolchain import Mpi, find_mpicc, look, probe
+from .toolchain import Mpi, find_mpicc, probe
 
 LAUNCHERS = ("mpirun", "mpiexec", "prterun", "orterun", "srun")
 PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # batch systems send them to be saved
@@ -49,19 +49,12 @@ def wants_abi(command: list[str]) -> bool:
 def mpi_of(command: list[str], mpicc: str | None, abi: bool) -> Mpi:
     """The MPI that `command` will use, as far as it can be told from outside."""
     launcher = command[0] if command and is_launcher(command[0]) and not _is_srun(command[0]) else None
-    try:
-        # srun starts any MPI, so what lies beside it says nothing
-        wrapper = mpicc or find_mpicc(launcher)
-        if abi:
-            beside = Path(wrapper).with_name("mpicc_abi")
-            if Path(wrapper).name != "mpicc_abi" and beside.exists():
-                wrapper = str(beside)
-        return probe(wrapper)
-    except InterposeError:
-        found = None if mpicc else look(launcher, abi)  # no compiler: the shipped preloads need none
-        if found is None:
-            raise
-        return found
+    wrapper = mpicc or find_mpicc(launcher)  # srun starts any MPI, so what lies beside it says nothing
+    if abi:
+        beside = Path(wrapper).with_name("mpicc_abi")
+        if Path(wrapper).name != "mpicc_abi" and beside.exists():
+            wrapper = str(beside)
+    return probe(wrapper)
 
 
 def environment(library: Path, mode: str, report: str | None) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 The test process itself never initialises MPI; it starts mpirun on this one test, gathers what the ranks say, and ends
 all of them when time is up. A rank that fails says why and aborts the others, which would otherwise wait for it in
-their next collective. Loaded by `undertow.integrations.pytest_plugin`; pytest-mpi's own marks and options are left alone.
+their next collective. Loaded by `undertow.integrations.pytest_plugin`; pytest-mpi's marks and options are left alone.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """The multi-rank fixture: results in order, failures named, deaths and hangs cut short."""
 
+import multiprocessing
 import os
 import signal
 import subprocess

@@ -187,7 +187,8 @@ def test_mpi_programs_across_nodes_under_the_preload(cluster):
         jobs[name] = cluster.submit(path, f"--export=ALL,{variables}")
     deadline_s = time.monotonic() + 400  # the first start compiles the preload
     while len(list((cluster.folder / "mpi-mpirun").glob("waiting-*"))) < 4:
-        assert time.monotonic() < deadline_s, cluster.logs()
+        ended = cluster.job(jobs["mpirun"])["JobState"] in ("COMPLETED", "FAILED")
+        assert not ended and time.monotonic() < deadline_s, cluster.logs()
         time.sleep(0.1)
     cluster.call("scancel", "--batch", "--signal=USR1", jobs["mpirun"])
     for name, job in jobs.items():

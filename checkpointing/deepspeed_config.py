@@ -20,8 +20,7 @@ KNOWN = {"checkpoint": "lazy, atomic, verified checkpoints"}  # integrations/dee
 REFUSED = {  # systems that a user may well ask for here, and why not; false and null are fine
     "stream": "only 'import undertow.integrations.deepspeed_plugin' teaches DeepSpeed that section",
     "overlap": "ZeRO partitions and gathers weights by itself, and knows no tensor-parallel layers of ours",
-    "context_parallel": "DeepSpeed averages gradients as if each rank had batches of its own; ranks that share a "
-    "sequence need groups that it is not given yet",
+    "context_parallel": "only 'import undertow.integrations.deepspeed_plugin' teaches DeepSpeed that section",
 }
 
 

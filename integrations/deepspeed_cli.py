@@ -43,7 +43,7 @@ def check(config: Annotated[Path, typer.Argument(help="A DeepSpeed JSON file.")]
         raise UserError(f"{config} holds a {type(raw).__name__}", expected="a JSON object")
     found = section(raw)
     stage = raw.get("zero_optimization", {}).get("stage", 0)
-    checkpoint, others = checkpoint_section(found.get("checkpoint")), describe(found)
+    checkpoint, others = checkpoint_section(found.get("checkpoint")), describe(raw, found)
     print(f"ZeRO stage {stage}")
     if checkpoint is None:
         print("checkpoints: DeepSpeed's own")

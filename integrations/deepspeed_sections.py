@@ -10,7 +10,10 @@ from ..checkpointing.deepspeed_config import KNOWN, SECTION, near
 from ..dist.errors import UserError
 from ..dist.units import parse_bytes
 
-KNOWN |= {"stream": "streamed backpropagation"}
+KNOWN |= {
+    "stream": "streamed backpropagation",
+    "context_parallel": "TokenRing attention of transformers models, each sequence on several ranks",
+}
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,64 @@ def stream_section(raw: Any) -> StreamSection | None:
     return found
 
 
-def describe(found: Mapping[str, Any]) -> list[str]:
-    """What `undertow deepspeed check` says about the systems here."""
-    stream = stream_section(found.get("stream"))
-    if stream is None:
-        return []
-    budget = "what is free on the device" if stream.budget is None else str(stream.budget)
-    return [f"streamed backpropagation: within {budget}, chunks {stream.chunk or 'planned'}"]
+@dataclass(frozen=True)
+class ContextSection:
+    """`ranks`: neighbouring ranks that share a sequence; the others are those of `enable_context_parallel`."""
+
+    ranks: int
+    layout: str = "zigzag"
+    schedule: str = "auto"
+    backward_schedule: str = "auto"
+
+
+def context_section(raw: Any) -> ContextSection | None:
+    """From the value of "context_parallel": the number of ranks, or an object with it; 1, false and null are off."""
+    if raw is None or raw is False:
+        return None
+    name = f"{SECTION}.context_parallel"
+    options = dict(raw) if isinstance(raw, Mapping) else {"ranks": raw}
+    names = [field.name for field in fields(ContextSection)]
+    for key in options:
+        if key not in names:
+            raise UserError(
+                f"'{name}.{key}' is unknown", expected=f"one of {', '.join(names)}", remedy=near(key, names)
+            )
+    ranks = options.get("ranks")
+    if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
+        raise UserError(
+            f"'{name}' is {raw!r}", expected="the number of ranks that share a sequence, or an object with 'ranks'"
+        )
+    return ContextSection(**options) if ranks > 1 else None
+
+
+def refuse_beside(config: Mapping[str, Any], stream: StreamSection | None, context: ContextSection | None) -> None:
+    """What the rest of the JSON asks for and context parallelism does not go with."""
+    if context is None:
+        return
+    tensor = config.get("tensor_parallel") or {}
+    others = {
+        "'tensor_parallel'": isinstance(tensor, Mapping) and tensor.get("autotp_size", 0) > 1,
+        "'sequence_parallel_size'": (config.get("sequence_parallel_size") or 1) > 1,
+        "'pipeline'": bool(config.get("pipeline")),
+        f"'{SECTION}.stream.chunk'": stream is not None and stream.chunk is not None,
+    }
+    for what, given in others.items():
+        if given:
+            raise UserError(f"{what} beside '{SECTION}.context_parallel'", remedy=f"leave out {what}")
+
+
+def describe(config: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """What `undertow deepspeed check` says about the systems here; `UserError` for what `config` cannot have beside."""
+    stream, context = stream_section(found.get("stream")), context_section(found.get("context_parallel"))
+    refuse_beside(config, stream, context)
+    lines = []
+    if stream is not None:
+        budget = "what is free on the device" if stream.budget is None else str(stream.budget)
+        chunks = "one for each layer" if context is not None else f"{stream.chunk or 'planned'}"
+        lines.append(f"streamed backpropagation: within {budget}, chunks {chunks}")
+    if context is not None:
+        lines.append(
+            f"context parallel: {context.ranks} neighbouring ranks share each sequence ({context.layout}, schedule "
+            f"{context.schedule}); give them the same batch, a step has batch / {context.ranks} different rows"
+        )
+    return lines

@@ -18,15 +18,14 @@ from typing import Any
 
 import accelerate.accelerator
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from ..dist import launch
 from ..dist.errors import UserError
-from ..dist.mesh import MeshShape
 from ..parallel import enable_context_parallel
 from ..parallel.stream.hf_trainer import StreamCallback
+from .context_groups import check_first_batch, context_group
 
 ENGINE = "_undertow_stream_engine"  # where parallel.stream.api keeps a model's engine
 
@@ -52,14 +51,9 @@ class ContextParallelCallback(TrainerCallback):
             raise UserError(
                 f"one process for {args.n_gpu} GPUs", remedy="start one for each: torchrun --nproc-per-node …"
             )
-        self.mesh = MeshShape.of(data=-1, context=ranks).fit(args.world_size)
-        self.place = self.mesh.coordinates(args.process_index)
         self._refuse()
-        self.group: dist.ProcessGroup | None = None
-        for members in self.mesh.groups("context") if ranks > 1 else []:  # apart from DDP's, whose order is its own
-            group = dist.new_group(members)
-            if args.process_index in members:
-                self.group = group
+        self.mesh, self.group = context_group(ranks, args.world_size, args.process_index)
+        self.place = self.mesh.coordinates(args.process_index)
         self._enabled: Any = None
         self._streamed: list[StreamCallback] = []
         self._plain = {name: getattr(trainer, name) for name in ("get_total_train_batch_size", "get_train_dataloader")}
@@ -106,7 +100,8 @@ class ContextParallelCallback(TrainerCallback):
         self._refuse()
         model: nn.Module = self.trainer.model
         self._enabled = enable_context_parallel(model, self.group, **self.options)
-        self._first = self._enabled.root.register_forward_pre_hook(self._same_batch, with_kwargs=True, prepend=True)
+        remedy = "let the Trainer make its loader from a dataset of fixed order, the same on every rank"
+        self._first = check_first_batch(self._enabled.root, self.group, remedy)
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, StreamCallback):
                 self._streamed.append(callback)
@@ -173,24 +168,6 @@ class ContextParallelCallback(TrainerCallback):
     ) -> torch.Tensor:
         """Attention of the latest batch, for streamed layers, whose backward comes before the next forward."""
         return self._enabled.context.attend(q_BHTD, k_BGTD, v_BGTD, scale=scale, window=window)
-
-    def _same_batch(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """At the first batch: the ranks of a group were given the same one."""
-        self._first.remove()
-        ids = kwargs.get("input_ids")
-        if ids is None:
-            return
-        flat = ids.flatten().double()
-        places = torch.arange(1, len(flat) + 1, device=ids.device)
-        digest = torch.stack([flat.new_tensor(flat.numel()), (flat * places).sum()])
-        ends = torch.cat((digest, -digest))
-        dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=self.group)
-        if not bool((ends[:2] == -ends[2:]).all()):
-            raise UserError(
-                "the ranks that share a sequence were given different batches",
-                expected="the same on all of them",
-                remedy="let the Trainer make its loader from a dataset of fixed order, the same on every rank",
-            )
 
 
 @contextlib.contextmanager

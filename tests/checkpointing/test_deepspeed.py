@@ -121,7 +121,6 @@ def test_a_tag_written_again_replaces_the_old_one_whole(ranks, tmp_path):
         ({"undertow": {"chekpoint": {}}}, "write 'checkpoint'"),
         ({"undertow": 3}, "an object with"),
         ({"undertow": {"overlap": True}}, "cannot be switched on here: ZeRO partitions"),
-        ({"undertow": {"context_parallel": 2}}, "cannot be switched on here: DeepSpeed averages"),
     ],
 )
 def test_misspelt_sections_are_refused_by_name(config, message):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from undertow.__main__ import main
+from undertow.dist.errors import UserError
 
 pytestmark = pytest.mark.slow  # together more than ten seconds
 
@@ -28,6 +29,9 @@ def test_check_says_what_will_happen(tmp_path, capsys):
         "streamed backpropagation: within what is free",
     ):
         assert text in out
+    assert main(["deepspeed", "check", config(tmp_path, stage=3, context_parallel=2, stream=True)]) == 0
+    out = capsys.readouterr().out
+    assert "2 neighbouring ranks share each sequence" in out and "chunks one for each layer" in out
     assert main(["deepspeed", "check", config(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "DeepSpeed's own" in out and "off: stream" in out
@@ -38,6 +42,10 @@ WRONG = {
     "key": ({"stream": {"bugdet": "1GB"}}, "write 'budget'"),
     "size": ({"stream": {"budget": "much"}}, "much"),
     "type": ({"stream": 3}, "true, false or an object"),
+    "overlap": ({"overlap": True}, "ZeRO partitions and gathers weights by itself"),
+    "ranks": ({"context_parallel": True}, "the number of ranks that share a sequence"),
+    "context": ({"context_parallel": {"rank": 2}}, "write 'ranks'"),
+    "chunk": ({"context_parallel": 2, "stream": {"chunk": 4}}, "leave out 'undertow.stream.chunk'"),
 }
 
 
@@ -103,3 +111,65 @@ def test_streaming_is_switched_on_and_changes_nothing(ranks, stage):
     for (one, none), (two, chunks) in zip(plain, streamed):
         assert none is None and chunks == 3
         assert all(abs(a - b) < 2e-5 for a, b in zip(one, two))  # fp32 sums in another order
+
+
+def spread(rank, world, cases, shared):
+    """Losses and trained weights of one accumulated update; `shared` neighbouring ranks have the same rows."""
+    import deepspeed
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    import undertow.integrations.deepspeed_plugin  # noqa: F401
+
+    deepspeed.init_distributed("gloo")
+    found = []
+    if shared > 1:
+        with pytest.raises(UserError, match="leave training_data out"):
+            options = {"train_micro_batch_size_per_gpu": 1, "undertow": {"context_parallel": shared}}
+            deepspeed.initialize(model=torch.nn.Linear(1, 1), training_data=[0], config=options)
+    for stage, section in cases:
+        torch.manual_seed(3)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+        small = Qwen3Config(vocab_size=64, num_attention_heads=4, num_key_value_heads=2, **sizes)
+        model = AutoModelForCausalLM.from_config(small)
+        options = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 2,
+            "optimizer": {"type": "SGD", "params": {"lr": 0.5}},
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+            "undertow": section,
+        }
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=options)
+        losses = []
+        for part in range(2):
+            ids = torch.randint(0, 64, (1, 19), generator=torch.Generator().manual_seed(10 * part + rank // shared))
+            loss = engine(input_ids=ids, labels=ids).loss
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            weights = torch.cat([p.detach().flatten() for p in model.parameters()]).numpy().copy()
+        stream = model.__dict__.get("_undertow_stream_engine")
+        assert (stream is not None and stream.last_plan is not None) == ("stream" in section)
+        engine.destroy()
+        found.append((losses, weights))
+    return found
+
+
+def test_context_parallel_under_every_stage(ranks):
+    """Two ranks with one sequence make the update of one rank with it."""
+    pytest.importorskip("deepspeed", reason="needs deepspeed")
+    pytest.importorskip("transformers", reason="needs transformers")
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    import deepspeed.runtime.zero.stage3  # noqa: F401
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    [[(alone, weights)]] = ranks(1, spread, [(0, {})], 1)
+    both = {"context_parallel": 2, "stream": True}
+    cases = [(0, {"context_parallel": 2}), (1, both), (2, {"context_parallel": 2}), (3, both)]
+    for mine in ranks(2, spread, cases, 2, timeout_s=120):
+        for losses, trained in mine:  # float32 sums in another order; an axis counted twice is an error of 1e-2
+            assert losses == pytest.approx(alone, abs=2e-5)
+            assert abs(trained - weights).max() < 1e-5

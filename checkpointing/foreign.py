@@ -218,22 +218,22 @@ def open_on_all(
     timeout_s: float,
 ) -> ForeignReader:
     """The reader, once every rank has found its part whole; the first rank's problem is everybody's. Collective."""
-    problem: UserError | BadCheckpoint | None = None
+    problem: Exception | None = None
     reader = None
     try:
         reader = ForeignReader(path, state, names, allowed)
         if verify:
             reader.verify(part=coordinator.rank, parts=coordinator.world)
-    except (UserError, BadCheckpoint) as error:
+    except Exception as error:  # whatever it is, the other ranks wait for a word
         problem = error
     coordinator.round += 1
     word = f"restore/{coordinator.round}/foreign"
-    coordinator.say(word, problem and str(problem))
-    others = [text for text in coordinator.hear_all(word, timeout_s=timeout_s) if text]
+    coordinator.say(word, problem and {"unfit": isinstance(problem, UserError), "reason": str(problem)})
+    others = [said for said in coordinator.hear_all(word, timeout_s=timeout_s) if said]
     if problem is not None:
         raise problem
     if others:
-        raise BadCheckpoint(others[0])
+        raise (UserError if others[0]["unfit"] else BadCheckpoint)(others[0]["reason"])
     assert reader is not None
     return reader
 

@@ -14,7 +14,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 sys.path.insert(0, str(Path(__file__).parent))
 
 from ckpt_job import Job, same
+from test_ranks import build, full_state, tensors, update
 
+from undertow.checkpointing import Checkpointer
 from undertow.checkpointing.manifest import BadCheckpoint
 from undertow.dist.errors import UserError
 
@@ -66,8 +68,6 @@ def test_what_async_save_wrote_with_objects(tmp_path):
     dcp.async_save(state, checkpoint_id=tmp_path / "dcp").result()
     other = Job(seed=9)
     fresh = torch.optim.lr_scheduler.StepLR(other.optimizer, 1)
-    from undertow.checkpointing import Checkpointer
-
     with Checkpointer(tmp_path / "a", model=other.model, optimizer=other.optimizer, scheduler=fresh) as ckpt:
         before = other.state()
         with pytest.raises(UserError, match="'scheduler' stand nowhere.*names="):
@@ -122,3 +122,66 @@ def test_every_flipped_byte_of_a_payload_is_found(tmp_path):
         file.write_bytes(whole)
         ckpt.restore_from(tmp_path / "dcp")
     assert same(other.state(), job.state())
+
+
+def _dcp_save(rank: int, world: int, folder: str, layout: str) -> None:
+    net, optimizer = build(layout, world, seed=0)
+    update(net, optimizer, 0)
+    model, state = get_state_dict(net, optimizer)
+    dcp.save({"app": {"model": model, "optim": state}}, checkpoint_id=folder)
+
+
+def _restore_from(rank: int, world: int, folder: str, ours: str, layout: str) -> dict:
+    net, optimizer = build(layout, world, seed=7)
+    with Checkpointer(ours, model=net, optimizer=optimizer, timeout_s=60) as ckpt:
+        ckpt.restore_from(folder)
+        update(net, optimizer, 1)
+        found = {key: value.numpy() for key, value in full_state(net, optimizer).items()}
+        ckpt.save(2)
+        assert ckpt.wait()[-1].ok
+    return found
+
+
+@pytest.mark.parametrize(
+    ("wrote", "reads"),
+    [
+        (("fsdp", 2), [("fsdp", 3), ("plain", 1)]),
+        pytest.param(("fsdp+tp", 4), [("tp", 2), ("fsdp", 4)], marks=pytest.mark.slow),
+        (("plain", 2), [("fsdp", 2), ("tp", 2)]),
+    ],
+)
+def test_other_ranks_and_layouts_read_it(ranks, tmp_path, wrote, reads):
+    """A plain run on one rank is the answer."""
+    ranks(wrote[1], _dcp_save, str(tmp_path / "dcp"), wrote[0])
+    net, optimizer = build("plain", 1, seed=0)
+    update(net, optimizer, 0)
+    update(net, optimizer, 1)
+    expected = full_state(net, optimizer)
+    for index, (layout, world) in enumerate(reads):
+        for found in ranks(world, _restore_from, str(tmp_path / "dcp"), str(tmp_path / f"ours{index}"), layout):
+            assert same(tensors(found), expected), layout
+
+
+def _refused(rank: int, world: int, folders: list[str], ours: str) -> tuple[str, bool]:
+    net, optimizer = build("fsdp", world, seed=7)
+    update(net, optimizer, 3)
+    before = full_state(net, optimizer)
+    with Checkpointer(ours, model=net, optimizer=optimizer, timeout_s=60) as ckpt:
+        try:
+            ckpt.restore_from(folders[rank])
+            error = "none"
+        except (BadCheckpoint, UserError) as refusal:
+            error = f"{type(refusal).__name__}: {refusal}"
+    return error, same(full_state(net, optimizer), before)
+
+
+def test_what_one_rank_finds_wrong_is_refused_on_all(ranks, tmp_path):
+    ranks(2, _dcp_save, str(tmp_path / "dcp"), "fsdp")
+    file, folder, ours = tmp_path / "dcp" / "__1_0.distcp", str(tmp_path / "dcp"), str(tmp_path / "ours")
+    for error, untouched in ranks(2, _refused, [folder, folder + "-elsewhere"], ours):  # mounted on one host only
+        assert error.startswith("UserError") and "not a folder that dcp.save wrote" in error and untouched, error
+    whole = bytearray(file.read_bytes())
+    whole[len(whole) // 2] ^= 4  # in the payload of a tensor: names and records are short
+    file.write_bytes(bytes(whole))
+    for error, untouched in ranks(2, _refused, [folder, folder], ours):  # only one of them reads the bad archive
+        assert error.startswith("BadCheckpoint") and "damaged" in error and untouched, error

@@ -175,6 +175,8 @@ def test_mpi_programs_across_nodes_under_the_preload(cluster):
     """Two nodes of two ranks each: the mpirun beside this Python, told to save and requeued; the same MPI started by
     srun through PMI-2. The preload's report names the program's type."""
     program, beside = cluster.folder / "columns.py", Path(sys.executable).parent
+    if not (beside / "mpirun").exists():
+        pytest.skip("needs an MPI beside this Python: pip install 'undertow[mpi]'")
     program.write_text(COLUMNS)
     started = {"mpirun": ([], [sys.executable, str(program), "wait"], "MPIRUN=" + str(beside / "mpirun"))}
     started["pmi2"] = (["--mpi", "pmi2"], [sys.executable, str(program)], f"MPICC={beside / 'mpicc'}")

@@ -2,17 +2,23 @@
 
 The library's folder is named after the MPI (flavour and a hash of everything the probe saw) and after our sources, so
 an upgrade of either builds anew and old processes keep the file they have mapped. Models measured for that MPI lie in
-the same folder, where the library finds them by itself.
+the same folder, where the library finds them by itself. An MPI whose ABI is fixed (standard.py) gets a copy of the one
+library of that ABI, which the wheel holds ready; the others are built with their own mpi.h.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
-from . import fortran
-from .compile import CSRC, Unit, cache_folder, core_units, gpu_units, headers_digest, link
+from . import fortran, standard
+from .compile import CSRC, Unit, cache_folder, core_units, digest_of, gpu_units, link, shipped
+from .errors import InterposeError
 from .generate import entries, exports, reals
+from .progress import units_done
 from .toolchain import Mpi
 
 GLUE = (
@@ -32,10 +38,13 @@ GLUE = (
 POLICY = CSRC / "policy"
 
 
-def generated(mpi: Mpi) -> dict[str, str]:
-    symbols = set(mpi.symbols)
+LINK_FLAGS = ("-ldl", "-lpthread", "-Wl,-z,now", "-Wl,-z,defs")
+
+
+def generated(flavour: str, symbols: set[str]) -> dict[str, str]:
+    """Name → text of the generated sources, without an mpi.h of our own."""
     texts = {"reals.inc": reals(symbols), "entries.inc": entries(symbols), "exports.cc": exports(symbols)}
-    if mpi.flavour == "openmpi":
+    if flavour == "openmpi":
         texts["fortran.cc"] = fortran.source(symbols)
     return texts
 
@@ -51,40 +60,92 @@ def _literal(text: str) -> str:
     return "\n".join(f'    "{line}\\n"' for line in lines) or '    ""'
 
 
-def _units(mpi: Mpi, folder: Path) -> list[Unit]:
-    flags = [f"-I{folder}", *mpi.include_flags]
+def units(mpi: Mpi) -> list[Unit]:
+    """The translation units of the library for `mpi`; the generated sources are written to the cache."""
+    fixed = fixed_abi(mpi)
+    if fixed:
+        return fixed_units(fixed)
+    flags = [*mpi.include_flags, f"-DUNDERTOW_BUILT_FOR_{mpi.key.replace('-', '_').upper()}"]  # its mpi.h is not read
     if mpi.flavour == "abi":
         flags.append("-DUNDERTOW_ABI=1")
     if tuple(map(int, mpi.standard.split("."))) >= (4, 1):
         flags.append("-DUNDERTOW_COMBINER_VALUE_INDEX=1")
+    return _units(mpi.flavour, mpi.version, tuple(flags), generated(mpi.flavour, set(mpi.symbols)))
+
+
+def fixed_abi(mpi: Mpi) -> str | None:
+    """'abi' or 'mpich' when the library of that fixed ABI serves `mpi`, else None."""
+    return standard.fits(mpi.flavour, mpi.library, mpi.symbols)
+
+
+def fixed_units(flavour: str) -> list[Unit]:
+    """Those of a fixed ABI: the same everywhere, with a header of our own."""
+    flags = ["-DUNDERTOW_COMBINER_VALUE_INDEX=1", *(["-DUNDERTOW_ABI=1"] if flavour == "abi" else [])]
+    texts = {**generated(flavour, set(standard.SYMBOLS_NEEDED)), "mpi.h": standard.header(flavour)}
+    return _units(flavour, f"the {flavour} ABI", tuple(flags), texts)
+
+
+def _units(flavour: str, version: str, flags: tuple[str, ...], texts: dict[str, str]) -> list[Unit]:
+    folder = _written(texts)
     facts = (
-        f'extern "C" {{\nextern const char undertow_built_for[];\nextern const char undertow_flavour_name[];\n'
+        f'extern "C" {{\nextern char undertow_built_for[];\nextern const char undertow_flavour_name[];\n'
         f"extern const char undertow_builtin_model[];\n"
-        f'const char undertow_built_for[] = "{mpi.version[:60]}";\n'
-        f'const char undertow_flavour_name[] = "{mpi.flavour}";\n'
-        f"const char undertow_builtin_model[] =\n{_literal(builtin_model(mpi.flavour))};\n}}\n"
+        f'char undertow_built_for[256] = "{version[:60]}";\n'
+        f'const char undertow_flavour_name[] = "{flavour}";\n'
+        f"const char undertow_builtin_model[] =\n{_literal(builtin_model(flavour))};\n}}\n"
     )
-    # The generated headers are part of a unit's text for the cache key: objects must not outlive them.
-    stamp = "-DUNDERTOW_STAMP=" + folder.name.replace("-", "_")
-    glue = [Unit(name, CSRC / "abi" / f"{name}.cc", (*flags, stamp)) for name in GLUE]
-    if mpi.flavour == "openmpi":
-        glue.append(Unit("fortran", folder / "fortran.cc", (*flags, stamp)))
-    glue.append(Unit("hook", CSRC / "gpu" / "hook.cc", (*flags, stamp)))
+    glue = [Unit(name, CSRC / "abi" / f"{name}.cc", flags, (folder,)) for name in GLUE]
+    if flavour == "openmpi":
+        glue.append(Unit("fortran", folder / "fortran.cc", flags, (folder,)))
+    glue.append(Unit("hook", CSRC / "gpu" / "hook.cc", flags, (folder,)))
     return [*core_units(), *gpu_units(), *glue, Unit("exports", folder / "exports.cc"), Unit("facts", facts)]
 
 
+def _written(texts: dict[str, str]) -> Path:
+    """A folder of the cache with these files, named after their contents."""
+    digest = hashlib.sha256("\0".join(f"{name}\0{text}" for name, text in texts.items()).encode()).hexdigest()[:16]
+    folder = cache_folder() / "generated" / digest
+    for name, text in texts.items():
+        _appear(folder / name, text.encode())
+    return folder
+
+
+def _appear(target: Path, data: bytes) -> None:
+    """Write a file by rename, unless it is there with as many bytes."""
+    if target.exists() and target.stat().st_size == len(data):
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as scratch:
+        scratch.write(data)
+    os.chmod(scratch.name, 0o755 if target.suffix == ".so" else 0o644)
+    os.replace(scratch.name, target)
+
+
+def origin(mpi: Mpi) -> str:
+    """'prebuilt' when the library for `mpi` came with the package, else how it is made."""
+    fixed = fixed_abi(mpi)
+    if fixed and shipped(f"libundertow_mpi_{fixed}", digest_of(fixed_units(fixed))):
+        return "prebuilt, came with the package"
+    return "built here" + (", with our own declarations of the ABI" if fixed else f" by {mpi.mpicc}'s flags")
+
+
 def library(mpi: Mpi) -> Path:
-    """The preload library for `mpi`, built unless the cache has it; InterposeError in one line when it cannot be."""
-    texts = generated(mpi)
-    sources = [path.read_text() for path in sorted([*CSRC.rglob("*.cc"), *CSRC.rglob("*.ptx")])]
-    key = "\n".join([mpi.key, headers_digest(), *sources, *texts.values(), builtin_model(mpi.flavour)])
-    folder = cache_folder() / f"{mpi.key}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    target = folder / f"libundertow_mpi_{mpi.flavour}.so"
+    """The preload library for `mpi`, built unless shipped or cached; InterposeError in one line when it cannot be."""
+    parts = units(mpi)
+    digest = digest_of(parts)
+    name = f"libundertow_mpi_{mpi.flavour}"
+    target = cache_folder() / f"{mpi.key}-{digest[:12]}" / f"{name}.so"
     if target.exists():
         return target
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        scratch = folder / f"{name}.{id(text)}.tmp"
-        scratch.write_text(text)
-        scratch.replace(folder / name)
-    return link(_units(mpi, folder), (), target, ("-ldl", "-lpthread", "-Wl,-z,now", "-Wl,-z,defs"))
+    ready = shipped(name, digest) if fixed_abi(mpi) else None
+    if ready:
+        _appear(target, ready.read_bytes())
+        return target
+    try:
+        with units_done(f"building the preload for {mpi.version[:40].strip()}, once") as done:
+            return link(parts, (), target, LINK_FLAGS, done)
+    except InterposeError as error:
+        if shutil.which("g++") is None and not fixed_abi(mpi):
+            what = f"the preload for {mpi.version[:40].strip()} is built at first use: {error}"
+            raise InterposeError(what) from error
+        raise

@@ -66,10 +66,10 @@ def doctor(
     rows = [
         ("MPI", f"{mpi.version}, MPI {mpi.standard}"),
         ("library", mpi.library),
-        ("compiler wrapper", mpi.mpicc),
+        ("compiler wrapper", mpi.mpicc or "none that works: the preload must be a shipped one"),
         ("launcher", shutil.which(mpirun) or f"'{mpirun}' not found"),
         ("flavour", mpi.flavour),
-        ("preload", str(library)),
+        ("preload", f"{library} ({building.origin(mpi)})"),
         ("intercepted", f"{len(have)} functions, {large} of them large-count"),
         ("not in this MPI", missing(mpi)),
         ("Fortran", "own entry points" if mpi.flavour == "openmpi" else "comes through the C functions"),
@@ -154,6 +154,8 @@ def measure_(
 
     start = shlex.split(mpirun) if mpirun else []
     mpi = launch.mpi_of(start[:1], mpicc, False)
+    if not mpi.mpicc:
+        raise InterposeError(f"measuring takes an mpicc and its compiler; found only the library {mpi.library}")
     library = building.library(mpi)
     wanted = rounds or (measure.QUICK_ROUNDS if quick else measure.ROUNDS)
     console = Console(stderr=True)

@@ -1,8 +1,9 @@
-"""Compile C++ sources into a cache: objects keyed by compiler, flags and every source they can include.
+"""Compile C++ sources into a cache: objects keyed by compiler, flags, the source and what it includes.
 
 The interposer cannot be shipped compiled for MPIs whose handles differ, so it is built where it runs, once. The key
 is a hash over contents, never over times, and files appear by rename, so that any number of ranks or test processes
-may build at the same time and all end with the same file.
+may build at the same time and all end with the same file. What is shipped compiled (prebuilt/, see prebuild.py) is
+used where it was made of the very same sources.
 """
 
 from __future__ import annotations
@@ -11,15 +12,20 @@ import concurrent.futures
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from .errors import InterposeError
 
 CSRC = Path(__file__).parent / "csrc"
+PREBUILT = Path(__file__).parent / "prebuilt"
+INCLUDE = tuple(CSRC / room for room in ("core", "abi", "gpu"))
 GPU = ("driver", "lower", "context", "device")
 CORE = ("ir", "passes", "walk", "plan", "exec")
 BASE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-g1", "-fvisibility=hidden", "-Wall", "-Wextra")
@@ -62,25 +68,61 @@ def run(command: list[str], what: str, **options) -> str:
     return done.stdout
 
 
+@lru_cache(maxsize=512)
+def _names(text: str) -> list[str]:
+    """What a source names in #include lines, also those that the preprocessor may leave out."""
+    return re.findall(r'^[ \t]*#[ \t]*include[ \t]*[<"]([^>"\n]+)[>"]', text, flags=re.MULTILINE)
+
+
 @dataclass(frozen=True)
 class Unit:
-    """One translation unit: a source file or generated text, with its own extra flags."""
+    """One translation unit: a source file or generated text, with its own extra flags and folders of generated headers.
+
+    `includes` are searched like -I folders; their paths are no part of the key, what a source includes from them is.
+    """
 
     name: str
     source: Path | str
     flags: tuple[str, ...] = ()
+    includes: tuple[Path, ...] = ()
 
     def text(self) -> str:
         return self.source.read_text() if isinstance(self.source, Path) else self.source
 
+    def included(self) -> list[Path]:
+        """Our files that the source includes, directly or not, in the order of their first mention."""
+        found: dict[Path, None] = {}
+        pending = [(self.text(), self.source.parent if isinstance(self.source, Path) else None)]
+        while pending:
+            text, beside = pending.pop(0)
+            for name in _names(text):
+                places = [*([beside] if beside else []), *self.includes, *INCLUDE]
+                file = next((place / name for place in places if (place / name).is_file()), None)
+                if file and file not in found:
+                    found[file] = None
+                    pending.append((file.read_text(), file.parent))
+        return list(found)
 
-def headers_digest() -> str:
-    """One hash over everything a unit may include."""
-    digest = hashlib.sha256()
-    for path in sorted(CSRC.rglob("*")):
-        if path.suffix in (".hh", ".inc"):
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
+    def digest(self, flags: Sequence[str] = ()) -> str:
+        """Changes with the source, the files it includes and the flags; not with the compiler."""
+        parts = [self.name, *flags, *self.flags, self.text()]
+        parts += [f"{file.name}\n{file.read_text()}" for file in self.included()]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def digest_of(units: Sequence[Unit], flags: Sequence[str] = ()) -> str:
+    """Names the library made of `units`."""
+    return hashlib.sha256("".join(unit.digest(flags) for unit in units).encode()).hexdigest()[:20]
+
+
+def shipped(name: str, digest: str) -> Path | None:
+    """The library PREBUILT/NAME.so, if it was made of the sources that `digest` stands for, on such a processor."""
+    library = PREBUILT / f"{name}.so"
+    try:
+        fits = library.with_suffix(".txt").read_text().split() == [digest, platform.machine()]
+    except OSError:
+        return None
+    return library if fits and library.exists() else None
 
 
 def core_units(sets: tuple[str, ...] = tuple(ISA_FLAGS)) -> list[Unit]:
@@ -107,8 +149,7 @@ def compile_unit(unit: Unit, flags: tuple[str, ...], folder: Path) -> Path:
     """Object file of a unit, from the cache or compiled now."""
     cxx = compiler()
     version = run([cxx, "--version"], "asking the compiler for its version").splitlines()[0]
-    text = unit.text()
-    key = "\n".join((cxx, version, *flags, *unit.flags, headers_digest(), text))
+    key = "\n".join((cxx, version, unit.digest(flags)))
     target = folder / "objects" / f"{unit.name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.o"
     if target.exists():
         return target
@@ -121,23 +162,39 @@ def compile_unit(unit: Unit, flags: tuple[str, ...], folder: Path) -> Path:
         else:
             path = source
         output = Path(scratch) / "out.o"
-        include = [f"-I{CSRC / room}" for room in ("core", "abi", "gpu")]
-        run([cxx, *BASE_FLAGS, *flags, *unit.flags, *include, "-c", str(path), "-o", str(output)], f"compiling {path}")
+        include = [f"-I{room}" for room in (*unit.includes, *INCLUDE)]
+        run([cxx, *BASE_FLAGS, *flags, *include, *unit.flags, "-c", str(path), "-o", str(output)], f"compiling {path}")
         output.replace(target)
     return target
 
 
-def link(units: list[Unit], flags: tuple[str, ...], target: Path, link_flags: tuple[str, ...] = ()) -> Path:
-    """Compile `units` (two at a time per core) and link them to the shared library `target`."""
+def link(
+    units: list[Unit],
+    flags: tuple[str, ...],
+    target: Path,
+    link_flags: tuple[str, ...] = (),
+    done: Callable[[int, int], None] = lambda ready, total: None,
+) -> Path:
+    """Compile `units` (one at a time per core) and link them to the shared library `target`.
+
+    `done(ready, total)` is told of each unit.
+    """
     folder = cache_folder()
     workers = max(1, os.cpu_count() or 1)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        objects = list(pool.map(lambda unit: compile_unit(unit, flags, folder), units))
+        waiting = [pool.submit(compile_unit, unit, flags, folder) for unit in units]
+        for ready, _ in enumerate(concurrent.futures.as_completed(waiting)):
+            done(ready + 1, len(units))
+        objects = [each.result() for each in waiting]
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         output = Path(scratch) / target.name
         sanitize = [flag for flag in flags if flag.startswith("-fsanitize")]
-        static = [] if sanitize else ["-static-libstdc++", "-static-libgcc"]
+        # A preload comes first for every program: what it exported of the C++ library would replace the program's own.
+        exported = Path(scratch) / "exported"
+        exported.write_text("{ global: MPI_*; mpi_*; undertow_*; local: *; };\n")
+        hidden = ["-static-libstdc++", "-static-libgcc", f"-Wl,--version-script,{exported}", "-Wl,--gc-sections"]
+        static = [] if sanitize else hidden
         command = [compiler(), "-shared", *sanitize, *map(str, objects), "-o", str(output), *static, *link_flags]
         run(command, f"linking {target.name}")
         output.replace(target)
@@ -149,7 +206,7 @@ def core_library(sanitize: bool = False) -> Path:
     flags = SANITIZE_FLAGS if sanitize else ()
     sets = ("generic", "avx2") if sanitize else tuple(ISA_FLAGS)  # the slow build leaves out what few machines run
     units = [*core_units(sets), Unit("capi", CSRC / "core" / "capi.cc")]
-    key = "\n".join([headers_digest(), *flags, *(unit.text() for unit in units)])
-    name = f"libundertow_mpi_core-{hashlib.sha256(key.encode()).hexdigest()[:16]}{'-asan' if sanitize else ''}.so"
-    target = cache_folder() / name
-    return target if target.exists() else link(units, flags, target)
+    digest = digest_of(units, flags)
+    ready = None if sanitize else shipped("libundertow_mpi_core", digest)
+    target = cache_folder() / f"libundertow_mpi_core-{digest}{'-asan' if sanitize else ''}.so"
+    return ready or (target if target.exists() else link(units, flags, target))

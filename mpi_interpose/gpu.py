@@ -7,13 +7,12 @@ CUdeviceptr); the caller keeps the memory alive, and has initialised CUDA (any l
 from __future__ import annotations
 
 import ctypes
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-from .compile import CSRC, Unit, cache_folder, core_units, gpu_units, headers_digest, link
+from .compile import CSRC, Unit, cache_folder, core_units, digest_of, gpu_units, link
 from .core import Plan
 from .errors import InterposeError
 
@@ -27,8 +26,7 @@ def library() -> Path:
     """Core and device side as one shared library, built into the cache on first use."""
     units = [*core_units(), Unit("capi", CSRC / "core" / "capi.cc"), *gpu_units()]
     units.append(Unit("gpu_capi", CSRC / "gpu" / "capi.cc"))
-    key = "\n".join([headers_digest(), *(unit.text() for unit in units)])
-    target = cache_folder() / f"libundertow_mpi_gpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    target = cache_folder() / f"libundertow_mpi_gpu-{digest_of(units)}.so"
     return target if target.exists() else link(units, (), target, ("-ldl", "-lpthread"))
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from . import build
 from .errors import InterposeError
-from .toolchain import Mpi, find_mpicc, probe
+from .toolchain import Mpi, find_mpicc, look, probe
 
 LAUNCHERS = ("mpirun", "mpiexec", "prterun", "orterun", "srun")
 PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # batch systems send them to be saved
@@ -49,12 +49,19 @@ def wants_abi(command: list[str]) -> bool:
 def mpi_of(command: list[str], mpicc: str | None, abi: bool) -> Mpi:
     """The MPI that `command` will use, as far as it can be told from outside."""
     launcher = command[0] if command and is_launcher(command[0]) and not _is_srun(command[0]) else None
-    wrapper = mpicc or find_mpicc(launcher)  # srun starts any MPI, so what lies beside it says nothing
-    if abi:
-        beside = Path(wrapper).with_name("mpicc_abi")
-        if Path(wrapper).name != "mpicc_abi" and beside.exists():
-            wrapper = str(beside)
-    return probe(wrapper)
+    try:
+        # srun starts any MPI, so what lies beside it says nothing
+        wrapper = mpicc or find_mpicc(launcher)
+        if abi:
+            beside = Path(wrapper).with_name("mpicc_abi")
+            if Path(wrapper).name != "mpicc_abi" and beside.exists():
+                wrapper = str(beside)
+        return probe(wrapper)
+    except InterposeError:
+        found = None if mpicc else look(launcher, abi)  # no compiler: the shipped preloads need none
+        if found is None:
+            raise
+        return found
 
 
 def environment(library: Path, mode: str, report: str | None) -> dict[str, str]:
@@ -133,6 +140,8 @@ def merge(parts: list[Path], target: Path) -> dict:
             for use in ("pack", "unpack", "send", "recv"):
                 if use in row:
                     _sum(known.setdefault(use, {}), row[use])
+            known["checked"] = _best_known(known.get("checked", []), row.get("checked", []))
+            known["checked"] = _best_known(known.get("checked", []), row.get("checked", []))
     ordered = sorted(types.values(), key=lambda row: -sum(row.get(use, {}).get("bytes", 0) for use in USES))
     merged.update(functions=dict(sorted(functions.items())), refused=refused, types=ordered)
     scratch = target.with_name(target.name + ".tmp")
@@ -142,6 +151,26 @@ def merge(parts: list[Path], target: Path) -> dict:
 
 
 USES = ("pack", "unpack", "send", "recv")
+
+def _best_known(some: list[dict], more: list[dict]) -> list[dict]:
+    """What timed calls said, per use, link and size that of the rank that timed most."""
+    found: dict[tuple, dict] = {}
+    for one in (*some, *more):
+        place = (one["use"], one["link"], one["least_bytes"])
+        if place not in found or sum(one["samples"]) > sum(found[place]["samples"]):
+            found[place] = one
+    return [found[place] for place in sorted(found)]
+
+
+
+def _best_known(some: list[dict], more: list[dict]) -> list[dict]:
+    """What timed calls said, per use, link and size that of the rank that timed most."""
+    found: dict[tuple, dict] = {}
+    for one in (*some, *more):
+        place = (one["use"], one["link"], one["least_bytes"])
+        if place not in found or sum(one["samples"]) > sum(found[place]["samples"]):
+            found[place] = one
+    return [found[place] for place in sorted(found)]
 
 
 def _sum(into: dict[str, int], counts: dict[str, int]) -> None:

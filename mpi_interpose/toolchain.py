@@ -1,7 +1,8 @@
 """Which MPI is this: found from an mpicc, by compiling and running one small probe.
 
 Every fact that decides how the interposer is built comes from the probe, not from names: the library's version text,
-the file that provides MPI_Init, which ABI the handles have, and which functions exist.
+the file that provides MPI_Init, which ABI the handles have, and which functions exist. Where there is no compiler the
+library itself is looked for near the launcher and asked (`look`), which is enough for the preloads that are shipped.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -159,6 +161,46 @@ def probe(mpicc: str) -> Mpi:
     scratch.write_text(json.dumps({"stamp": stamp, "mpi": asdict(mpi)}))
     scratch.replace(cached)
     return mpi
+
+
+LIBRARIES = ("libmpi.so.12", "libmpich.so.12", "libmpi.so.40", "libmpi.so.80")
+ASK = """
+import ctypes, sys
+lib = ctypes.CDLL(sys.argv[1])
+text, length, a, b = ctypes.create_string_buffer(8192), ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+lib.MPI_Get_library_version(text, ctypes.byref(length))
+lib.MPI_Get_version(ctypes.byref(a), ctypes.byref(b))
+print(f"{a.value}.{b.value}")
+print(*(name for name in sys.argv[2:] if hasattr(lib, name)))
+print(text.value.decode().split(chr(10))[0])
+"""
+
+
+def look(mpirun: str | None, abi: bool) -> Mpi | None:
+    """The MPI whose library lies where `mpirun` and this Python have theirs, asked without a compiler; or None."""
+    found = [Path(str(shutil.which(mpirun))).parent] if mpirun and shutil.which(mpirun) else []
+    roots = dict.fromkeys([*(place.resolve() for place in found), *found, Path(sys.executable).parent])
+    multiarch = str(sysconfig.get_config_var("MULTIARCH") or "")
+    listed = [Path(word) for word in os.environ.get("LD_LIBRARY_PATH", "").split(":") if word]
+    folders = [root.parent / lib for root in roots for lib in ("lib", "lib64", f"lib/{multiarch}")]
+    for name in ("libmpi_abi.so.1",) if abi else LIBRARIES:
+        for folder in [*folders, *listed]:
+            if (folder / name).exists():
+                return _ask((folder / name).resolve())
+    return None
+
+
+def _ask(library: Path) -> Mpi:
+    from .standard import HANDLE_BYTES, STATUS_BYTES
+
+    names = sorted({*SYMBOLS, *(f"MPI_{name}" for name in (*OWN, *OWN_OPTIONAL))})
+    answer = run([sys.executable, "-c", ASK, str(library), *names], f"asking {library}", env=environment())
+    standard, symbols, version = answer.splitlines()[:3]
+    flavour = _flavour(version, library.name)
+    sizes = {"status_bytes": STATUS_BYTES[flavour], "handle_bytes": HANDLE_BYTES[flavour]}
+    return Mpi(
+        "", flavour, version.strip(), standard, str(library), **sizes, include_flags=(), symbols=tuple(symbols.split())
+    )
 
 
 def _stamp(library: str) -> list[int]:

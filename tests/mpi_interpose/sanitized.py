@@ -23,7 +23,7 @@ def preload(mpicc: str) -> Path:
         return target
     core = core_units(("generic", "avx2"))
     names = {unit.name for unit in core_units()}
-    glue = [unit for unit in build._units(mpi, plain.parent) if unit.name not in names]
+    glue = [unit for unit in build.units(mpi) if unit.name not in names]
     return link([*core, *glue], SANITIZE_FLAGS, target, ("-ldl", "-lpthread"))
 
 

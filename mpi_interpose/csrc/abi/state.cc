@@ -17,7 +17,7 @@ extern int undertow_gate;
 extern void* undertow_next[];
 extern void* const undertow_absents[];
 extern const int undertow_symbol_count;
-extern const char undertow_built_for[];      // first line of MPI_Get_library_version at build time
+extern char undertow_built_for[256];         // MPI_Get_library_version at build time, from MPI_Init on the running one's
 extern const char undertow_flavour_name[];   // openmpi, mpich or abi
 }
 
@@ -94,6 +94,10 @@ void start() {
   constants.self = MPI_COMM_SELF;
   constants.request_null = MPI_REQUEST_NULL;
   own.Comm_rank(MPI_COMM_WORLD, &g_rank);
+  char version[MPI_MAX_LIBRARY_VERSION_STRING] = "";
+  int length = 0;
+  if (own.Get_library_version(version, &length) == MPI_SUCCESS)  // a fixed ABI's library serves several versions
+    std::snprintf(undertow_built_for, sizeof undertow_built_for, "%.255s", version);
   int level = MPI_THREAD_MULTIPLE;
   threads_may_race = own.Query_thread(&level) != MPI_SUCCESS || level == MPI_THREAD_MULTIPLE;
   types_init();
@@ -128,6 +132,7 @@ void stopping() {
   undertow_gate = 0;
   g_matching = false;
   report_write(g_rank, size);
+  peers_finalize();
   types_finalize();
   slab_release_all();
 }

@@ -98,15 +98,21 @@ class SmallTensors(Job):
 
 
 class Method:
-    """One way to checkpoint. `save` is called before the step; `drain` waits until the last save is complete."""
+    """One way to checkpoint. `save` is called before the step, and returns False where it begins nothing; `drain` waits
+    until the last save is complete."""
 
     def __init__(self, job: Job, folder: str) -> None:
         self.job, self.folder = job, job.folder / folder
         self.path = self.folder
 
-    def save(self) -> None: ...
+    def save(self) -> bool | None: ...
 
     def drain(self) -> None: ...
+
+    def written_sign(self) -> Callable[[], bool]:
+        """What tells, asked from another thread, that the save just begun has written all that it will write. This
+        one is for a `save` that returns when it is done."""
+        return lambda: True
 
     def load(self) -> dict[str, torch.Tensor]:
         """The last save read back from its files, by the names of `Job.tensors`."""

@@ -27,7 +27,8 @@ import torch.distributed as dist
 
 from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Measured, Trial
 from undertow.benchmarks.checkpoint_job import MEDIUM, Job, Size
-from undertow.benchmarks.checkpoint_stall import Undertow, keep_open
+from undertow.benchmarks.checkpoint_ours import Undertow
+from undertow.benchmarks.checkpoint_stall import keep_open
 from undertow.checkpointing.arena import register
 from undertow.checkpointing.copies import copier_for
 from undertow.dist.launch import detect, init_process_group

@@ -1,10 +1,12 @@
 """What a checkpoint costs a training loop: a GPT with fp32 AdamW, the same steps with and without saves, interleaved.
 
 Stall per checkpoint is (time of N steps with K checkpoints - time of the same N steps without) / K; the time of a
-sample is that of its steps until the device has finished them, and what is still under way then is waited for outside
-the sample and reported as `durable_s`. Before it is timed, every arm saves once and its file is read back and compared
-bit for bit with a copy of the state taken when it was saved. Arms differ in what they leave behind, which their names
-say: only those marked `fsync` have their bytes on the disk when they say so, and only ours has checksums and a commit.
+sample is that of its steps until the device has finished them. In the cases `end to end` a save and its steps go before
+the timed ones, so that what a save leaves to do while later steps run, and what later saves wait for, is in the time.
+`written_s` and `durable_s` are seen beside the steps, by one rule for every arm (`checkpoint_durable`), which also
+makes every arm's last save equally durable. Before it is timed, every arm saves once and its file is read back and
+compared bit for bit with a copy of the state taken when it was saved. Only arms marked `fsync` have their bytes on the
+disk when they say so themselves, and only ours has checksums and a commit.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Measured, Trial
+from undertow.benchmarks.checkpoint_durable import Watch
 from undertow.benchmarks.checkpoint_job import (
     CPU,
     CPU_LARGE,
@@ -34,75 +37,44 @@ from undertow.benchmarks.checkpoint_job import (
     Size,
     SmallTensors,
 )
-from undertow.benchmarks.checkpoint_rivals import rivals
-from undertow.checkpointing import Checkpointer
+from undertow.benchmarks.checkpoint_ours import Undertow
+from undertow.benchmarks.checkpoint_rivals import DcpAsync, TorchSave, rivals
 from undertow.dist.launch import detect, init_process_group
 
-
-class Undertow(Method):
-    """Ours: `disk` (fsync, checksums, commit) or `host` (shared memory that outlives the process)."""
-
-    def __init__(self, job: Job, folder: str, *, host: bool = False, arena: float | None = None) -> None:
-        super().__init__(job, folder)
-        self.host = host
-        self.ckpt = Checkpointer(
-            self.folder,
-            model=job.model,
-            optimizer=job.optimizer,
-            keep=1,
-            host_every=int(host),
-            arena_bytes=None if arena is None else int(arena * job.state_bytes),
-        )
-        job._open.append(self.ckpt.close)
-
-    def save(self) -> None:
-        self.ckpt.save(self.job.step, disk=not self.host, host=self.host)
-
-    def drain(self) -> None:
-        self.ckpt.wait()
-        if self.ckpt.failures:
-            raise RuntimeError(self.ckpt.reports[-1].reason)
-
-    def load(self) -> dict[str, torch.Tensor]:
-        from undertow.checkpointing.folder import read_manifest
-        from undertow.checkpointing.restore import Reader
-        from undertow.checkpointing.verify import check_content
-
-        folder = self.ckpt.host.folder if self.host and self.ckpt.host is not None else self.ckpt.folder
-        path = folder.final(folder.committed()[-1])
-        manifest = read_manifest(path)
-        check_content(path, manifest)
-        reader = Reader(path, manifest)
-        return {key: reader.shard(key, record.shards[0]) for key, record in manifest.tensors.items()}
+ENDS = (1, 5, 10, 50)  # steps between checkpoints in the cases `end to end`
 
 
-def sample(job: Job, method: Method | None, *, steps: int, every: int, check: bool) -> Measured:
-    """Train `steps` steps, saving before every `every`-th; the answer is the number of tensors read back wrong."""
+def sample(job: Job, method: Method | None, *, steps: int, every: int, check: bool, lead: bool = False) -> Measured:
+    """Train `steps` steps, saving before every `every`-th; the answer is the number of tensors read back wrong. `lead`:
+    a save and `every` steps go before, untimed."""
     job.synchronize()
     copies: dict[str, torch.Tensor] = {}
-    saves, first_s = 0, 0.0
+    saves, watch = 0, None
+    if lead and method is not None:
+        method.save()
+        for _ in range(every):
+            job.train()
+        job.synchronize()
     began_s = time.perf_counter()
     for index in range(steps):
         if method is not None and index % every == 0:
             if check:
                 copies = {key: value.to("cpu", copy=True) for key, value in job.tensors().items()}
-            first_s = time.perf_counter()
-            method.save()
-            saves += 1
+            save_s = time.perf_counter()
+            if method.save() is not False:
+                saves += 1
+                watch = Watch(method, save_s) if index + every >= steps else None
         job.train()
     job.synchronize()
     seconds = time.perf_counter() - began_s
     extras = {"step_ms": 1e3 * seconds / steps, "saves": float(saves)}
     if method is not None:
         method.drain()
-        extras["durable_s"] = time.perf_counter() - first_s  # of the last save, from its call
-        if isinstance(method, Undertow):
-            last = method.ckpt.reports[-saves:]
-            extras |= {
-                "call_ms": 1e3 * sum(r.call_s for r in last) / saves,
-                "fence_ms": 1e3 * sum(r.fence_s for r in last) / saves,
-                "commit_s": last[-1].commit_s,
-            }
+        if isinstance(method, Undertow) and saves:
+            extras |= method.costs(saves)
+    if watch is not None:
+        watch.result()
+        extras |= {"written_s": watch.written_s, "durable_s": watch.durable_s}  # of the last save, from its call
     wrong = 0
     if check and method is not None:
         found = method.load()
@@ -110,16 +82,15 @@ def sample(job: Job, method: Method | None, *, steps: int, every: int, check: bo
     return Measured(float(wrong), seconds, extras)
 
 
-def _arm(name: str, job: Job, make: Callable[[], Method] | None, steps: int, every: int) -> Arm:
+def _arm(name: str, job: Job, make: Callable[[], Method] | None, steps: int, every: int, *, lead: bool) -> Arm:
     made: list[Method] = []
 
     def run() -> Measured:
-        check = not made and make is not None
-        if check:
-            assert make is not None
-            made.append(make())
-            sample(job, made[0], steps=2, every=1, check=False)  # whatever is allocated once is allocated now
-        return sample(job, made[0] if made else None, steps=steps, every=every, check=check)
+        if made or make is None:
+            return sample(job, made[0] if made else None, steps=steps, every=every, check=False, lead=lead)
+        made.append(make())
+        sample(job, made[0], steps=1, every=1, check=False)  # whatever is allocated once is allocated now
+        return sample(job, made[0], steps=min(2, steps), every=2, check=True)
 
     return Arm(name, run, prepare=os.sync)  # nobody's sample begins with another's unwritten pages
 
@@ -148,14 +119,23 @@ def _trial(size: Size, device: torch.device, folder: Path, every: int, kinds: st
     _jobs.append(job)
     steps = max(4, size.interval // 2) if kinds == "host" else size.interval
 
+    if kinds == "end to end":
+        steps = every
+
     def arm(name: str, make: Callable[[], Method] | None) -> Arm:
-        return _arm(name, job, make, steps, every)
+        return _arm(name, job, make, steps, every, lead=kinds == "end to end")
 
     arms = [arm("no checkpoints", None)]
     if kinds == "host":
         arms.append(arm("undertow host", lambda: Undertow(job, "host", host=True)))
         return Trial(arms, lambda: 0.0)
     arms.append(arm("undertow disk (fsync)", lambda: Undertow(job, "disk")))
+    if kinds == "end to end":
+        arms.append(arm("undertow host", lambda: Undertow(job, "host", host=True)))
+        arms.append(arm("dcp.async_save, reused stager (fsync)", lambda: DcpAsync(job, "dcp-stager", reused=True)))
+        if size is not LARGE:  # of whose state every save takes a quarter of a minute
+            arms.append(arm("torch.save", lambda: TorchSave(job, "torch")))
+        return Trial(arms, lambda: 0.0)
     if kinds == "arena":
         for share in (0.5, 0.25):
             name = f"undertow disk, arena {share}"
@@ -175,10 +155,12 @@ def _cases(context: Context) -> Sequence[Case]:
     )
     cases = []
     for size in sizes:
+        intervals = ENDS if cuda and not context.quick else ENDS[:1] if context.quick else ENDS[:3]
         for kinds, every, ours in (
             ("host", 1, "undertow host"),
             ("disk", size.interval, "undertow disk (fsync)"),
             ("arena", size.interval, "undertow disk (fsync)"),
+            *(("end to end", every, "undertow disk (fsync)") for every in intervals),
         ):
 
             def build(size: Size = size, every: int = every, kinds: str = kinds) -> Trial:

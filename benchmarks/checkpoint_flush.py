@@ -1,0 +1,138 @@
+"""How fast saves that follow one another reach the disk, against the disk's own rate in the same rounds.
+
+Nothing is trained: each sample saves the same state several times, the next as soon as the way allows it, and ends when
+the last is durable (`checkpoint_durable`: by the same rule for every arm). `raw O_DIRECT` writes as many bytes from
+aligned memory to one file, in blocks of 16 MiB, and fsyncs; no format, no checksum, no copy.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Measured, Trial
+from undertow.benchmarks.checkpoint_durable import Watch
+from undertow.benchmarks.checkpoint_job import CPU, CPU_LARGE, LARGE, MEDIUM, SMALL, Job, Method, Size
+from undertow.benchmarks.checkpoint_ours import Undertow
+from undertow.benchmarks.checkpoint_rivals import Dcp, DcpAsync, TorchSave
+from undertow.benchmarks.checkpoint_stall import keep_open
+from undertow.dist.errors import UserError
+
+SAVES = 3
+BLOCK_BYTES = 16 * 2**20
+
+
+class Raw:
+    """Writes `nbytes` to one file, past the page cache, and makes them durable."""
+
+    def __init__(self, folder: Path, nbytes: int) -> None:
+        self.path, self.blocks = folder / "raw", -(-nbytes // BLOCK_BYTES)
+        self.block = mmap.mmap(-1, BLOCK_BYTES)  # whole pages: aligned as O_DIRECT wants
+        self.block.write(os.urandom(BLOCK_BYTES))
+
+    def run(self) -> Measured:
+        began_s = time.perf_counter()
+        try:
+            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT, 0o666)
+        except OSError as error:
+            raise UserError(
+                f"{self.path.parent} refuses O_DIRECT ({error.strerror})",
+                remedy="name a folder of a disk in UNDERTOW_BENCH_DIR",
+            ) from error
+        try:
+            for _ in range(self.blocks):
+                done = os.write(handle, self.block)
+                if done != BLOCK_BYTES:
+                    raise OSError(f"wrote {done} of {BLOCK_BYTES} bytes")
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        wrong = abs(self.path.stat().st_size - self.blocks * BLOCK_BYTES)
+        seconds = time.perf_counter() - began_s
+        self.path.unlink()
+        return Measured(float(wrong), seconds)
+
+
+def _flush(job: Job, method: Method) -> Measured:
+    """`SAVES` saves of a state that changes in between; the answer is the number of tensors read back wrong."""
+    watches = []
+    began_s = time.perf_counter()
+    for _ in range(SAVES):
+        job.step += 1
+        method.save()
+        watches.append(Watch(method, began_s))
+    method.drain()
+    for watch in watches:
+        watch.result()
+    seconds = max(watch.durable_s for watch in watches)
+    found = method.load()
+    wrong = sum(not torch.equal(found[key], value.cpu()) for key, value in job.tensors().items())
+    job.train()
+    job.synchronize()
+    return Measured(float(wrong), seconds, {"save_s": seconds / SAVES})
+
+
+def _trial(size: Size, device: torch.device, base: Path) -> Trial:
+    job = Job(size, device, Path(tempfile.mkdtemp(prefix="undertow-bench-", dir=base)))
+    keep_open(job)
+    raw = Raw(job.folder, SAVES * job.state_bytes)
+
+    def arm(name: str, make: Callable[[], Method]) -> Arm:
+        made: list[Method] = []
+
+        def run() -> Measured:
+            if not made:
+                made.append(make())
+                _flush(job, made[0])  # whatever is allocated once is allocated now
+            return _flush(job, made[0])
+
+        return Arm(name, run, prepare=os.sync)
+
+    arms = [
+        Arm("raw O_DIRECT", raw.run, prepare=os.sync),
+        arm("dcp.save (fsync)", lambda: Dcp(job, "dcp")),
+        arm("dcp.async_save, reused stager (fsync)", lambda: DcpAsync(job, "dcp-stager", reused=True)),
+        arm("torch.save", lambda: TorchSave(job, "torch")),
+        arm("undertow disk (fsync)", lambda: Undertow(job, "disk")),
+    ]
+    return Trial(arms, lambda: 0.0)
+
+
+def _cases(context: Context) -> Sequence[Case]:
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    base = Path(os.environ.get("UNDERTOW_BENCH_DIR", tempfile.gettempdir()))
+    sizes = ([MEDIUM] if context.quick else [SMALL, MEDIUM, LARGE]) if cuda else [CPU if context.quick else CPU_LARGE]
+    cases = []
+    for size in sizes:
+
+        def build(size: Size = size) -> Trial:
+            return _trial(size, device, base)
+
+        nbytes = SAVES * 12 * _parameters(size)  # parameter and two moments in fp32
+        options = {"nbytes": nbytes, "hardware": "raw O_DIRECT", "group": "flush", "warm_ups": 0}
+        cases.append(Case(f"{size.name}, {SAVES} saves", build, "dcp.save (fsync)", "undertow disk (fsync)", **options))
+    return cases
+
+
+def _parameters(size: Size) -> int:
+    from undertow.examples.lm import ByteLM
+
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in ByteLM(size.model).parameters())
+
+
+BENCHMARK = Benchmark(
+    "checkpoint_flush",
+    "Saves that follow one another reach the disk at 0.9 of its raw O_DIRECT rate.",
+    _cases,
+    rounds=6,
+    packages=("torch", "xxhash"),
+    x_label="bytes",
+)

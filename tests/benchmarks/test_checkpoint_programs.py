@@ -1,0 +1,86 @@
+"""The benchmarks of one process's checkpoints on a tiny model: every arm that runs here reads back what it saved, and
+when it is durable is seen by the same rule."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+import torch
+
+from undertow.benchmarks import checkpoint_durable, checkpoint_flush, checkpoint_stall
+from undertow.benchmarks.case import Measured
+from undertow.benchmarks.checkpoint_job import Method, Size
+from undertow.examples.lm import LMConfig
+
+TINY = Size("tiny", LMConfig(layers=1, width=64, heads=2, kv_heads=2, hidden=128, vocab=256), 1, 8, 2)
+
+
+@pytest.fixture(autouse=True)
+def closed(monkeypatch):
+    monkeypatch.setattr(checkpoint_stall, "init_process_group", lambda *unused, **named: None)
+    yield
+    checkpoint_stall._close_jobs()
+
+
+def measured(arm) -> Measured:
+    arm.prepare()
+    found = arm.run()
+    assert found.answer == 0, arm.name
+    return found
+
+
+@pytest.mark.parametrize("kinds", ["disk", "end to end", "host"])
+def test_every_arm_reads_back_and_is_seen_durable(tmp_path, kinds):
+    trial = checkpoint_stall._trial(TINY, torch.device("cpu"), tmp_path, 2, kinds)
+    for arm in trial.arms:
+        if arm.unavailable or "process" in arm.name or "NVRx" in arm.name:  # those start processes, for seconds
+            continue
+        for _ in range(2):
+            extras = measured(arm).extras
+            if arm.name != "no checkpoints" and extras["saves"]:
+                assert 0 < extras["written_s"] <= extras["durable_s"]
+
+
+def test_saves_that_follow_one_another_and_the_raw_disk(tmp_path):
+    try:
+        os.close(os.open(tmp_path / "probe", os.O_CREAT | os.O_WRONLY | os.O_DIRECT, 0o600))
+    except OSError:
+        raw = False  # tmpfs has none
+    else:
+        raw = True
+    for arm in checkpoint_flush._trial(TINY, torch.device("cpu"), tmp_path).arms:
+        if raw or "raw" not in arm.name:
+            assert measured(arm).seconds > 0
+
+
+class Late(Method):
+    """Written when it is let go."""
+
+    def __init__(self, folder) -> None:
+        self.path, self.gone = folder, threading.Event()
+
+    def written_sign(self):
+        return self.gone.is_set
+
+
+def test_a_save_is_durable_no_sooner_than_it_is_written(tmp_path, monkeypatch):
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "file").write_bytes(b"1")
+    synced, real = [], os.fsync
+    monkeypatch.setattr(
+        checkpoint_durable.os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), real(fd))
+    )
+    late = Late(tmp_path)
+    watch = checkpoint_durable.Watch(late, 0.0)
+    assert watch.written_s == 0 and not synced
+    late.gone.set()
+    watch.result()
+    assert 0 < watch.written_s <= watch.durable_s
+    assert set(synced) == {str(p) for p in (tmp_path, tmp_path.parent, tmp_path / "inner", tmp_path / "inner" / "file")}
+
+
+def test_a_save_that_never_ends_is_an_error(tmp_path):
+    with pytest.raises(TimeoutError, match="no sign of a complete save"):
+        checkpoint_durable.Watch(Late(tmp_path), 0.0).result(timeout_s=0.05)

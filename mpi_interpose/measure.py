@@ -117,9 +117,10 @@ def cpu() -> str:
 
 
 def write(
-    cells: list[Cell], mpi: Mpi, target: Path, least: float = policy.OWN, peer: str = "local"
+    cells: list[Cell], mpi: Mpi, target: Path, least: float = policy.OWN, peer: str | None = None
 ) -> list[policy.Row]:
-    """Write the table of `cells` to `target`; rows of the other peer in an older table there stay."""
+    """Write the table of `cells` to `target`; rows for peers elsewhere in an older table there stay."""
+    peer = peer or next((cell.link for cell in cells), "local")
     found = policy.rows(cells, least, peer)
     target.parent.mkdir(parents=True, exist_ok=True)
     kept = [line for line in _lines(target) if _other_peer(line, peer)] if target.exists() else []
@@ -179,13 +180,30 @@ def predictions(mpi: Mpi, plan: str, count: int) -> list[str]:
     path = model_file(library(mpi))
     table = policy.Policy(path.read_text() if path.exists() else builtin_model(mpi.flavour), mpi.version)
     lines = [f"model      {path if path.exists() else 'built-in table'} for {mpi.version[:40]}"]
-    for use, title in (("pack", "pack"), ("unpack", "unpack"), ("send_local", "send"), ("recv_local", "recv")):
-        dense_message = cls == "contiguous" and use not in ("pack", "unpack")
+    for use in ("pack", "unpack", *(f"{side}_{link}" for link in policy.LINKS for side in ("send", "recv"))):
+        side, _, link = use.partition("_")
+        title = f"{side} {link}".strip()
+        dense_message = cls == "contiguous" and link
         gain, saved_ns = (0.0, 0.0) if dense_message else table.ask(use, cls, block, step, size)
         if not gain:
-            lines.append(f"{title:<10} passed through (nothing measured near {cls}, {block} B blocks, {size} B)")
+            lines.append(f"{title:<11} passed through (nothing measured near {cls}, {block} B blocks, {size} B)")
         elif gain < policy.GAIN:
-            lines.append(f"{title:<10} passed through: gain {gain:.2f}x")
+            lines.append(f"{title:<11} passed through: gain {gain:.2f}x")
         else:
-            lines.append(f"{title:<10} packed by us: gain {gain:.2f}x, {saved_ns / 1e3:.2f} us saved per call")
+            lines.append(f"{title:<11} packed by us: gain {gain:.2f}x, {saved_ns / 1e3:.2f} us saved per call")
     return lines
+
+
+def corrections(report: dict, plan: str) -> list[str]:
+    """What the timed calls of a run said of the datatypes with this plan (`report`: of `undertow mpi run --report`)."""
+    words = {"open": "too few to decide", "library": "switched off", "ours": "packed by us"}
+    lines = []
+    for row in report["types"]:
+        for one in row.get("checked", []) if row["plan"] == plan else []:
+            library, ours = (value / 1000 for value in one["ps_per_byte"])
+            place = f" ({one['link']})" if one["link"] else ""
+            lines.append(
+                f"timed      {one['use']}{place}, {one['least_bytes']} B and more: library {library:.3g} ns/B in "
+                f"{one['samples'][0]} calls, ours {ours:.3g} ns/B in {one['samples'][1]}: {words[one['decision']]}"
+            )
+    return lines or ["timed      no call with this plan in that run"]

@@ -19,7 +19,8 @@ from .samples import Cell
 GAIN = 1.08  # kGain of csrc/abi/model.hh
 OWN, SHIPPED = 1.04, 1.15  # least lower bound of a gain: in a table for this machine, in one for every machine
 FEWER_SIDES = 1.03
-USES = ("pack", "unpack", "send_local", "recv_local", "send_remote", "recv_remote")
+USES = ("pack", "unpack", "send_local", "recv_local", "send_remote", "recv_remote", "send_socket", "recv_socket")
+LINKS = {"socket": "the same socket", "local": "the same host", "remote": "another host"}  # places of a peer
 CLASSES = ("contiguous", "strided", "crossed", "table", "mixed", "records")
 WAYS = {"library": (False, False), "send": (True, False), "recv": (False, True), "both": (True, True)}
 
@@ -69,8 +70,8 @@ def best_way(cell: Cell, least: float) -> str:
     )
 
 
-def rows(cells: Iterable[Cell], least: float = OWN, peer: str = "local") -> list[Row]:
-    """The table's rows of the cells that are to be fitted."""
+def rows(cells: Iterable[Cell], least: float = OWN, peer: str | None = None) -> list[Row]:
+    """The table's rows of the cells that are to be fitted; `peer`: another of LINKS than the cells' own."""
     found = []
     for cell in cells:
         if cell.held or cell.use.startswith("call"):
@@ -82,7 +83,8 @@ def rows(cells: Iterable[Cell], least: float = OWN, peer: str = "local") -> list
             continue  # nothing to pack: messages of one dense block are the library's
         way = best_way(cell, least)
         sides = WAYS[way]
-        for k, use in enumerate((f"send_{peer}", f"recv_{peer}")):
+        link = peer or cell.link
+        for k, use in enumerate((f"send_{link}", f"recv_{link}")):
             if sides[k]:
                 found.append(_row(cell, use, "library", way, least, 1 / sum(sides)))
                 continue
@@ -149,11 +151,11 @@ class Policy:
             return False
         return self.ask(use, cell.cls, cell.block, cell.step, cell.size)[0] >= GAIN
 
-    def way(self, cell: Cell, peer: str = "local") -> str:
+    def way(self, cell: Cell) -> str:
         """The arm of the cell that the table chooses."""
         if cell.use != "message":
             return "forced" if self.takes(cell.use, cell) else "library"
-        sides = (self.takes(f"send_{peer}", cell), self.takes(f"recv_{peer}", cell))
+        sides = (self.takes(f"send_{cell.link}", cell), self.takes(f"recv_{cell.link}", cell))
         return next(way for way, s in WAYS.items() if s == sides)
 
 

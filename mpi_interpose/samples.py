@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from statistics import median
 
@@ -51,7 +51,8 @@ class Cell:
     """One datatype in one use.
 
     `use`: pack, unpack, message, or call-… (the cost of passing through); `cls`, `block`, `step`, `size` (bytes): what
-    the model sees; `held`: kept from fitting; `wrong`: bytes that differ from the library's; `arms`: ns per call.
+    the model sees; `held`: kept from fitting; `wrong`: bytes that differ from the library's; `arms`: ns per call;
+    `link`: where the two ranks were to each other (socket, local or remote).
     """
 
     use: str
@@ -64,6 +65,7 @@ class Cell:
     wrong: int
     inner: int
     arms: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    link: str = "local"
 
     @property
     def title(self) -> str:
@@ -84,6 +86,10 @@ class Cell:
         """Time of the arm less the library's, round by round."""
         return interval([ours - plain for plain, ours in zip(self.arms["library"], self.arms[arm], strict=True)])
 
+    def half(self, which: int) -> Cell:
+        """The cell with every second round only: what one half fits, the other can judge."""
+        return replace(self, arms={arm: ns[which::2] for arm, ns in self.arms.items()})
+
     def breaks_promise(self, arm: str = "auto") -> bool:
         """The whole interval of library / arm lies below 0.95, and the loss exceeds 2 us."""
         slower = self.ratio(arm).high < SLOWER and self.ratio(arm, "again").high < SLOWER
@@ -92,8 +98,11 @@ class Cell:
 
 def text(cells: Iterable[Cell]) -> str:
     """The output that `parse` reads."""
-    lines = []
+    lines, link = [], "local"
     for c in cells:
+        if c.link != link:
+            link = c.link
+            lines.append(f"link {link}")
         numbers = (c.block, c.step, c.size, int(c.held), c.wrong, c.inner)
         lines.append(" ".join(map(str, ("cell", c.use, c.cls, c.name, *numbers))))
         lines += [" ".join(["arm", arm, *(f"{ns:.1f}" for ns in samples)]) for arm, samples in c.arms.items()]
@@ -103,16 +112,18 @@ def text(cells: Iterable[Cell]) -> str:
 def parse(lines: Iterable[str]) -> list[Cell]:
     """The cells of the program's output; InterposeError when the program did not end properly."""
     cells: list[Cell] = []
-    complete = False
+    complete, link = False, "local"
     for line in lines:
         word, _, rest = line.strip().partition(" ")
         if word == "cell":
             use, cls, name, *numbers = rest.split()
             block, step, size, held, wrong, inner = map(int, numbers)
-            cells.append(Cell(use, cls, name, block, step, size, bool(held), wrong, inner))
+            cells.append(Cell(use, cls, name, block, step, size, bool(held), wrong, inner, link=link))
         elif word == "arm" and cells:
             name, *samples = rest.split()
             cells[-1].arms[name] = tuple(map(float, samples))
+        elif word == "link":
+            link = {"host": "local"}.get(rest, rest)
         complete = complete or line.strip() == "complete"
     if not complete:
         raise InterposeError("the timing program stopped before its end: its output lacks the line 'complete'")

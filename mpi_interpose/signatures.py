@@ -97,7 +97,11 @@ _OWN = (
     "Comm_test_inter Topo_test Dist_graph_neighbors_count Graph_neighbors_count Cartdim_get Cart_shift Pack Unpack "
     "Test Wait Test_cancelled Request_free Request_get_status Get_library_version Initialized Query_thread"
 )
-OWN = tuple(_OWN.split())
+_PEERS = (  # where a peer is
+    "Comm_create_keyval Comm_free_keyval Comm_set_attr Comm_get_attr Comm_group Comm_remote_group Group_size "
+    "Group_translate_ranks Group_free Iallgather"
+)
+OWN = (*_OWN.split(), *_PEERS.split())
 # What only the reordering of graph communicators needs, beside Comm_rank and Comm_size.
 OWN += ("Allgather", "Allgatherv", "Allreduce", "Comm_split", "Comm_free", "Dist_graph_create_adjacent")
 OWN_OPTIONAL = ("Type_get_envelope_c", "Type_get_contents_c")

@@ -59,7 +59,7 @@ struct Blocks {
     }
     const bool device = device_blocks(n);
     Record* r = device ? device_wanted(t, use, total) : record_of(t);
-    if (!r || !(device || wanted(r, use, total, kCollectiveGain))) return;
+    if (!r || !(device || wanted(r, use, total, Peer(), kCollectiveGain))) return;
     const MPI_Datatype twin = twin_of(r);
     if (handle_key(twin) == handle_key(constants.type_null)) return;
     slab = slab_get(total * r->plan.size, device ? user_bytes(*r, first(n, *r)) : nullptr);
@@ -136,7 +136,7 @@ struct TypedBlocks {
       if (!r || r->wrong.load() || !(device || proved(*r)) || __builtin_mul_overflow(static_cast<int64_t>(c[i]), r->plan.size, &bytes)) return;
       twins[i] = twin_of(r);
       if (handle_key(twins[i]) == handle_key(constants.type_null)) return;
-      take = (device ? device_wanted(t[i], use, c[i]) != nullptr : wanted(r, use, c[i], kCollectiveGain)) || take;
+      take = (device ? device_wanted(t[i], use, c[i]) != nullptr : wanted(r, use, c[i], Peer(), kCollectiveGain)) || take;
       total += bytes;
     }
     if (!take || !(device || small_enough(total))) return;
@@ -185,11 +185,11 @@ int on_bcast(F next, Site site, void* buf, N count, MPI_Datatype type, int root,
     return next(buf, count, type, root, comm);
   }
   if (rank_in(comm) == root) {
-    SendSide side(buf, count, type, true, kCollectiveGain);
+    SendSide side(buf, count, type, Peer(), true, kCollectiveGain);
     count_call(site, side.taken());
     return next(side.buf, count, side.type, root, comm);
   }
-  RecvSide side(buf, count, type, true, kCollectiveGain);
+  RecvSide side(buf, count, type, Peer(), true, kCollectiveGain);
   count_call(site, side.taken());
   const int rc = next(side.buf, count, side.type, root, comm);
   if (rc == MPI_SUCCESS && side.taken()) side.finish_all();
@@ -202,8 +202,8 @@ int exchange(Site site, void* sbuf, N scount, int64_t sblocks, MPI_Datatype styp
              int64_t rblocks, MPI_Datatype rtype, bool allowed, Call call, bool holes = false) {
   const bool place = sbuf == MPI_IN_PLACE || rbuf == MPI_IN_PLACE;
   const auto may = [&](const void* buf, MPI_Datatype type) { return allowed && (!place || device_side(buf, type)); };
-  SendSide send(sbuf, scount * sblocks, stype, sblocks > 0 && may(sbuf, stype), kCollectiveGain);
-  RecvSide recv(rbuf, rcount * rblocks, rtype, rblocks > 0 && may(rbuf, rtype), kCollectiveGain);
+  SendSide send(sbuf, scount * sblocks, stype, Peer(), sblocks > 0 && may(sbuf, stype), kCollectiveGain);
+  RecvSide recv(rbuf, rcount * rblocks, rtype, Peer(), rblocks > 0 && may(rbuf, rtype), kCollectiveGain);
   if ((holes || sbuf == MPI_IN_PLACE) && recv.taken()) pack_slab(*recv.record, recv.count, rbuf, recv.slab);
   count_call(site, send.taken() || recv.taken());
   const int rc = call(send.buf, send.type, recv.buf, recv.type);
@@ -290,7 +290,7 @@ int on_gatherv(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void
   const bool place = in_place_on_device(sbuf, rbuf, rtype);
   const bool allowed = involved(sbuf, stype, rbuf, rtype) && (place || sbuf != MPI_IN_PLACE) && intra(comm);
   const int n = allowed && rank_in(comm) == root ? size_of(comm) : 0;
-  SendSide send(sbuf, scount, stype, allowed && !place, kCollectiveGain);
+  SendSide send(sbuf, scount, stype, Peer(), allowed && !place, kCollectiveGain);
   Blocks<N, D> recv(rbuf, rcounts, rdispls, rtype, n, kRecvUse, n > 0);
   if (place) recv.keep(n);
   count_call(site, send.taken() || recv.taken());
@@ -306,7 +306,7 @@ int on_scatterv(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Datat
   const bool allowed = involved(sbuf, stype, rbuf, rtype) && (place || rbuf != MPI_IN_PLACE) && intra(comm);
   const int n = allowed && rank_in(comm) == root ? size_of(comm) : 0;
   Blocks<N, D> send(sbuf, scounts, sdispls, stype, n, kSendUse, n > 0);
-  RecvSide recv(rbuf, rcount, rtype, allowed && !place, kCollectiveGain);
+  RecvSide recv(rbuf, rcount, rtype, Peer(), allowed && !place, kCollectiveGain);
   count_call(site, send.taken() || recv.taken());
   const int rc = next(send.buf, scounts, send.displs, send.type, recv.buf, rcount, recv.type, root, comm);
   if (rc == MPI_SUCCESS && recv.taken()) recv.finish_all();
@@ -316,7 +316,7 @@ int on_scatterv(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Datat
 template <class F, class N, class D>
 int gather_to_all(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N* rcounts, D* rdispls,
                   MPI_Datatype rtype, MPI_Comm comm, int n, bool holes = false) {
-  SendSide send(sbuf, scount, stype, n >= 0 && sbuf != MPI_IN_PLACE, kCollectiveGain);
+  SendSide send(sbuf, scount, stype, Peer(), n >= 0 && sbuf != MPI_IN_PLACE, kCollectiveGain);
   Blocks<N, D> recv(rbuf, rcounts, rdispls, rtype, n, kRecvUse, n > 0);
   if (holes) recv.keep(n);
   count_call(site, send.taken() || recv.taken());

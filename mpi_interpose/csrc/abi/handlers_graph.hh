@@ -21,8 +21,6 @@ inline int* unweighted() {
 #endif
 }
 
-bool reorder_wanted();  // UNDERTOW_MPI_REORDER
-
 // What a rank says of its own vertex, moved to the rank that plays the vertex.
 struct Adjacency {
   std::vector<int> sources, source_weights, targets, target_weights;

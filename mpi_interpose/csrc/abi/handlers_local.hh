@@ -47,7 +47,7 @@ int local_call(Record* r, Use use, Site site, int64_t bytes, Library library, Ou
     rc = library();
     r->tally[use].passed.fetch_add(1, std::memory_order_relaxed);
   }
-  if (choice.timed) observe(*r, use, choice.ours, bytes, now_ns() - start);
+  if (choice.timed) observe(*r, use, 0, choice.ours, bytes, now_ns() - start);
   return rc;
 }
 

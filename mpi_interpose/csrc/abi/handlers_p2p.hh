@@ -15,7 +15,7 @@ inline void count_call(Site site, bool taken) {
 template <class F, class N>
 int on_send(F next, Site site, void* buf, N count, MPI_Datatype type, int dest, int tag, MPI_Comm comm) {
   poll_orphans();
-  SendSide side(buf, count, type, usable_peer(dest));
+  SendSide side(buf, count, type, Peer(comm, dest), usable_peer(dest), kGain, true);
   count_call(site, side.taken());
   return next(side.buf, count, side.type, dest, tag, comm);
 }
@@ -24,7 +24,7 @@ template <class F, class N>
 int on_isend(F next, Site site, void* buf, N count, MPI_Datatype type, int dest, int tag, MPI_Comm comm,
              MPI_Request* request) {
   poll_orphans();
-  SendSide side(buf, count, type, usable_peer(dest) && request);
+  SendSide side(buf, count, type, Peer(comm, dest), usable_peer(dest) && request);
   count_call(site, side.taken());
   const int rc = next(side.buf, count, side.type, dest, tag, comm, request);
   if (rc == MPI_SUCCESS && side.taken()) attach(side, count, buf, false, false, *request);
@@ -34,7 +34,7 @@ int on_isend(F next, Site site, void* buf, N count, MPI_Datatype type, int dest,
 template <class F, class N>
 int on_send_init(F next, Site site, void* buf, N count, MPI_Datatype type, int dest, int tag, MPI_Comm comm,
                  MPI_Request* request) {
-  SendSide side(buf, count, type, usable_peer(dest) && request);
+  SendSide side(buf, count, type, Peer(comm, dest), usable_peer(dest) && request);
   count_call(site, side.taken());
   const int rc = next(side.buf, count, side.type, dest, tag, comm, request);
   if (rc == MPI_SUCCESS && side.taken()) attach(side, count, buf, false, true, *request);
@@ -43,9 +43,10 @@ int on_send_init(F next, Site site, void* buf, N count, MPI_Datatype type, int d
 
 // Runs `call(buffer, type, status)` for a receive and unpacks; `status` is the caller's.
 template <class Call>
-int receive(Site site, void* buf, int64_t count, MPI_Datatype type, MPI_Status* status, bool allowed, Call call) {
+int receive(Site site, void* buf, int64_t count, MPI_Datatype type, const Peer& peer, MPI_Status* status, bool allowed,
+            bool timed, Call call) {
   poll_orphans();
-  RecvSide side(buf, count, type, allowed);
+  RecvSide side(buf, count, type, peer, allowed, kGain, timed);
   count_call(site, side.taken());
   if (!side.taken()) return call(buf, type, status);
   MPI_Status local;
@@ -58,14 +59,14 @@ int receive(Site site, void* buf, int64_t count, MPI_Datatype type, MPI_Status* 
 template <class F, class N>
 int on_recv(F next, Site site, void* buf, N count, MPI_Datatype type, int source, int tag, MPI_Comm comm,
             MPI_Status* status) {
-  return receive(site, buf, count, type, status, usable_peer(source), [&](void* b, MPI_Datatype t, MPI_Status* s) {
+  return receive(site, buf, count, type, Peer(comm, source), status, usable_peer(source), true, [&](void* b, MPI_Datatype t, MPI_Status* s) {
     return next(b, count, t, source, tag, comm, s);
   });
 }
 
 template <class F, class N>
 int on_mrecv(F next, Site site, void* buf, N count, MPI_Datatype type, MPI_Message* message, MPI_Status* status) {
-  return receive(site, buf, count, type, status, true, [&](void* b, MPI_Datatype t, MPI_Status* s) {
+  return receive(site, buf, count, type, Peer(), status, true, false, [&](void* b, MPI_Datatype t, MPI_Status* s) {
     return next(b, count, t, message, s);
   });
 }
@@ -73,9 +74,9 @@ int on_mrecv(F next, Site site, void* buf, N count, MPI_Datatype type, MPI_Messa
 template <class F, class N>
 int on_sendrecv(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, int dest, int stag, void* rbuf, N rcount,
                 MPI_Datatype rtype, int source, int rtag, MPI_Comm comm, MPI_Status* status) {
-  SendSide send(sbuf, scount, stype, usable_peer(dest));
+  SendSide send(sbuf, scount, stype, Peer(comm, dest), usable_peer(dest));
   if (send.taken()) sites[site].taken.fetch_add(1, std::memory_order_relaxed);
-  return receive(site, rbuf, rcount, rtype, status, usable_peer(source), [&](void* b, MPI_Datatype t, MPI_Status* s) {
+  return receive(site, rbuf, rcount, rtype, Peer(comm, source), status, usable_peer(source), false, [&](void* b, MPI_Datatype t, MPI_Status* s) {
     return next(send.buf, scount, send.type, dest, stag, b, rcount, t, source, rtag, comm, s);
   });
 }
@@ -84,7 +85,7 @@ int on_sendrecv(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, int
 template <class F, class N>
 int on_sendrecv_replace(F next, Site site, void* buf, N count, MPI_Datatype type, int dest, int stag, int source,
                         int rtag, MPI_Comm comm, MPI_Status* status) {
-  return receive(site, buf, count, type, status, usable_peer(source) && usable_peer(dest),
+  return receive(site, buf, count, type, Peer(comm, source), status, usable_peer(source) && usable_peer(dest), false,
                  [&](void* b, MPI_Datatype t, MPI_Status* s) {
                    if (b != buf) pack_slab(*device_record(type), count, buf, static_cast<char*>(b));
                    return next(b, count, t, dest, stag, source, rtag, comm, s);
@@ -95,7 +96,7 @@ template <class F, class N>
 int on_irecv(F next, Site site, void* buf, N count, MPI_Datatype type, int source, int tag, MPI_Comm comm,
              MPI_Request* request) {
   poll_orphans();
-  RecvSide side(buf, count, type, usable_peer(source) && request);
+  RecvSide side(buf, count, type, Peer(comm, source), usable_peer(source) && request);
   count_call(site, side.taken());
   const int rc = next(side.buf, count, side.type, source, tag, comm, request);
   if (rc == MPI_SUCCESS && side.taken()) attach(side, count, buf, true, false, *request);
@@ -105,7 +106,7 @@ int on_irecv(F next, Site site, void* buf, N count, MPI_Datatype type, int sourc
 template <class F, class N>
 int on_recv_init(F next, Site site, void* buf, N count, MPI_Datatype type, int source, int tag, MPI_Comm comm,
                  MPI_Request* request) {
-  RecvSide side(buf, count, type, usable_peer(source) && request);
+  RecvSide side(buf, count, type, Peer(comm, source), usable_peer(source) && request);
   count_call(site, side.taken());
   const int rc = next(side.buf, count, side.type, source, tag, comm, request);
   if (rc == MPI_SUCCESS && side.taken()) attach(side, count, buf, true, true, *request);
@@ -114,7 +115,7 @@ int on_recv_init(F next, Site site, void* buf, N count, MPI_Datatype type, int s
 
 template <class F, class N>
 int on_imrecv(F next, Site site, void* buf, N count, MPI_Datatype type, MPI_Message* message, MPI_Request* request) {
-  RecvSide side(buf, count, type, request != nullptr);
+  RecvSide side(buf, count, type, Peer(), request != nullptr);
   count_call(site, side.taken());
   const int rc = next(side.buf, count, side.type, message, request);
   if (rc == MPI_SUCCESS && side.taken()) attach(side, count, buf, true, false, *request);

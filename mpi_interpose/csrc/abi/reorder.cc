@@ -1,6 +1,4 @@
 // See handlers_graph.hh.
-#include <unistd.h>
-
 #include <cstdlib>
 #include <cstring>
 
@@ -9,19 +7,6 @@
 
 namespace undertow {
 namespace {
-
-// A number for where this rank runs; equal on ranks that are near.
-uint64_t here() {
-  char name[256] = "";
-  const char* place = std::getenv("UNDERTOW_MPI_PLACE");
-  if (place && *place)
-    std::strncpy(name, place, sizeof name - 1);
-  else
-    gethostname(name, sizeof name - 1);
-  uint64_t h = 1469598103934665603ull;
-  for (const char* c = name; *c; ++c) h = (h ^ static_cast<unsigned char>(*c)) * 1099511628211ull;
-  return h;
-}
 
 // Every rank's list, one after the other; `starts` has one more entry than ranks.
 bool gather(MPI_Comm comm, const std::vector<int>& mine, std::vector<int>& all, std::vector<int>& starts) {
@@ -55,7 +40,7 @@ bool reorder_graph(MPI_Comm comm, Adjacency& mine, bool weighted, MPI_Comm* orde
   int facts[3] = {weighted, !weighted, !sound}, all[3];
   if (own.Allreduce(facts, all, 3, MPI_INT, MPI_MAX, comm) != MPI_SUCCESS || all[2] || (all[0] && all[1])) return false;
 
-  uint64_t host = here();
+  uint64_t host = host_number();
   std::vector<uint64_t> hosts(n);
   if (own.Allgather(&host, sizeof host, MPI_BYTE, hosts.data(), sizeof host, MPI_BYTE, comm) != MPI_SUCCESS)
     return false;

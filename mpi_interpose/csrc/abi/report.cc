@@ -17,6 +17,13 @@ SiteTally sites[kSites];
 
 namespace {
 
+// What timed calls said of one use, link and size (bytes of a message: 8^k and more).
+struct Checked {
+  uint32_t samples[2] = {};
+  int64_t ps_per_byte[2] = {};
+  int decision = Online::kOpen;
+};
+
 struct Line {
   uint32_t combiners = 0;
   int64_t types = 0, size = 0, block = 0;
@@ -24,6 +31,7 @@ struct Line {
   std::string layout;
   int64_t taken[kUses] = {}, passed[kUses] = {}, bytes[kUses] = {}, ours_ns[kUses] = {}, library_ns[kUses] = {},
           saved_ns[kUses] = {};
+  Checked checked[kQuestions][kOnlineSizes] = {};
 };
 
 std::mutex g_lock;
@@ -51,6 +59,13 @@ void absorb(Record& r) {  // under g_lock
     line.library_ns[u] += r.tally[u].library_ns.exchange(0);
     line.saved_ns[u] += r.tally[u].saved_ns.exchange(0);
   }
+  for (int q = 0; q < kQuestions; ++q)
+    for (int k = 0; k < kOnlineSizes; ++k) {
+      const Online& o = r.online[q][k];
+      Checked& c = line.checked[q][k];
+      if (o.samples(false) + o.samples(true) <= c.samples[0] + c.samples[1]) continue;  // of alike types the best known
+      c = {{o.samples(false), o.samples(true)}, {o.ps_per_byte(false), o.ps_per_byte(true)}, o.decision()};
+    }
 }
 
 std::string quoted(const std::string& s) {
@@ -60,6 +75,27 @@ std::string quoted(const std::string& s) {
     out += static_cast<unsigned char>(c) < 32 ? ' ' : c;
   }
   return out + "\"";
+}
+
+void write_checked(FILE* f, const Line& line) {
+  static const char* const uses[] = {"pack", "unpack", "send", "recv"};
+  static const char* const decisions[] = {"open", "library", "ours"};
+  const char* comma = "";
+  std::fprintf(f, ", \"checked\": [");
+  for (int q = 0; q < kQuestions; ++q)
+    for (int k = 0; k < kOnlineSizes; ++k) {
+      const Checked& c = line.checked[q][k];
+      if (c.samples[0] + c.samples[1] == 0) continue;
+      const int use = q < kSendUse ? q : kSendUse + (q - kSendUse) / kLinks;
+      std::fprintf(f,
+                   "%s{\"use\": \"%s\", \"link\": \"%s\", \"least_bytes\": %lld, \"samples\": [%u, %u], "
+                   "\"ps_per_byte\": [%lld, %lld], \"decision\": \"%s\"}",
+                   comma, uses[use], use < kSendUse ? "" : link_name((q - kSendUse) % kLinks), 1ll << 3 * k,
+                   c.samples[0], c.samples[1], static_cast<long long>(c.ps_per_byte[0]),
+                   static_cast<long long>(c.ps_per_byte[1]), decisions[c.decision]);
+      comma = ", ";
+    }
+  std::fprintf(f, "]");
 }
 
 void write_json(FILE* f, int rank, int size) {
@@ -101,6 +137,7 @@ void write_json(FILE* f, int rank, int size) {
                      uses[u], static_cast<long long>(line.taken[u]), static_cast<long long>(line.passed[u]),
                      static_cast<long long>(line.bytes[u]), static_cast<long long>(line.ours_ns[u]),
                      static_cast<long long>(line.library_ns[u]), static_cast<long long>(line.saved_ns[u]));
+    write_checked(f, line);
     std::fprintf(f, "}");
     comma = ",";
   }
@@ -120,6 +157,11 @@ void write_text(FILE* f, int rank) {
                  static_cast<long long>(line.taken[1]), static_cast<long long>(line.passed[1]),
                  static_cast<long long>(line.taken[2]), static_cast<long long>(line.passed[2]),
                  static_cast<long long>(line.taken[3]), static_cast<long long>(line.passed[3]), kind.first.c_str());
+    for (int q = kSendUse; q < kQuestions; ++q)
+      for (int k = 0; k < kOnlineSizes; ++k)
+        if (line.checked[q][k].decision == Online::kLibrary)
+          std::fprintf(f, "undertow:     %s (peers: %s), %lld B and more: switched off, timed calls were slower\n",
+                       q < kSendUse + kLinks ? "sends" : "receives", link_name((q - kSendUse) % kLinks), 1ll << 3 * k);
   }
   std::fprintf(f, "undertow:   time saved on this rank: %.3f ms, modelled: calls taken times what the table says of each\n",
                static_cast<double>(saved) / 1e6);

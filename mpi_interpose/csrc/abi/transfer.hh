@@ -32,13 +32,15 @@ struct SendSide {
   MPI_Datatype type;
   Record* record = nullptr;
   char* slab = nullptr;
+  Stopwatch watch;
 
-  SendSide(void* user, int64_t count, MPI_Datatype datatype, bool allowed = true, double gain = kGain)
+  SendSide(void* user, int64_t count, MPI_Datatype datatype, const Peer& peer, bool allowed = true,
+           double gain = kGain, bool blocking = false)
       : buf(user), type(datatype) {
     if (!allowed) return;
     const bool device = device_side(user, datatype);
     Record* r = device ? device_wanted(datatype, kSendUse, count) : record_of(datatype);
-    if (!r || !(device || wanted(r, kSendUse, count, gain))) return;
+    if (!r || !(device || wanted(r, kSendUse, count, peer, gain, blocking ? &watch : nullptr))) return;
     const MPI_Datatype twin = twin_of(r);
     if (handle_key(twin) == handle_key(constants.type_null)) return;
     slab = slab_get(count * r->plan.size, device ? user_bytes(*r, user) : nullptr);
@@ -69,13 +71,15 @@ struct RecvSide {
   int64_t count;
   Record* record = nullptr;
   char* slab = nullptr;
+  Stopwatch watch;
 
-  RecvSide(void* target, int64_t n, MPI_Datatype datatype, bool allowed = true, double gain = kGain)
+  RecvSide(void* target, int64_t n, MPI_Datatype datatype, const Peer& peer, bool allowed = true,
+           double gain = kGain, bool blocking = false)
       : buf(target), type(datatype), user(target), count(n) {
     if (!allowed) return;
     const bool device = device_side(target, datatype);
     Record* r = device ? device_wanted(datatype, kRecvUse, n) : record_of(datatype);
-    if (!r || !(device || wanted(r, kRecvUse, n, gain))) return;
+    if (!r || !(device || wanted(r, kRecvUse, n, peer, gain, blocking ? &watch : nullptr))) return;
     const MPI_Datatype twin = twin_of(r);
     if (handle_key(twin) == handle_key(constants.type_null)) return;
     slab = slab_get(n * r->plan.size, device ? user_bytes(*r, target) : nullptr);

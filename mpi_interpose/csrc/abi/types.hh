@@ -11,6 +11,8 @@
 #include <string>
 
 #include "glue.hh"
+#include "online.hh"
+#include "peers.hh"
 #include "plan.hh"
 
 namespace undertow {
@@ -24,13 +26,11 @@ enum Use : int { kPack, kUnpack, kSendUse, kRecvUse, kUses };
 
 constexpr int kSizeBuckets = 40;  // half octaves of a message from 256 bytes on
 
-// What the running program has measured of one use and size: samples of both paths replace the table.
-struct Online {
-  std::atomic<int64_t> ps_per_byte[2]{};  // library, ours
-  std::atomic<uint32_t> samples[2]{};
-  std::atomic<uint32_t> calls{0}, mask{63};  // one call in mask + 1 of either path is timed
-  std::atomic<int> taking{0};                // 0 not decided by samples, 1 the library, 2 ours
-};
+// What the model answers apart: pack, unpack, and sends and receives for each link to the peer.
+constexpr int kQuestions = 2 + 2 * kLinks;
+constexpr int question(Use use, int link) { return use < kSendUse ? use : 2 + (use - kSendUse) * kLinks + link; }
+
+constexpr int kOnlineSizes = 10;  // by factors of eight
 
 struct Record {
   Plan plan;
@@ -45,10 +45,10 @@ struct Record {
   std::atomic<int> twin_state{0}; // 0 none yet, 1 made, 2 impossible
   MPI_Datatype twin;              // contiguous, same size and signature: what a slab is sent as
   Tally tally[kUses];
-  std::atomic<float> gain[kUses][kSizeBuckets]{};      // the table's answer, asked once: 0 not yet, negative: unknown
-  std::atomic<float> saving_ns[kUses][kSizeBuckets]{}; // per call, by the table
-  std::atomic<float> gain_one[kUses]{}, saving_one_ns[kUses]{};  // the same for calls of a single element
-  Online online[2][8];                                 // pack and unpack, by size
+  std::atomic<float> gain[kQuestions][kSizeBuckets]{};      // the table's answer, asked once: 0 not yet, negative: unknown
+  std::atomic<float> saving_ns[kQuestions][kSizeBuckets]{}; // per call, by the table
+  std::atomic<float> gain_one[kQuestions]{}, saving_one_ns[kQuestions]{};  // the same for calls of a single element
+  Online online[kQuestions][kOnlineSizes];                  // what the running program measures
   std::atomic<uint32_t> proof_wishes{0};               // calls that wanted a large type, before its proof
 };
 

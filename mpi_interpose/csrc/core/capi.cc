@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "kernels.hh"
+#include "online.hh"
 #include "plan.hh"
 #include "policy.hh"
 
@@ -61,6 +62,19 @@ EXPORT void undertow_core_walk(void* plan, int unpacking, int64_t count, const c
   else
     walk_pack(*p.ir, count, p.extent, src, dst, from, to);
 }
+
+// The running comparison, for the tests, which give it samples of their own. `message`: by the rule of messages.
+EXPORT void* undertow_core_online() { return new Online; }
+EXPORT void undertow_core_online_free(void* online) { delete static_cast<Online*>(online); }
+// Bit 0: ours; bit 1: to be timed.
+EXPORT int undertow_core_online_choose(void* online, int message, double gain, int takes) {
+  const Choice choice = static_cast<Online*>(online)->choose(message ? kMessageRule : kLocalRule, gain, takes != 0);
+  return choice.ours | choice.timed << 1;
+}
+EXPORT void undertow_core_online_observe(void* online, int message, int ours, int64_t bytes, int64_t ns, int takes) {
+  static_cast<Online*>(online)->observe(message ? kMessageRule : kLocalRule, ours != 0, bytes, ns, takes != 0);
+}
+EXPORT int undertow_core_online_takes(void* online, int table) { return static_cast<Online*>(online)->takes(table != 0); }
 
 // The table that decides, for `measure` and `explain`: the preload asks the same code.
 EXPORT void* undertow_core_policy(const char* text, const char* version, int* rows) {

@@ -2,7 +2,8 @@
 //
 // A row is "use class block step bytes without_ns with_ns share": the median of a call without us and with us, for a
 // plan of that class whose pieces are `block` bytes, `step` bytes apart, at a message of `bytes`. Uses are pack, unpack,
-// and send and recv, which carry the peer's place (send_local: same host; send_remote: another one). `share` is the part
+// and send and recv, which carry the peer's place (send_socket: same socket; send_local: same host; send_remote: another
+// one). Without any row for the same socket those for the host are used, and the other way round. `share` is the part
 // of (without - with) that this side of a message may call its own in the report. Between rows the logarithm of the gain
 // is interpolated by distance in octaves; far from every row nothing is known, and the call passes through.
 //
@@ -21,7 +22,7 @@
 namespace undertow {
 
 enum PolicyUse : int { kPolicyPack, kPolicyUnpack, kPolicySendLocal, kPolicyRecvLocal, kPolicySendRemote,
-                       kPolicyRecvRemote, kPolicyUses };
+                       kPolicyRecvRemote, kPolicySendSocket, kPolicyRecvSocket, kPolicyUses };
 
 class Policy {
  public:
@@ -56,6 +57,7 @@ class Policy {
     const Row want = place(block, step, bytes);
     std::array<double, kNear> far;
     std::array<const Row*, kNear> near{};
+    use = stand_in(use);
     far.fill(kReach);
     for (const Row& r : rows_[use * kClasses + cls]) {
       double d = distance(want, r);
@@ -78,6 +80,12 @@ class Policy {
     return {ratio, without * (1 - 1 / ratio) * share / weight};
   }
 
+  bool knows_messages() const {
+    for (int use = kPolicySendLocal; use < kPolicyUses; ++use)
+      if (!empty(use)) return true;
+    return false;
+  }
+
  private:
   static constexpr int kClasses = 6, kNear = 3;
   static constexpr double kReach = 3, kSpread = 2;
@@ -89,6 +97,16 @@ class Policy {
   };
   std::array<std::vector<Row>, kPolicyUses * kClasses> rows_;
 
+  bool empty(int use) const {
+    for (int cls = 0; cls < kClasses; ++cls)
+      if (!rows_[use * kClasses + cls].empty()) return false;
+    return true;
+  }
+  int stand_in(int use) const {
+    static constexpr int others[kPolicyUses] = {kPolicyPack,       kPolicyUnpack,     kPolicySendSocket, kPolicyRecvSocket,
+                                                kPolicySendRemote, kPolicyRecvRemote, kPolicySendLocal,  kPolicyRecvLocal};
+    return empty(use) ? others[use] : use;
+  }
   static Row place(double block, double step, double bytes) {
     const auto octave = [](double v) { return std::log2(std::max(1.0, v)); };
     const int64_t b = std::max<int64_t>(1, static_cast<int64_t>(block));
@@ -114,7 +132,8 @@ class Policy {
     return -1;
   }
   int line(const char* at) {
-    static const char* const uses[] = {"pack", "unpack", "send_local", "recv_local", "send_remote", "recv_remote"};
+    static const char* const uses[] = {"pack", "unpack", "send_local", "recv_local", "send_remote", "recv_remote",
+                                       "send_socket", "recv_socket"};
     static const char* const classes[] = {"contiguous", "strided", "crossed", "table", "mixed", "records"};
     char use[16], cls[16];
     double block, step, bytes, without, with, share;

@@ -289,6 +289,8 @@ int main(int argc, char** argv) {
             MAX_ROUNDS, type_of ? "there" : "missing", size, rounds);
     MPI_Abort(MPI_COMM_WORLD, 3);
   }
+  const char* (*link_to)(int) = (const char* (*)(int))dlsym(RTLD_DEFAULT, "undertow_measure_link");
+  if (rank == 0 && link_to && strcmp(link_to(1), "unknown")) printf("link %s\n", link_to(1));
   source = malloc(room), target = malloc(room), packed = malloc(packed_room), expected = malloc(packed_room);
   for (long i = 0; i < room; ++i) source[i] = (char)(1 + (i * 7 + (i >> 8)) % 255);
   memset(target, 0, room), memset(packed, 0, packed_room), memset(expected, 0, packed_room);

@@ -115,6 +115,9 @@ def explain(
     ),
     count: Annotated[int, typer.Option(min=1, help="elements per message")] = 1,
     mpicc: Mpicc = None,
+    report: Annotated[
+        Path | None, typer.Option(help="a report of `run --report`: what that run's timed calls said of the datatype")
+    ] = None,
 ) -> None:
     """Show a datatype's IR before and after the passes, its plan, and the path the model would take."""
     if datatype.lstrip().startswith("("):
@@ -124,6 +127,8 @@ def explain(
     ir = core.parse(made.ir)
     plan = core.describe(ir, made.lb, made.extent)
     sys.stdout.write(f"IR         {ir}\ncanonical  {core.normalise(ir)}\nplan       {plan}\n")
+    for line in measure.corrections(_read_report(report), plan) if report else []:
+        sys.stdout.write(line + "\n")
     try:
         mpi = launch.mpi_of([], mpicc, False)
     except InterposeError as error:
@@ -165,10 +170,15 @@ def measure_(
             progress=lambda done, title: status.update(f"timing {mpi.version[:40].strip()}: {done} cells, {title}"),
         )  # fmt: skip
     target = output or measure.model_file(library)
-    found = measure.write(cells, mpi, target, peer="remote" if remote else "local")
+    links = {cell.link for cell in cells}
+    if remote and links != {"remote"}:
+        raise InterposeError(
+            f"--remote, but the two ranks are on {policy.LINKS[links.pop()]}; expected a --mpirun that uses two hosts"
+        )
+    found = measure.write(cells, mpi, target)
     measure.write_machine(found, mpi, machine or measure.machine_file())
     table = policy.Policy(target.read_text())
-    if not remote:
+    if cells:
         held = [cell for cell in cells if cell.held]
         console.print(f"choices of the table on cells it has not seen: {policy.summary(policy.judge(held, table))}")
     sys.stdout.write(f"{target}\n")
@@ -177,10 +187,20 @@ def measure_(
 @app.command()
 def report(file: Path) -> None:
     """Print a report that `run --report` wrote."""
+    show_report(_read_report(file), Console())
+
+
+def _read_report(file: Path) -> dict:
     try:
-        show_report(json.loads(file.read_text()), Console())
-    except (OSError, ValueError, KeyError) as error:
+        data = json.loads(file.read_text())
+        missing = {"ranks", "mode", "library", "types", "refused", "mismatches"} - data.keys()
+    except (OSError, ValueError, AttributeError) as error:
         raise InterposeError(f"cannot read the report {file} ({type(error).__name__}: {error})") from error
+    if missing:
+        raise InterposeError(
+            f"{file} is no report of `undertow mpi run --report`: it lacks {', '.join(sorted(missing))}"
+        )
+    return data
 
 
 def show_report(data: dict, console: Console) -> None:
@@ -211,6 +231,13 @@ def show_report(data: dict, console: Console) -> None:
         numbers = (f"{moved:.1f}", sampled, f"{saved:.2f}" if saved else "")
         table.add_row(row["layout"][:60], row["class"], str(row["size"]), *cells, *numbers)
     console.print(table)
+    for row in data["types"]:
+        for one in row.get("checked", []):
+            if one["decision"] == "library" and one["link"]:
+                size = f"{one['least_bytes']} B and more"
+                console.print(
+                    f"switched off by timed calls: {one['use']} ({one['link']}), {size}: {row['layout'][:60]}"
+                )
     console.print("taken/all calls; times are those of the sampled calls")
     total = sum(row.get(use, {}).get("saved_ns", 0) for row in data["types"] for use in launch.USES) / 1e6
     console.print(

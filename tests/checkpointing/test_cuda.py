@@ -150,3 +150,67 @@ def test_resume_is_bit_identical(tmp_path):
                 assert torch.equal(value, expected[key]), key
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_capturable_optimizers_and_a_step_captured_in_a_graph(tmp_path, captured):
+    """Their step counter is on the device. A graph's replay runs no hook: `fence()` goes before it."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(512, 512) for _ in range(4)]).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, capturable=True)
+    x = torch.randn(64, 512, device="cuda")
+
+    def train():
+        optimizer.zero_grad(set_to_none=False)
+        (model(x) - x).pow(2).mean().backward()
+        optimizer.step()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # as torch's guide warms up
+        for _ in range(3):
+            train()
+    torch.cuda.current_stream().wait_stream(side)
+    advance = train
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            train()
+        advance = graph.replay
+    with Checkpointer(tmp_path, model=model, optimizer=optimizer, keep=None, arena_bytes=4 * MIB) as ckpt:
+        copies = {}
+        for step in range(4):
+            copies[step] = tensors(model, optimizer)
+            ckpt.save(step)
+            if captured:
+                ckpt.fence()
+            advance()
+        assert all(report.ok for report in ckpt.wait()), ckpt.reports
+        for step, expected in copies.items():
+            found = stored(ckpt.folder, step)
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[key], value) for key, value in expected.items()), step
+        after = tensors(model, optimizer)
+        assert ckpt.restore(step=2) == 2  # in place: the graph's addresses stay valid
+        assert all(state["step"].is_cuda for state in optimizer.state.values())
+        for _ in range(2):
+            advance()
+        again = tensors(model, optimizer)
+        assert all(torch.equal(again[key], value) for key, value in after.items())
+
+
+def test_a_replay_without_a_fence_is_found(tmp_path):
+    model = torch.nn.Sequential(*[torch.nn.Linear(1024, 1024) for _ in range(8)]).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, capturable=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for _ in range(2):
+        optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    with Checkpointer(tmp_path, model=model, optimizer=optimizer, arena_bytes=4 * MIB) as ckpt:
+        ckpt.save(1)
+        graph.replay()
+        report = ckpt.wait()[-1]
+        assert not report.ok and "while it was being copied" in report.reason

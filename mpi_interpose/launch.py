@@ -141,7 +141,6 @@ def merge(parts: list[Path], target: Path) -> dict:
                 if use in row:
                     _sum(known.setdefault(use, {}), row[use])
             known["checked"] = _best_known(known.get("checked", []), row.get("checked", []))
-            known["checked"] = _best_known(known.get("checked", []), row.get("checked", []))
     ordered = sorted(types.values(), key=lambda row: -sum(row.get(use, {}).get("bytes", 0) for use in USES))
     merged.update(functions=dict(sorted(functions.items())), refused=refused, types=ordered)
     scratch = target.with_name(target.name + ".tmp")
@@ -151,16 +150,6 @@ def merge(parts: list[Path], target: Path) -> dict:
 
 
 USES = ("pack", "unpack", "send", "recv")
-
-def _best_known(some: list[dict], more: list[dict]) -> list[dict]:
-    """What timed calls said, per use, link and size that of the rank that timed most."""
-    found: dict[tuple, dict] = {}
-    for one in (*some, *more):
-        place = (one["use"], one["link"], one["least_bytes"])
-        if place not in found or sum(one["samples"]) > sum(found[place]["samples"]):
-            found[place] = one
-    return [found[place] for place in sorted(found)]
-
 
 
 def _best_known(some: list[dict], more: list[dict]) -> list[dict]:

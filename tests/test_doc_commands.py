@@ -159,7 +159,7 @@ def test_the_options_exist(verb, options, capsys, monkeypatch):
     assert not missing, f"undertow {verb} has no {missing}:\n{said}"
 
 
-def run(command: str, folder: Path, timeout_s: float = 200) -> str:
+def run(command: str, folder: Path, timeout_s: float = 600) -> str:
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     env |= {"OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     done = subprocess.run(
@@ -178,7 +178,7 @@ def test_help_lists_every_verb(capsys):
 
 def test_the_demo_in_small(tmp_path):
     """`make demo` is set-up and `undertow demo`: a run, one with a kill inside a checkpoint, its restart, compared."""
-    said = run("undertow demo --recipe tiny --ranks 1", tmp_path, 500)
+    said = run("undertow demo --recipe tiny --ranks 1", tmp_path, 800)
     assert "killed rank 0" in said and said.count("bit-identical") == 3
 
 

@@ -19,7 +19,7 @@ HEAVY = ("torch", "numpy", "rich", "typer", "matplotlib", "transformers", "deeps
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=280)
 
 
 def test_the_tests_run_against_what_they_claim():

@@ -24,7 +24,7 @@ def test_slug(hardware, name):
 
 def git(folder, *arguments):
     identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-    subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True, timeout=30)
+    subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True, timeout=240)
 
 
 def test_commit_and_dirty_flag(tmp_path, monkeypatch):

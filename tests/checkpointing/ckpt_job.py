@@ -46,7 +46,7 @@ class Job:
         return loss
 
     def checkpointer(self, root: Path, **options: Any) -> Checkpointer:
-        options = {"chunk_bytes": CHUNK_BYTES, "timeout_s": 20.0, **options}
+        options = {"chunk_bytes": CHUNK_BYTES, "timeout_s": 240.0, **options}
         return Checkpointer(root, model=self.model, optimizer=self.optimizer, **options)
 
     def state(self) -> dict[str, Any]:
@@ -90,5 +90,5 @@ class HeldOps(FileOps):
         self.let_go = threading.Event()
 
     def pwrite(self, handle: int, data: Any, offset: int) -> None:
-        assert self.let_go.wait(60)
+        assert self.let_go.wait(240)
         super().pwrite(handle, data, offset)

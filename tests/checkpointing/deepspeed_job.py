@@ -77,7 +77,7 @@ def train(
     if universal:
         config["checkpoint"] = {"load_universal": True}
     if not stock:
-        config["undertow"] = {"checkpoint": {"timeout_s": 60, "lazy": lazy}}
+        config["undertow"] = {"checkpoint": {"timeout_s": 240, "lazy": lazy}}
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
     result: dict = {"losses": [], "loaded": None}
     if load:
@@ -100,7 +100,7 @@ def train(
             result["hash_at_save"] = hash_of(whole(engine, stage))
     result["hash"] = hash_of(whole(engine, stage))
     if killed >= 0:
-        time.sleep(20)
+        time.sleep(3600)  # until the killed one's death ends this rank too
     checkpoints = engine.checkpoint_engine
     engine.destroy()
     result["reports"] = getattr(checkpoints, "reports", [])

@@ -75,7 +75,7 @@ def test_the_lock_does_not_outlive_its_owner_in_a_forked_child(folder):
     """Data loader workers inherit the open file; they must not keep the folder locked after `release`."""
     pid = os.fork()
     if not pid:
-        time.sleep(30)
+        time.sleep(600)
         os._exit(0)
     try:
         folder.release()
@@ -93,7 +93,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
     if not pid:
         Folder(tmp_path / "c", OPS).take()
         os.write(say, b"taken")
-        time.sleep(60)
+        time.sleep(600)
         os._exit(0)
     try:
         assert os.read(ready, 5) == b"taken"

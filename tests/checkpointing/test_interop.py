@@ -173,7 +173,7 @@ def _save_tied(rank: int, world: int, root: str, tied_ranks: int) -> int:
     if rank >= tied_ranks:
         model.head.load_state_dict({"weight": model.embedding.weight.detach()})
     expected = model.embedding.weight.detach().clone()
-    with Checkpointer(root, model=model, rng=False, timeout_s=30) as ckpt:
+    with Checkpointer(root, model=model, rng=False, timeout_s=240) as ckpt:
         ckpt.save(0)
         assert ckpt.wait()[-1].ok, ckpt.reports
         with torch.no_grad():

@@ -29,12 +29,12 @@ def data(tmp_path_factory) -> Path:
 def test_a_dozen_kills_and_resumed_runs_are_bit_identical(tmp_path, data):
     kill_resume.prepare()
     options = ["--recipe", "tiny", "--steps", "20", "--data", str(data)]
-    run_s = reference(tmp_path, options, 2, 60)
+    run_s = reference(tmp_path, options, 2, 280)
     begun = kill_resume.spans_begun(tmp_path, 2)
     moments = [moment(SEED, trial, begun=begun, run_s=run_s) for trial in range(8)]
     moments += [Moment(0, "flush", 2, 0.0), Moment(1, "flush", 3, 0.001)]
     moments += [Moment(0, "commit", 3, 0.002), Moment(1, "fsync", 1, 0.0)]
-    rows = [run_trial(trial, when, tmp_path, options, 2, 60) for trial, when in enumerate(moments)]
+    rows = [run_trial(trial, when, tmp_path, options, 2, 280) for trial, when in enumerate(moments)]
     assert all(row.good for row in rows), [row for row in rows if not row.good]
     found = summary(rows)
     assert found["inside_a_save"] >= 4
@@ -47,8 +47,8 @@ def test_a_kill_at_three_ranks(tmp_path, data):
     """From three ranks on, sums in another order would differ in the last bits."""
     kill_resume.prepare()
     options = ["--recipe", "tiny", "--steps", "12", "--batch", "6", "--data", str(data)]
-    reference(tmp_path, options, 3, 60)
-    row = run_trial(0, Moment(2, "flush", 2, 0.0), tmp_path, options, 3, 60)
+    reference(tmp_path, options, 3, 280)
+    row = run_trial(0, Moment(2, "flush", 2, 0.0), tmp_path, options, 3, 280)
     assert row.struck
     assert row.good, row
     assert row.resumed_from == 0 or row.resumed_from == 5
@@ -58,14 +58,14 @@ def test_a_kill_at_three_ranks(tmp_path, data):
 def test_a_run_that_is_killed_while_it_resumes(tmp_path, data):
     kill_resume.prepare()
     options = ["--recipe", "tiny", "--steps", "12", "--data", str(data)]
-    reference(tmp_path, options, 2, 60)
+    reference(tmp_path, options, 2, 280)
     mine = [*options, "--out", str(tmp_path / "trial-000")]
     first = Job(mine, 2, tmp_path / "log", Moment(0, "commit", 2, 0.0))
-    first.wait(60)
+    first.wait(280)
     again = Job([*mine, "--resume"], 2, tmp_path / "log", Moment(1, "restore", 1, 0.0))
-    again.wait(60)
+    again.wait(280)
     assert -9 in again.codes.values()
-    Job([*mine, "--resume"], 2, tmp_path / "log").succeed(60)
+    Job([*mine, "--resume"], 2, tmp_path / "log").succeed(280)
     assert kill_resume.compare(tmp_path / "reference", tmp_path / "trial-000").identical
 
 

@@ -155,7 +155,7 @@ def test_param_groups_added_later(tmp_path):
     def keep(root):
         from undertow.checkpointing import Checkpointer
 
-        return Checkpointer(root, model=job.model, extra=extra, optimizer=job.optimizer, timeout_s=20)
+        return Checkpointer(root, model=job.model, extra=extra, optimizer=job.optimizer, timeout_s=240)
 
     with keep(tmp_path) as ckpt:
         ckpt.save(0)

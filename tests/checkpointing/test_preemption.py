@@ -21,7 +21,7 @@ def loop(rank: int, root: Path, steps: int, at: dict[int, tuple[int, int]], *, p
     """A lock-stepped loop; `at`: step → (rank, signal it sends to itself). The step it left the loop in, or None."""
     model = torch.nn.Linear(8, 8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with Checkpointer(root, model=model, optimizer=optimizer, preemption=Preemption(grace_s=20)) as ckpt:
+    with Checkpointer(root, model=model, optimizer=optimizer, preemption=Preemption(grace_s=240)) as ckpt:
         for step in range(steps):
             ckpt.step(step)
             if ckpt.preempted:
@@ -39,16 +39,16 @@ def loop(rank: int, root: Path, steps: int, at: dict[int, tuple[int, int]], *, p
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("told", [0, 2])
 def test_one_rank_is_told_and_all_save_the_same_step(ranks, tmp_path, number, told):
-    ends = ranks(3, lambda rank, world: loop(rank, tmp_path / "c", 200, {5: (told, number)}))
+    ends = ranks(3, lambda rank, world: loop(rank, tmp_path / "c", 5000, {5: (told, number)}))
     steps = {step for step, _ in ends}
-    assert len(steps) == 1 and 5 < steps.pop() < 200
+    assert len(steps) == 1 and 5 < steps.pop() < 5000
     assert all(saved == [step] for step, saved in ends)
     assert (tmp_path / "c" / f"step-{ends[0][0]:09d}" / "COMMIT.json").is_file()
 
 
 def test_every_rank_is_told_at_another_moment(ranks, tmp_path):
     def told(rank, world):
-        return loop(rank, tmp_path / "c", 200, {3 + rank: (rank, signal.SIGTERM)})
+        return loop(rank, tmp_path / "c", 5000, {3 + rank: (rank, signal.SIGTERM)})
 
     ends = ranks(3, told)
     assert len({step for step, _ in ends}) == 1 and all(saved == [step] for step, saved in ends)
@@ -70,7 +70,7 @@ def test_no_signal_changes_nothing(tmp_path):
 def test_a_dead_peer_is_named_and_not_waited_for(tmp_path):
     """Rank 1 is killed while rank 0 saves: its close must not wait for the ten minutes of timeout_s."""
     done = subprocess.run(
-        [sys.executable, "-c", SURVIVOR, str(tmp_path / "c")], capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", SURVIVOR, str(tmp_path / "c")], capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr
     assert "rank 1 died before it answered" in done.stdout
@@ -112,7 +112,7 @@ sys.exit(codes != [0, -signal.SIGKILL])
 def test_when_a_peer_is_dead_the_signal_takes_its_usual_effect(tmp_path):
     """The survivor hangs in a collective, as a rank of a dead peer's does; it must die by the signal, or be killed."""
     done = subprocess.run(
-        [sys.executable, "-c", ORPHAN, str(tmp_path / "c")], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", ORPHAN, str(tmp_path / "c")], capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr
     assert "rank 1 is dead" in done.stderr
@@ -128,19 +128,19 @@ for rank in range(2):
     pid = os.fork()
     if pid == 0:
         dist.init_process_group("gloo", init_method=f"file://{root}.store", rank=rank, world_size=2)
-        ckpt = Checkpointer(root, model=torch.nn.Linear(64, 64), preemption=Preemption(grace_s=40))
+        ckpt = Checkpointer(root, model=torch.nn.Linear(64, 64), preemption=Preemption(grace_s=200))
         ckpt.step(0)
         dist.barrier()
         if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(100)
+        time.sleep(3600)
         os._exit(0)
     pids.append(pid)
 os.waitpid(pids[1], 0)
 time.sleep(0.3)
 os.kill(pids[0], signal.SIGTERM)
 code = os.waitstatus_to_exitcode(os.waitpid(pids[0], 0)[1])
-sys.exit(code != -signal.SIGTERM)
+sys.exit(code not in (-signal.SIGTERM, -signal.SIGKILL))  # the latter where it was not scheduled for two seconds
 """
 
 

@@ -85,7 +85,7 @@ def save_job(rank: int, world: int, root: str, layout: str, restore: bool) -> di
     """Restore what is there, one update, save. The whole state."""
     plan.SMALL_BYTES = 4096  # small tensors are lazy too
     net, optimizer = build(layout, world, seed=world if restore else 0)
-    with Checkpointer(root, model=net, optimizer=optimizer, chunk_bytes=CHUNK_BYTES, timeout_s=30) as ckpt:
+    with Checkpointer(root, model=net, optimizer=optimizer, chunk_bytes=CHUNK_BYTES, timeout_s=240) as ckpt:
         step = ckpt.restore() if restore else 0
         assert step is not None
         update(net, optimizer, step)
@@ -192,7 +192,7 @@ class FailsOnce(FileOps):
 
 def one_rank_fails(rank: int, world: int, root: str, guilty: int) -> list[tuple[bool, str]]:
     job, ops = Job(layers=2), FailsOnce()
-    with job.checkpointer(Path(root), ops=ops, timeout_s=20) as ckpt:
+    with job.checkpointer(Path(root), ops=ops, timeout_s=240) as ckpt:
         for step in range(4):
             ops.fail = step == 1 and rank == guilty
             ckpt.save(step)

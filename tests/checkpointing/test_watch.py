@@ -130,7 +130,7 @@ def test_a_tensor_that_shrank_in_place(tmp_path):
     from undertow.checkpointing import Checkpointer
 
     holder = Holder()
-    with Checkpointer(tmp_path, holder=holder, timeout_s=20) as ckpt:
+    with Checkpointer(tmp_path, holder=holder, timeout_s=240) as ckpt:
         ckpt.save(0)
         ckpt.save(1)
         holder.memory.data = holder.memory.data[:50_000]

@@ -37,7 +37,7 @@ def rejoin(launch: Launch) -> tuple[float, str]:
     dist.destroy_process_group()
     for name in (*LAUNCHER_VARIABLES, "GLOO_SOCKET_IFNAME"):
         os.environ.pop(name, None)
-    init_process_group(launch, device=CPU, timeout_s=20)
+    init_process_group(launch, device=CPU, timeout_s=240)
     total = torch.tensor(float(launch.rank))
     dist.all_reduce(total)
     return total.item(), os.environ.get("GLOO_SOCKET_IFNAME", "")
@@ -90,7 +90,7 @@ def _restarted_rank(rank: int, world: int, port: int, attempt: int, said: Connec
     """One rank of one attempt against the agent's store: join, reduce, tell, and wait to be killed."""
     try:
         launch = Launch("torchrun", rank, world, rank, world, "127.0.0.1", port, 0, "run", agent_store=True)
-        init_process_group(launch, device=CPU, timeout_s=20)
+        init_process_group(launch, device=CPU, timeout_s=240)
         total = torch.tensor(float(rank + attempt))
         dist.all_reduce(total)
         said.send(total.item())
@@ -116,7 +116,7 @@ def forked(function, *arguments: tuple) -> Iterator[list]:
             process = context.Process(target=function, args=(*argument, theirs))
             process.start()
             started.append((process, ours))
-        yield [ours.recv() if ours.poll(30) else "silent for 30 s" for _, ours in started]
+        yield [ours.recv() if ours.poll(240) else "silent for 240 s" for _, ours in started]
     finally:
         for process, _ in started:
             process.kill()
@@ -136,7 +136,7 @@ RESTART_PROGRAM = """
 import os, sys, torch, torch.distributed as dist
 from undertow.dist.launch import detect, init_process_group
 launch = detect()
-init_process_group(launch, device=torch.device("cpu"), timeout_s=30)
+init_process_group(launch, device=torch.device("cpu"), timeout_s=240)
 total = torch.ones(1)
 dist.all_reduce(total)
 if launch.rank == 1 and launch.restart_count < 1:
@@ -155,7 +155,7 @@ def test_real_torchrun_restarts(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", *options, str(program)]
     env = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
     env.pop("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", None)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["attempt 1 total 4"] * 2
 
@@ -164,7 +164,7 @@ MPI_PROGRAM = """
 import torch, torch.distributed as dist
 from undertow.dist.launch import detect, init_process_group
 launch = detect()
-init_process_group(launch, device=torch.device("cpu"), timeout_s=30)
+init_process_group(launch, device=torch.device("cpu"), timeout_s=240)
 total = torch.ones(1)
 dist.all_reduce(total)
 open(f"rank{launch.rank}", "w").write(f"{launch.launcher} {launch.local_rank} {total.item():g}")
@@ -183,7 +183,7 @@ def test_mpirun_without_a_port(tmp_path):
         [str(mpiexec), "-n", "2", "sh", "-c", f"'{sys.executable}' '{program}'"],  # not the launcher's own child
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=280,
         env=env,
         cwd=tmp_path,
     )
@@ -217,7 +217,7 @@ def test_a_taken_port_is_a_user_error():
         taken.listen()
         with pytest.raises(UserError, match="cannot serve the store at port.*MASTER_PORT"):
             init_process_group(
-                Launch("torchrun", 0, 2, 0, 2, "127.0.0.1", taken.getsockname()[1]), device=CPU, timeout_s=5
+                Launch("torchrun", 0, 2, 0, 2, "127.0.0.1", taken.getsockname()[1]), device=CPU, timeout_s=240
             )
 
 

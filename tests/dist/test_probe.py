@@ -259,7 +259,7 @@ def wait_gone(file: Path) -> None:
     """The process whose id is in `file` (if it came so far) must end."""
     pid = int(file.read_text() or 0) if file.exists() else 0
     gone = threading.Event()
-    for _ in range(200):
+    for _ in range(2400):
         if not pid or not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
             return
         gone.wait(0.05)

@@ -14,7 +14,7 @@ from undertow.dist.errors import PeerLost
 from undertow.dist.rendezvous import agree
 
 
-def attempt(store: dist.Store, world: int, delays_s: list[float], timeout_s: float = 10.0) -> list:
+def attempt(store: dist.Store, world: int, delays_s: list[float], timeout_s: float = 240.0) -> list:
     """One attempt, a thread per rank; the prefix each rank got (read through a key set by rank 0), or its error."""
     results: list = [None] * world
 

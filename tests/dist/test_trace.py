@@ -168,7 +168,7 @@ def test_open_spans_tells_what_a_sigkill_interrupted(tmp_path):
         ("train", "main", 1, {}),
         ("flush", "checkpoint", 1, {"step": 4}),
     ]
-    assert abs(spans[0].begin_s - time.time()) < 60  # rank 0's wall clock
+    assert abs(spans[0].begin_s - time.time()) < 600  # rank 0's wall clock
 
 
 def test_restart_after_a_torn_line(tmp_path):

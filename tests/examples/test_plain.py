@@ -59,6 +59,6 @@ def test_message_passing():
     command = [sys.executable, "-m", "undertow", "mpi", "run", "--", *program, "undertow.examples.plain_mpi"]
     allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     environment = os.environ | allowed | {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 ranks exchanged four columns" in done.stdout

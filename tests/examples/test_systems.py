@@ -33,7 +33,7 @@ def curve(out: Path) -> list[tuple[float, float]]:
 def alone(tmp_path_factory) -> Path:
     prepare()
     out = tmp_path_factory.mktemp("alone") / "run"
-    Job(words(out), 1, out.with_suffix(".log")).succeed(100)
+    Job(words(out), 1, out.with_suffix(".log")).succeed(280)
     return out
 
 
@@ -51,10 +51,10 @@ def test_all_at_once_with_a_kill_inside_a_checkpoint(alone, tmp_path):
     out, log = tmp_path / "run", tmp_path / "run.log"
     options = ["--stream", "--context-parallel", "2", "--tensor-parallel", "2", "--overlap", "on"]
     job = Job(words(out, *options), 4, log, Moment(3, "flush", 3, 0.0))
-    job.wait(100)
+    job.wait(280)
     assert job.codes[job.pids[3]] == -9, log.read_text()
     assert 0 < len(curve(out)) < STEPS and not (out / "result.json").exists()
-    Job(words(out, *options, "--resume"), 4, log).succeed(100)
+    Job(words(out, *options, "--resume"), 4, log).succeed(280)
     said = log.read_text()
     assert "restored step" in said and "ranks: data 1 × context 2 × tensor 2" in said
     assert "streamed backpropagation:" in said and "overlapped products:" in said
@@ -67,7 +67,7 @@ def test_all_at_once_with_a_kill_inside_a_checkpoint(alone, tmp_path):
 def test_streaming_where_ranks_share_rows_beside_data_parallelism(alone, tmp_path, shared):
     prepare()
     out = tmp_path / "run"
-    Job(words(out, "--stream", shared, "2"), 4, out.with_suffix(".log")).succeed(100)
+    Job(words(out, "--stream", shared, "2"), 4, out.with_suffix(".log")).succeed(280)
     assert_same(out, alone)
 
 

@@ -32,7 +32,7 @@ def long_rows(rank, world, out):
 @pytest.mark.slow
 def test_context_parallel(examples, ranks):
     assert "ContextParallelCallback(trainer, ranks=2)" in examples[1]
-    ranks(2, long_rows, "runs/long", timeout_s=300)
+    ranks(2, long_rows, "runs/long")
     assert sorted(path.name for path in Path("runs/long").iterdir()) == ["checkpoint-10", "checkpoint-5"]
     assert problems(Path("runs/long/checkpoint-10")) == []
 

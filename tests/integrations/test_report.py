@@ -124,7 +124,7 @@ def test_a_browser_shows_it(run, tmp_path, capsys):
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--disable-dev-shm-usage", "--host-resolver-rules=MAP * ~NOTFOUND"]
     done = subprocess.run(
-        [*command, "--dump-dom", output.as_uri()], capture_output=True, text=True, timeout=120, cwd=tmp_path
+        [*command, "--dump-dom", output.as_uri()], capture_output=True, text=True, timeout=280, cwd=tmp_path
     )
     for text in ("Loss</h2>", "Stall</h2>", "Memory</h2>", "Overlap timeline</h2>", "Checkpoints</h2>"):
         assert text in done.stdout, done.stderr[-2000:]
@@ -132,7 +132,7 @@ def test_a_browser_shows_it(run, tmp_path, capsys):
     subprocess.run(
         [*command, f"--screenshot={shot}", "--window-size=1000,4000", output.as_uri()],
         capture_output=True,
-        timeout=120,
+        timeout=280,
         cwd=tmp_path,
         check=True,
     )

@@ -133,7 +133,7 @@ def test_two_ranks_are_one(ranks, tmp_path):
         run(tmp_path / "alone", 1, **cases[0]),
         run(tmp_path / "llama", 1, gradient_accumulation_steps=4, family="llama"),
     ]
-    for one in ranks(2, on_ranks, str(tmp_path / "two"), cases, timeout_s=300):
+    for one in ranks(2, on_ranks, str(tmp_path / "two"), cases):
         for found, expected in zip(one, (alone[0], alone[0], alone[1]), strict=True):
             assert_same(found, expected)
     folder = tmp_path / "two" / "1"
@@ -149,7 +149,7 @@ def test_beside_data_parallelism(ranks, tmp_path):
     """Two groups of two ranks: each batch counts once, whichever group has it."""
     alone = run(tmp_path / "alone", 1, gradient_accumulation_steps=4)
     cases = [{"gradient_accumulation_steps": 2, "stream": True}]
-    for (found,) in ranks(4, on_ranks, str(tmp_path / "four"), cases, timeout_s=300):
+    for (found,) in ranks(4, on_ranks, str(tmp_path / "four"), cases):
         assert_same(found, alone)
 
 
@@ -187,7 +187,7 @@ def refused(rank, world, folder):
 
 
 def test_what_does_not_go_together_is_named(ranks, tmp_path):
-    for said in ranks(2, refused, tmp_path, timeout_s=120):
+    for said in ranks(2, refused, tmp_path):
         words = ["label_smoothing_factor", "Own.compute_loss", "context 3", "cp_size", "chunk", "different batches"]
         assert len(said) == len(words)
         for line, word in zip(said, words):

@@ -158,7 +158,7 @@ def test_someone_else_who_writes_the_weights_makes_the_save_fail(tmp_path, monke
 
     def late(self):  # the background comes after the careless write
         if threading.current_thread() is not training:
-            assert gate.wait(30)
+            assert gate.wait(240)
         copy(self)
 
     monkeypatch.setattr(LazyFile, "copy", late)

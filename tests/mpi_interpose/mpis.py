@@ -93,7 +93,7 @@ def start(
     mode: str | None = "force",
     report: Path | None = None,
     preloaded: list[bool] | None = None,
-    timeout_s: float = 120,
+    timeout_s: float = 280,
     **extra: str,
 ) -> str:
     """Run `command` on `ranks` ranks, with the preload where `preloaded` says so; its output, or an AssertionError."""

@@ -156,7 +156,7 @@ print(load({library!r}).undertow_core_kernels().decode())
 def run_child(environment: dict[str, str], rounds: int, seed: int, library: str | None) -> str:
     code = CHILD.format(here=str(Path(__file__).parent), seed=seed, rounds=rounds, library=library)
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout.split()[-1]

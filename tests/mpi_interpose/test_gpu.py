@@ -46,14 +46,14 @@ def stand_in() -> Path:
 def child(code: str, folder: Path, **extra: str) -> str:
     """Output of a Python child that sees the stand-in."""
     env = {**os.environ, "LD_LIBRARY_PATH": str(folder), **extra}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 def types_on(seed: int, rounds: int, env: dict[str, str]) -> str:
     command = [sys.executable, str(PROGRAMS / "device_types.py"), str(seed), str(rounds)]
-    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -16,7 +16,7 @@ def run(install: Install, places: str, **variables: str) -> tuple[int, int]:
         own = [f"{name}={value}" for name, value in {**common, "UNDERTOW_MPI_PLACE": place}.items()]
         words += [*([":"] if k else []), "-n", "1", "env", *own, str(install.python), str(PROGRAMS / "graph.py")]
     done = subprocess.run(
-        [*install.mpirun, *words], env=environment(install), capture_output=True, text=True, timeout=120, check=False
+        [*install.mpirun, *words], env=environment(install), capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0 and "ok" in done.stdout, done.stdout + done.stderr[-3000:]
     before, after = next(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("crossing"))

@@ -72,7 +72,7 @@ def on_ranks(rank: int, world: int, name: str, folder: str, switches: Switches) 
 @pytest.mark.parametrize("name", MODULES)
 def test_two_ranks_are_one(name, tmp_path, ranks):
     one = short(name, tmp_path / "one")
-    (losses, weights, _), (other, same, _) = ranks(2, on_ranks, name, str(tmp_path / "two"), LAZY, timeout_s=120)
+    (losses, weights, _), (other, same, _) = ranks(2, on_ranks, name, str(tmp_path / "two"), LAZY)
     assert losses == other and weights == same
     assert losses == pytest.approx(one.losses, rel=2e-4, abs=2e-4)
 

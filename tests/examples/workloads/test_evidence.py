@@ -53,7 +53,7 @@ def test_a_system_that_is_on_has_run_and_changes_no_loss(name, system, tmp_path,
     off = losses_of(0, 1, name, str(tmp_path / "off"), Switches(checkpoint="off"))
     world, words, counted = ON[system]
     arguments = (name, str(tmp_path / "on"), Switches(checkpoint="lazy", **words))
-    every = [losses_of(0, 1, *arguments)] if world == 1 else ranks(world, losses_of, *arguments, timeout_s=120)
+    every = [losses_of(0, 1, *arguments)] if world == 1 else ranks(world, losses_of, *arguments)
     for losses in every:
         assert losses == pytest.approx(off, rel=2e-4)
     result = json.loads((tmp_path / "on" / "result.json").read_text())

@@ -60,7 +60,7 @@ def on_rank(rank: int, world: int, folder: str, ring: bool) -> tuple[list[float]
 def test_shards_of_the_nodes_train_as_the_whole(world, ring, tmp_path, ranks):
     """Sums over neighbours and ranks run in another order: float32 rounding, as in test_equivalence."""
     losses, metrics, _ = trained(tmp_path / "one", Switches(checkpoint="off"))
-    for shard_losses, shard_metrics, evidence in ranks(world, on_rank, str(tmp_path / "spread"), ring, timeout_s=120):
+    for shard_losses, shard_metrics, evidence in ranks(world, on_rank, str(tmp_path / "spread"), ring):
         assert shard_losses == pytest.approx(losses, rel=2e-4, abs=2e-4)
         assert shard_metrics == pytest.approx(metrics, abs=0.011)  # a near tie may fall the other way: 2 of 200
         assert ("ring" in evidence) is ring

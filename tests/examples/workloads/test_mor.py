@@ -96,7 +96,7 @@ def test_overlapped_products_change_nothing_but_rounding(world, overlap, variant
     """As in test_equivalence, sums in another order. A row is chosen by its score's rank among 24, whose neighbours
     are 1e-3 apart; a tie within rounding would choose another token and show as a jump."""
     plain = short(tmp_path / "plain", PLAIN, variant)
-    first, *others = ranks(world, overlapped, str(tmp_path / "on"), overlap, variant, None, timeout_s=120)
+    first, *others = ranks(world, overlapped, str(tmp_path / "on"), overlap, variant, None)
     assert first.losses == pytest.approx(plain.losses, rel=2e-4)
     assert first.metrics == pytest.approx(plain.metrics, rel=1e-3)
     for other in others:
@@ -112,6 +112,6 @@ def test_overlapped_products_change_nothing_but_rounding(world, overlap, variant
 def test_a_checkpoint_of_overlapped_ranks_goes_on_without_them(tmp_path, ranks):
     """Weights and moments are saved by name and global shape, so the plain model on one rank takes them over."""
     whole = short(tmp_path / "whole", PLAIN)
-    ranks(2, overlapped, str(tmp_path / "run"), "on", "learned router", 3, timeout_s=120)
+    ranks(2, overlapped, str(tmp_path / "run"), "on", "learned router", 3)
     rest = short(tmp_path / "run", Switches(checkpoint="lazy"), resume=True)
     assert rest.updates >= 3 and rest.losses == pytest.approx(whole.losses[-rest.updates :], rel=2e-4)

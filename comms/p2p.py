@@ -1,4 +1,4 @@
-"""Run a schedule over torch.distributed: gloo for CPU tensors, NCCL for CUDA tensors.
+"""Run a schedule over torch.distributed, gloo for CPU tensors and NCCL for CUDA tensors, or over MPI.
 
 Each lane is a thread (the caller's own for the first lane of operations) with a loop of four lines: wait for what the
 action reads, do it, say that it has finished. One communication thread issues all messages, because issuing costs time
@@ -24,6 +24,7 @@ from .board import Board, Stopped, Worker
 from .check import check, out_of_order
 from .graph import Graph, Node, need
 from .link import EmulatedLink, LinkModel
+from .mpi_group import MpiGroup, MpiTransport
 from .ops import Ops, table
 from .problems import ScheduleError
 from .schedule import Schedule
@@ -67,29 +68,36 @@ def _part(graph: Graph, rank: int, addresses: Mapping[int, Any], *, prepost: boo
 class P2P:
     """Executes schedules on the ranks of `group` (default: all). Construct, `run` and `close` on every rank alike.
 
-    A schedule's rank r is the group's r-th rank. `device`: CPU (gloo) or a CUDA device (NCCL). `timeout_s`: the longest
-    that a message may make its lane wait. After an error the executor refuses to run again, because messages of the
-    broken run may still be on their way. `trace` records a span for each action. `link` makes gloo as slow as a given
-    link (see `link`).
+    A schedule's rank r is the group's r-th rank. `device`: CPU (gloo, or MPI) or a CUDA device (NCCL). `timeout_s`: the
+    longest that a message may make its lane wait. After an error the executor refuses to run again, because messages
+    of the broken run may still be on their way. `trace` records a span for each action. `link` makes gloo as slow as a
+    given link (see `link`).
     """
 
     def __init__(
         self,
-        group: dist.ProcessGroup | None = None,
+        group: dist.ProcessGroup | MpiGroup | None = None,
         *,
         device: torch.device | str = "cpu",
         timeout_s: float = 300.0,
         trace: Trace | None = None,
         link: LinkModel | None = None,
     ) -> None:
-        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-        self.rank, self.world = ranks.index(dist.get_rank()), len(ranks)
         self.device, self.timeout_s, self.trace = torch.device(device), timeout_s, trace or Trace(None)
-        store = private_store(group)
-        self._gloo = Gloo(store, self.rank, self.world, timeout_s)
-        self._transport: Transport = (
-            self._gloo if self.device.type == "cpu" else Nccl(store, ranks, self.rank, self.device, timeout_s)
-        )
+        self._gloo: Gloo | MpiTransport  # also of small CPU tensors beside NCCL
+        self._transport: Transport
+        if isinstance(group, MpiGroup):
+            if self.device.type != "cpu":
+                raise UserError(f"tensors on {self.device} over MPI", expected="CPU tensors; NCCL moves those of GPUs")
+            self.rank, self.world = group.rank, group.world
+            self._gloo = self._transport = group.transport()
+        else:
+            ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+            self.rank, self.world = ranks.index(dist.get_rank()), len(ranks)
+            store = private_store(group)
+            self._gloo = self._transport = Gloo(store, self.rank, self.world, timeout_s)
+            if self.device.type != "cpu":
+                self._transport = Nccl(store, ranks, self.rank, self.device, timeout_s)
         if link is not None:
             if self.device.type != "cpu":
                 raise UserError(

@@ -55,6 +55,19 @@ def private_store(group: dist.ProcessGroup | None) -> dist.Store:
     return dist.PrefixStore(f"undertow/{name[0]}", dist.distributed_c10d._get_default_store())
 
 
+def tags_of(graph: Graph) -> dict[int, int]:
+    """A tag for the first slice of each message, the others follow; by node, the same at both ends."""
+    sends = sorted(
+        (node.rank, node.action.to, node.action.tag, node.id) for node in graph.nodes if isinstance(node.action, Send)
+    )
+    tags: dict[int, int] = {}
+    count = 0
+    for *_, node in sends:
+        tags[node] = tags[graph.partner[node]] = count
+        count += len(graph.nodes[node].action.reads)
+    return tags
+
+
 class Gloo:
     """CPU tensors over one gloo group of its own, so that no other traffic can be matched with ours."""
 
@@ -65,18 +78,7 @@ class Gloo:
         self.group: Any = dist.ProcessGroupGloo(own, rank, world, timedelta(seconds=timeout_s))
 
     def prepare(self, graph: Graph) -> Mapping[int, int]:
-        """A tag for each slice of each message, the same at both ends."""
-        sends = sorted(
-            (node.rank, node.action.to, node.action.tag, node.id)
-            for node in graph.nodes
-            if isinstance(node.action, Send)
-        )
-        tags: dict[int, int] = {}
-        count = 0
-        for *_, node in sends:
-            tags[node] = tags[graph.partner[node]] = count
-            count += len(graph.nodes[node].action.reads)
-        return tags
+        return tags_of(graph)
 
     def issue(self, address: int, action: Send | Recv, rows: Sequence[torch.Tensor]) -> list[dist.Work]:
         if isinstance(action, Send):

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .partition import as_list, place, positions_of, shard_sequence, shards, unshard_sequence
+from ..comms.mpi_group import MpiGroup
+from .partition import Group, as_list, place, positions_of, shard_sequence, shards, sum_over, unshard_sequence
 from .token_ring.api import token_ring_attention
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class ContextParallel:
     `cu_seqlens`: bounds of packed documents; `layout`, the schedules and `wire_dtype` as in `token_ring_attention`.
     """
 
-    group: dist.ProcessGroup | None
+    group: Group
     length: int
     layout: str = "zigzag"
     cu_seqlens: tuple[int, ...] | None = None
@@ -106,8 +107,7 @@ class _AxisLoss(torch.autograd.Function):
     def forward(ctx: Any, share: Tensor, group: Any) -> Tensor:
         ctx.size = place(group)[1]
         total = share.detach().clone()
-        if ctx.size > 1:
-            dist.all_reduce(total, group=group)
+        sum_over(total, group)
         return total
 
     @staticmethod
@@ -117,7 +117,7 @@ class _AxisLoss(torch.autograd.Function):
 
 def enable_context_parallel(
     model: nn.Module,
-    group: dist.ProcessGroup | DeviceMesh | None = None,
+    group: Group | DeviceMesh = None,
     *,
     layout: str = "zigzag",
     schedule: str = "auto",
@@ -134,6 +134,6 @@ def enable_context_parallel(
     """
     from .context_parallel_hf import Enabled
 
-    if group is not None and not isinstance(group, dist.ProcessGroup):
+    if group is not None and not isinstance(group, (dist.ProcessGroup, MpiGroup)):
         group = group.get_group()
     return Enabled(model, ContextParallel(group, 0, layout, None, schedule, backward_schedule, wire_dtype))

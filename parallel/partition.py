@@ -16,8 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..comms.mpi_group import MpiGroup
 from ..dist.errors import UserError
 
+Group = dist.ProcessGroup | MpiGroup | None  # whose ranks share a sequence; None: all of torch.distributed's
 LAYOUTS = ("contiguous", "zigzag", "striped", "zigzag_documents")
 
 
@@ -89,7 +91,7 @@ def positions_of(spans: Sequence[Span]) -> Tensor:
 def shard_sequence(
     x: Tensor,
     *,
-    group: dist.ProcessGroup | None = None,
+    group: Group = None,
     layout: str = "zigzag",
     dim: int = 1,
     cu_seqlens: Sequence[int] | Tensor | None = None,
@@ -106,7 +108,7 @@ def shard_sequence(
 def unshard_sequence(
     x: Tensor,
     *,
-    group: dist.ProcessGroup | None = None,
+    group: Group = None,
     layout: str = "zigzag",
     dim: int = 1,
     length: int,
@@ -137,8 +139,11 @@ class _Gather(torch.autograd.Function):
         most = max(len(p) for p in places)
         padded = x.new_zeros(most, *x.shape[1:])
         padded[: x.shape[0]] = x
-        found = [torch.empty_like(padded) for _ in spans]
-        dist.all_gather(found, padded, group=group)
+        if isinstance(group, MpiGroup):
+            found = group.gather(padded)
+        else:
+            found = [torch.empty_like(padded) for _ in spans]
+            dist.all_gather(found, padded, group=group)
         whole = x.new_empty(sum(len(p) for p in places), *x.shape[1:])
         for part, at in zip(found, places):
             whole[at] = part[: len(at)]
@@ -147,17 +152,26 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad = grad.clone(memory_format=torch.contiguous_format)
-        rank, world = place(ctx.group)
-        if world > 1:
-            dist.all_reduce(grad, group=ctx.group)
+        sum_over(grad, ctx.group)
+        rank, _ = place(ctx.group)
         return grad.index_select(0, positions_of(ctx.spans[rank]).to(grad.device)), None, None
 
 
-def place(group: dist.ProcessGroup | None) -> tuple[int, int]:
+def place(group: Group) -> tuple[int, int]:
     """(rank, size) within `group`; (0, 1) where torch.distributed is not initialised."""
+    if isinstance(group, MpiGroup):
+        return group.rank, group.world
     if not dist.is_initialized():
         return 0, 1
     return dist.get_rank(group), dist.get_world_size(group)
+
+
+def sum_over(x: Tensor, group: Group) -> None:
+    """Replace `x` by its sum over `group`; collective."""
+    if isinstance(group, MpiGroup):
+        group.sum_into(x)
+    elif place(group)[1] > 1:
+        dist.all_reduce(x, group=group)
 
 
 def as_list(cu_seqlens: Sequence[int] | Tensor | None) -> list[int] | None:

@@ -17,7 +17,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ...comms import local
@@ -26,7 +25,7 @@ from ...comms.ops import Ops
 from ...dist.errors import UserError
 from ..masks import Mask
 from ..merge import lse_dtype
-from ..partition import as_list, rows_of
+from ..partition import Group, as_list, rows_of
 from .block_ops import ops
 from .executors import Home, home, homes
 from .gate import ScheduleGate, gate_of
@@ -58,7 +57,7 @@ def token_ring_attention(
     k_BLGD: Tensor,
     v_BLGE: Tensor,
     *,
-    group: dist.ProcessGroup | None = None,
+    group: Group = None,
     causal: bool = False,
     window: int | None = None,
     prefix: int = 0,
@@ -78,10 +77,11 @@ def token_ring_attention(
     """Attention of the whole sequence: this rank's rows of it, [B, L, H, E] in the dtype of q; collective over `group`.
 
     q [B, L, H, D], k [B, M, G, D] and v [B, M, G, E] are this rank's shards in `layout` (see `shard_sequence`).
-    `lengths`: the global numbers of queries and keys; None asks the group. `causal` puts the last query at the last
-    key; `window` w lets a query see w keys up to itself; keys before `prefix` are seen by all; `cu_seqlens` are global
-    bounds of packed documents. A query that sees no key gets zeros. `schedule`, `backward_schedule`: one of
-    `problem.SCHEDULES`; 'auto' times the first calls of each shape (see `gate`), 'predicted' trusts the model. With
+    `group`: a process group, or a `comms.mpi_group.MpiGroup` where mpiexec started the ranks. `lengths`: the global
+    numbers of queries and keys; None asks the group. `causal` puts the last query at the last key; `window` w lets a
+    query see w keys up to itself; keys before `prefix` are seen by all; `cu_seqlens` are global bounds of packed
+    documents. A query that sees no key gets zeros. `schedule`, `backward_schedule`: one of `problem.SCHEDULES`; 'auto'
+    times the first calls of each shape (see `gate`), 'predicted' trusts the model. With
     `return_lse` also the log-sum-exp [B, L, H], which has a gradient. Sums are formed in float32 (float64 for float64)
     in a fixed order. `wire_dtype`: what partial results and gradients are sent in; None keeps that of the sums, the
     dtype of a 16-bit q halves them (its kernels round to it anyway; see docs/token-ring.md).

@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 
 from ...comms.link import LinkModel
+from ...comms.mpi_group import MpiGroup
 from ...comms.p2p import P2P
 from ...dist.log import get_logger
 from ...dist.machine import Machine
-from ..partition import place
+from ..partition import Group, place
 
 log = get_logger(__name__)
 
@@ -25,7 +26,7 @@ log = get_logger(__name__)
 class Home:
     """What is kept for one group and device. `machine` None: rates are assumed."""
 
-    group: dist.ProcessGroup | None
+    group: Group
     rank: int
     world: int
     executor: P2P | None
@@ -36,14 +37,14 @@ class Home:
 _homes: dict[tuple[str, str], Home] = {}
 
 
-def home(group: dist.ProcessGroup | None, device: torch.device, *, link: LinkModel | None = None) -> Home:
+def home(group: Group, device: torch.device, *, link: LinkModel | None = None) -> Home:
     """The home of `group`; collective at its first call for a group and device."""
     rank, world = place(group)
     if world == 1:
         return Home(group, 0, 1, None, None)
     real = group or dist.group.WORLD
     assert real is not None
-    key = real.group_name, str(device)
+    key = f"MPI {id(real)}" if isinstance(real, MpiGroup) else real.group_name, str(device)
     found = _homes.get(key)
     if found is None or found.group is not real:
         executor = P2P(real, device=device, link=link)
@@ -51,11 +52,13 @@ def home(group: dist.ProcessGroup | None, device: torch.device, *, link: LinkMod
     return found
 
 
-def _machine(group: dist.ProcessGroup) -> Machine | None:
+def _machine(group: dist.ProcessGroup | MpiGroup) -> Machine | None:
     """Rank 0's machine file, or None."""
     found: list[Machine | None] = [None]
-    if dist.get_rank(group) == 0 and Machine.default_path().exists():
+    if place(group)[0] == 0 and Machine.default_path().exists():
         found[0] = Machine.load(Machine.default_path())
+    if isinstance(group, MpiGroup):
+        return group.from_first(found[0])
     dist.broadcast_object_list(found, group_src=0, group=group)
     return found[0]
 
@@ -65,7 +68,7 @@ def homes() -> list[Home]:
     return list(_homes.values())
 
 
-def forget(group: dist.ProcessGroup | None = None) -> None:
+def forget(group: Group = None) -> None:
     """Close the executors of `group`, or of all; collective. Call it before the process group is destroyed."""
     for key, found in list(_homes.items()):
         if group is None or found.group is group:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,10 +30,32 @@ def test_it_names_losing_cells_and_missed_targets() -> None:
         cell("unpack", "vector-b16-s32", 65536, 16, forced=2e5, auto=2e5),
         cell("call-pack", "predefined", 4, 4, "contiguous", library=20, again=20, forced=90, auto=90),
     ]
-    found = "\n".join(mpi_datatypes.judge(cells, OPENMPI))  # type: ignore[arg-type]
-    assert "over 2 us): 1" in found and "unpack vector-b16-s32 65536: 0.50" in found
-    assert "64 KiB: at least 5x MISSED: least 2.50" in found
-    assert "+70 ns [+70, +70], at most 50 MISSED" in found
+    found = {goal.text: goal for goal in mpi_datatypes.goals(cells, OPENMPI)}  # type: ignore[arg-type]
+    slower = found["no cell slower in mode auto (interval below 0.95, over 2 us)"]
+    assert (slower.measured, slower.met) == ("1 of 3", False)
+    indexed = found["MPI_Pack of indexed 4 and 8 B blocks, 64 KiB: 5x"]
+    assert indexed.measured.startswith("2.50x [2.50, 2.50], least of 2: pack indexed_block-b8") and not indexed.met
+    passed = found["passed through, pack (predefined): 50 ns"]
+    assert (passed.measured, passed.met) == ("+70 ns [+70, +70]", False)
+    assert found["choice of packs right in 95%, judged by other rounds"].met
+    lines = mpi_datatypes.judge(cells, OPENMPI)  # type: ignore[arg-type]
+    assert lines[0].split() == ["goal", "measured", "met"] and lines[1].endswith("NO")
+    assert any(line.startswith("  unpack vector-b16-s32 65536: 0.50") for line in lines)
+
+
+def test_a_choice_is_judged_by_rounds_that_did_not_fit_it() -> None:
+    ways = {"send": 9e4, "recv": 9e4, "both": 2e4, "forced": 9e4}
+    steady = cell("message", "indexed_block-b4", 65536, 4, "table", **ways)
+    arms = {**steady.arms, "both": tuple(2e4 if k % 2 == 0 else 3e5 for k in range(7))}
+    lucky = replace(steady, name="indexed_block-b8", block=8, arms=arms)
+    (good,) = mpi_datatypes.halves([steady])
+    assert (good.chosen, good.best, good.right) == ("both", "both", True)
+    (bad,) = mpi_datatypes.halves([lucky])
+    assert bad.chosen == "both" and bad.best in ("send", "recv") and not bad.right and bad.regret > 2
+    found = {goal.text: goal for goal in mpi_datatypes.goals([steady, lucky], OPENMPI)}  # type: ignore[arg-type]
+    assert not found["mean regret of messages at most 2%"].met
+    assert found["none as half the rounds choose, by the others (interval below 0.95, over 2 us)"].measured == "1 of 2"
+    assert not found["messages of indexed 4 and 8 B blocks, 64 KiB: 3x"].met  # as chosen, not as auto does
 
 
 def test_results_hold_what_the_promise_needs() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from mpis import PROGRAMS, Install, environment
 
-from undertow.mpi_interpose import launch, policy
+from undertow.mpi_interpose import launch, measure, policy
 
 NEAR = "send_local strided 4 16 4096 9 1 1\nsend_local strided 4 16 8192 9 1 1\n"
 FAR = NEAR.replace("local", "remote")
@@ -41,6 +41,8 @@ def run(install: Install, table: str, folder: Path, told: bool) -> dict[int, dic
     if told and table == NEAR:
         (checked,) = (c for c in row["checked"] if c["use"] == "send" and c["least_bytes"] == 4096)
         assert checked["decision"] == "ours" and min(checked["samples"]) >= 200
+        (line,) = (line for line in measure.corrections(merged, row["plan"]) if "send" in line)
+        assert "4096 B and more" in line and "packed by us" in line
     return {row["size"]: row.get("send", {}) for row in json.loads((folder / "report.0.json").read_text())["types"]}
 
 

@@ -16,7 +16,6 @@ import os
 import random
 import re
 import signal
-import socket
 import sys
 import time
 from collections import Counter
@@ -30,6 +29,7 @@ import typer
 
 from undertow.checkpointing.catalogue import entries
 from undertow.dist.errors import UndertowError, UserError
+from undertow.dist.launch import free_port
 from undertow.dist.progress import Progress
 from undertow.dist.trace import Trace, open_spans, trace_path
 from undertow.dist.trace_read import read_attempts
@@ -84,7 +84,7 @@ class Job:
     """`undertow train` on `ranks` forked processes; their output goes to `log`."""
 
     def __init__(self, options: Sequence[str], ranks: int, log: Path, victim: Moment | None = None) -> None:
-        port = _free_port()
+        port = free_port()
         self.codes: dict[int, int | None] = {}
         self.began_s = time.monotonic()
         self._log = log
@@ -132,15 +132,6 @@ class Job:
         self.wait(timeout_s)
         if any(self.codes.values()):
             raise UndertowError(f"a run that nobody disturbed failed ({self._log}):\n{self._log.read_text()[-2000:]}")
-
-
-def _free_port() -> int:
-    """A free port below the range from which the system gives ports to connections: one of those would take it."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def prepare() -> None:

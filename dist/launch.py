@@ -9,9 +9,11 @@ own `env://` leaves to chance is decided here: a key prefix per attempt (`rendez
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import socket
 import subprocess
+from contextlib import suppress
 from datetime import timedelta
 
 import psutil
@@ -98,6 +100,16 @@ def any_shared(store: dist.Store, name: str, world_size: int) -> bool:
 def _device_name() -> str:
     index = torch.cuda.current_device()
     return f"{socket.gethostname()}/{torch.cuda.get_device_properties(index).uuid}"
+
+
+def free_port() -> int:
+    """A free port of this host, below the range from which the system gives ports to connections: one of those might
+    take it before it is served."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _meeting_place(launch: Launch) -> tuple[str, int]:

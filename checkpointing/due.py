@@ -11,9 +11,9 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from .committer import SaveReport
 from .coordinate import Coordinator
 from .frequency import Frequency
+from .save import SaveReport
 
 
 class Due:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..dist.errors import MissingPackage
-from .committer import SaveReport
+from .save import SaveReport
 
 Observer = Callable[[SaveReport, int], None]
 

@@ -14,9 +14,10 @@ from typing import Any
 
 from ..dist.trace import Trace
 from .arena import Memory
-from .committer import Committer, Part, Save, SaveReport
+from .committer import Committer, Part
 from .copies import HostCopier
 from .flush import ShardFile, flush_chunk
+from .save import Save, SaveReport
 from .snapshot import Snapshot
 
 

@@ -1,15 +1,11 @@
 """From a verified checkpoint back into the live state, in place, on any number of ranks and any layout.
 
-DCP's load planner works out which boxes of which shards this rank needs; the boxes are read by mapping the shard files
-at the payload offsets that the manifest names. Objects are read with torch's restricted unpickler. Nothing is written
-into the state before names and shapes have been compared, so a checkpoint of another model changes nothing.
+DCP's load planner works out which boxes of which shards this rank needs; a `Reader` maps them. Nothing is written into
+the state before names and shapes have been compared, so a checkpoint of another model changes nothing.
 """
 
 from __future__ import annotations
 
-import io
-import math
-import mmap
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from ..dist.errors import UserError
 from .manifest import BadCheckpoint, Manifest, ShardRecord
+from .reader import Reader, dtype_of
 from .state import AppState, Leaf, set_rng_state
 
 
@@ -41,55 +38,6 @@ def dcp_metadata(manifest: Manifest) -> Metadata:
         properties = TensorProperties(dtype=dtype_of(record.dtype))
         entries[key] = TensorStorageMetadata(properties, torch.Size(record.shape), chunks)
     return Metadata(entries)
-
-
-def dtype_of(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise BadCheckpoint(f"the manifest names the dtype {name!r}, which this torch {torch.__version__} lacks")
-    return dtype
-
-
-class Reader:
-    """Maps the shard files of the checkpoint folder `path`; tensors come as views of the mapping, without a copy."""
-
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path, self.manifest = path, manifest
-        self._maps: dict[str, mmap.mmap] = {}
-        for key, record in manifest.tensors.items():
-            width = dtype_of(record.dtype).itemsize
-            for shard in record.shards:
-                if shard.payload + math.prod(shard.sizes) * width > shard.start + shard.length:
-                    raise BadCheckpoint(f"{path}: the data of '{key}' does not fit into its archive")
-
-    def _map(self, name: str) -> mmap.mmap:
-        if name not in self._maps:
-            with open(self.path / name, "rb") as file:
-                self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return self._maps[name]
-
-    def shard(self, key: str, shard: ShardRecord) -> torch.Tensor:
-        """One box of tensor `key`, a private copy-on-write view of the file."""
-        dtype = dtype_of(self.manifest.tensors[key].dtype)
-        count = math.prod(shard.sizes)
-        if count == 0:
-            return torch.empty(shard.sizes, dtype=dtype)
-        flat = torch.frombuffer(self._map(shard.file), dtype=dtype, count=count, offset=shard.payload)
-        return flat.view(shard.sizes)
-
-    def object(self, key: str, allowed: Sequence[type] = ()) -> Any:
-        """The value of `key`. `BadCheckpoint` when it holds a type that neither torch nor the user allows."""
-        record = self.manifest.objects[key]
-        data = self._map(record.file)[record.start : record.start + record.length]
-        try:
-            with torch.serialization.safe_globals(list(allowed)):
-                return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except Exception as error:
-            lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
-            reason = next((line for line in lines if "nsupported" in line or "Unpickler" in line), lines[0])
-            raise BadCheckpoint(
-                f"the object '{key}' of {self.path} cannot be read safely ({reason}); name its types in allow_types"
-            ) from error
 
 
 def load(state: AppState, path: Path, manifest: Manifest, allowed: Sequence[type]) -> None:

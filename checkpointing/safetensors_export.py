@@ -18,7 +18,7 @@ import torch
 from ..dist.errors import MissingPackage, UserError
 from .files import FileOps
 from .manifest import Manifest
-from .restore import dtype_of
+from .reader import dtype_of
 from .tensor_stream import pieces
 
 NAMES = {

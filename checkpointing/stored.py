@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from ..dist.errors import UserError
 from .catalogue import locate
 from .manifest import COMMIT, METADATA, BadCheckpoint, Manifest
-from .restore import Reader
+from .reader import Reader
 from .verify import check_content, check_lengths
 
 DCP = "torch.distributed.checkpoint."

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .manifest import BadCheckpoint, Manifest, ShardRecord
-from .restore import dtype_of
+from .reader import dtype_of
 
 PIECE_BYTES = 32 * 2**20
 

@@ -18,7 +18,7 @@ from ..dist.log import get_logger
 from ..dist.trace import Trace
 from ..dist.units import format_bytes
 from .arena import Memory
-from .committer import Committer, Part, Save
+from .committer import Committer, Part
 from .coordinate import Coordinator
 from .copies import HostCopier
 from .files import FileOps
@@ -28,6 +28,7 @@ from .host_tier import HostFile, HostTier
 from .mirror import Mirror, MirrorFile
 from .pipeline import Pipeline
 from .retention import Retention
+from .save import Save
 from .snapshot import OnChunk, Snapshot
 
 log = get_logger(__name__)

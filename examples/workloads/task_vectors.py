@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...checkpointing.folder import read_manifest
-from ...checkpointing.restore import Reader
+from ...checkpointing.reader import Reader
 from .contract import Place
 
 

@@ -5,7 +5,7 @@ import torch
 
 from undertow.checkpointing import Checkpointer
 from undertow.checkpointing.folder import read_manifest
-from undertow.checkpointing.restore import Reader
+from undertow.checkpointing.reader import Reader
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,7 +14,7 @@ import torch
 from torch.func import functional_call
 
 from undertow.checkpointing.folder import read_manifest
-from undertow.checkpointing.restore import Reader
+from undertow.checkpointing.reader import Reader
 from undertow.dist.errors import UserError
 from undertow.dist.launch import detect
 from undertow.examples.workloads.contract import Place

@@ -1,0 +1,107 @@
+"""One save on its way, and what it cost: the nouns that committers, tiers, observers and the facade share.
+
+A value that may change as soon as training goes on is pickled when the save begins; plain ones that nobody can change
+are pickled in the background, and not again while they stay the same.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..dist.units import format_bytes, format_seconds
+from .plan import SavePlan
+from .snapshot import Snapshot
+from .state import Fresh
+
+LATER = (Fresh, int, float, bool, str, type(None))  # values that nobody can change: pickled in the background
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """What one save cost in one tier and how it ended. Times in seconds: `call_s` and `fence_s` blocked training,
+    `durable_s` and `commit_s` run from the call to durable files on this rank and to the commit on all; `slowdown_s` is
+    how much longer the steps beside it took in all, call and fence included (None: no step without a save to compare
+    with)."""
+
+    step: int
+    tier: str
+    ok: bool
+    reason: str
+    nbytes: int
+    call_s: float
+    fence_s: float
+    durable_s: float
+    commit_s: float
+    slowdown_s: float | None = None
+
+    def __str__(self) -> str:
+        times = f"call {format_seconds(self.call_s)}, fence {format_seconds(self.fence_s)}"
+        if self.slowdown_s is not None:
+            times += f", steps longer by {format_seconds(max(0.0, self.slowdown_s))}"
+        end = f"committed after {format_seconds(self.commit_s)}" if self.ok else f"failed: {self.reason}"
+        return f"step {self.step} ({self.tier}): {format_bytes(self.nbytes)}, {times}, {end}"
+
+
+@dataclass
+class Save:
+    """One save on its way into one or two tiers. `objects` are the values to pickle, taken when the save began;
+    `known` holds what the saves before have pickled: key → (repr, bytes) of plain values, which rarely change."""
+
+    step: int
+    plan: SavePlan
+    objects: Mapping[str, Any]
+    began_s: float
+    known: dict[str, tuple[str, bytes]]
+    metrics: Mapping[str, float] = field(default_factory=dict)  # stored with the checkpoint, for retention
+    call_s: float = 0.0
+    fence_s: float = 0.0
+    snapshot: Snapshot = field(init=False)
+    problem: str = ""  # why this rank votes against the save whatever becomes of its bytes
+    _pickled: dict[str, bytes] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        for key, value in self.objects.items():
+            if not isinstance(value, LATER):  # the value may change as soon as training goes on
+                self._keep(key, value)
+
+    def pickled(self) -> dict[str, bytes]:
+        """Every object's bytes, in plan order; empty where one could not be pickled, and `problem` says why."""
+        with self._lock:
+            for key, value in self.objects.items():
+                if key not in self._pickled:
+                    self._keep(key, value.value if isinstance(value, Fresh) else value)
+            return {key: self._pickled[key] for key in self.objects}
+
+    def _keep(self, key: str, value: Any) -> None:
+        text = repr(value) if _is_plain(value) else ""
+        known = self.known.get(key)
+        if text and known is not None and known[0] == text:
+            self._pickled[key] = known[1]
+            return
+        try:
+            self._pickled[key] = _pickle(value)
+        except Exception as error:  # whatever the user's object raises costs this save, not the training
+            self._pickled[key] = b""
+            self.problem = self.problem or f"'{key}' cannot be pickled ({type(error).__name__}: {error})"
+            return
+        if text:
+            self.known[key] = (text, self._pickled[key])
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether `repr` tells everything about a value."""
+    parts = value if type(value) in (tuple, list) else (value,)
+    return all(type(part) in (int, float, bool, str, type(None)) for part in parts)
+
+
+def _pickle(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()

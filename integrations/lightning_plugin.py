@@ -23,7 +23,7 @@ from ..checkpointing.hooks import attach
 from ..checkpointing.lazy_file import LazyFile
 from ..checkpointing.lazy_saver import LazySaver, Phase
 from ..dist import launch
-from ..dist.errors import MissingPackage, UserError
+from ..dist.errors import UserError
 from ..dist.log import get_logger, warn_once
 from ..parallel.stream import disable, enable
 
@@ -31,8 +31,9 @@ try:
     from lightning.pytorch import Callback
     from lightning.pytorch.plugins.io import CheckpointIO
     from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-except ImportError:
-    raise MissingPackage("lightning", extra="lightning", needed_for="undertow's Lightning callbacks") from None
+except ImportError as error:
+    message = f"undertow's Lightning callbacks need the package lightning: pip install 'undertow[lightning]' ({error})"
+    raise ImportError(message, name="lightning") from error
 
 log = get_logger(__name__)
 

@@ -16,7 +16,6 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import accelerate.accelerator
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
@@ -136,14 +135,16 @@ class ContextParallelCallback(TrainerCallback):
 
     def _loader(self) -> Any:
         """The trainer's loader, dealt out over the data axis only."""
-        prepare = accelerate.accelerator.prepare_data_loader
+        from accelerate import accelerator  # here, because a Trainer has it at hand, and this file is not named after it
+
+        prepare = accelerator.prepare_data_loader
 
         @functools.wraps(prepare)
         def over_data(*args: Any, **options: Any) -> Any:
             place = {"num_processes": self.mesh.size("data"), "process_index": self.place["data"]}
             return prepare(*args, **{**options, **place, "dispatch_batches": False})
 
-        with _replaced(accelerate.accelerator, "prepare_data_loader", over_data):
+        with _replaced(accelerator, "prepare_data_loader", over_data):
             return self._plain["get_train_dataloader"]()
 
     def _evaluate(self, *args: Any, **options: Any) -> Any:

@@ -135,7 +135,7 @@ class ContextParallelCallback(TrainerCallback):
 
     def _loader(self) -> Any:
         """The trainer's loader, dealt out over the data axis only."""
-        from accelerate import accelerator  # here, because a Trainer has it at hand, and this file is not named after it
+        from accelerate import accelerator  # here: every Trainer has it, but this file is named after another
 
         prepare = accelerator.prepare_data_loader
 

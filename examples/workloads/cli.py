@@ -42,6 +42,7 @@ Stream = Annotated[bool, typer.Option("--stream", help="Streamed backpropagation
 Chunk = Annotated[int | None, typer.Option("--stream-chunk", help="Rows of a chunk (default: planned).")]
 Context = Annotated[int, typer.Option("--context-parallel", help="Ranks that share each sequence.")]
 Overlap = Annotated[str, typer.Option("--overlap", help="auto, on or off: overlapped tensor parallelism.")]
+Tracked = Annotated[str, typer.Option("--gradients", help="whole, or tracked: entries leave when complete.")]
 Halo = Annotated[str, typer.Option("--halo", help="off, gloo, or mpi (under `undertow mpi run -- mpirun`).")]
 
 
@@ -71,10 +72,11 @@ def train(
     context_parallel: Context = 1,
     overlap: Overlap = "off",
     halo: Halo = "off",
+    gradients: Tracked = "whole",
 ) -> None:
     """Run one variant of one workload; alone, or under torchrun or mpirun."""
     workload = get(name)
-    switches = Switches(checkpoint, stream, stream_chunk, context_parallel, overlap, halo)
+    switches = Switches(checkpoint, stream, stream_chunk, context_parallel, overlap, halo, gradients)
     variant = variant or workload.method
     config = workload.config(preset, variant, **{"seed": seed, **parse(changes or [])})
     out = out or Path("runs/workloads") / name

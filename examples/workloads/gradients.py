@@ -12,18 +12,24 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ...comms.gradients import GradientAverage
+from .tracked import TrackedVector
 
 
 class Gradients:
-    def __init__(self, model: nn.Module) -> None:
+    """Of `model`; what it collects itself during backward (`tracked`, a `TrackedVector`) is left to it."""
+
+    def __init__(self, model: nn.Module, tracked: TrackedVector | None = None) -> None:
+        self.tracked = tracked
         trained: list[nn.Parameter] = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.shards: list[nn.Parameter] = [parameter for parameter in trained if isinstance(parameter, DTensor)]
         self.whole = [parameter for parameter in trained if not isinstance(parameter, DTensor)]
-        self._average = GradientAverage(self.whole)
+        self._average = GradientAverage([p for p in self.whole if tracked is None or p is not tracked.vector])
 
     def reduce(self) -> None:
         """Make every gradient that of the whole batch. Collective."""
         self._average()
+        if self.tracked is not None:
+            self.tracked.finish()
         for grad in self._local(self.shards):
             grad.div_(dist.get_world_size())
 

@@ -102,7 +102,8 @@ def run(
     model = workload.model(config, data, place).to(place.device)
     engine = enable(model, chunk=place.switches.stream_chunk) if place.switches.stream else None
     optimizer = optimizer_of(config, model)
-    gradients = Gradients(model)
+    tracked = getattr(model, "tracked", None)
+    gradients = Gradients(model, tracked)
     more = workload.state(data, model) if workload.state else {}
     keep = keeper(place, config.checkpoint_every, workload.roll_back is not None, model, optimizer, more)
     losses: list[float] = []
@@ -141,6 +142,8 @@ def run(
             keep.save(step)
     finally:
         keep.close()
+        if tracked is not None:
+            tracked.close()
     model.eval()
     metrics = {name: float(value) for name, value in workload.evaluate(model, data, config).items()}
     weights = hash_of(model.state_dict())

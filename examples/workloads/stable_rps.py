@@ -12,11 +12,12 @@ SNIP (Lee et al. 2019: by |w · ∂loss/∂w| before training), a random subset,
 weight sits is not counted as storage, in their favour, and the learning rate is the best of four for pruning.
 
 For the toolkit: what is checkpointed and reduced is m floats, not n, and an entry's gradient is complete only after
-the last layer that shares it.
+the last layer that shares it, which `--gradients tracked` waits for entry by entry.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from ...dist.errors import UserError
 from . import digits
 from .contract import Claim, Config, Metrics, Place, Variant, Workload
+from .tracked import TrackedVector
 
 SIZES = (64, 64, 48, 10)
 NARROW = (64, 2, 10)  # 148 weights, about a fiftieth
@@ -78,12 +80,28 @@ class SharedMLP(nn.Module):
         if config.sharing == "random":  # a random subset of the weights, chosen before training
             mask[torch.randperm(weights, generator=generator)[self.kept :]] = 0
         self.shapes, self.counts = shapes, counts
+        self.tracked: TrackedVector | None = None
         self.psi = nn.Parameter(torch.randn(memory, generator=generator) * config.init)
         self.register_buffer("index", index, persistent=False)
         self.register_buffer("factor", lam * sign, persistent=False)
         self.register_buffer("scaler", scaler, persistent=False)
         self.register_buffer("mask", mask, persistent=config.sharing in ("prune", "snip"))  # a resume needs it
-        self.psi.register_hook(lambda gradient: gradient * self.scaler)
+        self._scaling = self.psi.register_hook(lambda gradient: gradient * self.scaler)
+
+    def track(self, place: Place) -> None:
+        """Let the gradient of ψ leave by pieces. With few entries every layer shares each, and all leave at the end."""
+        if self.scaler.device.type != "cpu":
+            raise UserError("--gradients tracked on a GPU", expected="--device cpu: messages leave from host memory")
+        self._scaling.remove()  # autograd gets no gradient of ψ any more
+        uses = list(self.index.split(self.counts))
+        self.tracked = TrackedVector(self.psi, uses, self.scaler, place)
+
+    def parts(self) -> Sequence[Tensor]:
+        """The weights of each layer, flat."""
+        if self.tracked is None or not torch.is_grad_enabled():
+            return self.weights().split(self.counts)
+        factors = (self.factor * self.mask).split(self.counts)
+        return [self.tracked.read(number, factor) for number, factor in enumerate(factors)]
 
     def weights(self) -> Tensor:
         """All weights of the model, flat [n]."""
@@ -95,8 +113,7 @@ class SharedMLP(nn.Module):
         self.mask.zero_()[score.topk(self.kept).indices] = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self.weights().split(self.counts)
-        for number, (part, shape) in enumerate(zip(parts, self.shapes)):
+        for number, (part, shape) in enumerate(zip(self.parts(), self.shapes)):
             x = F.linear(x if number == 0 else F.relu(x), part.view(shape))
         return x
 
@@ -117,6 +134,8 @@ def build(config: SharingConfig, data: Digits, place: Place) -> SharedMLP:
     if config.sharing == "snip":
         (gradient,) = torch.autograd.grad(loss(model, data.batch(0, slice(None))), model.psi)
         model.keep_best((gradient * model.psi).abs())  # a common factor of gradient and weight cancels
+    if place.switches.gradients == "tracked":
+        model.track(place)
     return model
 
 
@@ -170,7 +189,7 @@ WORKLOAD = Workload(
         Claim("beats a narrow network at 50×", "accuracy", "stable x50", "dense x50", 0.1),
         Claim("beats ROAST at 50×", "accuracy", "stable x50", "roast x50, init 1", 0.0, expected=False),
     ),
-    exercises=frozenset({"checkpoint"}),
+    exercises=frozenset({"checkpoint", "gradients"}),
     equal="updates",
     needs=("scikit-learn",),
     after=prune,

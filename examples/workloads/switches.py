@@ -13,6 +13,7 @@ SYSTEMS = {
     "ring": "TokenRing attention over ranks (--context-parallel N)",
     "overlap": "overlapped tensor parallelism (--overlap auto)",
     "halo": "boundary rows by MPI datatypes (--halo mpi, under `undertow mpi run`)",
+    "gradients": "gradients of a shared vector that leave as they are complete (--gradients tracked)",
 }
 WHY_NOT = {  # what a reader could not guess
     ("graphgps", "overlap"): ": its products are too small for ranks to share",
@@ -30,6 +31,7 @@ class Switches:
     """None of them changes what is computed, beyond rounding. `halo`: off, gloo (the plain way) or mpi.
 
     `overlap`: auto measures each product and keeps the fastest way, on always overlaps; all ranks share each product.
+    `gradients`: whole, after backward, or tracked: each entry of a shared vector once its last sharer is done.
     """
 
     checkpoint: str = "lazy"
@@ -38,9 +40,11 @@ class Switches:
     context: int = 1
     overlap: str = "off"
     halo: str = "off"
+    gradients: str = "whole"
 
     def __post_init__(self) -> None:
         choices = {"checkpoint": ("lazy", "off"), "overlap": ("auto", "on", "off"), "halo": ("off", "gloo", "mpi")}
+        choices["gradients"] = ("whole", "tracked")
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} {getattr(self, name)}", expected=f"one of {', '.join(known)}")
@@ -58,6 +62,7 @@ class Switches:
             "ring": self.context > 1,
             "overlap": self.overlap != "off",
             "halo": self.halo != "off",
+            "gradients": self.gradients != "whole",
         }
         return [name for name, on in asked.items() if on]
 
@@ -69,7 +74,7 @@ class Switches:
                     f"{workload} does not use {SYSTEMS[system]}{WHY_NOT.get((workload, system), '')}",
                     expected=f"one of {', '.join(sorted(exercises))}",
                 )
-        together = [name for name in self.on if name in ("stream", "ring", "overlap", "halo")]
+        together = [name for name in self.on if name in ("stream", "ring", "overlap", "halo", "gradients")]
         if len(together) > 1 and together != ["ring", "halo"]:
             raise UserError(f"{' and '.join(SYSTEMS[name] for name in together)} in one run", expected="one of them")
         if "overlap" in self.on and world_size < 2:

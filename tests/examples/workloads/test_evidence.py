@@ -23,12 +23,14 @@ pytestmark = pytest.mark.slow
 SMALL = {
     "mor": {"batch": 2, "length": 16, "width": 16, "eval_bytes": 512},
     "graphgps": {"batch": 4, "nodes": 9},
+    "stable-rps": {"batch": 16, "compression": 1},
 }
 ON = {  # system: ranks, how to switch it on, what must have been counted
     "stream": (1, {"stream": True, "stream_chunk": 8}, ("chunks", "passes")),
     "ring": (2, {"context": 2}, ("calls", "hops", "bytes")),
     "halo": (2, {"halo": "gloo"}, ("exchanges", "messages", "bytes")),
     "overlap": (2, {"overlap": "on"}, ("products", "messages", "bytes")),
+    "gradients": (2, {"gradients": "tracked"}, ("pieces", "contributions", "messages", "bytes", "complete_early")),
 }
 PAIRS = [(name, system) for name in MODULES for system in sorted(get(name).exercises - {"checkpoint"})]
 

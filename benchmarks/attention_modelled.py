@@ -83,7 +83,7 @@ def slower(network: Network, scale: float) -> Network:
     return replace(network, **{name: getattr(network, name) * scale for name in RATE_FIELDS})
 
 
-def schedule_of(peer: Peer, problem: Problem, backward: bool) -> Schedule | None:
+def schedule_of(peer: Peer, problem: Problem, backward: bool, *, goals: bool = False) -> Schedule | None:
     """What the peer would run; None where it cannot (heads that do not divide)."""
     name = peer.names[backward]
     if problem.possible(name) or (name == "ulysses" and problem.kv_copies(name) > 1 and problem.world > 32):
@@ -93,7 +93,7 @@ def schedule_of(peer: Peer, problem: Problem, backward: bool) -> Schedule | None
         routes = [ring(problem.world // shape.inner, narrow=moves == "q")]  # TokenRing narrows its queries as it goes
     else:
         routes, _ = best_routes(name, shape, causal=problem.mask.causal, backward=backward)
-    return attention(name, shape, routes, moves=moves, backward=backward, goals=False, beside=False)
+    return attention(name, shape, routes, moves=moves, backward=backward, goals=goals, beside=False)
 
 
 def cells(problem: Problem, topology: str, flops: tuple[float, float], say: Callable[[str], None]) -> list[Cell]:

@@ -58,6 +58,7 @@ CLAIMS = {
     "python -m undertow.benchmarks": HAND,
     "python benchmarks/attention_blocks": HAND,
     "python benchmarks/attention_modelled": HAND,
+    "python benchmarks/attention_choice": HAND,
     "undertow workloads": "tests/examples/workloads/test_cli.py",
     "torchrun undertow workloads": "tests/examples/workloads/test_equivalence.py",
     "undertow mpi run": "tests/mpi_interpose/test_cli.py",

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from undertow.benchmarks import attention_blocks, attention_modelled
+from undertow.benchmarks import attention_blocks, attention_choice, attention_modelled
 
 
 def test_blocks_of_a_rank_are_timed(tmp_path, capsys):
@@ -41,3 +41,14 @@ def test_the_field_is_modelled(tmp_path, capsys):
         assert 0 < cell["efficiency"][1] <= cell["efficiency"][0] <= 1 + 1e-9
     whole, needed = (by_way[way, 4, "backward"] for way in attention_modelled.PEERS if "zigzag" in way or "need" in way)
     assert needed["sent_bytes"] < whole["sent_bytes"]
+
+
+def test_the_map_of_choices_is_drawn(tmp_path, capsys):
+    """On a slow link ungrouped heads want something else than the ring, grouped ones do not."""
+    file = tmp_path / "choice.png"
+    assert attention_choice.main(["--ranks", "2", "--links", "1", "--tokens", "512", "--output", str(file)]) == 0
+    assert file.stat().st_size > 10_000 and "GB/s" in capsys.readouterr().out
+    by_ratio = {(c.phase, c.ratio): c for c in attention_choice.cells(2, [1.0], [512])}
+    assert len(by_ratio) == 2 * len(attention_choice.RATIOS)
+    assert by_ratio["backward", 1].name != "ring_kv" and by_ratio["backward", 1].gain > 1.03
+    assert by_ratio["forward", 8].name == "ring_kv" and by_ratio["forward", 8].gain == 1

@@ -92,7 +92,7 @@ class Coordinator:
         deadline_s = time.monotonic() + timeout_s
         return [self.hear(name, rank, deadline_s=deadline_s) for rank in range(self.world)]
 
-    def part(self, *, timeout_s: float = 5.0) -> None:
+    def part(self, *, timeout_s: float = 60.0) -> None:
         """Leave. Rank 0, whose process hosts the store, first waits until the others have read its last words; one that
         is gone for good costs `timeout_s`."""
         with suppress(PeerLost, RuntimeError, dist.DistError):  # whoever is gone needs no words any more

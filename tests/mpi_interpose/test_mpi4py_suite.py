@@ -29,7 +29,7 @@ def test_mpi4py_agrees_with_itself(pympi: Install, tmp_path: Path) -> None:
         folder = sources(str(pympi.python))
     except InterposeError as error:
         pytest.skip(str(error))
-    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0 and "\nOK" in done.stderr, done.stderr[-3000:]
     data = json.loads(Path(f"{report}.0.json").read_text())
     taken = {name.removesuffix("_c"): counts["taken"] for name, counts in data["functions"].items()}

@@ -4,18 +4,51 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from undertow.__main__ import main
+from undertow.checkpointing.folder import read_manifest
+from undertow.checkpointing.restore import Reader
+from undertow.examples.workloads import faults
 from undertow.examples.workloads.journal import Journal, trajectory
 
 GUARDED = ["--variant", "worked, guarded", "--set", "steps=140", "--set", "checkpoint_every=20"]
 
 
+# The victim, which from the update of the kill on waits for it: so quick a run would often be over before it comes.
+WAITING = """
+import sys, time
+from undertow.__main__ import main
+from undertow.examples.workloads.journal import Journal
+note = Journal.__call__
+def waiting(self, step, loss):
+    note(self, step, loss)
+    time.sleep(5 if step >= 108 else 0)
+Journal.__call__ = waiting
+sys.exit(main(["workloads", "train", *sys.argv[1:]]))
+"""
+
+
+@pytest.fixture
+def waiting_victim(monkeypatch):
+    start = faults.start
+
+    def start_waiting(name, out, options, log):
+        if out.name != "killed" or "--resume" in options:
+            return start(name, out, options, log)
+        with log.open("ab") as stream:
+            command = [sys.executable, "-c", WAITING, name, "--out", str(out), *options]
+            return subprocess.Popen(command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL)
+
+    monkeypatch.setattr(faults, "start", start_waiting)
+
+
 @pytest.mark.slow
-def test_killed_in_a_task_that_was_rolled_back(tmp_path: Path, capsys):
+def test_killed_in_a_task_that_was_rolled_back(tmp_path: Path, capsys, waiting_victim):
     """Seven spans of 20 updates: three for the addition, one for each task. With this tolerance task 0 counts as bad
     and is learned again from update 60 on; the kill comes in task 2, so the resumed process must know of the roll-back.
     """
@@ -29,6 +62,24 @@ def test_killed_in_a_task_that_was_rolled_back(tmp_path: Path, capsys):
     ((died, resumed),) = re.findall(r"after update (\d+), went on from update (\d+)", printed)
     assert 108 <= int(died) < 139 and int(resumed) % 20 == 0  # which save was committed by then is the disk's affair
     assert killed["updates"] >= 140 - int(resumed) > 0
+
+
+CURRICULUM = {"nodes": 12, "edges": 18, "depth": 3, "width": 32, "graphs": 8, "steps": 160, "stage_updates": 40}
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_a_curriculum(tmp_path: Path, capsys):
+    """Stages begin at updates 0, 40, 80 and 120; killed in the second, the next process must know where it is: what a
+    batch asks depends on the stage."""
+    out, options = tmp_path / "run", {**CURRICULUM, "checkpoint_every": 8}
+    words = [word for name, value in options.items() for word in ("--set", f"{name}={value}")]
+    assert main(["workloads", "kill", "thoughts", "--variant", "trained", "--at", "60", "--out", str(out), *words]) == 0
+    printed = capsys.readouterr().out
+    assert "killed by SIGKILL" in printed and printed.count("identical") == 3
+    ((died, resumed),) = re.findall(r"after update (\d+), went on from update (\d+)", printed)
+    assert 60 <= int(died) < 159 and int(resumed) % 8 == 0
+    path = out / "killed" / "checkpoints" / f"step-{160:09d}"
+    assert Reader(path, read_manifest(path)).object("curriculum") == {"stage": 4}
 
 
 def test_a_journal_survives_a_torn_line(tmp_path: Path):

@@ -133,7 +133,7 @@ def _dcp_save(rank: int, world: int, folder: str, layout: str) -> None:
 
 def _restore_from(rank: int, world: int, folder: str, ours: str, layout: str) -> dict:
     net, optimizer = build(layout, world, seed=7)
-    with Checkpointer(ours, model=net, optimizer=optimizer, timeout_s=60) as ckpt:
+    with Checkpointer(ours, model=net, optimizer=optimizer, timeout_s=240) as ckpt:
         ckpt.restore_from(folder)
         update(net, optimizer, 1)
         found = {key: value.numpy() for key, value in full_state(net, optimizer).items()}
@@ -166,7 +166,7 @@ def _refused(rank: int, world: int, folders: list[str], ours: str) -> tuple[str,
     net, optimizer = build("fsdp", world, seed=7)
     update(net, optimizer, 3)
     before = full_state(net, optimizer)
-    with Checkpointer(ours, model=net, optimizer=optimizer, timeout_s=60) as ckpt:
+    with Checkpointer(ours, model=net, optimizer=optimizer, timeout_s=240) as ckpt:
         try:
             ckpt.restore_from(folders[rank])
             error = "none"

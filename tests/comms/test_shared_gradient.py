@@ -71,18 +71,18 @@ def test_a_piece_leaves_while_earlier_layers_are_still_computed():
     """Layer 2 alone reads entries 4 and 5, layers 1 and 2 entry 3, all the rest: three pieces, one at each layer."""
     uses = [torch.tensor([0, 1, 2, 0]), torch.tensor([3, 0]), torch.tensor([4, 5, 3, 1])]
     messenger = Watched(torch.zeros(6))
-    shared = SharedGradient(6, uses, messenger=messenger, timeout_s=60)
+    shared = SharedGradient(6, uses, messenger=messenger, timeout_s=240)
     for turn in (1, 2):  # epochs: a second backward begins at nothing
         shared.begin()
         shared.add(2, torch.tensor([1.0, 2.0, 3.0, 4.0]))
-        assert messenger.seen.acquire(timeout=60)  # before any other layer has added
+        assert messenger.seen.acquire(timeout=240)  # before any other layer has added
         assert len(messenger.sent) == 3 * turn - 2 and messenger.sent[-1][1].tolist() == [1.0, 2.0]
         shared.add(1, torch.tensor([10.0, 20.0]))
-        assert messenger.seen.acquire(timeout=60)
+        assert messenger.seen.acquire(timeout=240)
         assert messenger.sent[-1][1].tolist() == [13.0], "complete: layer 2 has added 3, layer 1 10"
         shared.add(0, torch.tensor([100.0, 200.0, 300.0, 400.0]))
         assert shared.finish().tolist() == [260.0, 102.0, 150.0, 6.5, 0.5, 1.0]  # halves: the other rank has zeros
-        assert messenger.seen.acquire(timeout=60)
+        assert messenger.seen.acquire(timeout=240)
     assert shared.sent == 6 and shared.contributions == 6 and shared.bytes == 2 * 4 * 6
     shared.close()
 
@@ -102,7 +102,7 @@ def on_ranks(rank: int, world: int) -> tuple[list[float], int, int]:
     torch.manual_seed(11)
     uses = [torch.randint(0, 50, (80,)), torch.randint(20, 70, (60,)), torch.randint(60, 90, (40,))]
     mine = [[torch.randn(len(use)) for use in uses] for _ in range(world)]
-    shared = SharedGradient(90, uses, timeout_s=60)
+    shared = SharedGradient(90, uses, timeout_s=240)
     for _ in range(3):
         shared.begin()
         for number in (2, 1, 0):

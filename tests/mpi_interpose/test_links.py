@@ -31,7 +31,7 @@ def run(install: Install, table: str, folder: Path, told: bool) -> dict[int, dic
         program = [str(install.python), str(PROGRAMS / "links.py")]
         words += [*([":"] if k else []), "-n", "1", "env", *(f"{n}={v}" for n, v in variables.items()), *program]
     done = subprocess.run(
-        [*install.mpirun, *words], env=environment(install), capture_output=True, text=True, timeout=120
+        [*install.mpirun, *words], env=environment(install), capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0 and "ok" in done.stdout, done.stdout + done.stderr
     seen = "socket|host" if told else "unknown"

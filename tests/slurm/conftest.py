@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from undertow.dist.launch import free_port
+
 CONF = """\
 ClusterName=undertow
 SlurmctldHost={host}(127.0.0.1)
@@ -51,19 +53,16 @@ KillWait=5
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}
-PartitionName=low Nodes=n[1-2] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=20 State=UP
+PartitionName=low Nodes=n[1-2] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60 State=UP
 PartitionName=high Nodes=n[1-2] PriorityTier=10 PreemptMode=OFF State=UP
 """
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    ports: set[int] = set()
+    while len(ports) < count:
+        ports.add(free_port())
+    return sorted(ports)
 
 
 @dataclass
@@ -73,7 +72,7 @@ class Cluster:
 
     def call(self, *words: str) -> str:
         """One of Slurm's commands; its output. Fails with what it said."""
-        done = subprocess.run(words, env=self.env, cwd=self.folder, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(words, env=self.env, cwd=self.folder, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, f"{' '.join(words)}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -85,7 +84,7 @@ class Cluster:
         shown = self.call("scontrol", "-o", "show", "job", number)
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
-    def wait(self, number: str, states: str, *, timeout_s: float = 150) -> dict[str, str]:
+    def wait(self, number: str, states: str, *, timeout_s: float = 400) -> dict[str, str]:
         """Until the job is in one of `states` (words); a pending job waits for no requeue delay."""
         deadline_s, pending_s = time.monotonic() + timeout_s, 0.0
         while True:
@@ -141,7 +140,7 @@ def cluster(tmp_path_factory):
         found = Cluster(folder, env)
         _ready(found, daemons)
         yield found
-        subprocess.run(["scancel", "--user=root"], env=env, capture_output=True, timeout=30)
+        subprocess.run(["scancel", "--user=root"], env=env, capture_output=True, timeout=240)
         time.sleep(0.5)
     finally:
         for daemon in reversed(daemons):
@@ -164,7 +163,7 @@ def _path() -> str:
 
 
 def _ready(cluster: Cluster, daemons: list[subprocess.Popen]) -> None:
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + 240
     while True:
         seen = subprocess.run(["sinfo", "-h", "-N", "-o", "%t"], env=cluster.env, capture_output=True, text=True)
         if seen.stdout.split() == ["idle"] * 4:  # two nodes in two partitions

@@ -20,6 +20,7 @@ from undertow.examples.metrics import read
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 STEPS = 60
+PACED = Path(__file__).parents[1] / "integrations" / "paced_train.py"  # `undertow train` that is not over too soon
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +39,19 @@ def script(cluster, data):
 
     def render(template: str, run: Path, *options: str) -> Path:
         path = run.with_suffix(".sbatch")
-        words = ["--nodes", "2", "--tasks-per-node", "2", "--interface", "lo", "--run-dir", str(run), "--time", "5min"]
+        words = ["--nodes", "2", "--tasks-per-node", "2", "--interface", "lo", "--run-dir", str(run), "--time", "20min"]
         words += ["--min-disk", "1MiB", "--output", str(path), *options]
-        train = ["-m", "undertow", "train", *training(run, data), "--resume", "--threads", "1", "--device", "cpu"]
+        paced = [str(PACED), str(hurry(run)), "13", "0.5"]
+        train = [*paced, *training(run, data), "--resume", "--threads", "1", "--device", "cpu"]
         assert main(["slurm", "render", template, *words, "--", *train]) == 0
         return path
 
     return render
+
+
+def hurry(run: Path) -> Path:
+    """The file that ends the pauses of a run's steps."""
+    return run.with_suffix(".hurry")
 
 
 def training(run: Path, data: Path) -> list[str]:
@@ -57,11 +64,11 @@ def undisturbed(cluster, data) -> Path:
     """Four forked ranks without Slurm: what started them leaves no trace in a result."""
     run = cluster.folder / "undisturbed"
     prepare()
-    Job(training(run, data), 4, run.with_suffix(".log")).succeed(150)
+    Job(training(run, data), 4, run.with_suffix(".log")).succeed(280)
     return run
 
 
-def reach(run: Path, step: int, *, timeout_s: float = 150) -> None:
+def reach(run: Path, step: int, *, timeout_s: float = 280) -> None:
     deadline_s = time.monotonic() + timeout_s
     while max((line["step"] for line in read(run / "metrics.jsonl")), default=-1) < step:
         assert time.monotonic() < deadline_s, f"step {step} was not reached"
@@ -88,10 +95,12 @@ def test_srun_loses_a_rank_and_is_preempted(cluster, script, undisturbed):
     while len(read_attempts(trace_path(run / "trace", 0))) < 2:
         assert cluster.job(job)["JobState"] == "RUNNING", log.read_text()
         time.sleep(0.1)
-    reach(run, 30)
+    reach(run, 16)
     cluster.call("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@120 does before the time limit
-    while cluster.job(job)["Restarts"] == "0":
+    while (found := cluster.job(job))["Restarts"] == "0":
+        assert found["JobState"] != "COMPLETED", cluster.logs()
         time.sleep(0.1)
+    hurry(run).touch()
     assert cluster.wait(job, "COMPLETED")["Restarts"] == "1", cluster.logs()
     said = log.read_text()
     assert "attempt 0 failed" in said and "saved at step" in said and "node n2: fit" in said
@@ -107,6 +116,7 @@ def test_torchrun_is_preempted_by_a_better_partition(cluster, script, undisturbe
     urgent.write_text("#!/bin/sh\nsleep 1\n")
     other = cluster.submit(urgent, "--partition=high", "--nodes=2", "--exclusive")
     cluster.wait(other, "COMPLETED")
+    hurry(run).touch()
     assert cluster.wait(job, "COMPLETED")["Restarts"] == "1", cluster.logs()
     assert len(list((cluster.folder / "torchrun-logs").rglob("stderr.log"))) == 8  # two starts of four ranks
     assert_same(run, undisturbed)
@@ -210,7 +220,7 @@ def test_array_of_benchmarks(cluster):
     words = ["--run-dir", str(run), "--case", "checksum --list", "--case", "copies --list", "--job-name", "array"]
     assert main(["slurm", "render", "array", *words, "--output", str(path)]) == 0
     job = cluster.submit(path)
-    deadline_s = time.monotonic() + 150
+    deadline_s = time.monotonic() + 400
     while cluster.call("squeue", "-h", "-j", job).strip():
         assert time.monotonic() < deadline_s, cluster.logs()
         time.sleep(0.2)

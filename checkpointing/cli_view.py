@@ -66,7 +66,8 @@ def differences(title: str, found: Sequence[Difference]) -> Table:
         made.add_column(name, justify="right")
     made.add_column("note", overflow="fold")
     for item in found:
-        counts = [str(item.count), str(item.total), f"{item.largest:.3g}"] if item.kind == "values" else ["", "", ""]
+        number = item.kind == "values" and not item.note.startswith("object:")
+        counts = [str(item.count), str(item.total), f"{item.largest:.3g}"] if number else ["", "", ""]
         made.add_row(item.key, item.kind, *counts, item.note)
     return made
 

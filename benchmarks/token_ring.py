@@ -1,11 +1,12 @@
 """Which schedule wins on which link: forward and backward of every schedule in one executor, behind an emulated link.
 
 Links are emulated (`comms.link`), because on one host real ones are memory copies that take the cores that compute. The
-schedules move the same blocks by the same kernels in one executor, so the comparison is of schedules; `ring_kv` is what
-ring-flash-attention's zigzag form does. The plain arm is the public call with that ring, ours the same call with 'auto'
-and its measured gate; `predicted` is what the model picks, from block rates and launch times measured here just before
-and the emulated link. Every answer is compared with float64 attention, and the bytes that the transport counted with
-the plan's. Needs ranks: ``torchrun --nproc-per-node 4 -m undertow bench token_ring`` (5 minutes on two idle cores).
+schedules move the same blocks by the same kernels in one executor, so the comparison is of schedules; `zigzag ring` is
+ring-flash-attention's: whole shards, merges between blocks. The plain arm is the public call with our `ring_kv`, ours
+the same call with 'auto' and its measured gate; `predicted` is what the model picks, from block rates and launch times
+measured here just before and the emulated link. Every answer is compared with float64 attention, and the bytes that
+the transport counted with the plan's.
+Needs ranks: ``torchrun --nproc-per-node 4 -m undertow bench token_ring`` (5 minutes on two idle cores).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from undertow.benchmarks.attention_modelled import PEERS, schedule_of
 from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Measured, Trial
 from undertow.comms.actions import Compute
 from undertow.comms.builders.attention_shape import Heads
@@ -178,6 +180,8 @@ def trial(problem: Problem, bytes_per_s: float, seed: int) -> Trial:
     names = [n for n in SCHEDULES if not problem.possible(n) and n not in ("double_ring", "ulysses_token")]
     plans = {n: [problem.schedule(n, backward=b) for b in (False, True)] for n in names}
     picked = [choose(problem, rates, backward=b, names=tuple(names)).name for b in (False, True)]
+    peer = [schedule_of(PEERS["zigzag ring (ring-flash-attention)"], problem, b, goals=True) for b in (False, True)]
+    plans["zigzag ring"] = [plan for plan in peer if plan is not None]
     plans["predicted"] = [plans[name][b] for b, name in enumerate(picked)]
     arms = [
         Arm(label, partial(team.run, pair), predicted_s=sum(predict(plan, rates) for plan in pair))

@@ -129,11 +129,12 @@ def _torch_templates(rotate: str, problem: Problem, tensors: Tensors) -> tuple[T
     def forward(q: Any, k: Any, v: Any, is_causal: bool) -> Any:
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal)
 
-    def backward(*, grad_out: Any, query: Any, key: Any, value: Any, out: Any, logsumexp: Any, is_causal: bool) -> Any:
+    def known(*, grad_out: Any, query: Any, key: Any, value: Any, out: Any, logsumexp: Any, is_causal: bool) -> Any:
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, query, key, value, out, logsumexp, 0.0, is_causal
         )
 
+    backward: Any = known  # torch's protocol for kernels is looser than this signature
     q, k, v, dout = (x.permute(1, 2, 0, 3).contiguous() for x in tensors)
     options: Any = cp._cp_options
     kept = options.enable_load_balance, options.rotate_method

@@ -43,7 +43,7 @@ class MpiGroup:
             )
         self._mpi, self._comm = MPI, (comm or MPI.COMM_WORLD).Dup()
         self.rank, self.world = self._comm.Get_rank(), self._comm.Get_size()
-        self.most_tag = self._comm.Get_attr(MPI.TAG_UB)
+        self.most_tag = int(self._comm.Get_attr(MPI.TAG_UB) or 32767)  # the standard's least
 
     def transport(self) -> MpiTransport:
         """Messages of one executor, on a communicator of its own; collective."""

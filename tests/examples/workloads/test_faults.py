@@ -64,21 +64,30 @@ def test_killed_in_a_task_that_was_rolled_back(tmp_path: Path, capsys, waiting_v
     assert killed["updates"] >= 140 - int(resumed) > 0
 
 
-CURRICULUM = {"nodes": 12, "edges": 18, "depth": 3, "width": 32, "graphs": 8, "steps": 160, "stage_updates": 40}
+CURRICULUM = {
+    "nodes": 12,
+    "edges": 18,
+    "depth": 3,
+    "width": 32,
+    "graphs": 8,
+    "batch": 8,
+    "steps": 48,
+    "stage_updates": 12,
+}
 
 
 @pytest.mark.slow
 def test_killed_in_the_middle_of_a_curriculum(tmp_path: Path, capsys):
-    """Stages begin at updates 0, 40, 80 and 120; killed in the second, the next process must know where it is: what a
+    """Stages begin at updates 0, 12, 24 and 36; killed in the second, the next process must know where it is: what a
     batch asks depends on the stage."""
-    out, options = tmp_path / "run", {**CURRICULUM, "checkpoint_every": 8}
+    out, options = tmp_path / "run", {**CURRICULUM, "checkpoint_every": 4}
     words = [word for name, value in options.items() for word in ("--set", f"{name}={value}")]
-    assert main(["workloads", "kill", "thoughts", "--variant", "trained", "--at", "60", "--out", str(out), *words]) == 0
+    assert main(["workloads", "kill", "thoughts", "--variant", "trained", "--at", "18", "--out", str(out), *words]) == 0
     printed = capsys.readouterr().out
     assert "killed by SIGKILL" in printed and printed.count("identical") == 3
     ((died, resumed),) = re.findall(r"after update (\d+), went on from update (\d+)", printed)
-    assert 60 <= int(died) < 159 and int(resumed) % 8 == 0
-    path = out / "killed" / "checkpoints" / f"step-{160:09d}"
+    assert 18 <= int(died) < 47 and int(resumed) % 4 == 0
+    path = out / "killed" / "checkpoints" / f"step-{48:09d}"
     assert Reader(path, read_manifest(path)).object("curriculum") == {"stage": 4}
 
 

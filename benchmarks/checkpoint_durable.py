@@ -57,7 +57,10 @@ def sync(path: Path) -> None:
     for folder, names, files in os.walk(path):
         found += [Path(folder, name) for name in (*names, *files)]
     for each in (*found, path.parent):
-        handle = os.open(each, os.O_RDONLY)
+        try:
+            handle = os.open(each, os.O_RDONLY)
+        except FileNotFoundError:  # ours: retention has removed it, because a later save is committed
+            continue
         try:
             os.fsync(handle)
         finally:

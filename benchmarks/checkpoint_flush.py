@@ -73,6 +73,8 @@ def _flush(job: Job, method: Method) -> Measured:
     seconds = max(watch.durable_s for watch in watches)
     found = method.load()
     wrong = sum(not torch.equal(found[key], value.cpu()) for key, value in job.tensors().items())
+    del found
+    method.clear()
     job.train()
     job.synchronize()
     return Measured(float(wrong), seconds, {"save_s": seconds / SAVES})

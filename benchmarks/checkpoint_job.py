@@ -118,6 +118,10 @@ class Method:
         """The last save read back from its files, by the names of `Job.tensors`."""
         raise LookupError
 
+    def clear(self) -> None:
+        """Remove what it has saved: the disk must hold one arm's saves, not all arms'."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def fresh(self) -> Path:
         """A new name for a save, and the one before the last removed."""
         self.folder.mkdir(parents=True, exist_ok=True)

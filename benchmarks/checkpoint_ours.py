@@ -21,7 +21,7 @@ class Undertow(Method):
             self.folder,
             model=job.model,
             optimizer=job.optimizer,
-            keep=2,
+            keep=1,
             host_every=int(host),
             arena_bytes=None if arena is None else int(arena * job.state_bytes),
         )
@@ -40,6 +40,9 @@ class Undertow(Method):
     def written_sign(self) -> Callable[[], bool]:
         commit = self.path / "COMMIT.json"
         return commit.exists
+
+    def clear(self) -> None:
+        """Nothing: retention holds one save."""
 
     def costs(self, saves: int) -> dict[str, float]:
         """What the last `saves` reports say themselves."""

@@ -79,6 +79,9 @@ def sample(job: Job, method: Method | None, *, steps: int, every: int, check: bo
     if check and method is not None:
         found = method.load()
         wrong = sum(not torch.equal(found[key], value) for key, value in copies.items())
+        del found
+    if method is not None:
+        method.clear()
     return Measured(float(wrong), seconds, extras)
 
 

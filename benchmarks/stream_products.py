@@ -68,7 +68,7 @@ def measure(shape: dict[str, Any], rows: int, blocks: list[int], repeats: int, d
                 wait()
                 start = time.perf_counter()
                 if isinstance(name, str):
-                    dy.T @ x
+                    torch.mm(dy.T, x)
                 else:
                     add_in_blocks(total, dy, x, name)
                 wait()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -117,6 +118,9 @@ def _trial(size: Size, device: torch.device, folder: Path, every: int, kinds: st
     if not dist.is_initialized():
         init_process_group(detect({}), device=device)
     _close_jobs()  # before the next one takes memory
+    if kinds == "many":  # torch's stagers share every tensor with a process by a handle of its own
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     make_job = SmallTensors if kinds == "many" else Job
     job = make_job(size, device, Path(tempfile.mkdtemp(prefix="undertow-bench-", dir=folder)))
     _jobs.append(job)

@@ -52,7 +52,7 @@ def test_saves_that_follow_one_another_and_the_raw_disk(tmp_path):
         raw = True
     for arm in checkpoint_flush._trial(TINY, torch.device("cpu"), tmp_path).arms:
         if raw or "raw" not in arm.name:
-            assert measured(arm).seconds > 0
+            assert (measured(arm).seconds or 0) > 0
 
 
 class Late(Method):

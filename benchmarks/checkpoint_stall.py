@@ -118,9 +118,10 @@ def _trial(size: Size, device: torch.device, folder: Path, every: int, kinds: st
     if not dist.is_initialized():
         init_process_group(detect({}), device=device)
     _close_jobs()  # before the next one takes memory
+    handles = 0
     if kinds == "many":  # torch's stagers share every tensor with a process by a handle of its own
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        handles = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (handles, handles))
     make_job = SmallTensors if kinds == "many" else Job
     job = make_job(size, device, Path(tempfile.mkdtemp(prefix="undertow-bench-", dir=folder)))
     _jobs.append(job)
@@ -149,6 +150,8 @@ def _trial(size: Size, device: torch.device, folder: Path, every: int, kinds: st
             arms.append(arm(name, lambda share=share: Undertow(job, f"arena{share}", arena=share)))
         return Trial(arms, lambda: 0.0)
     for name, make in rivals(job, few=kinds == "many").items():
+        if kinds == "many" and ("stager" in name or "process" in name) and handles < 3 * MANY:
+            make = f"needs a handle for each of {MANY:,} tensors, and this user may hold {handles:,}"
         arms.append(Arm.missing(name, make) if isinstance(make, str) else arm(name, make))
     return Trial(arms, lambda: 0.0)
 

@@ -102,8 +102,9 @@ class Dcp:
     """torch's asynchronous save, its pinned stager kept from save to save."""
 
     def __init__(self, job: Sharded, name: str) -> None:
-        self.job, self.folder, self.count, self.future = job, job.folder / name, 0, None
-        self.group = dist.new_group(backend="gloo")
+        self.job, self.folder, self.count = job, job.folder / name, 0
+        self.future: Any = None
+        self.group: Any = dist.new_group(backend="gloo")
 
     def save(self) -> None:
         self.drain()

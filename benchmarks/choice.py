@@ -11,11 +11,26 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
+from typing import Protocol
 
-from undertow.benchmarks.intervals import ratio_interval
-from undertow.benchmarks.report import Row
+from undertow.benchmarks.intervals import Interval, ratio_interval
 
 RIGHT = 0.03
+
+
+class Row(Protocol):
+    """What is needed of a `report.Row`."""
+
+    @property
+    def case(self) -> str: ...
+    @property
+    def arm(self) -> str: ...
+    @property
+    def role(self) -> str: ...
+    @property
+    def seconds(self) -> Interval | None: ...
+    @property
+    def samples_s(self) -> Sequence[float]: ...
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,9 @@ def bench(
         float | None,
         typer.Option(help="shared out among the cases: fewer rounds, and no new case after it", show_default=False),
     ] = None,
-    filter_: Annotated[str, typer.Option("--filter", help="only cases whose name contains this")] = "",
+    filter_: Annotated[
+        str, typer.Option("--filter", help="only the case of this name, or those whose names contain it")
+    ] = "",
     seed: Annotated[int, typer.Option(help="seeds the inputs and the order of the arms")] = 0,
     output: Annotated[str, typer.Option(help="folder for the JSON, Markdown and PNG", show_default=False)] = "",
     compare: Annotated[str, typer.Option(metavar="OLD.json", help="say what changed since a former result")] = "",
@@ -116,7 +118,8 @@ class _Run:
 
         machine = Machine.load(Path(self.machine_file)) if self.machine_file else None
         cases = self.benchmark.cases(Context(self.quick, self.seed, machine, rank, world_size))
-        chosen = [case for case in cases if self.only in case.name]
+        chosen = [case for case in cases if self.only == case.name]
+        chosen = chosen or [case for case in cases if self.only in case.name]
         if not chosen:
             names = ", ".join(case.name for case in cases)
             raise UserError(

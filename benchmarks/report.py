@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from undertow.benchmarks.choice import summary
 from undertow.benchmarks.intervals import Interval, promise
 from undertow.dist.errors import UserError
 from undertow.dist.units import format_bytes, format_rate, format_seconds
@@ -144,8 +145,6 @@ class Report:
 
     def markdown(self, plot: str = "") -> str:
         """The report as a page; `plot` is the picture's path relative to it."""
-        from undertow.benchmarks.choice import summary
-
         facts = "\n".join(f"- {name}: {value}" for name, value in self.facts.items())
         again = [row.ratio for row in self.rows if row.role == "again" and row.ratio]
         noise = max((max(1 - r.low, r.high - 1) for r in again), default=0.0)

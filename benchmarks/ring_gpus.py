@@ -109,7 +109,7 @@ class Side:
             leaves = [x.detach().clone().requires_grad_(self.backward) for x in buffers[:3]]
 
             def call() -> None:
-                out = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True)
+                out = torch.nn.functional.scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], is_causal=True)
                 grads = torch.autograd.grad(out, leaves, buffers[3]) if self.backward else ()
                 found.extend((out.detach(), *grads))
 
@@ -171,7 +171,8 @@ def cases(context: Context) -> Sequence[Case]:
     for length in lengths:
         for q_heads, kv_heads in HEADS if cuda else ((4, 2),):
             for backward in (False, True):
-                heads = Heads(1, q_heads, kv_heads, *((128, 128, "bfloat16") if cuda else (32, 32)))
+                dim, dtype = (128, "bfloat16") if cuda else (32, "float32")
+                heads = Heads(1, q_heads, kv_heads, dim, dim, dtype)
                 problem = Problem(world, length, length, heads, Mask(causal=True))
                 phase = "forward + backward" if backward else "forward"
                 found.append(

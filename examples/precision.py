@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..dist.errors import UserError
+
+Model = TypeVar("Model", bound=nn.Module)
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "pure-bf16")  # auto: bf16 on a GPU, else fp32
 
@@ -52,7 +54,7 @@ class Precision:
             name = "bf16" if device.type == "cuda" else "fp32"
         return cls(name, device, SharedScaler(device.type) if name == "fp16" else None)
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: Model) -> Model:
         """Before anything else holds the parameters. Buffers keep their type: rotary frequencies need it."""
         if self.name == "pure-bf16":
             for parameter in model.parameters():

@@ -19,7 +19,8 @@ def context_group(ranks: int, world_size: int, rank: int) -> tuple[Mesh, dist.Pr
     """
     if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
         raise UserError(f"a sequence on {ranks!r} ranks", expected="a whole number from 1")
-    mesh, mine = MeshShape.of(data=-1, context=ranks).fit(world_size), None
+    mesh = MeshShape.of(data=-1, context=ranks).fit(world_size)
+    mine: Any = None
     for members in mesh.groups("context") if ranks > 1 else []:
         group = dist.new_group(members)
         if rank in members:

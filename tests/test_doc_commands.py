@@ -50,6 +50,7 @@ CLAIMS = {
     "undertow slurm check": "tests/integrations/test_torchrun.py",  # the page's own command
     "sbatch": "tests/slurm/conftest.py",
     "scancel": "tests/slurm/test_cluster.py",
+    "srun": "tests/slurm/test_cluster.py",
     "undertow simulate": "tests/comms/test_simulate_cli.py",
     "undertow simulate t3": "tests/comms/t3_paper/test_cli.py",
     "undertow bench": HAND,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sysconfig
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def test_marked_tests_pass_under_mpirun_with_pytest_mpi(pympi: Install, tmp_path
     report = tmp_path / "report"
     site = sysconfig.get_path("purelib")
     code = f"import sys; import mpi4py, numpy; sys.path.append({site!r}); import pytest; sys.exit(pytest.main())"
-    program = PROGRAMS / "under_mpirun.py"
+    program = shutil.copy(PROGRAMS / "under_mpirun.py", tmp_path)  # away from this suite's conftest, which is not its
     options = [
         "-p",
         "pytest_mpi",

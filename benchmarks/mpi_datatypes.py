@@ -206,14 +206,15 @@ def judge(cells: Sequence[Cell], mpi: Mpi) -> list[str]:
         lines.append(f"  {cell.title}: {found.median:.2f} [{found.low:.2f}, {found.high:.2f}], {more:.1f} us more")
     lines += [f"fitted on half the rounds, judged by the others, {use}: {policy.summary(some)}"
               for use, some in _by_use(halves(cells))]  # fmt: skip
-    tables = {"the shipped table": build.builtin_model(mpi.flavour), "a table fitted here": policy.text(
-        policy.rows(cells), [])}  # fmt: skip
-    for title, text_ in tables.items():
-        table = policy.Policy(text_, mpi.version)
-        for held in (True, False):
-            for use, some in _by_use(policy.judge([cell for cell in cells if cell.held == held], table)):
-                kind = "held-out" if held else "fitted"
-                lines.append(f"{title}, {kind} {use}: {policy.summary(some)}")
+    shipped = policy.Policy(build.builtin_model(mpi.flavour), mpi.version)
+    lines += [
+        f"the shipped table, {use}: {policy.summary(some)}" for use, some in _by_use(policy.judge(cells, shipped))
+    ]
+    here = policy.Policy(policy.text(policy.rows(cells), []), mpi.version)
+    for held in (True, False):
+        for use, some in _by_use(policy.judge([cell for cell in cells if cell.held == held], here)):
+            kind = "held-out" if held else "fitted"
+            lines.append(f"a table fitted here, {kind} {use}: {policy.summary(some)}")
     return lines
 
 
@@ -275,7 +276,10 @@ def _gain(cell: Cell, arm: str) -> str:
 
 
 def ship(files: Sequence[Path]) -> None:
-    """Write csrc/policy/FLAVOUR.txt from samples: rows for each major version, of several runs the least gains."""
+    """Write csrc/policy/FLAVOUR.txt from samples: rows for each major version, of several runs the least gains.
+
+    Cells that judge a table fitted on the others are rows here: a later run judges this table.
+    """
     tables: dict[str, dict[str, list[list[policy.Row]]]] = {}
     about: dict[str, list[str]] = {}
     for file in files:
@@ -286,7 +290,9 @@ def ship(files: Sequence[Path]) -> None:
         if not found:
             raise SystemExit(f"{file}: no version in '{version}'")
         about.setdefault(flavour, []).append(f"{found[0]} on {hardware}")
-        tables.setdefault(flavour, {}).setdefault(found[1], []).append(policy.rows(parse(lines), policy.SHIPPED))
+        tables.setdefault(flavour, {}).setdefault(found[1], []).append(
+            policy.rows(parse(lines), policy.SHIPPED, held=True)
+        )
     for flavour, majors in tables.items():
         merged = {major: policy.least_gains(runs) for major, runs in majors.items()}
         note = ["Shipped with every build: gains that are not clearly above 1.15 are written as 1.", *about[flavour]]

@@ -70,11 +70,14 @@ def best_way(cell: Cell, least: float) -> str:
     )
 
 
-def rows(cells: Iterable[Cell], least: float = OWN, peer: str | None = None) -> list[Row]:
-    """The table's rows of the cells that are to be fitted; `peer`: another of LINKS than the cells' own."""
+def rows(cells: Iterable[Cell], least: float = OWN, peer: str | None = None, *, held: bool = False) -> list[Row]:
+    """The table's rows of the cells that are to be fitted, and with `held` of those kept from it, too.
+
+    `peer`: another of LINKS than the cells' own.
+    """
     found = []
     for cell in cells:
-        if cell.held or cell.use.startswith("call"):
+        if (cell.held and not held) or cell.use.startswith("call"):
             continue
         if cell.use != "message":
             found.append(_row(cell, cell.use, "library", "forced", least))

@@ -75,9 +75,8 @@ def test_shipped_tables_have_rows_per_version_and_the_least_gains_for_others(
     shipped = (tmp_path / "openmpi.txt").read_text()
     for version, gain in (("Open MPI v4.1.4", 5), ("Open MPI v5.0.9", 2), ("Open MPI v6.0.0", 2), ("Spectrum 5", 2)):
         table = policy.Policy(shipped, version)
-        assert table.rows == 1 and table.ask("pack", "strided", 16, 32, 4096)[0] == pytest.approx(gain, rel=0.01), (
-            version
-        )
+        assert table.rows == 2, version  # cells that were held from fitting are shipped, too
+        assert table.ask("pack", "strided", 16, 32, 4096)[0] == pytest.approx(gain, rel=0.01), version
 
 
 @pytest.mark.parametrize("version", ["Open MPI v4.1.4", "Open MPI v5.0.11", "MPICH Version: 5.0.2", "MPICH Version: 9"])

@@ -358,6 +358,7 @@ Decoded decode(MPI_Datatype type) {
   out.lb = b.lb;
   out.extent = b.extent;
   out.combiners = d.combiners;
+  out.mixed = d.mixed;
   out.leaf = d.mixed || d.first_leaf ? constants.byte : d.leaf;
   out.leaf_size = d.mixed || d.first_leaf ? 1 : d.leaf_size;
   return out;

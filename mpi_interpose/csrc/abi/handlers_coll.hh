@@ -60,7 +60,7 @@ struct Blocks {
     const bool device = device_blocks(n);
     Record* r = device ? device_wanted(t, use, total) : record_of(t);
     if (!r || !(device || wanted(r, use, total, Peer(), kCollectiveGain))) return;
-    const MPI_Datatype twin = twin_of(r);
+    const MPI_Datatype twin = twin_of(r, device);
     if (handle_key(twin) == handle_key(constants.type_null)) return;
     slab = slab_get(total * r->plan.size, device ? user_bytes(*r, first(n, *r)) : nullptr);
     if (!slab) return;
@@ -134,7 +134,7 @@ struct TypedBlocks {
       Record* r = records[i] = device ? device_record(t[i]) : record_of(t[i]);
       int64_t bytes;
       if (!r || r->wrong.load() || !(device || proved(*r)) || __builtin_mul_overflow(static_cast<int64_t>(c[i]), r->plan.size, &bytes)) return;
-      twins[i] = twin_of(r);
+      twins[i] = twin_of(r, device != nullptr);
       if (handle_key(twins[i]) == handle_key(constants.type_null)) return;
       take = (device ? device_wanted(t[i], use, c[i]) != nullptr : wanted(r, use, c[i], Peer(), kCollectiveGain)) || take;
       total += bytes;

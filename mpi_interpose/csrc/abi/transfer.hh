@@ -41,7 +41,7 @@ struct SendSide {
     const bool device = device_side(user, datatype);
     Record* r = device ? device_wanted(datatype, kSendUse, count) : record_of(datatype);
     if (!r || !(device || wanted(r, kSendUse, count, peer, gain, blocking ? &watch : nullptr))) return;
-    const MPI_Datatype twin = twin_of(r);
+    const MPI_Datatype twin = twin_of(r, device);
     if (handle_key(twin) == handle_key(constants.type_null)) return;
     slab = slab_get(count * r->plan.size, device ? user_bytes(*r, user) : nullptr);
     if (!slab) return;
@@ -80,7 +80,7 @@ struct RecvSide {
     const bool device = device_side(target, datatype);
     Record* r = device ? device_wanted(datatype, kRecvUse, n) : record_of(datatype);
     if (!r || !(device || wanted(r, kRecvUse, n, peer, gain, blocking ? &watch : nullptr))) return;
-    const MPI_Datatype twin = twin_of(r);
+    const MPI_Datatype twin = twin_of(r, device);
     if (handle_key(twin) == handle_key(constants.type_null)) return;
     slab = slab_get(n * r->plan.size, device ? user_bytes(*r, target) : nullptr);
     if (!slab) return;

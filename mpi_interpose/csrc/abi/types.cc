@@ -5,11 +5,14 @@
 // table is replaced by a larger copy and the old one is kept until the end.
 #include "types.hh"
 
+#include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <vector>
 
 #include "report.hh"
+
+extern "C" const char undertow_built_for[], undertow_flavour_name[];
 
 namespace undertow {
 namespace {
@@ -107,6 +110,7 @@ Record* admit(MPI_Datatype type) {
     record->combiners = d.combiners;
     record->leaf = d.leaf;
     record->leaf_size = d.leaf_size;
+    record->mixed = d.mixed;
   } catch (const std::exception& e) {
     delete record;
     report_refused(e.what());
@@ -165,7 +169,19 @@ MPI_Datatype handle_of(const Record& r) {  // the key is the handle
   return h;
 }
 
-MPI_Datatype twin_of(Record* record) {
+// MPICH before 5 and its relatives cut a long message of bytes anywhere, and cannot receive a cut element into a struct of
+// several basic types ("Message truncated"). The receiver may be theirs: a peer may lack the preload, or not take its side.
+static bool bytes_reach_structs() {
+  static const bool yes = [] {
+    if (std::strcmp(undertow_flavour_name, "mpich")) return true;
+    const char* digit = std::strpbrk(undertow_built_for, "0123456789");
+    return !std::strncmp(undertow_built_for, "MPICH", 5) && digit && std::atoi(digit) >= 5;
+  }();
+  return yes;
+}
+
+MPI_Datatype twin_of(Record* record, bool device) {
+  if (record->mixed && !device && !bytes_reach_structs()) return constants.type_null;
   const int state = record->twin_state.load(std::memory_order_acquire);
   if (state == 1) return record->twin;
   if (state == 2) return constants.type_null;

@@ -38,6 +38,7 @@ struct Record {
   uint32_t combiners = 0;         // bit k: MPI combiner number k of our own list occurs
   MPI_Datatype leaf;              // the one predefined type inside, else MPI_BYTE
   int64_t leaf_size = 1;
+  bool mixed = false;             // of several predefined types
   std::atomic<int> refs{1};
   std::atomic<bool> dead{false};  // the handle is gone, only operations in flight still hold the record
   std::atomic<bool> wrong{false}; // check mode found a difference: never used again
@@ -63,7 +64,8 @@ void type_committed(MPI_Datatype type);
 void hold(Record* record);
 void release(Record* record);
 MPI_Datatype handle_of(const Record& record);  // valid while the record is not dead
-MPI_Datatype twin_of(Record* record);   // MPI_DATATYPE_NULL when it cannot be made
+// MPI_DATATYPE_NULL when it cannot be made, or (but for device memory, which only we can send) not be received everywhere.
+MPI_Datatype twin_of(Record* record, bool device);
 void each_live(void (*visit)(Record&));
 
 // decode.cc: the IR of a type, throws Unsupported. `leaf` becomes the only predefined type inside, or MPI_BYTE.
@@ -73,6 +75,7 @@ struct Decoded {
   uint32_t combiners = 0;
   MPI_Datatype leaf;
   int64_t leaf_size = 0;
+  bool mixed = false;
 };
 Decoded decode(MPI_Datatype type);
 // prove.cc: whether the library packs a type's bytes as the plan says; asked before a type's first use (of types over

@@ -1,5 +1,7 @@
 /* A C program with derived datatypes: vector, indexed, struct, subarray and their nesting, by the int interfaces, on an
    even number of ranks. Prints "ok" and exits 0 when every byte is where it belongs. */
+#include <stddef.h>
+
 #include "check.h"
 
 enum { N = 4096 };
@@ -69,6 +71,33 @@ static void exchange(MPI_Datatype t, int count) {
   }
 }
 
+/* Long messages of structs with our send, our receive, both and neither: a peer may run without the preload. */
+static void long_structs(void) {
+  enum { COUNT = 1260 };
+  typedef struct { int i; double d; char c; } Item;
+  static Item mine[COUNT], got[COUNT];
+  const int members[3] = {1, 1, 1};
+  const MPI_Aint offsets[3] = {offsetof(Item, i), offsetof(Item, d), offsetof(Item, c)};
+  const MPI_Datatype kinds[3] = {MPI_INT, MPI_DOUBLE, MPI_CHAR};
+  MPI_Datatype packed, t;
+  MPI_Type_create_struct(3, members, offsets, kinds, &packed);
+  MPI_Type_create_resized(packed, 0, sizeof(Item), &t);
+  MPI_Type_commit(&t);
+  for (int sides = 0; sides < 4; ++sides) {
+    int (*send)(const void*, int, MPI_Datatype, int, int, MPI_Comm) = sides & 1 ? MPI_Send : PMPI_Send;
+    int (*recv)(void*, int, MPI_Datatype, int, int, MPI_Comm, MPI_Status*) = sides & 2 ? MPI_Recv : PMPI_Recv;
+    for (int i = 0; i < COUNT; ++i) mine[i] = (Item){i + rank, i * 0.5 + sides, (char)(i + 3 * rank)};
+    memset(got, 0, sizeof got);
+    if (rank % 2 == 0) send(mine, COUNT, t, peer, 4, MPI_COMM_WORLD);
+    recv(got, COUNT, t, peer, 4, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
+    if (rank % 2) send(mine, COUNT, t, peer, 4, MPI_COMM_WORLD);
+    for (int i = 0; i < COUNT; ++i)
+      CHECK(got[i].i == i + peer && got[i].d == i * 0.5 + sides && got[i].c == (char)(i + 3 * peer));
+  }
+  MPI_Type_free(&t);
+  MPI_Type_free(&packed);
+}
+
 int main(int argc, char** argv) {
   begin(&argc, &argv);
   CHECK(size % 2 == 0);
@@ -95,6 +124,7 @@ int main(int argc, char** argv) {
     exchange(t[i], i == 2 ? 50 : 1);
     exchange(t[i], 2);
   }
+  long_structs();
   for (int i = 0; i < 8; ++i) MPI_Type_free(&t[i]);
   MPI_Type_free(&column);
   MPI_Type_free(&record);

@@ -50,6 +50,20 @@ def test_schedule(ranks):
     assert ranks(2, run_schedule) == [[[1.0] * 3] * 2] * 2
 
 
+def run_parallel(rank, world):
+    dist.init_process_group = dist.destroy_process_group = lambda *names: None  # these ranks are joined already
+    attention = runpy.run_module("undertow.examples.plain_attention", run_name="__main__")
+    overlap = runpy.run_module("undertow.examples.plain_overlap", run_name="__main__")
+    return attention["errors"], overlap["error"], overlap["team"].explain()
+
+
+def test_attention_and_overlap(ranks):
+    """float64: sums of some hundred products of size 1, in another order."""
+    for errors, error, explained in ranks(2, run_parallel):
+        assert len(errors) == 4 and max(errors) < 1e-12 and error < 1e-10
+        assert "matmul_reduce_scatter M=128" in explained and "still measuring" not in explained
+
+
 @pytest.mark.slow
 def test_message_passing():
     """Under MPI, with the preload; the launcher that belongs to this Python's MPI."""

@@ -3,6 +3,8 @@
 A wheel with libraries is for one platform and any Python. An editable install prebuilds nothing: sources may change.
 """
 
+import importlib
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -17,17 +19,22 @@ except ImportError:  # setuptools before 70.1 leaves it to the package wheel
 ROOT = Path(__file__).resolve().parent
 
 
+def prebuild():
+    """undertow.mpi_interpose.prebuild of this very tree, which lies in a folder of any name. Needs no dependency."""
+    spec = importlib.util.spec_from_file_location(
+        "undertow", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    package = sys.modules["undertow"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
+    return importlib.import_module("undertow.mpi_interpose.prebuild")
+
+
 class BuildWithLibraries(build_py):
     def run(self):
         super().run()
         if self.editable_mode:
             return
-        sys.path.insert(0, str(ROOT))  # the room imports nothing of the package and no dependency of it
-        try:
-            from mpi_interpose import prebuild
-        finally:
-            sys.path.remove(str(ROOT))
-        self.made = prebuild.build_into(Path(self.build_lib) / "undertow" / "mpi_interpose" / "prebuilt")
+        self.made = prebuild().build_into(Path(self.build_lib) / "undertow" / "mpi_interpose" / "prebuilt")
 
     def find_package_modules(self, package, package_dir):
         found = super().find_package_modules(package, package_dir)
@@ -55,9 +62,7 @@ class PlatformWheel(bdist_wheel):
     def get_tag(self):
         if not self.libraries:
             return super().get_tag()
-        from mpi_interpose import prebuild
-
-        return "py3", "none", prebuild.platform_tag(self.libraries)
+        return "py3", "none", prebuild().platform_tag(self.libraries)
 
 
 setup(cmdclass={"build_py": BuildWithLibraries, "bdist_wheel": PlatformWheel})

@@ -32,6 +32,7 @@ from .lm import ByteLM
 from .metrics import Metrics, plot_losses
 from .precision import PRECISIONS, Precision
 from .recipes import RECIPES, TrainConfig, recipe
+from .run_folder import prepare_folder
 from .systems import PLAIN, Parallel, Systems
 
 log = get_logger(__name__)
@@ -90,9 +91,7 @@ class Run:
         )
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for rows in window.chunk(
-            config.accumulate
-        ):  # equally many tokens in each: the mean of their means is the whole
+        for rows in window.chunk(config.accumulate):  # equally many tokens in each: the mean of means is the mean
             loss = self.loss(rows) / config.accumulate
             self.precision.scaled(loss).backward()
             total += loss.detach()
@@ -213,40 +212,6 @@ def hash_of(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def prepare_folder(out: Path, run: Run, data: Path | None, resume: bool) -> None:
-    """Rank 0: make the run's folder, or refuse one that holds another run. How it runs (ranks, systems, device) may
-    change when it is resumed; the newest is kept."""
-    config, manifest = run.config, run.corpus.manifest
-    how = {"ranks": run.here.world_size, "systems": asdict(run.parallel.systems), "device": run.device.type}
-    what = {"config": asdict(config), "data": str(data or "standard library"), "text": manifest}
-    now = json.loads(json.dumps(what | how))
-    path = out / "config.json"
-    try:
-        if path.exists():
-            before = json.loads(path.read_text())
-            if not resume:
-                raise UserError(f"{out} holds a run already", remedy="pass --resume to go on with it, or another --out")
-            free = {"steps", "keep", "checkpoint_every", "eval_every", "eval_bytes", "log_every"}
-            changed = [
-                f"{key} {before['config'].get(key)} → {value}"
-                for key, value in now["config"].items()
-                if key not in free and before["config"].get(key, value) != value
-            ]
-            changed += [f"text {before.get('text')} → {manifest}"] if before.get("text") != manifest else []
-            if changed:
-                raise UserError(
-                    f"{out} holds a run of another configuration ({', '.join(changed)})",
-                    expected="the same recipe, options and text",
-                    remedy="resume with those, or pass another --out",
-                )
-        elif out.exists() and any(out.iterdir()):
-            raise UserError(f"{out} holds other files", expected="a new or empty folder", remedy="pass another --out")
-        out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(now, indent=2) + "\n")
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot use the run folder {out} ({error})", remedy="pass another --out") from error
-
-
 def main(argv: list[str]) -> int:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
@@ -317,7 +282,8 @@ def command(
         problem = [""]
         if here.rank == 0:
             try:
-                prepare_folder(out, run, data, resume)
+                how = {"ranks": here.world_size, "systems": asdict(systems), "device": where.type}
+                prepare_folder(out, config, run.corpus.manifest, data, how, resume=resume)
             except UserError as error:
                 problem = [str(error)]
         dist.broadcast_object_list(problem, src=0)

@@ -5,8 +5,9 @@
 
 The operations are taken out of the schedules themselves, with the shapes, tiles and memory layout that an executor
 gives them, so nothing is timed that would not run. Each distinct operation is timed once (device events, all backends
-interleaved, the median), and a rank's time is the sum over its program. Nothing is sent: what is modelled elsewhere
-from these figures says so. Cells are run from short to long until `--seconds` is used up; the table comes last.
+interleaved, the median), and a rank's time is the sum over its program. Then, for the shortest length and the most
+ranks, what a merge and the attention beside it cost each other (`attention_beside`). Nothing is sent: what is modelled
+elsewhere from these figures says so. Cells are run from short to long until `--seconds` is used up; tables come last.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from undertow.benchmarks import attention_beside
+from undertow.benchmarks.attention_beside import ATTEND, Pair
 from undertow.benchmarks.facts import facts
 from undertow.comms.actions import Compute
 from undertow.comms.builders.attention_shape import Heads
@@ -36,8 +40,6 @@ from undertow.parallel.blocks.types import Backend
 from undertow.parallel.masks import Mask, Tile
 from undertow.parallel.token_ring.block_ops import ops
 from undertow.parallel.token_ring.problem import Problem
-
-ATTEND = ("attend", "attend_backward")
 
 
 @dataclass(frozen=True)
@@ -135,18 +137,41 @@ class Operations:
         self.known: dict[tuple, dict[str, float]] = {}
 
     def ms(self, schedule: Schedule, rank: int, action: Compute) -> dict[str, float]:
-        key = self._key(schedule, rank, action)
+        key = self.key(schedule, rank, action)
         if key not in self.known:
-            reads, writes = ([self._tensor(schedule, rank, part) for part in parts]
-                             for parts in (action.reads, action.writes))  # fmt: skip
             names = [kernel.NAME for kernel in self.kernels] if action.op in ATTEND else ["any"]
-            calls = []
-            for name in names:
-                mine = ops(self.problem, 1, self.problem.heads.head_dim**-0.5, pick=_always(name))
-                op = op_table(schedule, mine)[action.op]
-                calls.append(partial(op, reads, writes, **dict(action.params)))
-            self.known[key] = dict(zip(names, self.clock.times(calls)))
+            self.known[key] = dict(zip(names, self.clock.times(self.calls(schedule, rank, action, names))))
         return self.known[key]
+
+    def calls(self, schedule: Schedule, rank: int, action: Compute, names: Sequence[str]) -> list[Callable[[], None]]:
+        """The operation on tensors of its own, by each of the backends called `names`."""
+        reads = [self._tensor(schedule, rank, part) for part in action.reads]
+        writes = [
+            next((t for t, read in zip(reads, action.reads) if self._same(schedule, rank, read, part)), None)
+            for part in action.writes
+        ]
+        writes = [self._tensor(schedule, rank, p) if t is None else t for t, p in zip(writes, action.writes)]
+        calls = []
+        for name in names:
+            mine = ops(self.problem, 1, self.problem.heads.head_dim**-0.5, pick=_always(name))
+            op = op_table(schedule, mine)[action.op]
+            calls.append(partial(op, reads, writes, **dict(action.params)))
+        return calls
+
+    def beside(self, schedule: Schedule, phase: str) -> list[Pair]:
+        """Blocks by their fastest backend, each with a merge beside it; on CUDA for both priorities of its stream."""
+        found, h, device = [], self.problem.heads, self.clock.device
+        places = attention_beside.placed_pairs(schedule, lambda placed: self.key(schedule, *placed))
+        for (rank, block), (_, total) in places:
+            times = self.ms(schedule, rank, block)
+            attend = self.calls(schedule, rank, block, [min(times, key=lambda name: times[name])])[0]
+            merge = self.calls(schedule, rank, total, ["any"])[0]
+            rows = f"{total.op} {total.writes[0].rows}"
+            for priority in (0, -1) if device.type == "cuda" else (0,):
+                ms = attention_beside.measure(attend, merge, device, self.clock.repeats, priority)
+                place = f"{h.q_heads}:{h.kv_heads}", self.problem.lq, self.problem.world, h.wire or h.partial
+                found.append(Pair(*place, schedule.name, phase, self.label(block), rows, priority, **ms))
+        return found
 
     def label(self, action: Compute) -> str:
         """`4096×8192 causal+full`: rows of queries, rows of keys, tiles."""
@@ -158,11 +183,18 @@ class Operations:
         p = {name: int(value) for name, value in action.params}
         return self.problem.tiles(p["q"], p["k"], 1, (p["q0"], p["q1"]), (p["k0"], p["k1"]))
 
-    def _key(self, schedule: Schedule, rank: int, action: Compute) -> tuple:
+    def key(self, schedule: Schedule, rank: int, action: Compute) -> tuple:
+        """What tells operations apart that take different times."""
         values = [schedule.value(part.value, rank) for part in (*action.reads, *action.writes)]
         rows = tuple(part.rows for part in (*action.reads, *action.writes))
         tiles = self._tiles(action) if action.op in ATTEND else ()
-        return action.op, rows, tuple((v.shape[1:], v.dtype) for v in values), tiles
+        over = tuple(self._same(schedule, rank, r, w) for r in action.reads for w in action.writes)
+        return action.op, rows, tuple((v.shape[1:], v.dtype) for v in values), tiles, over
+
+    def _same(self, schedule: Schedule, rank: int, read: Any, write: Any) -> bool:
+        """The write goes over the read, as slots of a running sum do."""
+        a, b = (schedule.value(part.value, rank).slot for part in (read, write))
+        return bool(a) and a == b and (read.start, read.stop) == (write.start, write.stop)
 
     def _tensor(self, schedule: Schedule, rank: int, part: Any) -> torch.Tensor:
         value = schedule.value(part.value, rank)
@@ -237,6 +269,7 @@ def main(argv: Sequence[str]) -> int:
     device = torch.device(options.device)
     torch.manual_seed(0)
     clock, rows, deadline_s = Clock(device, options.repeats), list[Cell](), time.monotonic() + options.seconds
+    pairs = list[Pair]()
     for length in options.lengths:
         for q_heads, kv_heads in options.heads:
             for causal in (True, False) if length == options.lengths[0] else (True,):
@@ -252,20 +285,29 @@ def main(argv: Sequence[str]) -> int:
                     label = "causal zigzag" if causal else "full"
                     for wire in options.wires:
                         narrow = replace(problem, heads=replace(heads, wire="" if wire == heads.partial else wire))
-                        rows += cells(narrow, label, options.schedules, whole, Operations(narrow, kernels, clock))
+                        operations = Operations(narrow, kernels, clock)
+                        rows += cells(narrow, label, options.schedules, whole, operations)
+                        if causal and length == min(options.lengths) and ranks == max(options.ranks):
+                            for name, backward in product(options.schedules, (False, True)):
+                                phase = "backward" if backward else "forward"
+                                pairs += operations.beside(narrow.schedule(name, backward=backward), phase)
                     print(f"{length} {q_heads}:{kv_heads} {label} P={ranks} done", flush=True)
                     if options.output:  # what is known already, should a later cell fail
-                        Path(options.output).write_text(_json(rows))
+                        Path(options.output).write_text(_json(rows, pairs))
     Console(width=170).print(table([c for c in rows if c.backend == "best"]))
     over = [c.blocks_over for c in rows if c.backend == "best"]
     print(f"blocks over 1/P of the whole: median {statistics.median(over):+.1%}, worst {max(over):+.1%} (bar: +5 %)")
     share = [c.sums_share for c in rows if c.backend == "best"]
     print(f"sums over blocks: median {statistics.median(share):.1%}, worst {max(share):.1%} (bar: 3 %)")
+    if pairs:
+        Console(width=170).print(attention_beside.table(pairs))
+        print(attention_beside.summary(pairs))
     return 0
 
 
-def _json(rows: Sequence[Cell]) -> str:
-    return json.dumps({"facts": facts(("torch", "triton")), "cells": [asdict(c) for c in rows]}, indent=1) + "\n"
+def _json(rows: Sequence[Cell], pairs: Sequence[Pair]) -> str:
+    found = {"cells": [asdict(c) for c in rows], "beside": [pair.row() for pair in pairs]}
+    return json.dumps({"facts": facts(("torch", "triton")), **found}, indent=1) + "\n"
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -5,9 +5,10 @@
 
 The schedules are the ones that the executor runs, and the peers' are written by the same builders, so what differs is
 what travels when. Nothing here is a measurement of those projects: their kernels, their launch times and their bugs are
-not in it. Kernel rates are measured where `--blocks` brings the result of benchmarks/attention_blocks.py. All figures
-are ranges. One end: nominal links (`comms.topologies`), and merges that cost the attention beside them nothing. The
-other: half of those links, and attention that stands still while a merge runs beside it. Peers merge between blocks.
+not in it. Kernel rates, and what a merge costs the attention beside it, are measured where `--blocks` brings the result
+of benchmarks/attention_blocks.py. All figures are ranges. One end: nominal links (`comms.topologies`), and merges that
+cost the attention beside them nothing (measured: the least of what they cost). The other: half of those links, and
+attention that stands still while a merge runs beside it (measured: the most). Peers merge between blocks.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ from undertow.parallel.token_ring.problem import Problem, shape_of
 
 H100 = (641e12, 545e12)  # cuDNN, causal, 32 heads of 128 at 32K tokens, measured on one H100: flop/s of each phase
 COPY = 1.5e12  # bytes/s of a copy within its memory
-RANGE = (
-    (1.0, 0.0),
-    (0.5, 1.0),
-)  # (link rate, how much of a merge's time the attention beside it loses), best and worst
+LINKS = (1.0, 0.5)  # of the nominal rate, best and worst
+DRAGS = (
+    0.0,
+    1.0,
+)  # how much of a merge's time the attention beside it loses, best and worst, where nothing measured it
 RATE_FIELDS = ("port_bytes_per_s", "pair_bytes_per_s", "bus_bytes_per_s", "far_bytes_per_s")
 
 
@@ -66,7 +68,7 @@ PEERS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """Modelled. `seconds` and `efficiency` (ideal / seconds) at both ends of `RANGE`."""
+    """Modelled. `seconds` and `efficiency` (ideal / seconds) at both ends of `LINKS` and `drags`."""
 
     topology: str
     heads: str
@@ -77,6 +79,7 @@ class Cell:
     sent_bytes: int
     seconds: tuple[float, ...]
     efficiency: tuple[float, ...]
+    drags: tuple[float, float]
 
 
 def slower(network: Network, scale: float) -> Network:
@@ -96,10 +99,17 @@ def schedule_of(peer: Peer, problem: Problem, backward: bool, *, goals: bool = F
     return attention(name, shape, routes, moves=moves, backward=backward, goals=goals, beside=False)
 
 
-def cells(problem: Problem, topology: str, flops: tuple[float, float], say: Callable[[str], None]) -> list[Cell]:
+def cells(
+    problem: Problem,
+    topology: str,
+    flops: tuple[float, float],
+    say: Callable[[str], None],
+    drags: tuple[float, float] = DRAGS,
+) -> list[Cell]:
     found = []
     rates = [
-        Rates("preset " + topology, flops, COPY, slower(preset(topology), scale), 0.0, drag) for scale, drag in RANGE
+        Rates("preset " + topology, flops, COPY, slower(preset(topology), scale), 0.0, drag)
+        for scale, drag in zip(LINKS, drags)
     ]
     for backward in (False, True):
         ideal = sum(total.flops for total in problem.totals("ring_kv", backward=backward)) / problem.world
@@ -118,7 +128,7 @@ def cells(problem: Problem, topology: str, flops: tuple[float, float], say: Call
             found.append(
                 Cell(
                     topology, f"{h.q_heads}:{h.kv_heads}", problem.world, "backward" if backward else "forward", way,
-                    plan.name, sent, seconds, tuple(ideal_s / s for s in seconds),
+                    plan.name, sent, seconds, tuple(ideal_s / s for s in seconds), drags,
                 )
             )  # fmt: skip
             say(f"{topology} {found[-1].heads} P={problem.world} {found[-1].phase} {way}")
@@ -137,8 +147,17 @@ def measured_rates(file: str, heads: str) -> tuple[float, float]:
     return found[0], found[1]
 
 
+def measured_drags(file: str, heads: str) -> tuple[float, float]:
+    """Least and most that attention lost beside a merge, in shares of the merge's time, from the same result; within 0
+    to 1, as the simulator takes it. `DRAGS` where these heads were not measured. Streams as the executor's: priority 0.
+    """
+    pairs = json.loads(Path(file).read_text()).get("beside", [])
+    found = [min(max(p["drag"], 0.0), 1.0) for p in pairs if p["heads"] == heads and p["priority"] == 0]
+    return (min(found), max(found)) if found else DRAGS
+
+
 def tables(rows: Sequence[Cell]) -> list[Table]:
-    """One per topology, heads and phase: efficiency in %, at the worst … best end of `RANGE`."""
+    """One per topology, heads and phase: efficiency in %, at the worst … best end of the assumptions."""
     done = []
     for key in dict.fromkeys((c.topology, c.heads, c.phase) for c in rows):
         mine = [c for c in rows if (c.topology, c.heads, c.phase) == key]
@@ -200,9 +219,10 @@ def main(argv: Sequence[str]) -> int:
                     continue
                 heads = Heads(1, q_heads, kv_heads, 128, 128, "bfloat16", "float32", options.wire)
                 flops = measured_rates(options.blocks, f"{q_heads}:{kv_heads}") if options.blocks else H100
+                drags = measured_drags(options.blocks, f"{q_heads}:{kv_heads}") if options.blocks else DRAGS
                 length = ranks * options.tokens
                 problem = Problem(ranks, length, length, heads, Mask(causal=True))
-                rows += cells(problem, topology, flops, lambda text: print(text, file=sys.stderr))
+                rows += cells(problem, topology, flops, lambda text: print(text, file=sys.stderr), drags)
     for shown in tables(rows):
         console.print(shown)
     if options.output:

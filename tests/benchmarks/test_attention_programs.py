@@ -23,7 +23,17 @@ def test_blocks_of_a_rank_are_timed(tmp_path, capsys):
     causal = next(r for r in rows if r["mask"] == "causal zigzag")
     assert set(causal["shapes"]) == {"64×64 causal", "64×32 full", "32×64 full"}  # one kernel call for each block
     assert all(r["blocks_ms"] > 0 and r["ideal_ms"] == pytest.approx(r["whole_ms"] / 2) for r in rows)
-    assert "sums over blocks" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "sums over blocks" in shown and "drag: median" in shown
+
+    beside = json.loads(file.read_text())["beside"]
+    assert {(b["schedule"], b["phase"]) for b in beside} == {(r["schedule"], r["phase"]) for r in rows}
+    for pair in beside:
+        assert pair["merge"].split()[0] == ("add" if pair["phase"] == "backward" else "merge_lse")
+        assert pair["attention_ms"] > 0 and pair["drag"] == pytest.approx(pair["lost_ms"] / pair["merge_ms"])
+    low, high = attention_modelled.measured_drags(str(file), "4:2")
+    assert [low, high] == [min(max(f(b["drag"] for b in beside), 0), 1) for f in (min, max)]
+    assert attention_modelled.measured_drags(str(file), "8:8") == attention_modelled.DRAGS
 
 
 @pytest.mark.slow
@@ -38,6 +48,7 @@ def test_the_field_is_modelled(tmp_path, capsys):
     assert {way for way, *_ in by_way} == {*attention_modelled.PEERS, "undertow, predicted"}
     for cell in by_way.values():
         assert cell["seconds"][0] <= cell["seconds"][1] * (1 + 1e-9)  # half of the link is never faster
+        assert cell["drags"] == list(attention_modelled.DRAGS)
         assert 0 < cell["efficiency"][1] <= cell["efficiency"][0] <= 1 + 1e-9
     whole, needed = (by_way[way, 4, "backward"] for way in attention_modelled.PEERS if "zigzag" in way or "need" in way)
     assert needed["sent_bytes"] < whole["sent_bytes"]

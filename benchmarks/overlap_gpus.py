@@ -49,7 +49,11 @@ class Ranks:
         if pattern == GATHER:
             self.names = [name for name in self.names if not name.startswith("tracked")]
         self.teams = {name: Team(overlap=name, device=device) for name in (*self.names, "auto")}
-        for _ in range((ROUNDS + 1) * len(self.names) + 1):
+        if device.type == "cuda":  # the same pieces by the other transport
+            halves = self.names[2]
+            self.names.append(f"{halves}, by NCCL")
+            self.teams[self.names[-1]] = Team(overlap=halves, device=device, transport="nccl")
+        for _ in range((ROUNDS + 1) * len(CUDA_ARMS) + 1):
             self.ours("auto")
         self.wanted = self._exact()
 
@@ -69,6 +73,8 @@ class Ranks:
         return whole @ self.b
 
     def torch_fused(self) -> torch.Tensor:
+        import torch.distributed._symmetric_memory  # noqa: F401 - it registers the operators
+
         name = dist.distributed_c10d._get_default_group().group_name
         if self.pattern == SCATTER:
             return torch.ops.symm_mem.fused_matmul_reduce_scatter(self.a, self.b, "sum", 0, name)

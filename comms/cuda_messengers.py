@@ -19,10 +19,15 @@ Rows = Sequence[tuple[torch.Tensor, int]]  # (rows, the other rank)
 
 
 class CudaMessenger(Protocol):
-    """Messages of one rank, issued by one thread."""
+    """Messages of one rank, issued by one thread.
+
+    `group`: whose own collectives do the same in one call; None: there are none. `capturable`: into a CUDA graph.
+    """
 
     rank: int
     world: int
+    group: dist.ProcessGroup | None
+    capturable: bool
 
     def exchange(self, after: Any, sends: Rows, receives: Rows) -> list[Any]:
         """Start both behind `after`, an event or a `Counted`; the events behind which they are complete."""
@@ -34,8 +39,11 @@ class CudaMessenger(Protocol):
 class NcclMessenger:
     """Between the GPUs of a group; a communicator and a stream of its own. Collective to make."""
 
+    capturable = True
+
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device, timeout_s: float) -> None:
-        self._ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+        self.group = group or dist.group.WORLD
+        self._ranks = dist.get_process_group_ranks(self.group)
         self.rank, self.world = self._ranks.index(dist.get_rank()), len(self._ranks)
         self.device = device
         self._group: Any = dist.new_group(
@@ -64,6 +72,8 @@ class PinnedMessenger:
     `incoming(rows, source)`: a pinned tensor like `rows`, which is what `source` would have sent. `sent`: by peer and
     size, the pinned memory into which rows went; the next piece of that size and peer takes its place.
     """
+
+    capturable, group = True, None
 
     def __init__(
         self, rank: int, world: int, device: torch.device, incoming: Callable[[torch.Tensor, int], torch.Tensor]

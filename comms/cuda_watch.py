@@ -2,10 +2,12 @@
 
 A thread looks at the oldest exchange that is not complete. When that has been the same one for `timeout_s`, it is
 logged, by rank and piece, and the next call raises it; NCCL's own time-out, which names neither, ends the process then.
+A transport without one gets the same end from here: the host may stand in a synchronization that never returns.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -19,10 +21,21 @@ log = get_logger(__name__)
 
 
 class Watch:
-    """Exchanges of one engine in the order of their queueing. `now`: a clock in seconds, for tests."""
+    """Exchanges of one engine in the order of their queueing.
 
-    def __init__(self, timeout_s: float, now: Callable[[], float] = time.monotonic) -> None:
-        self._timeout_s, self._now = timeout_s, now
+    `end_s`: seconds after which an exchange that is missing still ends the process; None: the transport sees to that.
+    `now`: a clock in seconds, `end`: the abort, for tests.
+    """
+
+    def __init__(
+        self,
+        timeout_s: float,
+        now: Callable[[], float] = time.monotonic,
+        *,
+        end_s: float | None = None,
+        end: Callable[[], None] = os.abort,
+    ) -> None:
+        self._timeout_s, self._now, self._end_s, self._end = timeout_s, now, end_s, end
         self._pending: deque[tuple[str, Sequence[Any]]] = deque()
         self._since_s = now()
         self._error: PeerLost | None = None
@@ -50,6 +63,9 @@ class Watch:
         if self._pending and self._error is None and self._now() - self._since_s > self._timeout_s:
             self._error = PeerLost(f"{self._pending[0][0]}: not complete after {self._timeout_s:g} s")
             log.error("%s", self._error)
+        if self._pending and self._end_s is not None and self._now() - self._since_s > self._end_s:
+            log.critical("%s: not complete after %g s; this process ends", self._pending[0][0], self._end_s)
+            self._end()
 
     def close(self) -> None:
         self._closed.set()

@@ -5,7 +5,9 @@ is its tracker: a stream that waits for it sends what is finished, and the produ
 two streams, so that the last wave of one, which leaves processors idle, is filled by the first of the next (torch's
 async tensor parallelism does the same). What a caller gets is ordered behind its current stream. Nothing spins on a
 processor, and no stream waits for an event that is not queued before it, so one hardware queue
-(CUDA_DEVICE_MAX_CONNECTIONS=1) and CUDA_LAUNCH_BLOCKING cost overlap, but cannot deadlock.
+(CUDA_DEVICE_MAX_CONNECTIONS=1) costs overlap, but cannot deadlock; nor can CUDA_LAUNCH_BLOCKING.
+
+Without overlap, NCCL's own collective follows the product: what a script does, at its speed, rounded as NCCL rounds.
 
 A reduce-scatter or all-reduce may instead get a `tracked` product: one kernel, queued before all that waits for it,
 which counts its finished tiles, and streams that wait for the counts (`stream_wait`). While a CUDA graph is captured
@@ -31,6 +33,7 @@ from .stream_wait import Counted
 # Queue the whole product, the given rows first to last, on the current stream, and have it add 1 to counters[i] as each
 # tile of the i-th is in memory; returns their numbers of tiles.
 Tracked = Callable[[Sequence[tuple[int, int]], torch.Tensor], Sequence[int]]
+END = 1.5  # of the time-out: when a rank that waits for a lost one ends
 _KEPT = 64  # plans whose counters are kept
 
 
@@ -46,7 +49,7 @@ class CudaOverlapEngine:
     """The ranks of `group` that multiply together, over NCCL, or over `messenger`. Use from one thread.
 
     All tensors are on `device`. Calls are queued, not waited for; a piece that has not come after `timeout_s` is named
-    in the log, and by `PeerLost` from the next call; NCCL's own time-out follows it.
+    in the log, and by `PeerLost` from the next call; half as long again after that the process ends, as by NCCL.
     """
 
     def __init__(
@@ -57,10 +60,10 @@ class CudaOverlapEngine:
         timeout_s: float = 300.0,
         messenger: CudaMessenger | None = None,
     ) -> None:
-        self.messenger = messenger or NcclMessenger(group, device, 1.5 * timeout_s)
+        self.messenger = messenger or NcclMessenger(group, device, END * timeout_s)
         self.rank, self.world, self.device = self.messenger.rank, self.messenger.world, device
         self._streams = [torch.cuda.Stream(device) for _ in range(2)]
-        self._watch = Watch(timeout_s)
+        self._watch = Watch(timeout_s, end_s=None if self.messenger.capturable else END * timeout_s)
         self._counters: dict[ChunkPlan, _Counters] = {}
 
     def plan(self, sizes: tuple[int, ...], subchunks: int = 1) -> ChunkPlan:
@@ -77,6 +80,13 @@ class CudaOverlapEngine:
     ) -> torch.Tensor:
         """As `OverlapEngine.reduce_scatter`; by `tracked`, which must make the same `y`, where it is given."""
         out = y_MN.new_empty(plan.own[1] - plan.own[0], y_MN.shape[1])
+        if self._collectively(plan, overlap):
+            product(0, plan.rows)
+            if len(set(plan.sizes)) == 1:
+                dist.reduce_scatter_tensor(out, y_MN, group=self.messenger.group)
+            else:
+                dist.reduce_scatter(out, list(y_MN.split(plan.sizes)), group=self.messenger.group)
+            return out
         return self._scatter(plan, product, y_MN, out, overlap, tracked)
 
     def all_reduce(
@@ -89,6 +99,10 @@ class CudaOverlapEngine:
         tracked: Tracked | None = None,
     ) -> torch.Tensor:
         """As `OverlapEngine.all_reduce`; by `tracked`, which must make the same `y`, where it is given."""
+        if self._collectively(plan, overlap):
+            product(0, plan.rows)
+            dist.all_reduce(y_MN, group=self.messenger.group)
+            return y_MN
         whole = torch.empty_like(y_MN)
         self._scatter(plan, product, y_MN, whole[slice(*plan.own)], overlap, tracked)
         summed = self._current().record_event()
@@ -103,7 +117,13 @@ class CudaOverlapEngine:
         self, plan: ChunkPlan, shard: torch.Tensor, whole: torch.Tensor, use: Product, *, overlap: bool = True
     ) -> None:
         """As `OverlapEngine.all_gather`."""
-        self._usable(plan)
+        if self._collectively(plan, overlap):
+            if len(set(plan.sizes)) == 1:
+                dist.all_gather_into_tensor(whole, shard, group=self.messenger.group)
+            else:
+                dist.all_gather(list(whole.split(plan.sizes)), shard, group=self.messenger.group)
+            use(0, plan.rows)
+            return
         whole[slice(*plan.own)].copy_(shard)
         current = self._current()
         start, arrived = current.record_event(), dict[Piece, list[Any]]()
@@ -135,7 +155,6 @@ class CudaOverlapEngine:
         overlap: bool,
         tracked: Tracked | None,
     ) -> torch.Tensor:
-        self._usable(plan)
         current, base = self._current(), plan.own[0]
         peers = [peer for peer in range(self.world) if peer != self.rank]
         staged = {peer: torch.empty_like(out) for peer in peers}
@@ -230,6 +249,12 @@ class CudaOverlapEngine:
     def _join(self) -> None:
         for stream in self._streams:
             self._current().wait_stream(stream)
+
+    def _collectively(self, plan: ChunkPlan, overlap: bool) -> bool:
+        """Whether one collective of the group does it; `UserError` for a plan of other ranks."""
+        self._usable(plan)
+        wanted = not overlap or (self._capturing() and not self.messenger.capturable)
+        return wanted and self.world > 1 and self.messenger.group is not None
 
     def _usable(self, plan: ChunkPlan) -> None:
         if (plan.rank, plan.world) != (self.rank, self.world) or plan.algorithm != "direct":

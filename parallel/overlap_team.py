@@ -8,6 +8,7 @@ Shapes: M rows over all ranks, K and N this rank's inner and outer dimensions, W
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,9 +19,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..comms.chunk_plan import ChunkPlan
+from ..comms.cuda_messengers import CudaMessenger, NcclMessenger
 from ..comms.link import LinkModel
-from ..comms.overlap_cuda import CudaOverlapEngine
+from ..comms.overlap_cuda import END, CudaOverlapEngine
 from ..comms.overlap_engine import OverlapEngine, Product
+from ..comms.symmetric_messenger import SymmetricMessenger, why_not
 from ..dist.errors import UserError
 from ..dist.launch_env import detect
 from ..dist.log import get_logger
@@ -30,6 +33,7 @@ from .kernels.tracked_matmul import tracked_product
 from .overlap_gate import ARMS, CUDA_ARMS, Arm, Gate, Rates
 
 log = get_logger(__name__)
+TRANSPORTS = ("auto", "symmetric", "nccl")
 MODES = {"auto": None, "off": 0, "on": len(ARMS) - 1}
 
 
@@ -38,7 +42,9 @@ class Team:
 
     `overlap`: 'auto' measures each product's arms and keeps the fastest (see `overlap_gate`), 'on' takes the finest
     overlap of those without Triton, 'off' none, and the name of one of `overlap_gate.CUDA_ARMS` that one;
-    UNDERTOW_DISABLE=1 is 'off'. All but 'auto' repeat every bit from run to run. `device`: CPU (gloo) or CUDA (NCCL).
+    UNDERTOW_DISABLE=1 is 'off'. All but 'auto' repeat every bit from run to run. `device`: CPU (gloo) or CUDA.
+    `transport` between GPUs: 'symmetric' (copy engines into the peers' mapped memory, on one host; 64 MiB a rank),
+    'nccl', or 'auto', which takes the first where all ranks can; UNDERTOW_OVERLAP_TRANSPORT stands in for 'auto'.
     `machine`: the measured rates for the gate's model, of the default file if there is one; rank 0's counts. `link`
     emulates a slow link on gloo, `trace` records what ran when.
     """
@@ -50,6 +56,7 @@ class Team:
         overlap: str = "auto",
         device: torch.device | str = "cpu",
         timeout_s: float = 300.0,
+        transport: str = "auto",
         machine: Machine | None = None,
         link: LinkModel | None = None,
         trace: Trace | None = None,
@@ -62,7 +69,8 @@ class Team:
         if self.device.type == "cpu":
             self.engine = OverlapEngine(group, timeout_s=timeout_s, link=link, trace=trace)
         elif link is None:
-            self.engine = CudaOverlapEngine(group, device=self.device, timeout_s=timeout_s)
+            messenger = gpu_messenger(group, self.device, timeout_s, transport)
+            self.engine = CudaOverlapEngine(group, device=self.device, timeout_s=timeout_s, messenger=messenger)
         else:
             raise UserError("an emulated link around NCCL", expected="device='cpu': the emulation holds host threads")
         self.rank, self.world, self.link = self.engine.rank, self.engine.world, link
@@ -184,6 +192,22 @@ class Team:
     def close(self) -> None:
         """Collective."""
         self.engine.close()
+
+
+def gpu_messenger(
+    group: dist.ProcessGroup | None, device: torch.device, timeout_s: float, transport: str
+) -> CudaMessenger:
+    """What carries pieces between the GPUs of `group`; collective. `UserError` where `transport` cannot."""
+    if transport == "auto":
+        transport = os.environ.get("UNDERTOW_OVERLAP_TRANSPORT", "auto")
+    if transport not in TRANSPORTS:
+        raise UserError(f"overlap transport {transport!r}", expected=f"one of {', '.join(TRANSPORTS)}")
+    reason = "" if transport == "nccl" else why_not(group, device)
+    if transport == "symmetric" and reason:
+        raise UserError(f"overlap transport 'symmetric': {reason}", remedy="'auto' or 'nccl'")
+    if transport == "nccl" or reason or dist.get_world_size(group) == 1:
+        return NcclMessenger(group, device, END * timeout_s)
+    return SymmetricMessenger(group, device)
 
 
 def rows_of(a: Tensor, b: Tensor, y: Tensor) -> Product:

@@ -32,10 +32,15 @@ def supports(q_BHLD: Tensor, k_BGLD: Tensor, v_BGLE: Tensor, *, causal: bool, wi
         and q_BHLD.shape[3] <= 128
         and q_BHLD.shape[3] % 8 == 0
         and q_BHLD.shape[2] >= FEWEST_ROWS
-        and (k_BGLD.shape[2] == q_BHLD.shape[2] or k_BGLD.shape[2] - q_BHLD.shape[2] >= FEWEST_ROWS)
+        and (_parts_fit(q_BHLD.shape[2], k_BGLD.shape[2]) if causal else k_BGLD.shape[2] >= FEWEST_ROWS)
         and torch.cuda.get_device_capability(q_BHLD.device) >= (9, 0)
         and torch.backends.cuda.cudnn_sdp_enabled()
     )
+
+
+def _parts_fit(lq: int, lk: int) -> bool:
+    """Whether no part of a causal call has fewer than FEWEST_ROWS keys."""
+    return lk == lq or lk - lq >= FEWEST_ROWS
 
 
 def _parts(lq: int, lk: int, causal: bool) -> list[tuple[int, int, bool]]:

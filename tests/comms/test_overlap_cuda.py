@@ -6,6 +6,8 @@ Also a program, for a machine without pytest: ``torchrun --nproc-per-node 2 test
 from __future__ import annotations
 
 import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,17 +18,26 @@ from undertow.comms.cuda_messengers import PinnedMessenger
 from undertow.comms.cuda_watch import Watch
 from undertow.comms.overlap_cuda import CudaOverlapEngine
 from undertow.comms.stream_wait import Counted, can_wait
+from undertow.comms.symmetric_messenger import SLOTS, Mapped, SymmetricMessenger, why_not
 from undertow.comms.trigger import GlooMessenger
 from undertow.dist.errors import PeerLost
+
+
+class _Now:
+    def wait(self, stream: _Stream) -> None:
+        assert isinstance(stream, _Stream)
+
+    def query(self) -> bool:
+        return True
 
 
 class _Stream:
     """Work is done when it is queued, so every event has happened once it exists."""
 
-    def __init__(self, *_: Any) -> None: ...
+    def __init__(self, *_: Any, priority: int = 0) -> None: ...
 
-    def record_event(self) -> object:
-        return object()
+    def record_event(self) -> _Now:
+        return _Now()
 
     def wait_event(self, event: object) -> None:
         assert event is not None
@@ -37,6 +48,8 @@ class _Stream:
 
 class _Eager:
     """A messenger whose exchange is over when it returns."""
+
+    group, capturable = None, True
 
     def __init__(self) -> None:
         self._gloo = GlooMessenger(None, 30.0)
@@ -49,7 +62,7 @@ class _Eager:
         handles += [self._gloo.post_send(rows, to, 0) for rows, to in sends]
         for handle in handles:
             self._gloo.wait(handle, 30.0)
-        return [object()] if handles else []
+        return [_Now()] if handles else []
 
     def close(self) -> None:
         self._gloo.close()
@@ -116,6 +129,56 @@ def test_its_patterns_are_right_with_eager_streams(ranks, seed, world):
     ranks(world, _with_stand_ins, seed)
 
 
+_failed = threading.Event()  # some rank; the others must not wait for it
+
+
+def _wait(stream: _Stream, counts: torch.Tensor, at: int, value: int) -> None:
+    while int(counts.view(-1)[at]) < value:
+        assert not _failed.wait(1e-4), "another rank failed"
+
+
+def _write(stream: _Stream, counts: torch.Tensor, at: int, value: int) -> None:
+    counts.view(-1)[at] = value
+
+
+@pytest.mark.parametrize(("world", "slot_bytes"), [(2, 16), (3, 64), (3, 4096)])
+def test_slots_in_mapped_memory_carry_every_pattern_in_one_queue(monkeypatch, seed, world, slot_bytes):
+    """Ranks are threads, and what a rank queues runs at once: an order that one hardware queue could not keep hangs."""
+    stream = _Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", _Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
+    mapped = Mapped(
+        [torch.full((world, SLOTS, slot_bytes), 255, dtype=torch.uint8) for _ in range(world)],
+        [torch.zeros(2, world, dtype=torch.int32) for _ in range(world)],
+        _wait,
+        _write,
+    )
+
+    monkeypatch.setattr("undertow.comms.stream_wait.wait_value", _wait)
+    _failed.clear()
+
+    def rank_of(rank: int) -> bool:
+        try:
+            return whole(rank)
+        except BaseException:
+            _failed.set()
+            raise
+
+    def whole(rank: int) -> bool:
+        cpu = torch.device("cpu")
+        engine = CudaOverlapEngine(
+            device=cpu, messenger=SymmetricMessenger(None, cpu, rank=rank, mapped=mapped), timeout_s=1e6
+        )
+        ok = all(right(engine, cpu, rows, seed) for rows in (0, 1, 7, 24))
+        engine.close()
+        return ok
+
+    with ThreadPoolExecutor(world) as pool:
+        assert list(pool.map(rank_of, range(world))) == [True] * world
+    assert sum(int(counts.sum()) for counts in mapped.counts) > 8 * world
+
+
 class _Event:
     def __init__(self) -> None:
         self.done = False
@@ -142,6 +205,16 @@ def test_a_piece_that_does_not_come_is_named():
     watch.close()
 
 
+def test_a_transport_without_a_time_out_of_its_own_ends_the_process():
+    seconds, ended = [0.0], list[float]()
+    watch = Watch(1e6, lambda: seconds[0], end_s=1.5e6, end=lambda: ended.append(seconds[0]))
+    watch.expect("rank 0: part 0 from rank 1", [_Event()])
+    for seconds[0] in (1.1e6, 1.6e6):
+        watch.look()
+    watch.close()
+    assert ended == [1.6e6]
+
+
 def test_a_tracked_product_that_fails_leaves_no_counts_behind():
     stream = _Stream()
     with pytest.MonkeyPatch.context() as patch:
@@ -164,7 +237,7 @@ def test_a_tracked_product_that_fails_leaves_no_counts_behind():
 class _Nobody:
     """The only rank."""
 
-    rank, world = 0, 1
+    rank, world, group, capturable = 0, 1, None, True
 
     def exchange(self, after: Any, sends: Any, receives: Any) -> list[Any]:
         raise AssertionError("a message, and nobody to take it")
@@ -216,10 +289,16 @@ def main() -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
-    engine = CudaOverlapEngine(device=device)
-    for rows in (1, 7, 24, 4096):
-        assert right(engine, device, rows, 3), rows
-    engine.close()
+    reason = why_not(None, device)
+    print(f"rank {rank} of {world}: mapped memory of peers: {reason or 'yes'}", flush=True)
+    for messenger in (
+        None,
+        *([] if reason else [SymmetricMessenger(None, device, slot_bytes=n) for n in (64, 1 << 20)]),
+    ):
+        engine = CudaOverlapEngine(device=device, messenger=messenger)
+        for rows in (1, 7, 24, 4096):
+            assert right(engine, device, rows, 3), (messenger, rows)
+        engine.close()
     team = Team(device=device)
     torch.manual_seed(rank)
     a, b = (torch.randint(0, 2, shape, device=device).bfloat16() for shape in ((512, 128), (128, 256)))

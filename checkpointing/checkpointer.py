@@ -25,7 +25,7 @@ from ..dist.log import get_logger
 from ..dist.machine import Machine
 from ..dist.trace import Trace
 from .arena import Arena
-from .coordinate import Coordinator
+from .coordinate import Coordinator, current_rank
 from .due import Due
 from .explain import explain
 from .files import FileOps
@@ -99,8 +99,9 @@ class Checkpointer:
         self._arena_bytes, self._allow = arena_bytes, tuple(allow_types)
         self._trace = trace or Trace(None)
         self._off = launch.detect().disabled
+        # before the ranks meet: one that refuses its objects would leave the others waiting for it
+        self.state = AppState(objects, per_rank or {}, rank=current_rank(), rng=rng)
         self._coordinator = Coordinator.from_default_group(timeout_s=timeout_s)
-        self.state = AppState(objects, per_rank or {}, rank=self._coordinator.rank, rng=rng)
         self._tiers = Tiers(
             Path(root),
             self._coordinator,

@@ -23,6 +23,11 @@ from ..dist.errors import PeerLost
 from .lifeline import Lifeline
 
 
+def current_rank() -> int:
+    """This process's rank in torch.distributed's default group, 0 when there is none."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 class Coordinator:
     """Rank `rank` of `world`. Messages are keyed by a name that all ranks derive alike, such as 'save/12/vote'."""
 

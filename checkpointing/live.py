@@ -17,6 +17,7 @@ from .copies import copier_for
 from .plan import SavePlan, make_plan, signature
 from .sample import Sampler
 from .snapshot import Seal
+from .spread import own_part
 from .staging import Staging
 from .state import AppState, Leaf, local_tensor
 from .watch import Watch
@@ -132,7 +133,7 @@ def ends(
     found, free = {}, set(chunk_of)
     for optimizer in optimizers:
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        held += [value for values in optimizer.state.values() for value in values.values()]
+        held += [value for values in own_part(optimizer).state.values() for value in values.values()]
         mine = {local_tensor(value).data_ptr() for value in held if isinstance(value, torch.Tensor)} & chunk_of.keys()
         found[id(optimizer)] = max((chunk_of[address] for address in mine), default=0)
         free -= mine

@@ -137,11 +137,17 @@ def make_plan(
     coordinator.say(f"{name}/local", local)
     metadata = None
     if coordinator.rank == 0:
-        plans, metadata = _agree(coordinator.hear_all(f"{name}/local", timeout_s=timeout_s))
+        try:
+            plans, metadata = _agree(coordinator.hear_all(f"{name}/local", timeout_s=timeout_s))
+        except UserError as error:  # the others wait for an answer
+            coordinator.say(f"{name}/global", str(error))
+            raise
         metadata.state_dict_metadata.update({key: metadata.state_dict_metadata[one] for key, one in tied.items()})
         coordinator.say(f"{name}/global", plans)
     else:
         plans = coordinator.hear(f"{name}/global", 0, deadline_s=time.monotonic() + timeout_s)
+        if isinstance(plans, str):
+            raise UserError(plans)
     plan = _lay_out(plans[coordinator.rank], leaves, coordinator, metadata, chunk_bytes)
     placed = zip((*plan.eager, *plan.lazy), (*plan.image.eager, *plan.image.lazy))
     word = [(index, plan.shard_name, at.start, at.frame.size, at.payload) for index, at in placed]
@@ -179,9 +185,26 @@ def _tensor_records(metadata: Metadata, words: list[list[tuple]], tied: dict[str
 
 
 def _agree(local_plans: list[DcpPlan]) -> tuple[list[DcpPlan], Metadata]:
+    _refuse_other_shapes(local_plans)
     plans, metadata = create_default_global_save_plan(dedup_save_plans(local_plans))
     paths = dict(ChainMap(*[plan.planner_data for plan in local_plans]))
     return plans, dataclasses.replace(metadata, planner_data=paths)
+
+
+def _refuse_other_shapes(local_plans: list[DcpPlan]) -> None:
+    """A name means one tensor: where ranks hold other shapes under it, all but one rank's bytes would be dropped."""
+    first: dict[str, tuple[int, torch.Size]] = {}
+    for rank, plan in enumerate(local_plans):
+        for item in plan.items:
+            if item.tensor_data is not None:
+                there, size = first.setdefault(item.index.fqn, (rank, item.tensor_data.size))
+                if size != item.tensor_data.size:
+                    raise UserError(
+                        f"'{item.index.fqn}' has shape {tuple(size)} on rank {there} and "
+                        f"{tuple(item.tensor_data.size)} on rank {rank}",
+                        expected="the same tensor on every rank, or DTensors that are parts of one",
+                        remedy="pass what differs by rank in per_rank",
+                    )
 
 
 def _lay_out(

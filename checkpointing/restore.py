@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from ..dist.errors import UserError
 from .manifest import BadCheckpoint, Manifest, ShardRecord
 from .reader import Reader, dtype_of
+from .spread import own_part
 from .state import AppState, Leaf, set_rng_state
 
 
@@ -79,6 +80,7 @@ def materialise_optimizers(state: AppState, manifest: Manifest) -> None:
     for path in manifest.paths.values():
         stored_keys.setdefault(tuple(path[:-1]), []).append(str(path[-1]))
     for label, optimizer in state.optimizers.items():
+        optimizer = own_part(optimizer)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 prefix = f"{label}.state.{names[id(parameter)]}."
@@ -211,16 +213,17 @@ def apply_objects(
     """Give the non-tensor values back: param_groups, schedulers, loaders, RNG."""
     names = state.parameter_names()
     for label, optimizer in state.optimizers.items():
+        own = own_part(optimizer).state
         for index, group in enumerate(optimizer.param_groups):
             for key in [key for key in group if key != "params"]:
                 stored = f"{label}.param_groups.{index}.{key}"
                 if stored in values:
                     group[key] = values[stored]
             for parameter in group["params"]:
-                for key in optimizer.state.get(parameter, {}):
+                for key in own.get(parameter, {}):
                     stored = f"{label}.state.{names[id(parameter)]}.{key}"
                     if stored in values:
-                        optimizer.state[parameter][key] = values[stored]
+                        own[parameter][key] = values[stored]
     for label, module in state.modules.items():
         extra = {
             str(leaf.path[-1]): values[leaf.key] for leaf in leaves if leaf.path[0] == label and leaf.key in values

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.tensor import DTensor
 
 from ..dist.errors import UserError
+from .spread import own_part, refuse_unknown
 
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 Path = tuple[str | int, ...]
@@ -69,6 +70,7 @@ class AppState:
                     expected="a module, an optimizer or an object with state_dict() and load_state_dict()",
                     remedy=f"wrap '{name}' in an object that has both",
                 )
+        refuse_unknown(shared)
         self.modules = {name: thing for name, thing in shared.items() if isinstance(thing, nn.Module)}
         self.optimizers = {name: thing for name, thing in shared.items() if isinstance(thing, torch.optim.Optimizer)}
         taken = {*self.modules, *self.optimizers}
@@ -152,6 +154,7 @@ def _module_leaves(label: str, module: nn.Module, order: Mapping[int, int]) -> I
 def _optimizer_leaves(
     label: str, optimizer: torch.optim.Optimizer, names: Mapping[int, str], order: Mapping[int, int]
 ) -> Iterator[Leaf]:
+    state = own_part(optimizer).state
     for group in optimizer.param_groups:
         unnamed = [tuple(p.shape) for p in group["params"] if id(p) not in names]
         if unnamed:
@@ -161,7 +164,7 @@ def _optimizer_leaves(
                 remedy="pass those modules to Checkpointer as well",
             )
         for parameter in group["params"]:
-            for key, value in optimizer.state.get(parameter, {}).items():
+            for key, value in state.get(parameter, {}).items():
                 late = isinstance(value, torch.Tensor) and value.ndim > 0
                 yield Leaf((label, "state", names[id(parameter)], key), value, order[id(parameter)] if late else None)
 

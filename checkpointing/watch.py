@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from .spread import own_part
 from .state import AppState, Leaf, local_tensor
 
 
@@ -30,8 +31,9 @@ class Watch:
         for module in state.modules.values():
             for part in module.modules():
                 self._owners += [part._parameters, part._buffers, part._modules]
-        self._optimizers = [(o, o.state, o.param_groups) for o in state.optimizers.values()]
-        for optimizer in state.optimizers.values():
+        optimizers = [*state.optimizers.values(), *map(own_part, state.optimizers.values())]
+        self._optimizers = [(o, o.state, o.param_groups) for o in optimizers]
+        for optimizer in optimizers:
             self._owners += [optimizer.state, *optimizer.state.values()]
             self._lists += [optimizer.param_groups, *(group["params"] for group in optimizer.param_groups)]
         self._sizes = [*map(len, self._owners)], [*map(len, self._lists)]

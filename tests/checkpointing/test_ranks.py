@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -27,6 +28,8 @@ from ckpt_job import CHUNK_BYTES, Job, same
 from undertow.checkpointing import Checkpointer, plan
 from undertow.checkpointing.files import FileOps
 from undertow.checkpointing.folder import read_manifest
+from undertow.checkpointing.spread import own_part
+from undertow.dist.errors import UserError
 
 
 class Net(nn.Module):
@@ -43,7 +46,7 @@ class Net(nn.Module):
 
 
 def build(layout: str, world: int, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """`layout`: plain (the same on every rank), fsdp, tp, or fsdp+tp (2 x world/2)."""
+    """`layout`: plain (the same on every rank), zero1, fsdp, tp, or fsdp+tp (2 x world/2)."""
     torch.manual_seed(seed)
     net: nn.Module = Net()
     if layout == "tp":
@@ -55,6 +58,8 @@ def build(layout: str, world: int, seed: int) -> tuple[nn.Module, torch.optim.Op
         mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
         parallelize_module(net, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
         fully_shard(net, mesh=mesh["dp"])
+    elif layout == "zero1":
+        return net, ZeroRedundancyOptimizer(net.parameters(), torch.optim.AdamW, lr=1e-2)
     return net, torch.optim.AdamW(net.parameters(), lr=1e-2)
 
 
@@ -75,9 +80,13 @@ def full_state(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
     """Every tensor whole, by name. Collective."""
     found = dict(net.state_dict())
     names = {id(p): name for name, p in net.named_parameters()}
-    for parameter, values in optimizer.state.items():
+    for parameter, values in own_part(optimizer).state.items():
         found |= {f"{names[id(parameter)]}.{key}": value for key, value in values.items()}
     whole = {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in found.items()}
+    if own_part(optimizer) is not optimizer:  # each rank has its share of the parameters
+        shares: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, whole)
+        whole = {key: value for share in shares for key, value in share.items()}
     return {key: value.detach().clone() for key, value in whole.items()}
 
 
@@ -104,6 +113,7 @@ CHAINS = {
     "fsdp at other sizes": [("fsdp", 4), ("fsdp", 2), ("fsdp", 3), ("plain", 1)],
     "tp to fsdp to one": [("tp", 2), ("fsdp", 3), ("plain", 1)],
     "two axes": [("fsdp+tp", 4), ("tp", 2), ("plain", 3), ("fsdp", 2)],
+    "zero 1": [("zero1", 2), ("zero1", 3), ("plain", 1), ("zero1", 2)],
     "one to many": [("plain", 1), ("fsdp", 3), ("tp", 4)],
 }
 
@@ -120,6 +130,26 @@ def test_every_layout_restores_every_other(ranks, tmp_path, chain):
         expected = full_state(net, optimizer)
         for state in states:
             assert same(tensors(state), expected), (layout, world)
+
+
+def refusals(rank: int, world: int, root: str) -> list[str]:
+    """What is said of parts of a state that would be taken for copies of each other."""
+    flat = FullyShardedDataParallel(nn.Linear(8, 8), device_id=torch.device("cpu"))
+    late = ZeroRedundancyOptimizer(nn.Linear(8, 8).parameters(), torch.optim.SGD, overlap_with_ddp=True, lr=1.0)
+    found = []
+    for objects in ({"model": flat}, {"model": nn.Linear(8, 8), "optimizer": late}, {"model": nn.Linear(8, 8 + rank)}):
+        with pytest.raises(UserError) as caught:
+            with Checkpointer(root, timeout_s=240, **objects) as ckpt:
+                ckpt.save(1)
+        found.append(str(caught.value))
+    return found
+
+
+def test_parts_that_cannot_be_told_apart_are_refused(ranks, tmp_path):
+    for said in ranks(2, refusals, str(tmp_path)):
+        assert [word in text for word, text in zip(("FSDP 1", "overlap_with_ddp", "(8, 8) on rank 0"), said)] == [
+            True
+        ] * 3, said
 
 
 def replicated(rank: int, world: int, root: str) -> tuple[int, dict]:

@@ -17,6 +17,7 @@ from undertow.comms.check import check
 from undertow.comms.cost import rank_costs
 from undertow.comms.link import LinkModel
 from undertow.comms.network import Network
+from undertow.comms.p2p import P2P
 from undertow.comms.topologies import PRESETS
 from undertow.dist.errors import UserError
 from undertow.parallel import shard_sequence, token_ring_attention, unshard_sequence
@@ -117,7 +118,8 @@ def units(name, *, backward, q_heads=8, kv_heads=8, causal=False, world=4):
 def test_bytes_are_the_closed_forms(world, kv_heads):
     """Grouped key heads travel as they are; the numbers are those of docs/token-ring.md."""
     g, d, hops = 8 / kv_heads, 16, world - 1
-    for name in ("ring_kv", "ring_kv_bookended", "ring_kv_bidirectional", "all_gather_kv", "need_only_kv"):
+    for name in ("ring_kv", "ring_kv_bookended", "ring_kv_bidirectional", "all_gather_kv", "need_only_kv",
+                 "double_ring"):  # fmt: skip
         assert units(name, backward=False, kv_heads=kv_heads, world=world) == pytest.approx(hops * 2 / g)
         assert units(name, backward=True, kv_heads=kv_heads, world=world) == pytest.approx(hops * 4 / g)
     for name in ("token_ring", "token_ring_bookended", "need_only_q"):
@@ -125,8 +127,69 @@ def test_bytes_are_the_closed_forms(world, kv_heads):
         assert units(name, backward=True, kv_heads=kv_heads, world=world) == pytest.approx(hops * (3 + 2 / d))
     if world in (2, 4):
         kept = max(1.0, world / kv_heads)  # heads that must be repeated because there are fewer than ranks
-        expected = (world - 1) / world * (2 + 1 / d + 2 * kept / g)
-        assert units("ulysses", backward=False, kv_heads=kv_heads, world=world) == pytest.approx(expected)
+        for backward, expected in ((False, 2 + 1 / d + 2 * kept / g), (True, 3 + 2 / d + 4 * kept / g)):
+            found = units("ulysses", backward=backward, kv_heads=kv_heads, world=world)
+            assert found == pytest.approx((world - 1) / world * expected)
+
+
+@pytest.mark.parametrize(("world", "kv_heads", "inner"), [(4, 8, 2), (4, 2, 2), (8, 8, 4), (8, 4, 4)])
+def test_teams_send_heads_inside_and_a_ring_outside(world, kv_heads, inner):
+    g, d, hops, share = 8 / kv_heads, 16, world // inner - 1, (inner - 1) / inner
+    for backward, heads, keys, queries in (
+        (False, 2 + 1 / d + 2 / g, 2 / g, 2 + 1 / d), (True, 3 + 2 / d + 4 / g, 4 / g, 3 + 2 / d)
+    ):  # fmt: skip
+        for name, ring in (("ulysses_ring", keys), ("ulysses_token", queries)):
+            found = units(name, backward=backward, kv_heads=kv_heads, world=world)
+            assert found == pytest.approx(share * heads + hops * ring), name
+
+
+def _counted(rank, world):
+    """(sent by the transport, by the plan) of every schedule and phase on this rank."""
+    problem = Problem(world, 37, 37, Heads(1, 8, 4, 8, 8), Mask(True))
+    found = {}
+    with P2P(link=LinkModel(1e12)) as executor:
+        assert executor.link is not None
+        for name in SCHEDULES:
+            for backward in (False, True):
+                plan, before = problem.schedule(name, backward=backward), sum(executor.link.sent_bytes.values())
+                inputs = {
+                    n: torch.randn(v.rows, *v.shape[1:]) for n, v in plan.by_rank[rank].items() if v.role == "input"
+                }
+                executor.run(plan, inputs, ops(problem, problem.inner(name), 0.3))
+                sent = sum(executor.link.sent_bytes.values()) - before
+                found[name, backward] = sent, rank_costs(plan)[rank].sent_bytes
+    return found
+
+
+@pytest.mark.slow
+def test_the_transport_carries_the_bytes_of_the_plan(ranks):
+    """Grouped heads, a causal mask and a length that nothing divides: what is counted where messages are issued."""
+    for found in ranks(4, _counted):
+        assert len(found) == 2 * len(SCHEDULES) and all(planned == sent for sent, planned in found.values()), found
+
+
+@pytest.mark.parametrize("name", ["ring_kv", "token_ring"])
+def test_the_error_does_not_grow_with_the_ranks(name, seed, attention_reference):
+    """bfloat16 inputs, float32 sums: each rank more is one more part whose rounding is averaged, not added."""
+    tensors = [torch.randn(1, 64, h, 16).bfloat16() for h in (4, 2, 2, 4)]
+    q, k, v, dout = (x.double().requires_grad_() for x in tensors)
+    out, lse = attention_reference.full_attention(q, k, v, Mask(True), 0.25)
+    wanted = [out.detach(), *torch.autograd.grad(out, (q, k, v), dout.detach())]
+    given = dict(zip(("q", "k", "v", "dout"), tensors), lse=lse.float(), delta=(dout * out).sum(-1).float())
+    errors = {}
+    for world in (1, 2, 8):
+        problem = Problem(world, 64, 64, Heads(1, 4, 2, 16, 16, "bfloat16"), Mask(True))
+        total = [0.0] * 4
+        for backward, names in ((False, ("q", "k", "v")), (True, tuple(given))):
+            inputs = [local_inputs(problem, name, r, **{n: given[n] for n in names}) for r in range(world)]
+            found = local.run(problem.schedule(name, backward=backward), inputs, ops(problem, 1, 0.25))
+            for rank, got in enumerate(found):
+                at = positions_of(problem.q_spans[rank])
+                for i, n in ((1, "dq"), (2, "dk"), (3, "dv")) if backward else ((0, "out"),):
+                    total[i] += float((got[n].double() - wanted[i].transpose(0, 1)[at]).abs().sum())
+        errors[world] = total
+    for world in (2, 8):
+        assert all(many < 1.25 * one for many, one in zip(errors[world], errors[1])), errors
 
 
 @pytest.mark.parametrize("world", [2, 4])

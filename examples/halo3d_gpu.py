@@ -6,7 +6,8 @@
 The datatypes and the exchange are halo3d's; the field lives on the device, and mpi4py gets it as it is. Without the
 preload a library that is not CUDA-aware would crash on it. Every rank also computes the same steps on the CPU with
 the same exchange, and the two fields must be equal, bit by bit (both add in the same order and multiply once). Ranks
-may share a device. `--device cpu` runs the same program without a GPU.
+may share a device: rank r works on device r mod count, and the result names them all. `--device cpu` runs the same
+program without a GPU.
 """
 
 from __future__ import annotations
@@ -24,29 +25,32 @@ import numpy as np
 from undertow.examples.halo3d import check, exchange, face_types, value
 
 
-def on_torch(device: str, rank: int) -> tuple[Callable, Callable, Callable]:
-    """(host array to field, field to host array, wait until the field is written)."""
+def on_torch(device: str, rank: int) -> tuple[Callable, Callable, Callable, str]:
+    """(host array to field, field to host array, wait until the field is written, the device's name)."""
     import torch
 
     if device == "cpu":
-        return (lambda host: torch.from_numpy(host.copy()), lambda field: field.numpy().copy(), lambda: None)
+        return (lambda host: torch.from_numpy(host.copy()), lambda field: field.numpy().copy(), lambda: None, "cpu")
     place = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(place)
     return (
         lambda host: torch.from_numpy(host).to(place),
         lambda field: field.cpu().numpy(),
         lambda: torch.cuda.synchronize(place),
+        f"{place} {torch.cuda.get_device_name(place)}",
     )
 
 
-def on_cupy(device: str, rank: int) -> tuple[Callable, Callable, Callable]:
+def on_cupy(device: str, rank: int) -> tuple[Callable, Callable, Callable, str]:
     """The same with cupy arrays."""
     if device == "cpu":
         raise SystemExit("halo3d_gpu: cupy has no arrays on the CPU; use --library torch with --device cpu")
     import cupy
 
-    cupy.cuda.Device(rank % cupy.cuda.runtime.getDeviceCount()).use()
-    return cupy.asarray, cupy.asnumpy, lambda: cupy.cuda.get_current_stream().synchronize()
+    place = rank % cupy.cuda.runtime.getDeviceCount()
+    cupy.cuda.Device(place).use()
+    name = f"cuda:{place} {cupy.cuda.runtime.getDeviceProperties(place)['name'].decode()}"
+    return cupy.asarray, cupy.asnumpy, lambda: cupy.cuda.get_current_stream().synchronize(), name
 
 
 def sweep(field: Any, width: int) -> None:
@@ -67,7 +71,7 @@ def run(n: int, width: int, steps: int, library: str, device: str) -> dict:
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
-    to_field, to_host, wait = (on_torch if library == "torch" else on_cupy)(device, world.rank)
+    to_field, to_host, wait, card = (on_torch if library == "torch" else on_cupy)(device, world.rank)
     dims = MPI.Compute_dims(world.size, 3)
     grid = world.Create_cart(dims, periods=[True] * 3)
     host = np.full([n + 2 * width] * 3, -1.0)
@@ -95,6 +99,7 @@ def run(n: int, width: int, steps: int, library: str, device: str) -> dict:
     return {
         "n": n, "ranks": world.size, "library": library, "device": device, "wrong": wrong,
         "different from the CPU": different, "median_s": statistics.median(times), "rank": world.rank,
+        "cards": world.allgather(card),
     }  # fmt: skip
 
 

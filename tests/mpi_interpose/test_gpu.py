@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import ctypes
 
-from mpis import PROGRAMS, Install, start
+from mpis import PROGRAMS, Install, need, start
 
 from undertow.mpi_interpose import gpu, gpu_kernels
 from undertow.mpi_interpose.compile import CSRC, cache_folder, compiler
@@ -208,3 +208,30 @@ def test_the_shipped_kernels_belong_to_their_source(monkeypatch: pytest.MonkeyPa
     other.write_text(gpu_kernels.SOURCE.read_text() + "// a change")
     monkeypatch.setattr(gpu_kernels, "SOURCE", other)
     assert gpu_kernels.main(["--check"]) == 1
+
+
+@pytest.mark.slow
+def test_the_benchmarks_of_messages_and_collectives_are_right_by_every_way(stand_in: Path) -> None:
+    """The programs that the GPU machine runs, on the stand-in (all paths forced) and on host memory (torch's arm)."""
+    install = need("mpich-wheel")
+    small = {
+        "mpi_gpu_collectives": ["--cells", "5", "--pencils", "8", "--transposes", "8"],
+        "mpi_gpu_messages": ["--cells", "4", "--most", "4096"],
+    }
+    for device, way in (("driver", "staged"), ("cpu", "by hand")):
+        for name, sizes in small.items():
+            command = [
+                sys.executable,
+                "-m",
+                f"undertow.benchmarks.{name}",
+                *sizes,
+                "--repeats",
+                "6",
+                "--device",
+                device,
+            ]
+            out = start(install, 2, command, "auto", LD_LIBRARY_PATH=str(stand_in))
+            rows = [line.split() for line in out.splitlines() if line.startswith(("halo", "pencil", "8 B"))]
+            column = -5 if way == "staged" else -4  # … auto direct staged hand block hand/auto block/auto
+            assert rows and all(float(row[column]) > 0 for row in rows), out
+            assert "WRONG" not in out and "DIFFERENT" not in out

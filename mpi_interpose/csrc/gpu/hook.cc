@@ -2,6 +2,7 @@
 #include "hook.hh"
 
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <unordered_map>
 
@@ -128,3 +129,14 @@ void device_copy(void* to, const void* from, int64_t bytes) {
 void device_stop() { gpu::release_all(); }
 
 }  // namespace undertow
+
+// For measurements: how packed bytes reach host memory from now on (0 auto, 1 direct, 2 staged), in place of what
+// UNDERTOW_MPI_GPU said; on every rank alike, between calls. The second fills launches, pieces, copies, bytes and slabs.
+extern "C" __attribute__((visibility("default"))) void undertow_measure_gpu_path(int path) {
+  undertow::gpu::host_path = static_cast<undertow::gpu::HostPath>(path);
+}
+extern "C" __attribute__((visibility("default"))) void undertow_measure_gpu_counters(int64_t out[5]) {
+  const undertow::gpu::Counters& c = undertow::gpu::counters;
+  const int64_t all[] = {c.launches, c.pieces, c.copies, c.bytes, c.slabs};
+  std::memcpy(out, all, sizeof all);
+}

@@ -18,13 +18,15 @@ from undertow.dist.machine import Machine
 
 @dataclass(frozen=True)
 class Context:
-    """What the command line gives to a benchmark. `seed` makes inputs; `machine` feeds predictions where given."""
+    """What the command line gives to a benchmark. `seed` makes inputs; `machine` feeds predictions where given;
+    `limit_s` is the time of --minutes, for a case that searches while it is built."""
 
     quick: bool = False
     seed: int = 0
     machine: Machine | None = None
     rank: int = 0
     world_size: int = 1
+    limit_s: float | None = None
 
 
 @dataclass(frozen=True)

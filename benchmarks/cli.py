@@ -117,7 +117,7 @@ class _Run:
         from undertow.benchmarks.case import Context
 
         machine = Machine.load(Path(self.machine_file)) if self.machine_file else None
-        cases = self.benchmark.cases(Context(self.quick, self.seed, machine, rank, world_size))
+        cases = self.benchmark.cases(Context(self.quick, self.seed, machine, rank, world_size, self.limit_s))
         chosen = [case for case in cases if self.only == case.name]
         chosen = chosen or [case for case in cases if self.only in case.name]
         if not chosen:

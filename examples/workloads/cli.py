@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from .contract import PRESETS, Place, Workload
 from .faults import killed_and_whole
 from .journal import JOURNAL, Journal
 from .judge import Verdict, judge
+from .judge import alone as judge_alone
 from .loop import Outcome, run
 from .plots import plot
 from .registry import MODULES, all_workloads, get
@@ -77,7 +79,7 @@ def train(
     """Run one variant of one workload; alone, or under torchrun or mpirun."""
     workload = get(name)
     switches = Switches(checkpoint, stream, stream_chunk, context_parallel, overlap, halo, gradients)
-    variant = variant or workload.method
+    variant = variant or workload.method(known(preset))
     config = workload.config(preset, variant, **{"seed": seed, **parse(changes or [])})
     out = out or Path("runs/workloads") / name
     with job(device) as (here, where):
@@ -93,6 +95,8 @@ def train(
             report.show(head, rows, workload.title)
             for system, counts in outcome.evidence.items():
                 typer.echo(f"{system}: " + ", ".join(f"{key} {value:g}" for key, value in counts.items()))
+            if config == workload.config(preset, variant, seed=config.seed):
+                say_claims(workload, preset, outcome, device)
 
 
 @app.command()
@@ -153,13 +157,14 @@ def kill(
 ) -> None:
     """SIGKILL a run at some updates and resume it each time; exit status 1 unless it ends as one left in peace."""
     workload = get(name)
-    config = workload.config(preset, variant or workload.method, **{"seed": seed, **parse(changes or [])})
+    variant = variant or workload.method(known(preset))
+    config = workload.config(preset, variant, **{"seed": seed, **parse(changes or [])})
     if not all(0 < step < config.steps for step in at):
         raise UserError(f"--at {', '.join(map(str, at))}", expected=f"updates between 1 and {config.steps - 1}")
     out = out or Path("runs/workloads/killed") / name
     if out.exists():
         raise UserError(f"{out} exists already", remedy="pass another --out")
-    options = ["--variant", variant or workload.method, "--preset", preset, "--seed", str(seed)]
+    options = ["--variant", variant, "--preset", preset, "--seed", str(seed)]
     options += [word for change in changes or () for word in ("--set", change)]
     found = killed_and_whole(name, options, at, out)
     for fault in found.faults:
@@ -175,8 +180,7 @@ def comparison(names: Sequence[str], preset: str, seeds: int, out: Path, device:
     """All variants and seeds of `names`, reported on the terminal and under `out`."""
     if seeds < 1:
         raise UserError(f"--seeds {seeds}", expected="at least 1")
-    if preset not in PRESETS:
-        raise UserError(f"--preset {preset}", expected=f"one of {', '.join(PRESETS)}")
+    known(preset)
     workloads, switches = [get(name) for name in names], Switches(checkpoint)
     done: list[tuple[Workload, list[Outcome]]] = []
     verdicts: list[Verdict] = []
@@ -216,6 +220,24 @@ def everything(
     return outcomes
 
 
+def say_claims(workload: Workload, preset: str, outcome: Outcome, device: str) -> None:
+    """What the claims are about this run's variant, and how the run bears them out, as far as it can alone."""
+    verdicts, open_ = judge_alone(workload, preset, outcome)
+    if verdicts:
+        report.show(report.CLAIM_HEAD, report.claim_rows(verdicts), f"claims at preset {preset}, one seed")
+    if open_:
+        command = f"undertow workloads claim {workload.name} --preset {preset} --device {device}"
+        typer.echo(f"to be judged beside its rivals, by `{command}`:")
+        for claim in open_:
+            typer.echo(f"  {claim.text} ({claim.metric}: {claim.variant}, rival: {claim.baseline})")
+
+
+def known(preset: str) -> str:
+    if preset in PRESETS:
+        return preset
+    raise UserError(f"--preset {preset}", expected=f"one of {', '.join(PRESETS)}")
+
+
 @contextmanager
 def job(device: str) -> Iterator[tuple[Launch, torch.device]]:
     """The process group of this job, if it has more than one rank."""
@@ -228,6 +250,7 @@ def job(device: str) -> Iterator[tuple[Launch, torch.device]]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS's sums differ from run to run
     torch.set_num_threads(1)  # the models are small: a second thread costs more than it does, and sums in another order
     if here.world_size > 1:
         launch.init_process_group(here, device=where)

@@ -121,7 +121,9 @@ class Claim:
 
 @dataclass(frozen=True)
 class Workload:
-    """A learning method. `variants` begins with the method itself; `equal` says in what the variants cost the same.
+    """A learning method. The first of the `variants` that are compared at a preset is there the method itself; `equal`
+    says in what the variants cost the same. A model that streams brings its chunked loss along: see
+    `parallel.stream.protocol`.
 
     `after(model, data, step)` is told of each update (`step` are done) and may change what a checkpoint holds.
     `roll_back(model, data, step)` is told too and returns None, or an earlier step to go back to and what to change
@@ -160,7 +162,6 @@ class Workload:
         """The variants that a comparison at `preset` runs."""
         return [name for name, variant in self.variants.items() if preset in variant.presets]
 
-    @property
-    def method(self) -> str:
-        """The variant that is the paper's method."""
-        return next(iter(self.variants))
+    def method(self, preset: str) -> str:
+        """The variant that is the paper's method at `preset`."""
+        return next(iter(self.compared(preset)))

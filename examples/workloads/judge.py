@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from .contract import Claim, Workload
@@ -65,6 +65,13 @@ def judge(workload: Workload, preset: str, outcomes: Sequence[Outcome]) -> list[
         )
         verdicts.append(Verdict(workload.name, claim, seeds, values, references))
     return verdicts
+
+
+def alone(workload: Workload, preset: str, outcome: Outcome) -> tuple[list[Verdict], list[Claim]]:
+    """The claims about one run's variant: the verdicts on those that need no rival, and the claims that need one."""
+    about = [c for c in workload.claims if preset in c.presets and outcome.variant in (c.variant, c.baseline)]
+    fixed = tuple(claim for claim in about if claim.baseline is None)
+    return judge(replace(workload, claims=fixed), preset, [outcome]), [c for c in about if c.baseline is not None]
 
 
 def _value(outcome: Outcome, metric: str) -> float:

@@ -67,12 +67,14 @@ class Constructed(nn.Module):
 
     def answer(self, problem: Problems, depth: int) -> np.ndarray:
         """Whether the better of the two candidates is the right one [B]."""
-        edges = torch.from_numpy(problem.edges)
-        thought = self.embedding[torch.from_numpy(problem.root)]
+        device = self.embedding.device
+        edges = torch.from_numpy(problem.edges).to(device)
+        thought = self.embedding[torch.from_numpy(problem.root).to(device)]
         for _ in range(depth):
             thought = self.step(thought, edges)
-        score = [(thought * self.embedding[torch.from_numpy(c)]).sum(-1) for c in (problem.target, problem.decoy)]
-        return (score[0] > score[1]).numpy()
+        candidates = [torch.from_numpy(c).to(device) for c in (problem.target, problem.decoy)]
+        score = [(thought * self.embedding[c]).sum(-1) for c in candidates]
+        return (score[0] > score[1]).cpu().numpy()
 
 
 def sampled_path(problem: Problems, depth: int, generator: np.random.Generator) -> np.ndarray:
@@ -274,9 +276,9 @@ WORKLOAD = Workload(
     loss=loss,
     evaluate=evaluate,
     variants={
+        "trained": Variant("continuous thoughts, trained by curriculum", TRAINED, presets=("gpu",)),
         "constructed": Variant("the paper's two-layer solution, not trained"),
         "one path": Variant("the same graphs, one sampled edge a step", {"how": "path"}),
-        "trained": Variant("continuous thoughts, trained by curriculum", TRAINED, presets=("gpu",)),
         "discrete": Variant("path tokens, trained", {**TRAINED, "how": "discrete"}, presets=("gpu",)),
     },
     claims=(

@@ -39,7 +39,7 @@ def test_a_run_leaves_its_result_and_can_be_resumed(tmp_path, capsys):
     [
         (["train", "nothing"], "no workload 'nothing'"),
         (["train", "stable-rps", "--variant", "y"], "no variant 'y'"),
-        (["train", "stable-rps", "--preset", "y"], "no preset 'y'"),
+        (["train", "stable-rps", "--preset", "y"], "--preset y"),
         (["train", "stable-rps", "--set", "steps"], "--set steps"),
         (["train", "stable-rps", "--stream", "--out", "run"], "stable-rps does not use streamed"),
         (["claim", "stable-rps", "--seeds", "0"], "--seeds 0"),

@@ -38,7 +38,7 @@ def short(
 ) -> Outcome:
     """The method of a workload for a few steps, small."""
     workload = get(name)
-    method, sizes = TINY.get(name, (workload.method, {}))
+    method, sizes = TINY.get(name, (workload.method("ci"), {}))
     config = workload.config("ci", variant or method, **{**SHORT, **sizes, **(changes or {})})
     place = Place(detect(), folder, folder.parent / f"{folder.name}-shared", switches)
     return run(workload, variant or method, "ci", config, place, **options)

@@ -38,9 +38,9 @@ PAIRS = [(name, system) for name in MODULES for system in sorted(get(name).exerc
 def losses_of(rank: int, world: int, name: str, folder: str, switches: Switches) -> list[float]:
     torch.set_num_threads(1)
     workload = get(name)
-    config = workload.config("ci", workload.method, steps=4, checkpoint_every=2, warmup=2, **SMALL[name])
+    config = workload.config("ci", workload.method("ci"), steps=4, checkpoint_every=2, warmup=2, **SMALL[name])
     place = Place(detect(), Path(folder), Path(folder) / "shared", switches)
-    outcome = run(workload, workload.method, "ci", config, place)
+    outcome = run(workload, workload.method("ci"), "ci", config, place)
     if rank == 0:
         outcome.dump(place)
     return outcome.losses

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from undertow.benchmarks import checkpoint_ranks, overlap_gpus, ring_gpus
+from undertow.benchmarks import checkpoint_ranks, overlap_gpus, ring_gpus, stream_ranks
 from undertow.benchmarks.case import Context, Measured
 from undertow.benchmarks.checkpoint_job import Size
 from undertow.dist.errors import UserError
@@ -55,7 +55,42 @@ def test_every_save_of_sharded_training_reads_back(ranks):
         assert len(found) == 4 and set(found.values()) == {(0, 0)}
 
 
-@pytest.mark.parametrize("module", [ring_gpus, overlap_gpus, checkpoint_ranks])
+def _streamed(rank, world, spread):
+    setting = stream_ranks.Setting(stream_ranks.TINY, 1, 24, 32, 16, limit_bytes=900_000, search_s=0.0)
+    trial = stream_ranks.trial(setting, spread, seed=5)
+    found = {arm.name: (arm.run(), arm.reference()) for arm in trial.arms if not arm.unavailable}
+    ranks = stream_ranks.Ranks()
+
+    def fails():
+        raise torch.OutOfMemoryError(f"rank {rank}")
+
+    assert ranks.together(lambda: 7) == (7, "") and ranks.together(fails) == (None, "OutOfMemoryError: rank 0")
+    with pytest.raises(RuntimeError, match="on 1 of 2 ranks"):  # both went on to agree: no collective is left open
+        ranks.together(fails if rank else lambda: 7)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", [False, True])
+def test_streamed_steps_of_sharded_models_are_right(ranks, spread):
+    pytest.importorskip("transformers")
+    for found in ranks(2, _streamed, spread):
+        assert found.keys() >= {"hf+ce", "ours, in the budget"}
+        for measured, wrong in found.values():
+            assert (measured.answer, wrong) == (0, 0)
+        told = found["ours, in the budget"][0].extras
+        assert told["run_tokens"] in (0, 32, 64, 128) and told["fits_80GB_tokens"] > told["fits_budget_tokens"]
+
+
+def test_lengths_follow_from_the_last_two_peaks():
+    found = stream_ranks.Found(1000, [(8, 300), (16, 460), (32, 940)], out_of_time=True)
+    assert found.extras() == {
+        "run_tokens": 32, "open": 1, "fits_budget_tokens": 34, "fits_80GB_tokens": 32 + (80e9 - 940) / 30
+    }  # fmt: skip
+    assert stream_ranks.Found(1000, [(8, 1200)]).extras() == {"run_tokens": 0, "open": 0}
+
+
+@pytest.mark.parametrize("module", [ring_gpus, overlap_gpus, checkpoint_ranks, stream_ranks])
 def test_one_rank_is_told_how_to_start_several(module):
     with pytest.raises(UserError, match="torchrun"):
         module.cases(Context())

@@ -105,6 +105,7 @@ class P2P:
                 )
             self._transport = EmulatedLink(self._transport, link)
         self._ready: dict[str, _Part] = {}  # by digest, the latest used last
+        self._rehearsed: set[str] = set()  # digests
         self._workers: dict[str, Worker] = {}
         self._streams: dict[str, Any] = {}
         self._broken: list[Any] = []  # the failed run: its tensors must outlive messages on their way
@@ -155,6 +156,9 @@ class P2P:
         with torch.no_grad():
             storage = Storage(schedule, self.rank, inputs, outputs=outputs, device=self.device)
             run = _Run(self, part, storage, table(schedule, ops))
+            if self.device.type != "cpu" and schedule.digest not in self._rehearsed:
+                run.rehearse()
+                self._rehearsed.add(schedule.digest)
             try:
                 run.go()
                 if blocking:
@@ -228,6 +232,21 @@ class _Run:
         self.board = Board()
         self.posted: dict[int, list[Any]] = {}
         self.cuda = owner.device.type == "cuda"
+
+    def rehearse(self) -> None:
+        """Do each kind of operation once, its results thrown away, before any message is posted.
+
+        The first use of a kernel loads it, and CUDA may wait for the whole device to do so. A receive that stands on
+        the device would then wait for a peer that waits likewise for this rank: neither would get to send.
+        """
+        seen = set[Any]()
+        for node in (node for lane in self.part.lanes for node in lane if isinstance(node.action, Compute)):
+            action: Any = node.action
+            reads, writes = self.storage.views(action.reads), self.storage.views(action.writes)
+            kind = action.op, action.params, tuple((x.shape, x.dtype) for x in (*reads, *writes))
+            if kind not in seen:
+                seen.add(kind)
+                self.ops[action.op](reads, [torch.empty_like(x) for x in writes], **dict(action.params))
 
     def go(self) -> None:
         """Run all lanes: the caller's thread takes the first that computes."""

@@ -39,6 +39,7 @@ class Mapped:
 
     slots: list[torch.Tensor]
     counts: list[torch.Tensor]
+    owner: Any = None  # what the tensors, which own nothing, look into
     wait: Callable[[Any, torch.Tensor, int, int], None] = wait_value
     write: Callable[[Any, torch.Tensor, int, int], None] = write_value
 
@@ -147,4 +148,5 @@ def _map(group: dist.ProcessGroup | None, device: torch.device, slot_bytes: int)
     return Mapped(
         [handle.get_buffer(peer, shape, torch.uint8, head) for peer in range(world)],
         [handle.get_buffer(peer, (2, world), torch.int32, 0) for peer in range(world)],
+        (handle, memory),
     )

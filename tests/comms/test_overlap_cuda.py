@@ -151,8 +151,8 @@ def test_slots_in_mapped_memory_carry_every_pattern_in_one_queue(monkeypatch, se
     mapped = Mapped(
         [torch.full((world, SLOTS, slot_bytes), 255, dtype=torch.uint8) for _ in range(world)],
         [torch.zeros(2, world, dtype=torch.int32) for _ in range(world)],
-        _wait,
-        _write,
+        wait=_wait,
+        write=_write,
     )
 
     monkeypatch.setattr("undertow.comms.stream_wait.wait_value", _wait)

@@ -20,9 +20,10 @@ from undertow.comms import local
 from undertow.comms.builders.all_gather import ring_all_gather
 from undertow.comms.builders.gemm_reduce_scatter import gemm_reduce_scatter
 from undertow.comms.builders.reduce_scatter import direct_reduce_scatter, ring_reduce_scatter
-from undertow.comms.ops import gemm
-from undertow.comms.p2p import P2P
+from undertow.comms.ops import gemm, table
+from undertow.comms.p2p import P2P, _Run
 from undertow.comms.schedule_text import parse
+from undertow.comms.storage import Storage
 from undertow.comms.transport import Nccl, private_store
 from undertow.dist.errors import UndertowError, UserError
 from undertow.dist.trace import Trace
@@ -279,3 +280,41 @@ def test_two_executors_over_two_groups(ranks):
     assert [both for both, _, _ in results] == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert [total for _, total, _ in results] == [[0], [4], [8], [12]]
     assert [again for _, _, again in results] == [[3], [6], [7], [14]]
+
+
+def _rehearsing(rank, world, schedule):
+    """Each kind of operation once, on memory of its own: on a GPU, kernels are loaded before any message stands."""
+    with P2P(timeout_s=240) as executor:
+        x, w = torch.randn(sum_of_rows(schedule, rank), 6), torch.randn(6, 5)
+        wanted = executor.run(schedule, {"x": x, "w": w})["out"].clone()
+        calls: list[tuple[str, ...]] = []
+
+        def counted(name, op):
+            def call(reads, writes, **params):
+                calls.append((name, *(str(tuple(t.shape)) for t in (*reads, *writes))))
+                op(reads, writes, **params)
+
+            return call
+
+        part = executor._prepared(schedule)
+        ops = {name: counted(name, op) for name, op in table(schedule, None).items()}
+        storage = Storage(schedule, rank, {"x": x, "w": w})
+        run = _Run(executor, part, storage, ops)
+        before = {name: tensor.clone() for name, tensor in storage.tensors.items()}
+        run.rehearse()
+        same = all(torch.equal(before[name], tensor) for name, tensor in storage.tensors.items() if name in ("x", "w"))
+        rehearsed = list(calls)
+        calls.clear()
+        run.go()
+        return same, rehearsed, sorted(set(calls)), torch.equal(storage.outputs["out"], wanted)
+
+
+def sum_of_rows(schedule, rank):
+    return schedule.value("x", rank).rows
+
+
+def test_a_rehearsal_does_each_kind_of_operation_once_and_sends_nothing(ranks):
+    schedule = gemm_reduce_scatter(2, 4, 6, 5, algorithm="ring", subchunks=2)
+    for same, rehearsed, kinds, right in ranks(2, _rehearsing, schedule):
+        assert same and right
+        assert sorted(rehearsed) == kinds and len(kinds) >= 2

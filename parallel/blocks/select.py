@@ -1,7 +1,8 @@
 """Which backend runs a block: the first in a fixed order of speed that accepts the call.
 
 The order is what one H100 measured (see docs/stream-backprop.md): cuDNN, FlashAttention-2, then plain tiles; on a CPU
-torch's flash kernel, then plain tiles. `backend("tiled")` asks for one by name.
+torch's flash kernel, then plain tiles. `backend("tiled")` asks for one by name; `efficient` (float32 on CUDA) is had by
+name only.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from typing import cast
 from torch import Tensor
 
 from ...dist.errors import UserError
-from . import cpu_flash, cudnn, flash2, reference, tiled
+from . import cpu_flash, cudnn, efficient, flash2, reference, tiled
 from .types import Backend
 
 ORDER = cast(tuple[Backend, ...], (cudnn, flash2, cpu_flash, tiled))
-ALL = {module.NAME: module for module in (*ORDER, cast(Backend, reference))}
+ALL = {module.NAME: module for module in (*ORDER, cast(Backend, efficient), cast(Backend, reference))}
 
 
 def backend(name: str) -> Backend:

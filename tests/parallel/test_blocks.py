@@ -38,7 +38,13 @@ def relative(a, b):
         *itertools.product(["tiled", "cpu_flash"], TOLERANCE, ["cpu"]),
         *(
             pytest.param(name, dtype, "cuda", marks=[pytest.mark.gpu, NO_GPU])
-            for name, dtype in [("tiled", torch.float32), ("flash2", torch.bfloat16), ("cudnn", torch.bfloat16)]
+            for name, dtype in [
+                ("tiled", torch.float32),
+                ("flash2", torch.bfloat16),
+                ("cudnn", torch.bfloat16),
+                ("efficient", torch.float32),
+                ("efficient", torch.bfloat16),
+            ]
         ),
     ],
 )

@@ -24,7 +24,6 @@ from .contract import PRESETS, Place, Workload
 from .faults import killed_and_whole
 from .journal import JOURNAL, Journal
 from .judge import Verdict, judge
-from .judge import alone as judge_alone
 from .loop import Outcome, run
 from .plots import plot
 from .registry import MODULES, all_workloads, get
@@ -96,7 +95,7 @@ def train(
             for system, counts in outcome.evidence.items():
                 typer.echo(f"{system}: " + ", ".join(f"{key} {value:g}" for key, value in counts.items()))
             if config == workload.config(preset, variant, seed=config.seed):
-                say_claims(workload, preset, outcome, device)
+                report.show_claims_of(workload, preset, outcome, device)
 
 
 @app.command()
@@ -218,18 +217,6 @@ def everything(
                 outcome.dump(place)
             outcomes.append(outcome)
     return outcomes
-
-
-def say_claims(workload: Workload, preset: str, outcome: Outcome, device: str) -> None:
-    """What the claims are about this run's variant, and how the run bears them out, as far as it can alone."""
-    verdicts, open_ = judge_alone(workload, preset, outcome)
-    if verdicts:
-        report.show(report.CLAIM_HEAD, report.claim_rows(verdicts), f"claims at preset {preset}, one seed")
-    if open_:
-        command = f"undertow workloads claim {workload.name} --preset {preset} --device {device}"
-        typer.echo(f"to be judged beside its rivals, by `{command}`:")
-        for claim in open_:
-            typer.echo(f"  {claim.text} ({claim.metric}: {claim.variant}, rival: {claim.baseline})")
 
 
 def known(preset: str) -> str:

@@ -150,9 +150,10 @@ class MoR(nn.Module):
     def recur(self, layer: nn.Module, x: Tensor, positions: Tensor, chosen: Tensor, count: int) -> Tensor:
         """The gathered form: `count` chosen tokens of each row, in order."""
         index = chosen.topk(count, dim=1).indices.sort(1).values
+        places = positions.expand_as(chosen).gather(1, index)
         rows = (index + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]).flatten()  # whole rows of C:
         flat = x.flatten(0, 1)  # taken element by element, CUDA's repeatable way would sort B·k·C indices
-        taken = layer(flat.index_select(0, rows).unflatten(0, index.shape), positions.expand_as(chosen).gather(1, index))
+        taken = layer(flat.index_select(0, rows).unflatten(0, index.shape), places)
         return flat.index_copy(0, rows, taken.flatten(0, 1)).view_as(x)
 
     def forward(

@@ -18,7 +18,7 @@ from rich.table import Table
 from ...dist.errors import UserError
 from .contract import Workload
 from .journal import JOURNAL, trajectory
-from .judge import Verdict
+from .judge import Verdict, alone
 from .loop import Outcome
 from .plots import plot
 
@@ -78,6 +78,18 @@ def show(head: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> None
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def show_claims_of(workload: Workload, preset: str, outcome: Outcome, device: str) -> None:
+    """What is claimed about one run's variant: the verdicts, as far as it can be judged without a rival."""
+    verdicts, others = alone(workload, preset, outcome)
+    if verdicts:
+        show(CLAIM_HEAD, claim_rows(verdicts), f"claims at preset {preset}, one seed")
+    if others:
+        command = f"undertow workloads claim {workload.name} --preset {preset} --device {device}"
+        print(f"to be judged beside its rivals, by `{command}`:")
+        for claim in others:
+            print(f"  {claim.text} ({claim.metric}: {claim.variant}, rival: {claim.baseline})")
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -12,8 +12,10 @@ in the second-level cache between calls, for all arms alike. `sync us` is one pa
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +25,7 @@ import torch
 
 from undertow.benchmarks import facts
 from undertow.benchmarks.intervals import median_interval, ratio_interval
-from undertow.benchmarks.mpi_gpu_rivals import Driver, Layout, make
+from undertow.benchmarks.mpi_gpu_rivals import Driver, Layout, kind_of, make
 from undertow.mpi_interpose import gpu
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -48,10 +50,10 @@ def layouts(short: bool) -> list[Layout]:
         Layout("4-D 16^3 x 512 B", 512, ((16, 1 << 21), (16, 1 << 16), (16, 2048))),
         Layout("transpose 4 B, 2048^2", 4, ((2048, 4), (2048, 8192))),
         Layout("transpose 8 B, 2048^2", 8, ((2048, 8), (2048, 16384))),
-        Layout("transpose 16 B, 1024^2", 16, ((1024, 16), (1024, 16384))),
+        *(Layout(f"transpose 16 B, {n}^2", 16, ((n, 16), (n, 16 * n))) for n in (64, 256, 1024, 2048)),
         indexed(4, 1 << 18), indexed(8, 1 << 18), indexed(64, 1 << 16),
     ]  # fmt: skip
-    return [*lines(16 * MIB), *special, *lines(256 * MIB), *lines(1 * MIB), *lines(64 * KIB)]
+    return [*special, *lines(16 * MIB), *lines(1 * MIB), *lines(64 * KIB), *lines(256 * MIB)]
 
 
 def faces(n: int) -> list[Layout]:
@@ -114,11 +116,12 @@ def measure(layout: Layout, packing: bool, driver: Driver, stream: torch.cuda.St
         "block": layout.block,
         "size": layout.size,
         "way": "pack" if packing else "unpack",
+        "kind": kind_of(gpu.GpuPlan(layout.ir(), layout.span).describe(1, user.data_ptr(), packed.data_ptr())),
     }
     graphs: dict[str, Graph] = {}
     arms = make(layout, user, packed, packing, driver)
     if alone:
-        arms = {name: arms[name] for name in ("ours", "again", "torch")}
+        arms = {name: arm for name, arm in arms.items() if name in ("ours", "again", "older", "flat", "torch")}
     arms["copy"] = lambda: copy_to.copy_(packed)
     start_user, start_packed = user.clone(), packed.clone()
     want = None
@@ -137,7 +140,7 @@ def measure(layout: Layout, packing: bool, driver: Driver, stream: torch.cuda.St
                 want = answer.clone()
             elif not torch.equal(answer, want):
                 row["wrong"].append(name)
-        if took > PATIENCE_S and name not in ("ours", "copy"):
+        if took > PATIENCE_S and name not in ("ours", "older", "copy"):
             row["left out"][name] = took
             continue
         try:
@@ -174,6 +177,7 @@ def once(arm: Callable[[], object], stream: torch.cuda.Stream) -> float:
 def synchronous(layout: Layout, user: torch.Tensor, packed: torch.Tensor, packing: bool) -> float:
     """Microseconds of a call that waits for its end (median of 30), the host's work included."""
     plan = gpu.GpuPlan(layout.ir(), layout.span)
+    gpu.use_kernels()
     a, b = user.data_ptr(), packed.data_ptr()
     times = []
     for _ in range(35):
@@ -192,7 +196,7 @@ def line(row: dict) -> str:
     rivals = [name for name in RIVALS if name in us]
     best = min(rivals, key=lambda name: us[name]) if rivals else ""
     median, low, high = row["ratio"][best] if best else (float("nan"),) * 3
-    cells = [f"{us[name]:>9.1f}" if name in us else f"{'-':>9}" for name in ("ours", *RIVALS, "copy")]
+    cells = [f"{us[name]:>9.1f}" if name in us else f"{'-':>9}" for name in ("ours", "older", *RIVALS, "copy")]
     share = us["copy"] / us["ours"]
     return (
         f"{row['way']:<6} {row['name']:<22} {row['size'] / KIB:>7.0f} {' '.join(cells)} {row['sync us']:>7.1f} "
@@ -203,9 +207,31 @@ def line(row: dict) -> str:
 
 HEAD = (
     f"{'way':<6} {'layout':<22} {'KiB':>7} "
-    + " ".join(f"{name:>9}" for name in ("ours us", *RIVALS, "copy"))
+    + " ".join(f"{name:>9}" for name in ("ours us", "older", *RIVALS, "copy"))
     + f" {'sync us':>7} {'A/A':>5} {'rate':>5} {'fastest':>7} {'ratio':>6} [95 %]"
 )
+
+
+KEEP = 0.97  # a newer kernel may not lose more than this to the one before it, in any cell
+
+
+def verdicts(rows: list[dict]) -> list[str]:
+    """One line per newer kernel and direction: the gains over the older one, and whether the kernel stays."""
+    lines = []
+    for kind, way in itertools.product(("single piece", "wide transpose"), ("pack", "unpack")):
+        cells = [row for row in rows if row["kind"] == kind and row["way"] == way and "older" in row["ratio"]]
+        if not cells:
+            continue
+        mean = statistics.geometric_mean(row["ratio"]["older"][0] for row in cells)
+        worst = min(cells, key=lambda row: row["ratio"]["older"][2])
+        median, low, high = worst["ratio"]["older"]
+        lost = [row["name"] for row in cells if row["ratio"]["older"][2] < KEEP]
+        said = "keep" if mean >= 1 and not lost else f"reconsider ({', '.join(lost) or 'no gain on the whole'})"
+        lines.append(
+            f"{kind}, {way}: older / ours {mean:.2f} over {len(cells)} cells, "
+            f"least {median:.2f} [{low:.2f}, {high:.2f}] ({worst['name']}, {worst['size'] / KIB:.0f} KiB): {said}"
+        )
+    return lines
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -234,9 +260,11 @@ def main(argv: list[str] | None = None) -> int:
             rows.append(measure(layout, way == "pack", driver, stream, options.alone))
             sys.stdout.write(line(rows[-1]) + "\n")
             sys.stdout.flush()
+    decided = verdicts(rows)
+    sys.stdout.write("".join(f"{said}\n" for said in decided))
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
-        data = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
+        data = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "kernels": decided, "rows": rows}
         (options.output / "mpi_gpu_pack.json").write_text(json.dumps(data, indent=1) + "\n")
     return 1 if any(row["wrong"] for row in rows) else 0
 

@@ -26,7 +26,7 @@ from .errors import InterposeError
 CSRC = Path(__file__).parent / "csrc"
 PREBUILT = Path(__file__).parent / "prebuilt"
 INCLUDE = tuple(CSRC / room for room in ("core", "abi", "gpu"))
-GPU = ("driver", "lower", "context", "device")
+GPU = ("driver", "lower", "paths", "context", "device")
 CORE = ("ir", "passes", "walk", "plan", "exec")
 BASE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-g1", "-fvisibility=hidden", "-Wall", "-Wextra")
 ISA_FLAGS = {
@@ -135,14 +135,18 @@ def core_units(sets: tuple[str, ...] = tuple(ISA_FLAGS)) -> list[Unit]:
 
 
 def gpu_units() -> list[Unit]:
-    """The device side without MPI: the driver's functions at run time, and the kernels' PTX as a string."""
-    ptx = (CSRC / "gpu" / "kernels.ptx").read_text()
-    lines = "\n".join('"' + line.replace("\\", "\\\\").replace('"', '\\"') + '\\n"' for line in ptx.splitlines())
-    text = (
-        f'extern "C" {{\nextern const char undertow_gpu_kernels[];\nconst char undertow_gpu_kernels[] =\n{lines};\n}}\n'
-    )
+    """The device side without MPI: the driver's functions at run time; the kernels' PTX and the paths as strings."""
+    texts = {"kernels": CSRC / "gpu" / "kernels.ptx", "paths": CSRC / "policy" / "gpu.txt"}
     units = [Unit(name, CSRC / "gpu" / f"{name}.cc") for name in GPU]
-    return [*units, Unit("gpu_kernels", text)]
+    return units + [Unit(f"gpu_{name}", _constant(f"undertow_gpu_{name}", file)) for name, file in texts.items()]
+
+
+def _constant(name: str, file: Path) -> str:
+    """C++ that defines `name` as the text of `file`."""
+    lines = "\n".join(
+        '"' + line.replace("\\", "\\\\").replace('"', '\\"') + '\\n"' for line in file.read_text().splitlines()
+    )
+    return f'extern "C" {{\nextern const char {name}[];\nconst char {name}[] =\n{lines};\n}}\n'
 
 
 def compile_unit(unit: Unit, flags: tuple[str, ...], folder: Path) -> Path:

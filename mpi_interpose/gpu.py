@@ -41,6 +41,7 @@ def load() -> ctypes.CDLL:
         ("gpu_possible", small, []),
         ("gpu_memory", small, [pointer]),
         ("gpu_host_path", None, [small]),
+        ("gpu_use_kernels", None, [small, small]),
         ("gpu_pack", text, [pointer, integer, pointer, pointer]),
         ("gpu_unpack", text, [pointer, integer, pointer, pointer, integer]),
         ("gpu_enqueue", text, [pointer, integer, pointer, pointer, small, pointer]),
@@ -49,6 +50,8 @@ def load() -> ctypes.CDLL:
         ("gpu_slab_get", pointer, [integer, pointer]),
         ("gpu_slab_put", None, [pointer, integer]),
         ("gpu_counters", None, [ctypes.POINTER(integer)]),
+        ("gpu_direct_up_to", integer, [text, small, integer]),
+        ("gpu_error", text, []),
         ("gpu_describe", text, [pointer, integer, ctypes.c_uint64, ctypes.c_uint64]),
     ):
         function = getattr(lib, f"undertow_{name}")
@@ -64,6 +67,19 @@ def memory(address: int) -> str:
 def host_path(name: str) -> None:
     """How kernels reach pinned memory from now on: 'direct', 'staged', or 'auto' (direct for small messages)."""
     load().undertow_gpu_host_path(PATHS.index(name))
+
+
+def use_kernels(single: bool = True, wide_tiles: bool = True) -> None:
+    """Which kernels the next launches may be: those for one piece, and tiles of 16-byte words; for measurements."""
+    load().undertow_gpu_use_kernels(int(single), int(wide_tiles))
+
+
+def direct_up_to(text: str, packing: bool, block: int) -> int:
+    """The most bytes of a message that a kernel moves over the bus itself, by a text as csrc/policy/gpu.txt is one."""
+    found = load().undertow_gpu_direct_up_to(text.encode(), int(packing), block)
+    if found < 0:
+        raise InterposeError(f"paths of the device: {load().undertow_gpu_error().decode()}")
+    return found
 
 
 def counters() -> dict[str, int]:

@@ -156,6 +156,64 @@ for path, middle in (("auto", packed.address), ("direct", slab), ("staged", slab
     assert child(code, stand_in) == "auto 4 True\ndirect 4 True\nstaged 4 True\n"
 
 
+def test_the_paths_are_those_of_the_named_file(stand_in: Path, tmp_path: Path) -> None:
+    """By blocks of 4 bytes: packs go directly up to 2048 bytes, unpacks never."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(PROGRAMS)!r})
+from device_memory import Device
+from undertow.mpi_interpose import gpu
+from undertow.mpi_interpose.errors import InterposeError
+device = Device()
+user, lib = device.empty(1 << 14), gpu.load()
+slab = lib.undertow_gpu_slab_get(1 << 14, user.address)
+def copies(act):
+    before = gpu.counters()["copies"]
+    act()
+    return gpu.counters()["copies"] - before
+try:
+    for n in (512, 513):
+        plan = gpu.GpuPlan(f"(loop {{n}} 8 (bytes 4))", 1 << 13)
+        pack, unpack = lambda: plan.pack(1, user.address, slab), lambda: plan.unpack(1, slab, user.address)
+        print(copies(pack), copies(unpack))
+except InterposeError as error:
+    print(error)
+"""
+    paths = tmp_path / "gpu.txt"
+    for text, want in (
+        ("# a card\nto_host 4 2048\nto_host 64 9999\nfrom_host 1 0\n", "0 1\n1 1\n"),
+        (None, "0 0\n0 0\n"),
+        ("to_host four 2048", "expected `to_host BLOCK BYTES`"),
+    ):
+        paths.write_text(text or "")
+        named = str(paths) if text else ""
+        assert want in child(code, stand_in, UNDERTOW_MPI_GPU_PATHS=named)
+    assert "cannot read" in child(code, stand_in, UNDERTOW_MPI_GPU_PATHS=str(tmp_path / "none"))
+
+
+def test_older_kernels_move_the_same_bytes(stand_in: Path) -> None:
+    """What a measurement may switch off: the answers stay, through other launches."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(PROGRAMS)!r})
+import numpy as np
+from device_memory import Device
+from undertow.mpi_interpose import gpu
+device, values = Device(), np.arange(16 * 20 * 20, dtype="u1")
+user, packed = device.array(values), device.empty(values.nbytes)
+for ir in ("(loop 20 16 (loop 20 320 (bytes 16)))", "(loop 100 64 (bytes 16))"):
+    plan, seen = gpu.GpuPlan(ir, values.nbytes), []
+    for single, wide in ((True, True), (False, True), (True, False), (False, False)):
+        gpu.use_kernels(single=single, wide_tiles=wide)
+        packed.write(values * 0)
+        plan.pack(1, user.address, packed.address)
+        seen.append((packed.read().tobytes(), plan.describe(1, user.address, packed.address).split(":")[0]))
+    print(len(set(data for data, _ in seen)), [kind for _, kind in seen])
+"""
+    tiles = "['transpose', 'transpose', 'loops', 'loops']"
+    assert child(code, stand_in) == f"1 {tiles}\n1 ['loops', 'loops', 'loops', 'loops']\n"
+
+
 @pytest.mark.parametrize(
     "ir, user, want",
     [

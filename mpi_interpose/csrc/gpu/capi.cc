@@ -4,6 +4,7 @@
 
 #include "context.hh"
 #include "device.hh"
+#include "paths.hh"
 
 using namespace undertow;
 
@@ -26,7 +27,18 @@ const char* attempt(F f) {  // NULL, or why it failed
 
 EXPORT int undertow_gpu_possible() { return gpu::possible(); }
 EXPORT int undertow_gpu_memory(const void* address) { return static_cast<int>(gpu::where(address).memory); }
+EXPORT void undertow_gpu_use_kernels(int single, int wide_tiles) {
+  gpu::kernels = gpu::Kernels{single != 0, wide_tiles != 0};
+}
 EXPORT void undertow_gpu_host_path(int path) { gpu::host_path = static_cast<gpu::HostPath>(path); }
+
+// What `text` says: the most bytes that go directly; -1 when it is no such text (undertow_gpu_error says why).
+EXPORT int64_t undertow_gpu_direct_up_to(const char* text, int packing, int64_t block) {
+  int64_t bytes = -1;
+  attempt([&] { bytes = gpu::read_paths(text).direct_up_to(packing != 0, block); });
+  return bytes;
+}
+EXPORT const char* undertow_gpu_error() { return g_error.c_str(); }
 
 EXPORT const char* undertow_gpu_pack(void* plan, int64_t count, const void* user, void* packed) {
   return attempt([&] { gpu::pack(*static_cast<Plan*>(plan), count, user, packed); });

@@ -58,7 +58,7 @@ Context::Context(Handle context, int ordinal)
 
 // Pieces in order, as many per launch as fit its arguments; every launch is one kernel over all its pieces.
 void Context::launch(const std::vector<Piece>& pieces, bool packing, Handle on) {
-  if (pieces.size() == 1 && pieces[0].kind != kCrossed) {
+  if (kernels.single && pieces.size() == 1 && pieces[0].kind != kCrossed) {
     One one{pieces[0], packing, 0};
     void* arguments[] = {&one};
     const Handle kernel = ones_[one.piece.word_log2][one.piece.unroll > 1];

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "context.hh"
+#include "paths.hh"
 
 namespace undertow::gpu {
 
@@ -22,7 +23,6 @@ HostPath host_path = [] {
 namespace {
 
 constexpr int64_t kKeepPinned = 512ll << 20;
-constexpr int64_t kDirectBytes = 1 << 20;   // above, kernel into device scratch and the copy engine (auto)
 
 // Pinned memory is allocated and freed with some context current; any of ours serves, as it is portable.
 void* pin(int64_t bytes) {
@@ -100,10 +100,10 @@ struct Queue {
 };
 thread_local Queue t_queue;
 
-bool direct(Memory packed, int64_t bytes) {
+bool direct(Memory packed, int64_t bytes, int64_t block, bool packing) {
   if (packed == Memory::Device) return true;
   if (packed != Memory::Pinned || host_path == HostPath::Staged) return false;
-  return host_path == HostPath::Direct || bytes <= kDirectBytes;
+  return host_path == HostPath::Direct || bytes <= machine_paths().direct_up_to(packing, block);
 }
 
 // Only the packed side is on the device: the core packs on the host.
@@ -138,7 +138,7 @@ void queue(const Plan& plan, int64_t count, char* user, char* packed, bool packi
   if (u.memory != Memory::Device) return on_host(c, plan, count, user, packed, packing);
   q.join(c, packing);
   char* reached = packed;
-  if (!direct(k.memory, bytes)) {
+  if (!direct(k.memory, bytes, plan.form(count).block, packing)) {
     q.scratch.push_back(std::make_unique<Scratch>(c, bytes));
     reached = q.scratch.back()->at;
     if (packing) q.after.push_back({packed, reached, bytes});

@@ -4,6 +4,9 @@
 #include <algorithm>
 
 namespace undertow::gpu {
+
+Kernels kernels;
+
 namespace {
 
 constexpr int kMaxNest = 24;
@@ -105,7 +108,7 @@ struct Maker {
   }
 
   static bool crossed(const Piece& p) {
-    if (p.ndims < 2 || p.block != 1) return false;
+    if (p.ndims < 2 || p.block != 1 || (p.word_log2 > 3 && !kernels.wide_tiles)) return false;
     const PieceDim &o = p.dims[p.ndims - 2], &i = p.dims[p.ndims - 1];
     const int64_t near = std::llabs(o.user), far = std::llabs(i.user);
     return near < far && near <= kNearStep && o.n >= kShortSide && i.n >= kShortSide &&

@@ -8,6 +8,9 @@ new chunk length is slow.
 torch finds a plan again by the strides of q, k and v, not by those of `out`, which its own forward lays out as q. An
 `out` that lies otherwise (a slice of a buffer, one that was kept in another order) would meet a plan made for a
 different one and give wrong gradients without an error, so backward brings `out` into q's order first.
+
+Its backward adds in whatever order blocks end, and torch hands it no switch, so under
+`torch.use_deterministic_algorithms(True)` it steps back for FlashAttention-2, which obeys.
 """
 
 from __future__ import annotations
@@ -35,7 +38,13 @@ def supports(q_BHLD: Tensor, k_BGLD: Tensor, v_BGLE: Tensor, *, causal: bool, wi
         and (_parts_fit(q_BHLD.shape[2], k_BGLD.shape[2]) if causal else k_BGLD.shape[2] >= FEWEST_ROWS)
         and torch.cuda.get_device_capability(q_BHLD.device) >= (9, 0)
         and torch.backends.cuda.cudnn_sdp_enabled()
+        and not _must_repeat()
     )
+
+
+def _must_repeat() -> bool:
+    """Whether torch was told to use deterministic algorithms, and not only to warn."""
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def _parts_fit(lq: int, lk: int) -> bool:

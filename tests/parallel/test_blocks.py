@@ -87,6 +87,23 @@ def test_backward_does_not_depend_on_how_out_lies_in_memory(name, seed):
             assert relative(got, want) < TOLERANCE[torch.bfloat16], other.stride()
 
 
+@pytest.mark.gpu
+@NO_GPU
+def test_deterministic_algorithms_repeat_bit_for_bit(seed):
+    """torch's switch puts cuDNN aside, whose backward has none, and reaches FlashAttention-2's."""
+    q, k, v, dout = draw((1, 8, 2, 2048, 2048, 64, 64), torch.bfloat16, "cuda")
+    how = {"scale": 0.125, "causal": True, "window": None}
+    torch.use_deterministic_algorithms(True)
+    try:
+        backend = select.choose(q, k, v, causal=True, window=None)
+        out, lse = backend.forward(q, k, v, **how)
+        first, *others = (backend.backward(dout, q, k, v, out, lse, **how) for _ in range(50))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert backend.NAME == "flash2"
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_split_keys_and_merged_backward_are_exact(device, seed):
     """Gradients of each part, computed with the merged out and lse, are that part's share of the whole."""

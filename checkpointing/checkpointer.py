@@ -13,21 +13,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import psutil
-import torch
 
 from ..dist import launch
 from ..dist.errors import UserError
 from ..dist.log import get_logger
 from ..dist.machine import Machine
 from ..dist.trace import Trace
-from .arena import Arena
+from .budget import Budget
 from .coordinate import Coordinator, current_rank
 from .due import Due
 from .explain import explain
+from .fences import Fences
 from .files import FileOps
 from .foreign import Names, open_on_all
 from .frequency import Frequency
@@ -96,7 +95,7 @@ class Checkpointer:
             raise UserError("nothing to checkpoint was given", remedy="pass model=…, optimizer=… by name")
         self.host_every, self.timeout_s = host_every, timeout_s
         self.preempted = False
-        self._arena_bytes, self._allow = arena_bytes, tuple(allow_types)
+        self._budget, self._allow = Budget(arena_bytes), tuple(allow_types)
         self._trace = trace or Trace(None)
         self._off = launch.detect().disabled
         # before the ranks meet: one that refuses its objects would leave the others waiting for it
@@ -118,13 +117,12 @@ class Checkpointer:
         self._pickles: dict[str, tuple[str, bytes]] = {}
         self._live = LiveState(self.state, self._coordinator, chunk_bytes=chunk_bytes, timeout_s=timeout_s)
         self._clock = StepClock()
-        self._reports = Reports(observers, self._clock, self._occupied_bytes)
+        self._reports = Reports(observers, self._clock, lambda: self._budget.occupied_bytes)
+        self._fences = Fences(self._live, self._trace)
         self._saved_step: int | None = None
-        self._current: Snapshot | None = None
-        self._arena: Arena | None = None
         self._preempter = Preempter(preemption, self._coordinator.lifeline) if preemption is not None else None
         modules, optimizers = self.state.modules.values(), self.state.optimizers.values()
-        self._handles = attach(lambda thing: self.fence(), self._fence_for, modules, optimizers)
+        self._handles = attach(self._fences, modules, optimizers)
 
     # -- saving ---------------------------------------------------------------------------------------------------
 
@@ -138,7 +136,10 @@ class Checkpointer:
         self._clock.tick(step)
         self._reports.take(self._pipeline.reports())
         if self._preempter is not None and not self.preempted and self._preempter.at(step):
-            return self._save_at_once(step, self._preempter)
+            if step != self._saved_step:
+                self.save(step)
+            self.preempted = True
+            return self._preempter.conclude(step, self.wait(), off=self._off)
         if step == self._saved_step:
             return False
         disk = self._due.is_due(step)
@@ -161,31 +162,11 @@ class Checkpointer:
             self._due.saved(step, self.reports)
         return begun
 
-    def _save_at_once(self, step: int, preempter: Preempter) -> bool:
-        if step != self._saved_step:
-            self.save(step)
-        reports = [report for report in self.wait() if report.step == step and report.tier == "disk"]
-        preempter.end()
-        self.preempted = True
-        ok = self._off or any(report.ok for report in reports)
-        log.info("the signal's save of step %d %s; leave the loop", step, "is committed" if ok else "failed")
-        return ok
-
     def _resize(self) -> None:
         """Fit the memory to a new plan."""
         if self.host is not None:
             self.host.prepare(self._live.plan, pinned=self._live.pinned)
-        if self._arena is not None:
-            self._arena.close()
-            self._arena = None
-
-    def _ring(self) -> Arena:
-        """The arena, made when a save first needs it: with a host tier most runs never do."""
-        if self._arena is None:
-            image = self._live.plan.image
-            budget = min(self._arena_bytes or _default_arena(image.size), image.size)
-            self._arena = Arena(budget, image.chunk_bytes, pinned=self._live.pinned)
-        return self._arena
+        self._budget.drop()
 
     def _begin(self, step: int, began_s: float, disk: bool, host: bool, metrics: Mapping[str, float]) -> bool:
         values = self._live.values(self._pipeline.drain, self._resize)
@@ -198,9 +179,10 @@ class Checkpointer:
         staging.fill(self._live.eager)
         sources, seals = self._live.sources, self._live.seals()
         copier.begin()
-        memory, parts, on_chunk = self._tiers.route(save, claimed, disk, self._ring, self._pipeline, copier)
+        arena = partial(self._budget.arena, plan.image, pinned=self._live.pinned)
+        memory, parts, on_chunk = self._tiers.route(save, claimed, disk, arena, self._pipeline, copier)
         save.snapshot = Snapshot(step, plan, sources, staging, copier, memory, on_chunk, seals, self._live.addresses)
-        self._current, self._save = save.snapshot, save
+        self._fences.begun(save)
         if copier.device.type == "cuda":  # queueing copies is cheap here, and late ones would be waited for
             while save.snapshot.fill_next(wait=False):
                 pass
@@ -212,27 +194,7 @@ class Checkpointer:
     def fence(self) -> None:
         """Wait until nothing that the caller does next can change the save in flight. For writers of parameters other
         than the registered optimizers: call it just before they write."""
-        snapshot, self._current = self._current, None
-        if snapshot is None:
-            return
-        began_s = time.monotonic()
-        with self._trace.span("fence", step=snapshot.step):
-            snapshot.fence()
-        snapshot.release_sources()
-        self._save.fence_s += time.monotonic() - began_s
-
-    def _fence_for(self, optimizer: torch.optim.Optimizer) -> None:
-        """Before a step of `optimizer`: wait for the parts of the save in flight that it writes, and those before."""
-        self.state.stepped.setdefault(optimizer)
-        snapshot = self._current
-        end = None if snapshot is None else self._live.end_of(optimizer)
-        if snapshot is None or end is None:
-            self.fence()
-            return
-        began_s = time.monotonic()
-        with self._trace.span("fence", step=snapshot.step):
-            snapshot.fence(end)
-        self._save.fence_s += time.monotonic() - began_s
+        self._fences.all()
 
     # -- restoring ------------------------------------------------------------------------------------------------
 
@@ -289,7 +251,7 @@ class Checkpointer:
         self.fence()
         self._live.values(self._pipeline.drain, self._resize)
         plan = self._live.plan
-        arena = min(self._arena_bytes or _default_arena(plan.image.size), plan.image.size)
+        arena = self._budget.of(plan.image)
         return explain(
             plan,
             self._tiers.explain(self._due.interval, self.host_every, arena),
@@ -310,9 +272,6 @@ class Checkpointer:
     def failures(self) -> int:
         """How many of them were dropped."""
         return self._reports.failures
-
-    def _occupied_bytes(self) -> int:
-        return 0 if self._arena is None else self._arena.occupied * self._arena.chunk_bytes
 
     def status(self) -> str:
         """One or two words for a progress bar."""
@@ -336,8 +295,7 @@ class Checkpointer:
             for handle in self._handles:
                 handle.remove()
             self._pipeline.close()
-            if self._arena is not None:
-                self._arena.close()
+            self._budget.drop()
             self._tiers.close()
             self._coordinator.part()
 
@@ -346,8 +304,3 @@ class Checkpointer:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _default_arena(image_bytes: int) -> int:
-    """The whole image, or half of the free host memory where that is less."""
-    return min(image_bytes, psutil.virtual_memory().available // 2)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .fences import Fences
+
 
 class FenceHook:
     """Calls `fence` with the watched object before it is written; in copies and pickles of it, it does nothing."""
@@ -33,18 +35,14 @@ def _nothing(watched: Any) -> None:
     """What a copied hook does."""
 
 
-def attach(
-    fence: Callable[[Any], None],
-    step: Callable[[Any], None],
-    modules: Iterable[nn.Module],
-    optimizers: Iterable[torch.optim.Optimizer],
-) -> list[Any]:
-    """Hook `fence` before every load_state_dict, and `step` before every optimizer's step; each is called with the
-    object. Handles with `remove`."""
-    hook, before_step = FenceHook(fence), FenceHook(step)
+def attach(fences: Fences, modules: Iterable[nn.Module], optimizers: Iterable[torch.optim.Optimizer]) -> list[Any]:
+    """Hook `fences` before every load_state_dict, and around every optimizer's step. Handles with `remove`."""
+    hook = FenceHook(lambda thing: fences.all())
+    before, after = FenceHook(fences.before_step), FenceHook(fences.after_step)
     handles: list[Any] = []
     for optimizer in optimizers:
-        handles += [optimizer.register_step_pre_hook(before_step), optimizer.register_load_state_dict_pre_hook(hook)]
+        handles += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        handles.append(optimizer.register_load_state_dict_pre_hook(hook))
     for module in modules:  # a part of the model may be loaded on its own
         handles += [part.register_load_state_dict_pre_hook(hook) for part in module.modules()]
     return handles

@@ -7,6 +7,7 @@ replaced, and what is not a tensor of a module or an optimizer is read anew each
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ from .staging import Staging
 from .state import AppState, Leaf, local_tensor
 from .watch import Watch
 
-PARTS = 8  # of the lazy tensors, fenced one after the other where several optimizers write them
+PARTS = 8  # of the lazy tensors at most, fenced one after the other as optimizers and their groups come to them
 
 
 class LiveState:
@@ -41,7 +42,7 @@ class LiveState:
         self._plans = 0
         self._sources: list[torch.Tensor] = []
         self._watched: list[Watched] = []
-        self._ends: dict[int, int] = {}
+        self._ends: dict[int, list[int]] = {}
         self._eager: list[torch.Tensor] = []
         self._renewed: list[tuple[int, str]] = []
 
@@ -81,7 +82,8 @@ class LiveState:
         if not self._sources or self.addresses.tolist() != [t.data_ptr() for t in self._sources]:
             image = self.plan.image
             self._ends = ends(self.addresses.tolist(), image.last_chunk, self.state.optimizers.values())
-            self._watched = watch_parts(sources, image.last_chunk, self._ends.values(), image.chunks - 1)
+            borders = chain.from_iterable(self._ends.values())
+            self._watched = watch_parts(sources, image.last_chunk, borders, image.chunks - 1)
         self._sources = sources
 
     def _replan(self, leaves: Sequence[Leaf]) -> None:
@@ -110,9 +112,11 @@ class LiveState:
         """What watches the lazy tensors from now on, part by part."""
         return [Seal(*part) for part in self._watched]
 
-    def end_of(self, optimizer: torch.optim.Optimizer) -> int | None:
-        """The last chunk that must have left before `optimizer` writes; None: all of them."""
-        end = self._ends.get(id(optimizer))
+    def end_of(self, optimizer: torch.optim.Optimizer, group: int | None = None) -> int | None:
+        """The last chunk that must have left before `optimizer` writes, or before it writes its `group`-th group;
+        None: all of them."""
+        known = self._ends.get(id(optimizer), [])
+        end = max(known[slice(group, None if group is None else group + 1)], default=None)
         return next((part.chunk for part in self._watched[:-1] if end is not None and end <= part.chunk), None)
 
 
@@ -126,25 +130,28 @@ class Watched(NamedTuple):
 
 def ends(
     addresses: Sequence[int], last_chunk: Sequence[int], optimizers: Iterable[torch.optim.Optimizer]
-) -> dict[int, int]:
-    """id(optimizer) → the last chunk of what it writes. Tensors that no optimizer owns (an EMA) come first in the image
-    and count for each, because whoever writes them may follow any of their steps."""
+) -> dict[int, list[int]]:
+    """id(optimizer) → per parameter group, the last chunk of what it writes. Tensors that no group owns (an EMA) come
+    first in the image and count for each, because whoever writes them may follow any of their steps."""
     chunk_of = dict(zip(addresses, last_chunk))
-    found, free = {}, set(chunk_of)
+    found: dict[int, list[int]] = {}
+    free = set(chunk_of)
     for optimizer in optimizers:
-        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        held += [value for values in own_part(optimizer).state.values() for value in values.values()]
-        mine = {local_tensor(value).data_ptr() for value in held if isinstance(value, torch.Tensor)} & chunk_of.keys()
-        found[id(optimizer)] = max((chunk_of[address] for address in mine), default=0)
-        free -= mine
+        state, found[id(optimizer)] = own_part(optimizer).state, []
+        for group in optimizer.param_groups:
+            held = [value for p in group["params"] for value in (p, *state.get(p, {}).values())]
+            places = {local_tensor(value).data_ptr() for value in held if isinstance(value, torch.Tensor)}
+            mine = places & chunk_of.keys()
+            found[id(optimizer)].append(max((chunk_of[address] for address in mine), default=0))
+            free -= mine
     least = max((chunk_of[address] for address in free), default=0)
-    return {key: max(end, least) for key, end in found.items()}
+    return {key: [max(end, least) for end in groups] for key, groups in found.items()}
 
 
 def watch_parts(
     tensors: Sequence[torch.Tensor], last_chunk: Sequence[int], wanted: Iterable[int], last: int
 ) -> list[Watched]:
-    """The tensors in at most `PARTS` parts, each ending where an optimizer does; the last one ends at chunk `last`."""
+    """The tensors in at most `PARTS` parts, each ending where a group does; the last one ends at chunk `last`."""
     borders, step = [], max(1, (last + 1) // PARTS)
     for end in sorted(set(wanted) - {last}):
         if end - (borders[-1] if borders else -1) >= step:

@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 from ..dist.errors import UserError
 from ..dist.log import get_logger
 from .lifeline import Lifeline
+from .save import SaveReport
 
 log = get_logger(__name__)
 HANG_S = 2.0  # after which a main thread that does not take the signal is taken to hang
@@ -77,6 +79,14 @@ class Preempter:
                 self._changed.wait_for(lambda: self._verdict is not None, timeout=self.config.grace_s)
             self._step = step
             return isinstance(self._verdict, int) and step >= self._verdict
+
+    def conclude(self, step: int, reports: Sequence[SaveReport], *, off: bool) -> bool:
+        """The save of `step` for the signal has ended as `reports` say: give the signals back; whether it stands.
+        `off`: checkpoints are switched off, and nobody expects one."""
+        self.end()
+        ok = off or any(report.ok for report in reports if report.step == step and report.tier == "disk")
+        log.info("the signal's save of step %d %s; leave the loop", step, "is committed" if ok else "failed")
+        return ok
 
     def end(self) -> None:
         """The save is done, or the run is over: give the signals back to whoever had them."""

@@ -290,7 +290,7 @@ def test_a_copied_or_pickled_model_is_not_watched(tmp_path):
         torch.save(model, buffer)
         ckpt.save(1)
         ema.load_state_dict(model.state_dict())
-        assert ckpt._current is not None  # the copy's load did not fence
+        assert ckpt._fences.current is not None  # the copy's load did not fence
     buffer.seek(0)
     torch.load(buffer, weights_only=False).load_state_dict(model.state_dict())
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from ckpt_job import CHUNK_BYTES, HeldOps
 
 from undertow.checkpointing import Checkpointer
+from undertow.checkpointing.fences import steps_by_groups
 
 WIDTH = 320  # a weight of 400 KiB is copied late
 
@@ -53,12 +54,13 @@ class Program:
                 parameter.register_post_accumulate_grad_hook(self._step_one)
                 self.objects[f"optimizer{index}"] = optimizer
             return
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
+        groups = [{"params": layer.parameters()} for layer in self.model]
+        self.optimizer = torch.optim.AdamW(groups if "groups" in kind else self.model.parameters(), lr=0.01)
         self.objects["optimizer"] = self.optimizer
         if kind == "ema":
             self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
             self.objects["ema"] = self.ema
-        if kind == "compiled":
+        if "compiled" in kind:
             self.compiled = torch.compile(self.optimizer.step, backend="eager")
 
     def _step_one(self, parameter: torch.Tensor) -> None:
@@ -69,7 +71,7 @@ class Program:
         self.model(torch.randn(4, WIDTH, generator=self.data)).square().mean().backward()
         if self.kind == "in backward":
             return
-        self.compiled() if self.kind == "compiled" else self.optimizer.step()
+        self.compiled() if "compiled" in self.kind else self.optimizer.step()
         self.optimizer.zero_grad()
         if self.kind == "ema":
             self.ema.update_parameters(self.model)
@@ -88,22 +90,27 @@ def same(one: Any, two: Any) -> bool:
     return one == two
 
 
-@pytest.mark.parametrize("kind", ["plain", "in backward", "ema", pytest.param("compiled", marks=pytest.mark.slow)])
+KINDS = ["plain", "groups", "in backward", "ema", pytest.param("compiled groups", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_save_is_of_its_moment_and_training_goes_on_alike(tmp_path, kind):
     one, ops = Program(kind, seed=1), HeldOps()
     one.advance()
     with Checkpointer(
         tmp_path, ops=ops, arena_bytes=2 * CHUNK_BYTES, chunk_bytes=CHUNK_BYTES, data=_Position(one.data), **one.objects
     ) as ckpt:
-        before = one.state()
-        ckpt.save(1)
-        threading.Timer(0.3, ops.let_go.set).start()
-        one.advance()  # its first write waits at the fence until the disk is let go
-        assert [report.ok for report in ckpt.wait()] == [True], ckpt.reports
+        for number in (1, 2, 3):  # a compiled step is traced by the first
+            ops.let_go.clear()
+            before = one.state()
+            ckpt.save(number)
+            threading.Timer(0.3, ops.let_go.set).start()
+            one.advance()  # its first write waits at the fence until the disk is let go
+        assert [report.ok for report in ckpt.wait()] == [True] * 3, ckpt.reports
     assert not same(one.state(), before)
     other = Program(kind, seed=2)
     with Checkpointer(tmp_path, chunk_bytes=CHUNK_BYTES, data=_Position(other.data), **other.objects) as ckpt:
-        assert ckpt.restore() == 1
+        assert ckpt.restore() == 3
     assert same(other.state(), before)
     other.advance()
     assert same(other.state(), one.state())
@@ -124,7 +131,7 @@ def test_a_step_waits_only_for_what_its_optimizer_writes(tmp_path):
             for parameter in (first, last):
                 parameter.grad = torch.ones_like(parameter)
             one.optimizers[first].step()  # would wait for the disk if it waited for all
-            assert ckpt._current._through < ckpt._live.plan.image.chunks
+            assert ckpt._fences.current._through < ckpt._live.plan.image.chunks
             if torn:  # a write that no hook sees, into a part that has not left
                 last.data.add_(1)
             ops.let_go.set()
@@ -133,6 +140,87 @@ def test_a_step_waits_only_for_what_its_optimizer_writes(tmp_path):
             if not torn:
                 ckpt.restore()
                 assert same(one.state(), before)
+
+
+def _grouped(kind: type[torch.optim.Optimizer]) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(3)
+    model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3)])
+    optimizer = kind([{"params": [p], "lr": 0.01} for p in model.parameters()], lr=0.01)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.5)
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_step_waits_for_one_group_after_the_other(tmp_path, torn):
+    """The disk is held, and the arena has room for the first group, not for all three."""
+    (model, optimizer), ops = _grouped(torch.optim.AdamW), HeldOps()
+    first, *_, last = model.parameters()
+    options = {"ops": ops, "arena_bytes": 3 * first.nbytes + 3 * 2**16, "chunk_bytes": CHUNK_BYTES, "timeout_s": 240.0}
+    with Checkpointer(tmp_path, model=model, optimizer=optimizer, **options) as ckpt:
+        before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        kept = first.detach().clone()
+        ckpt.save(1)
+        step = threading.Thread(target=optimizer.step)
+        step.start()
+        while step.is_alive() and torch.equal(first, kept):  # it ends at the latest with the test's own time
+            step.join(0.01)
+        assert ckpt._fences.current is not None
+        assert ckpt._fences.current._through < ckpt._live.plan.image.chunks
+        assert torch.equal(last, before[0]["2.weight"])
+        if torn:  # a write that no hook sees, into a group that has not left
+            last.data.add_(1)
+        ops.let_go.set()
+        step.join()
+        assert "_init_group" not in vars(optimizer)
+        assert [report.ok for report in ckpt.wait()] == [not torn], ckpt.reports
+        if not torn:
+            ckpt.restore()
+            assert same(model.state_dict(), before[0])
+            assert same(optimizer.state_dict(), before[1])
+
+
+GROUP_BY_GROUP = [
+    kind
+    for kind in vars(torch.optim).values()
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and hasattr(kind, "_init_group")
+]
+
+
+@pytest.mark.parametrize("kind", GROUP_BY_GROUP, ids=lambda kind: kind.__name__)
+def test_torchs_optimizers_leave_a_group_alone_until_they_begin_it(kind):
+    """What the fence of a group stands on; a torch in which it is no longer so fails here."""
+    model, optimizer = _grouped(kind)
+    assert steps_by_groups(optimizer)
+
+    def state(group: dict[str, Any]) -> list[Any]:
+        return [(p.detach(), optimizer.state[p]) for p in group["params"]]
+
+    before = [copy.deepcopy(state(group)) for group in optimizer.param_groups]
+    plain, begun = optimizer._init_group, []
+
+    def init_group(group: dict[str, Any], *rest: Any) -> Any:
+        index = len(begun)
+        assert group is optimizer.param_groups[index]
+        assert all(same(state(g), b) for g, b in zip(optimizer.param_groups[index:], before[index:]))
+        begun.append(index)
+        return plain(group, *rest)
+
+    vars(optimizer)["_init_group"] = init_group
+    optimizer.step()
+    assert begun == [0, 1, 2]
+    assert not any(same(state(g), b) for g, b in zip(optimizer.param_groups, before))
+
+
+def test_what_is_not_known_to_step_by_groups_is_waited_for_as_a_whole():
+    class Own(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:  # writes all groups first
+            torch._foreach_mul_([p.detach() for group in self.param_groups for p in group["params"]], 0.9)
+            return super().step(closure)
+
+    assert not steps_by_groups(_grouped(Own)[1])
+    assert not steps_by_groups(torch.optim.LBFGS(nn.Linear(2, 2).parameters()))
 
 
 class _Position:

@@ -1,0 +1,41 @@
+"""How much host memory the bytes of a save may take on their way to the disk, and the arena made of it.
+
+The arena is made when a save first needs it, since with a host-memory tier most runs never do, and anew when the
+state has got another shape.
+"""
+
+from __future__ import annotations
+
+import psutil
+
+from .arena import Arena
+from .layout import Image
+
+
+class Budget:
+    """`wanted_bytes`: None takes the whole image, or half of the free host memory where that is less."""
+
+    def __init__(self, wanted_bytes: int | None) -> None:
+        self._wanted_bytes = wanted_bytes
+        self._arena: Arena | None = None
+
+    def of(self, image: Image) -> int:
+        """The bytes that an arena for `image` has."""
+        return min(self._wanted_bytes or psutil.virtual_memory().available // 2, image.size)
+
+    def arena(self, image: Image, *, pinned: bool) -> Arena:
+        """The arena for saves of `image`; `drop` comes before another image."""
+        if self._arena is None:
+            self._arena = Arena(self.of(image), image.chunk_bytes, pinned=pinned)
+        return self._arena
+
+    @property
+    def occupied_bytes(self) -> int:
+        """What is on its way now."""
+        return 0 if self._arena is None else self._arena.occupied * self._arena.chunk_bytes
+
+    def drop(self) -> None:
+        """Free the arena; nothing may be in flight."""
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None

@@ -140,6 +140,7 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def evaluate(model: Composed, data: Domains, config: AtlasConfig) -> Metrics:
     def score(splits: list[digits.Split]) -> float:
         """The mean over domains of accuracy / the expert's accuracy."""
+        splits = [split.to(model.coefficients.device) for split in splits]
         logits = model(torch.cat([split.x for split in splits])).split([len(split.y) for split in splits])
         found = [digits.accuracy(part, split.y) for part, split in zip(logits, splits)]
         return fmean(value / ceiling for value, ceiling in zip(found, data.ceiling))

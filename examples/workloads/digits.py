@@ -26,6 +26,9 @@ class Split:
         picked = torch.from_numpy(generator.integers(0, len(self.y), size=batch)[rows])
         return self.x[picked], self.y[picked]
 
+    def to(self, device: torch.device) -> Split:
+        return Split(self.x.to(device), self.y.to(device))
+
 
 @cache
 def load() -> tuple[Split, Split, Split]:

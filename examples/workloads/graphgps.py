@@ -94,6 +94,10 @@ class Neighbours:
         self.place, self.ranks = place, data.ranks
         self.cuts = bounds(data.graph.nodes, data.ranks)
         self.way = Mpi() if place.switches.halo == "mpi" else Gloo()
+        if place.switches.halo != "off" and place.device.type != "cpu":
+            raise UserError(
+                f"--halo {place.switches.halo} on a GPU", expected="--device cpu: rows leave from host memory"
+            )
         self.source, self.target = torch.from_numpy(data.plan.edges).to(place.device)
 
     def with_ghosts(self, x: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class SharedMLP(nn.Module):
 
     def track(self, place: Place) -> None:
         """Let the gradient of ψ leave by pieces. With few entries every layer shares each, and all leave at the end."""
-        if self.scaler.device.type != "cpu":
+        if place.device.type != "cpu":
             raise UserError("--gradients tracked on a GPU", expected="--device cpu: messages leave from host memory")
         self._scaling.remove()  # autograd gets no gradient of ψ any more
         uses = list(self.index.split(self.counts))
@@ -154,7 +154,8 @@ def prune(model: SharedMLP, data: Digits, step: int) -> None:
 def evaluate(model: SharedMLP, data: Digits, config: SharingConfig) -> Metrics:
     flat = model.weights()
     stored = model.psi.numel() if config.sharing in ("stable", "roast", "full", "dense") else model.kept
-    score = digits.accuracy(model(data.test.x), data.test.y) if bool(flat.isfinite().all()) else float("nan")
+    test = data.test.to(flat.device)
+    score = digits.accuracy(model(test.x), test.y) if bool(flat.isfinite().all()) else float("nan")
     return {"accuracy": score, "stored": float(stored), "weights": float(len(flat))}
 
 

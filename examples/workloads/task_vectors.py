@@ -43,15 +43,17 @@ class Compose(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, coefficients: Tensor, name: str, base: Source, experts: list[Source]) -> Tensor:
         ctx.name, ctx.base, ctx.experts = name, base, experts
-        start = base.block(name)
+        device = coefficients.device
+        start = base.block(name).to(device)
         block = start.clone()
         for coefficient, expert in zip(coefficients, experts):
-            block.add_((expert.block(name) - start) * coefficient)
+            block.add_((expert.block(name).to(device) - start) * coefficient)
         return block
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        start = ctx.base.block(ctx.name)
-        parts = [((expert.block(ctx.name) - start) * gradients[0]).sum() for expert in ctx.experts]
+        device = gradients[0].device
+        start = ctx.base.block(ctx.name).to(device)
+        parts = [((expert.block(ctx.name).to(device) - start) * gradients[0]).sum() for expert in ctx.experts]
         return torch.stack(parts), None, None, None

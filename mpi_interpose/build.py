@@ -23,6 +23,7 @@ from .toolchain import Mpi
 
 GLUE = (
     "resolve",
+    "contents",
     "decode",
     "prove",
     "types",

@@ -4,137 +4,15 @@
 // comes from the constructor. At the end size and true bounds of the IR must equal the library's; anything else is passed
 // through. What the library makes of the bytes themselves is asked before a type's first use (prove.cc).
 #include <algorithm>
-#include <cstring>
-#include <mutex>
-#include <unordered_map>
 #include <vector>
 
+#include "contents.hh"
 #include "decode.hh"
-#include "types.hh"
 
 namespace undertow {
-
-const char* const combiner_names[kCombiners] = {
-    "named",    "dup",           "contiguous", "vector",  "hvector", "indexed",  "hindexed",    "indexed_block",
-    "hindexed_block", "struct",  "subarray",   "darray",  "resized", "f90_real", "f90_complex", "f90_integer",
-    "value_index",    "pair",    "other"};
-
 namespace {
 
 constexpr int kMaxDepth = 64;
-constexpr int64_t kMaxTable = 1 << 21;
-
-enum Name { kNamed, kDup, kContiguous, kVector, kHvector, kIndexed, kHindexed, kIndexedBlock, kHindexedBlock, kStruct,
-            kSubarray, kDarray, kResized, kF90Real, kF90Complex, kF90Integer, kValueIndex, kPair };
-
-Name name_of(int combiner) {
-  switch (combiner) {
-    case MPI_COMBINER_NAMED: return kNamed;
-    case MPI_COMBINER_DUP: return kDup;
-    case MPI_COMBINER_CONTIGUOUS: return kContiguous;
-    case MPI_COMBINER_VECTOR: return kVector;
-    case MPI_COMBINER_HVECTOR: return kHvector;
-    case MPI_COMBINER_INDEXED: return kIndexed;
-    case MPI_COMBINER_HINDEXED: return kHindexed;
-    case MPI_COMBINER_INDEXED_BLOCK: return kIndexedBlock;
-    case MPI_COMBINER_HINDEXED_BLOCK: return kHindexedBlock;
-    case MPI_COMBINER_STRUCT: return kStruct;
-    case MPI_COMBINER_SUBARRAY: return kSubarray;
-    case MPI_COMBINER_DARRAY: return kDarray;
-    case MPI_COMBINER_RESIZED: return kResized;
-    case MPI_COMBINER_F90_REAL: return kF90Real;
-    case MPI_COMBINER_F90_COMPLEX: return kF90Complex;
-    case MPI_COMBINER_F90_INTEGER: return kF90Integer;
-    default: break;
-  }
-#if defined(UNDERTOW_COMBINER_VALUE_INDEX)
-  if (combiner == MPI_COMBINER_VALUE_INDEX) return kValueIndex;
-#endif
-  // The _INTEGER forms of MPI-1's Fortran constructors: their contents look like the plain ones.
-#if defined(OPEN_MPI)
-  if (combiner == MPI_COMBINER_HVECTOR - 1) return kHvector;
-  if (combiner == MPI_COMBINER_HINDEXED - 1) return kHindexed;
-  if (combiner == MPI_COMBINER_STRUCT - 1) return kStruct;
-#elif defined(MPICH_NUMVERSION) && !defined(UNDERTOW_ABI)
-  if (combiner == MPI_COMBINER_HVECTOR_INTEGER) return kHvector;
-  if (combiner == MPI_COMBINER_HINDEXED_INTEGER) return kHindexed;
-  if (combiner == MPI_COMBINER_STRUCT_INTEGER) return kStruct;
-#endif
-  throw Unsupported("unknown combiner " + std::to_string(combiner));
-}
-
-// The large-count questions, where the MPI that this was built for has them and the one at hand too.
-bool asks_large() {
-#if defined(UNDERTOW_HAS_TYPE_GET_ENVELOPE_C) && defined(UNDERTOW_HAS_TYPE_GET_CONTENTS_C)
-  return own.Type_get_envelope_c && own.Type_get_contents_c;
-#else
-  return false;
-#endif
-}
-
-// How many arguments of each kind the constructor had.
-struct Envelope {
-  Name name = kNamed;
-  MPI_Count ints = 0, addrs = 0, counts = 0, types = 0;
-  explicit Envelope(MPI_Datatype type) {
-    int combiner = 0;
-    if (asks_large()) {
-#if defined(UNDERTOW_HAS_TYPE_GET_ENVELOPE_C) && defined(UNDERTOW_HAS_TYPE_GET_CONTENTS_C)
-      must(own.Type_get_envelope_c(type, &ints, &addrs, &counts, &types, &combiner), "Type_get_envelope_c");
-#endif
-    } else {
-      int i = 0, a = 0, t = 0;
-      must(own.Type_get_envelope(type, &i, &a, &t, &combiner), "Type_get_envelope");
-      ints = i, addrs = a, types = t;
-    }
-    name = name_of(combiner);
-  }
-  // Value-index and F90 types belong to the library: they are never freed.
-  bool predefined() const {
-    return name == kNamed || name == kF90Real || name == kF90Complex || name == kF90Integer || name == kValueIndex;
-  }
-};
-
-// The constructor's arguments; handles inside are freed on every way out.
-struct Contents {
-  Name name = kNamed;
-  std::vector<int> ints;
-  std::vector<MPI_Aint> addrs;
-  std::vector<MPI_Count> counts;  // only types made by large-count constructors have these
-  std::vector<MPI_Datatype> types;
-  bool large() const { return !counts.empty(); }
-
-  explicit Contents(MPI_Datatype type) {
-    const Envelope e(type);
-    name = e.name;
-    if (name == kNamed) return;
-    if (e.ints > kMaxTable || e.addrs > kMaxTable || e.counts > kMaxTable || e.types > kMaxTable)
-      throw Unsupported("table too long");
-    ints.resize(e.ints), addrs.resize(e.addrs), counts.resize(e.counts), types.resize(e.types);
-    if (e.predefined()) return;
-    int rc = MPI_SUCCESS;
-    if (asks_large()) {
-#if defined(UNDERTOW_HAS_TYPE_GET_ENVELOPE_C) && defined(UNDERTOW_HAS_TYPE_GET_CONTENTS_C)
-      rc = own.Type_get_contents_c(type, e.ints, e.addrs, e.counts, e.types, ints.data(), addrs.data(), counts.data(),
-                                   types.data());
-#endif
-    } else {
-      rc = own.Type_get_contents(type, static_cast<int>(e.ints), static_cast<int>(e.addrs), static_cast<int>(e.types),
-                                 ints.data(), addrs.data(), types.data());
-    }
-    if (rc != MPI_SUCCESS) types.clear();
-    must(rc, "Type_get_contents");
-  }
-  ~Contents() {
-    for (MPI_Datatype t : types) drop(t);
-  }
-  Contents(const Contents&) = delete;
-  Contents& operator=(const Contents&) = delete;
-
-  int64_t i(size_t k) const { return ints.at(k); }
-  int64_t a(size_t k) const { return addrs.at(k); }
-  int64_t c(size_t k) const { return counts.at(k); }
-};
 
 struct Decoder {
   uint32_t combiners = 0;
@@ -336,15 +214,6 @@ std::vector<int64_t> library_order(MPI_Datatype type, const Bounds& b) {
   }
   for (int64_t& w : where) w += b.true_lb;
   return where;
-}
-
-void drop(MPI_Datatype type) {
-  try {
-    if (Envelope(type).predefined()) return;
-  } catch (const Unsupported&) {
-    // Not understood, hence derived: predefined types are all understood.
-  }
-  own.Type_free(&type);
 }
 
 Decoded decode(MPI_Datatype type) {

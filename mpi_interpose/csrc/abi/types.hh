@@ -86,6 +86,6 @@ inline bool proved(Record& record) {
   const int p = record.proof.load(std::memory_order_acquire);
   return p ? p == 1 : prove(record);
 }
-void drop(MPI_Datatype type);  // frees a handle that Type_get_contents returned
+void drop(MPI_Datatype type);  // contents.cc: frees a handle that Type_get_contents returned
 
 }  // namespace undertow

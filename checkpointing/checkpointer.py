@@ -28,6 +28,7 @@ from .due import Due
 from .explain import explain
 from .fences import Fences
 from .files import FileOps
+from .fit import Fit
 from .foreign import Names, open_on_all
 from .frequency import Frequency
 from .hooks import attach
@@ -208,7 +209,7 @@ class Checkpointer:
                 return None
             folder, number, manifest = found
             path = folder.final(number)
-            load(self.state, path, manifest, self._allow)
+            load(self.state, path, manifest, self._allow, self._exchange)
             if self._coordinator.rank == 0 and (starts := self.folder.count_start(number)) > 1:
                 log.warning("start %d from step %d without a newer checkpoint in between", starts, number)
             if step is not None:
@@ -232,8 +233,15 @@ class Checkpointer:
             reader = open_on_all(
                 Path(path), self.state, names, self._coordinator, self._allow, verify=verify, timeout_s=self.timeout_s
             )
-            load_from(self.state, reader, self._allow, [label for label in names if names[label] is None])
+            untouched = [label for label in names if names[label] is None]
+            load_from(self.state, reader, self._allow, untouched, self._exchange)
         self._saved_step = None
+
+    def _exchange(self, mine: Fit) -> list[Fit]:
+        self._coordinator.round += 1
+        name = f"restore/{self._coordinator.round}/fit"
+        self._coordinator.say(name, mine)
+        return self._coordinator.hear_all(name, timeout_s=self.timeout_s)
 
     # -- ending ---------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.tensor import DTensor
 
-from ..dist.errors import UserError
+from .fit import Exchange, alone, compare, is_rank_word, settle
 from .manifest import BadCheckpoint, Manifest, ShardRecord
 from .reader import Reader, dtype_of
 from .spread import own_part
@@ -41,9 +41,9 @@ def dcp_metadata(manifest: Manifest) -> Metadata:
     return Metadata(entries)
 
 
-def load(state: AppState, path: Path, manifest: Manifest, allowed: Sequence[type]) -> None:
+def load(state: AppState, path: Path, manifest: Manifest, allowed: Sequence[type], exchange: Exchange = alone) -> None:
     """Put the verified checkpoint at `path` into `state`. `UserError`, with nothing changed, when it does not fit."""
-    load_from(state, Reader(path, manifest), allowed)
+    load_from(state, Reader(path, manifest), allowed, exchange=exchange)
 
 
 class Source(Protocol):
@@ -57,15 +57,23 @@ class Source(Protocol):
     def object(self, key: str, allowed: Sequence[type] = ()) -> Any: ...
 
 
-def load_from(state: AppState, reader: Source, allowed: Sequence[type], untouched: Collection[str] = ()) -> None:
-    """The same from any source; the objects named in `untouched` stay as they are."""
+def load_from(
+    state: AppState,
+    reader: Source,
+    allowed: Sequence[type],
+    untouched: Collection[str] = (),
+    exchange: Exchange = alone,
+) -> None:
+    """The same from any source; the objects named in `untouched` stay as they are. With several ranks, `exchange`
+    brings every rank's word, and what one of them refuses, all refuse."""
     manifest = reader.manifest
     state = state.without(untouched) if untouched else state
-    compare(state, state.leaves(), manifest, reader.path)
+    mine, values = compare(state, state.leaves(), manifest), {}
     try:
         values = read_objects(state, reader, allowed)
     except BadCheckpoint as error:
-        raise UserError(str(error)) from error
+        mine.refused = str(error)
+    settle(exchange(mine), reader.path)
     materialise_optimizers(state, manifest)
     leaves = state.leaves()
     targets = targets_of(state, leaves, manifest)
@@ -104,57 +112,6 @@ def _blank(manifest: Manifest, key: str, parameter: torch.Tensor, scalar_on_devi
         return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
     device = "cpu" if record.shape == () and not scalar_on_device else parameter.device
     return torch.zeros(record.shape, dtype=dtype, device=device)
-
-
-def compare(state: AppState, leaves: Sequence[Leaf], manifest: Manifest, where: Path) -> None:
-    """Refuse a checkpoint of another model, naming the first differences. Users' own objects may change inside."""
-
-    def name(path: Sequence[str | int], key: str) -> str | None:
-        if _rank_word(path):
-            return None
-        if path[0] in state.others:
-            return str(path[0])
-        if path[0] in state.optimizers:  # its state appears with its first step, its options vary with torch
-            return key if path[-1] == "params" else None
-        return key
-
-    live = {name(leaf.path, leaf.key): leaf for leaf in leaves} | {None: None}
-    stored = {name(path, key) for key, path in manifest.paths.items()} | {None}
-    problems = [f"'{key}' is not in the checkpoint" for key in sorted(live.keys() - stored, key=str)]
-    problems += [f"'{key}' is only in the checkpoint" for key in sorted(stored - live.keys(), key=str)]
-    problems += [_other_kind(label, optimizer, manifest) for label, optimizer in state.optimizers.items()]
-    problems = list(filter(None, problems))
-    for leaf in leaves:
-        record = manifest.tensors.get(leaf.key)
-        if record is None or leaf.path[0] in state.others:
-            continue
-        shape = tuple(leaf.value.shape) if isinstance(leaf.value, torch.Tensor) else type(leaf.value).__name__
-        if shape != record.shape:
-            problems.append(f"'{leaf.key}' has shape {shape} here and {record.shape} in the checkpoint")
-    if problems:
-        more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""
-        raise UserError(
-            f"{where} is a checkpoint of another model or optimizer: {'; '.join(problems[:4])}{more}",
-            expected="the same names and shapes",
-            remedy="build the model with the checkpoint's configuration, or pass another folder",
-        )
-
-
-def _other_kind(label: str, optimizer: torch.optim.Optimizer, manifest: Manifest) -> str:
-    """What tells that a checkpoint is of another kind of optimizer: each side has options that the other lacks. A later
-    torch, or a scheduler, adds options to one side only."""
-    stored = {
-        str(path[3]) for path in manifest.paths.values() if path[:2] == (label, "param_groups") and len(path) == 4
-    }
-    live = {key for group in optimizer.param_groups for key in group}
-    if not stored - live or not live - stored:
-        return ""
-    lacks, has = (", ".join(sorted(names)[:3]) for names in (live - stored, stored - live))
-    return f"'{label}' is a {type(optimizer).__name__} with {lacks} here and has {has} in the checkpoint"
-
-
-def _rank_word(path: Sequence[str | int]) -> bool:
-    return len(path) == 2 and str(path[1]).startswith("rank-")
 
 
 def targets_of(state: AppState, leaves: Sequence[Leaf], manifest: Manifest) -> dict[str, torch.Tensor]:
@@ -241,7 +198,7 @@ def apply_objects(
 
 
 def _mine(path: Sequence[str | int], rank: int) -> bool:
-    return not _rank_word(path) or path[1] == f"rank-{rank:05d}"
+    return not is_rank_word(path) or path[1] == f"rank-{rank:05d}"
 
 
 def _rebuild(label: str, manifest: Manifest, values: Mapping[str, Any]) -> Any:

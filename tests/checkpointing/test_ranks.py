@@ -152,6 +152,52 @@ def test_parts_that_cannot_be_told_apart_are_refused(ranks, tmp_path):
         ] * 3, said
 
 
+class Stage(nn.Module):
+    """Some of a model's layers, under the names they have in the whole."""
+
+    def __init__(self, layers: range, width: int = 300) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({str(layer): nn.Linear(width, 4) for layer in layers})
+
+
+def staged(rank: int, world: int, root: str, restore: bool, widths: tuple[int, ...]) -> dict[str, np.ndarray] | str:
+    """Layers 0 to 3, shared out in order; what this rank's are in the end, or why the restore was refused."""
+    torch.manual_seed(10 * world + rank + restore)
+    per_rank = 4 // world
+    net = Stage(range(per_rank * rank, per_rank * (rank + 1)), widths[rank])
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    for parameter in net.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    if not restore:
+        optimizer.step()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    with Checkpointer(root, model=net, optimizer=optimizer, timeout_s=240) as ckpt:
+        if not restore:
+            ckpt.save(1)
+            assert ckpt.wait()[-1].ok
+        else:
+            try:
+                assert ckpt.restore() == 1
+            except UserError as error:
+                assert same(net.state_dict(), before) and not optimizer.state
+                return str(error)
+    names = {id(p): name for name, p in net.named_parameters()}
+    moments = {f"{names[id(p)]}.exp_avg": values["exp_avg"] for p, values in optimizer.state.items()}
+    return {key: value.detach().numpy() for key, value in {**net.state_dict(), **moments}.items()}
+
+
+def test_pipeline_stages_come_back_on_any_number_of_ranks(ranks, tmp_path):
+    def gather(parts: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+        return tensors({key: value for part in parts for key, value in part.items()})
+
+    saved = gather(ranks(2, staged, str(tmp_path), False, (300, 300)))
+    assert len(saved) == 16
+    for world in (2, 1, 4):
+        assert same(gather(ranks(world, staged, str(tmp_path), True, (300,) * world)), saved), world
+    for said in ranks(2, staged, str(tmp_path), True, (300, 299)):  # what one refuses, all do
+        assert "'model.layers.2.weight' has shape (4, 299) here and (4, 300)" in said
+
+
 def replicated(rank: int, world: int, root: str) -> tuple[int, dict]:
     job = Job(layers=4)
     job.advance(0)

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from undertow.__main__ import main
-from undertow.examples.workloads.registry import MODULES
+from undertow.examples.workloads.contract import PRESETS
+from undertow.examples.workloads.registry import MODULES, get
 
 QUICK = ["--set", "steps=6", "--set", "checkpoint_every=2"]
 
@@ -51,6 +52,24 @@ def test_what_cannot_be_run_is_one_clear_line(words, message, capsys, tmp_path, 
     assert main(["workloads", *words]) == 2
     printed = capsys.readouterr().err
     assert message in printed and "Traceback" not in printed
+
+
+def test_a_run_ends_with_what_is_claimed_of_it(tmp_path, capsys):
+    assert main(["workloads", "train", "thoughts", "--out", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out
+    assert "two layers and D thoughts solve every depth" in printed and "holds" in printed
+    rivals = printed.partition("`undertow workloads claim thoughts --preset ci --device cpu`")[2]
+    assert "one path is no substitute" in rivals
+    assert main(["workloads", "train", "thoughts", "--out", str(tmp_path / "few"), "--set", "graphs=3"]) == 0
+    assert "solve every depth" not in capsys.readouterr().out  # claims are about the presets as they are
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_method_is_the_first_variant_of_a_preset(name):
+    methods = {preset: get(name).method(preset) for preset in PRESETS}
+    if name == "thoughts":
+        assert methods == {"ci": "constructed", "small": "constructed", "gpu": "trained"}
+    assert set(methods.values()) <= {claim.variant for claim in get(name).claims}
 
 
 def test_a_comparison_writes_table_and_result(tmp_path, capsys):

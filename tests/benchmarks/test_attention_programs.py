@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from undertow.benchmarks import attention_blocks, attention_choice, attention_modelled
+from undertow.benchmarks import attention_blocks, attention_choice, attention_modelled, attention_product
 
 
 def test_blocks_of_a_rank_are_timed(tmp_path, capsys):
@@ -63,3 +63,21 @@ def test_the_map_of_choices_is_drawn(tmp_path, capsys):
     assert len(by_ratio) == 2 * len(attention_choice.RATIOS)
     assert by_ratio["backward", 1].name != "ring_kv" and by_ratio["backward", 1].gain > 1.03
     assert by_ratio["forward", 8].name == "ring_kv" and by_ratio["forward", 8].gain == 1
+
+
+def test_the_product_finds_a_schedule_that_is_wrong(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(attention_product, "RANKS", (2,))
+    monkeypatch.setattr(attention_product, "LAYOUTS", ("zigzag", "zigzag_documents"))
+    assert attention_product.run(False, None, "need_only_q", tmp_path) == 0
+    cells = json.loads((tmp_path / "attention_product.json").read_text())["cells"]
+    assert len(cells) == 3 * (2 * len(attention_product.MASKS) - 1) and max(c["error"] for c in cells) < 1e-12
+    right = attention_product.ops
+
+    def wrong(*args, **options):
+        table = dict(right(*args, **options))
+        table["merge_lse"] = lambda reads, writes: [w.copy_(r) for w, r in zip(writes, reads)]  # forgets a part
+        return table
+
+    monkeypatch.setattr(attention_product, "ops", wrong)
+    assert attention_product.run(False, None, "need_only_q", tmp_path) == 1
+    assert "wrong: Cell(schedule='need_only_q'" in capsys.readouterr().out

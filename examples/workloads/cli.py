@@ -50,11 +50,7 @@ Halo = Annotated[str, typer.Option("--halo", help="off, gloo, or mpi (under `und
 @app.command("list")
 def list_() -> None:
     """The workloads, their claims and the systems they exercise."""
-    rows = [
-        (w.name, w.title, w.paper, ", ".join(w.variants), ", ".join(sorted(w.exercises)), str(len(w.claims)))
-        for w in all_workloads()
-    ]
-    report.show(("name", "method", "paper", "variants (first: the method)", "exercises", "claims"), rows, "workloads")
+    report.show(report.LIST_HEAD, [report.list_row(workload) for workload in all_workloads()], "workloads", lines=True)
 
 
 @app.command()

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...dist.errors import UserError
-from .contract import Workload
+from .contract import PRESETS, Workload
 from .journal import JOURNAL, trajectory
 from .judge import Verdict, alone
 from .loop import Outcome
@@ -70,9 +70,28 @@ def variant_rows(workload: Workload, outcomes: Sequence[Outcome]) -> tuple[tuple
     return head, rows
 
 
-def show(head: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> None:
+LIST_HEAD = ("name", "method and paper", "variants (first: the method)", "claims", "exercises")
+
+
+def list_row(workload: Workload) -> tuple[str, ...]:
+    """What a workload is: its variants and claims one a line, with the presets of those that not every preset has."""
+
+    def line(text: str, presets: Sequence[str]) -> str:
+        return text if tuple(presets) == PRESETS else f"{text} ({', '.join(presets)})"
+
+    variants = [line(name, variant.presets) for name, variant in workload.variants.items()]
+    claims = [line(claim.text, claim.presets) for claim in workload.claims]
+    systems = sorted(workload.exercises)
+    return (
+        workload.name,
+        f"{workload.title}\n{workload.paper}",
+        *("\n".join(part) for part in (variants, claims, systems)),
+    )
+
+
+def show(head: Sequence[str], rows: Sequence[Sequence[str]], title: str, lines: bool = False) -> None:
     """Print a table: as wide as the terminal, or wide enough for a log."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", show_lines=lines)
     for name in head:
         table.add_column(name)
     for row in rows:

@@ -2,7 +2,8 @@
 
 Nothing is trained: each sample saves the same state several times, the next as soon as the way allows it, and ends when
 the last is durable (`checkpoint_durable`: by the same rule for every arm). `raw O_DIRECT` writes as many bytes from
-aligned memory to one file, in blocks of 16 MiB, and fsyncs; no format, no checksum, no copy.
+aligned memory to one file, in blocks of 16 MiB, and fsyncs; no format, no checksum, no copy. Predicted, where
+`--machine` names what `undertow probe` measured, is the cost model's shortest interval of saves, times their number.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from undertow.benchmarks.checkpoint_job import CPU, CPU_LARGE, LARGE, MEDIUM, SM
 from undertow.benchmarks.checkpoint_ours import Undertow
 from undertow.benchmarks.checkpoint_rivals import Dcp, DcpAsync, TorchSave
 from undertow.benchmarks.checkpoint_stall import keep_open
+from undertow.checkpointing.cost import predict
 from undertow.dist.errors import UserError
+from undertow.dist.machine import Machine
 
 SAVES = 3
 BLOCK_BYTES = 16 * 2**20
@@ -80,12 +83,12 @@ def _flush(job: Job, method: Method) -> Measured:
     return Measured(float(wrong), seconds, {"save_s": seconds / SAVES})
 
 
-def _trial(size: Size, device: torch.device, base: Path) -> Trial:
+def _trial(size: Size, device: torch.device, base: Path, machine: Machine | None) -> Trial:
     job = Job(size, device, Path(tempfile.mkdtemp(prefix="undertow-bench-", dir=base)))
     keep_open(job)
     raw = Raw(job.folder, SAVES * job.state_bytes)
 
-    def arm(name: str, make: Callable[[], Method]) -> Arm:
+    def arm(name: str, make: Callable[[], Method], predicted_s: float | None = None) -> Arm:
         made: list[Method] = []
 
         def run() -> Measured:
@@ -94,16 +97,23 @@ def _trial(size: Size, device: torch.device, base: Path) -> Trial:
                 _flush(job, made[0])  # whatever is allocated once is allocated now
             return _flush(job, made[0])
 
-        return Arm(name, run, prepare=os.sync)
+        return Arm(name, run, prepare=os.sync, predicted_s=predicted_s)
 
     arms = [
         Arm("raw O_DIRECT", raw.run, prepare=os.sync),
         arm("dcp.save (fsync)", lambda: Dcp(job, "dcp")),
         arm("dcp.async_save, reused stager (fsync)", lambda: DcpAsync(job, "dcp-stager", reused=True)),
         arm("torch.save", lambda: TorchSave(job, "torch")),
-        arm("undertow disk (fsync)", lambda: Undertow(job, "disk")),
+        arm("undertow disk (fsync)", lambda: Undertow(job, "disk"), _predicted_s(job, machine)),
     ]
     return Trial(arms, lambda: 0.0)
+
+
+def _predicted_s(job: Job, machine: Machine | None) -> float | None:
+    if machine is None:
+        return None
+    interval_s = predict(job.state_bytes, machine, cuda=job.device.type == "cuda").interval_s
+    return None if interval_s is None else SAVES * interval_s
 
 
 def _cases(context: Context) -> Sequence[Case]:
@@ -115,7 +125,7 @@ def _cases(context: Context) -> Sequence[Case]:
     for size in sizes:
 
         def build(size: Size = size) -> Trial:
-            return _trial(size, device, base)
+            return _trial(size, device, base, context.machine)
 
         nbytes = SAVES * 12 * _parameters(size)  # parameter and two moments in fp32
         options = {"nbytes": nbytes, "hardware": "raw O_DIRECT", "group": "flush", "warm_ups": 0}

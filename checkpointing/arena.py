@@ -70,6 +70,7 @@ class Arena:
         self.address = self._bytes.ctypes.data
         self._unpin = register(self, self.address, self._bytes.nbytes) if pinned else None
         self._free = deque(range(self.slots))
+        self.peak = 0  # most slots in use at one time; whoever reads it may set it back
         self._changed = threading.Condition()
         self._closed = False
 
@@ -89,7 +90,9 @@ class Arena:
                 self._changed.wait_for(lambda: self._free or self._closed)
             if self._closed:
                 raise RuntimeError("the checkpoint arena is closed")
-            return [self._free.popleft() for _ in range(min(count, len(self._free)))]
+            taken = [self._free.popleft() for _ in range(min(count, len(self._free)))]
+            self.peak = max(self.peak, self.occupied)
+            return taken
 
     def slot(self, room: int, chunk: int) -> int:
         return room

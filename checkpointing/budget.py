@@ -24,15 +24,16 @@ class Budget:
         return min(self._wanted_bytes or psutil.virtual_memory().available // 2, image.size)
 
     def arena(self, image: Image, *, pinned: bool) -> Arena:
-        """The arena for saves of `image`; `drop` comes before another image."""
+        """The arena for a save of `image` that begins now; `drop` comes before another image."""
         if self._arena is None:
             self._arena = Arena(self.of(image), image.chunk_bytes, pinned=pinned)
+        self._arena.peak = self._arena.occupied
         return self._arena
 
     @property
-    def occupied_bytes(self) -> int:
-        """What is on its way now."""
-        return 0 if self._arena is None else self._arena.occupied * self._arena.chunk_bytes
+    def peak_bytes(self) -> int:
+        """The most that was on its way at one time since the last save began."""
+        return 0 if self._arena is None else self._arena.peak * self._arena.chunk_bytes
 
     def drop(self) -> None:
         """Free the arena; nothing may be in flight."""

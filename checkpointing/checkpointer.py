@@ -118,7 +118,7 @@ class Checkpointer:
         self._pickles: dict[str, tuple[str, bytes]] = {}
         self._live = LiveState(self.state, self._coordinator, chunk_bytes=chunk_bytes, timeout_s=timeout_s)
         self._clock = StepClock()
-        self._reports = Reports(observers, self._clock, lambda: self._budget.occupied_bytes)
+        self._reports = Reports(observers, self._clock, lambda: self._budget.peak_bytes)
         self._fences = Fences(self._live, self._trace)
         self._saved_step: int | None = None
         self._preempter = Preempter(preemption, self._coordinator.lifeline) if preemption is not None else None

@@ -47,7 +47,7 @@ class PrometheusFile:
             "commit_s": gauge("commit_seconds", "From the call to the commit on all ranks"),
             "slowdown_s": gauge("slowdown_seconds", "By how much the steps beside the save were longer"),
         }
-        self._arena = gauge("arena_bytes", "Host memory in use for bytes on their way when the save ended")
+        self._arena = gauge("arena_bytes", "Most host memory in use at one time for bytes on their way to the disk")
 
     def __call__(self, report: SaveReport, arena_bytes: int) -> None:
         from prometheus_client import write_to_textfile

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from ..dist.trace import Trace
-from .arena import Memory
+from .arena import Arena, Memory
 from .committer import Committer, Part
 from .copies import HostCopier
 from .flush import ShardFile, flush_chunk
@@ -45,6 +45,8 @@ class Pipeline:
     ) -> None:
         """Give a filled chunk to a writer."""
         file.issue()
+        if isinstance(memory, Arena):
+            self.trace.counter("arena_bytes", memory.occupied * memory.chunk_bytes)
         job = partial(flush_chunk, memory=memory, copier=copier, trace=self.trace)
         self._pool.submit(job, file, snapshot, chunk, slot, mark)
 

@@ -18,12 +18,12 @@ log = get_logger(__name__)
 
 
 class Reports:
-    """The `ended` saves, oldest first, and how many of them were `failures`. `occupied_bytes` asks the arena."""
+    """The `ended` saves, oldest first, and how many of them were `failures`. `peak_bytes` asks the arena."""
 
-    def __init__(self, observers: Sequence[Observer], clock: StepClock, occupied_bytes: Callable[[], int]) -> None:
+    def __init__(self, observers: Sequence[Observer], clock: StepClock, peak_bytes: Callable[[], int]) -> None:
         self.ended: list[SaveReport] = []
         self.failures = 0
-        self._observers, self._clock, self._occupied_bytes = list(observers), clock, occupied_bytes
+        self._observers, self._clock, self._peak_bytes = list(observers), clock, peak_bytes
 
     def take(self, ended: Iterable[SaveReport]) -> None:
         """Add those that have ended since."""
@@ -40,7 +40,7 @@ class Reports:
     def _tell(self, report: SaveReport) -> None:
         for observer in list(self._observers):
             try:
-                observer(report, self._occupied_bytes())
+                observer(report, self._peak_bytes())
             except Exception as error:
                 log.warning("%s failed and watches no more (%s: %s)", observer, type(error).__name__, error)
                 self._observers.remove(observer)

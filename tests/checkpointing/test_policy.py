@@ -20,6 +20,7 @@ from undertow.checkpointing.manifest import metrics_of
 from undertow.checkpointing.observe import PrometheusFile, TensorBoardScalars
 from undertow.checkpointing.slowdown import StepClock
 from undertow.dist.errors import UserError
+from undertow.dist.trace import Trace
 
 
 def pair():
@@ -228,14 +229,21 @@ def test_prometheus_and_tensorboard_see_every_save(tmp_path):
     model, optimizer = pair()
     writer = Writer()
     observers = [PrometheusFile(tmp_path / "undertow.prom", job="a"), TensorBoardScalars(writer)]
-    with Checkpointer(tmp_path / "c", model=model, optimizer=optimizer, every=1, observers=observers) as ckpt:
+    options = {"every": 1, "observers": observers, "trace": Trace(tmp_path / "trace.json")}
+    with Checkpointer(tmp_path / "c", model=model, optimizer=optimizer, **options) as ckpt:
         train(ckpt, model, optimizer, range(3))
-        nbytes = sum(report.nbytes for report in ckpt.reports)
+        nbytes, image = sum(report.nbytes for report in ckpt.reports), ckpt._live.plan.image
     text = (tmp_path / "undertow.prom").read_text()
     assert 'undertow_checkpoint_saves_total{job="a",ok="true",tier="disk"} 3.0' in text
     assert 'undertow_checkpoint_step{job="a",tier="disk"} 2.0' in text
     written = next(line for line in text.splitlines() if line.startswith("undertow_checkpoint_bytes_total{"))
     assert float(written.split()[-1]) == nbytes
+    arena = [value for name, value, _ in writer.seen if name == "checkpoint/disk/arena_bytes"]
+    assert arena == [image.chunks * image.chunk_bytes] * 3  # one chunk: in use from its copy to its write
+    options["trace"].close()
+    events = json.loads((tmp_path / "trace.json").read_text().rstrip().rstrip(",") + "]")
+    assert {event["args"]["value"] for event in events if event["name"] == "arena_bytes"} <= {0.0, *arena}
+    assert any(event["name"] == "arena_bytes" for event in events)
     assert {step for _, _, step in writer.seen} == {0, 1, 2}
     assert {name for name, _, _ in writer.seen} >= {"checkpoint/disk/stall_ms", "checkpoint/disk/commit_s"}
 

@@ -72,6 +72,8 @@ def environment(library: Path, mode: str, report: str | None) -> dict[str, str]:
     values = {"LD_PRELOAD": f"{library} {before}".strip(), "UNDERTOW_MPI_MODE": mode}
     # Reordering the ranks of a graph takes messages among all ranks: here all of them get the preload.
     values["UNDERTOW_MPI_REORDER"] = os.environ.get("UNDERTOW_MPI_REORDER", "1")
+    if "UNDERTOW_MPI_IPC" in os.environ:  # so does memory of other ranks, and the switch must stand alike on all
+        values["UNDERTOW_MPI_IPC"] = os.environ["UNDERTOW_MPI_IPC"]
     if report:
         values["UNDERTOW_MPI_REPORT"] = report
     return values
@@ -153,10 +155,10 @@ USES = ("pack", "unpack", "send", "recv")
 
 
 def _best_known(some: list[dict], more: list[dict]) -> list[dict]:
-    """What timed calls said, per use, link and size that of the rank that timed most."""
+    """What timed calls and rounds said, per use, link and size that of the rank that timed most."""
     found: dict[tuple, dict] = {}
     for one in (*some, *more):
-        place = (one["use"], one["link"], one["least_bytes"])
+        place = (one["use"], one["of"], one["link"], one["least_bytes"])
         if place not in found or sum(one["samples"]) > sum(found[place]["samples"]):
             found[place] = one
     return [found[place] for place in sorted(found)]

@@ -201,9 +201,10 @@ def corrections(report: dict, plan: str) -> list[str]:
     for row in report["types"]:
         for one in row.get("checked", []) if row["plan"] == plan else []:
             library, ours = (value / 1000 for value in one["ps_per_byte"])
-            place = f" ({one['link']})" if one["link"] else ""
+            where = (" in rounds" if one["of"] == "rounds" else "") + (f" ({one['link']})" if one["link"] else "")
+            plain, taken = (f"in {count} {one['of']}" for count in one["samples"])
             lines.append(
-                f"timed      {one['use']}{place}, {one['least_bytes']} B and more: library {library:.3g} ns/B in "
-                f"{one['samples'][0]} calls, ours {ours:.3g} ns/B in {one['samples'][1]}: {words[one['decision']]}"
+                f"timed      {one['use']}{where}, {one['least_bytes']} B and more: library {library:.3g} ns/B {plain}, "
+                f"ours {ours:.3g} ns/B {taken}: {words[one['decision']]}"
             )
     return lines or ["timed      no call with this plan in that run"]

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "requests.hh"
+#include "round.hh"
 
 namespace undertow {
 
@@ -15,7 +16,7 @@ inline void count_call(Site site, bool taken) {
 template <class F, class N>
 int on_send(F next, Site site, void* buf, N count, MPI_Datatype type, int dest, int tag, MPI_Comm comm) {
   poll_orphans();
-  SendSide side(buf, count, type, Peer(comm, dest), usable_peer(dest), kGain, true);
+  SendSide side(buf, count, type, Peer(comm, dest), usable_peer(dest), kGain, Timed::Call);
   count_call(site, side.taken());
   return next(side.buf, count, side.type, dest, tag, comm);
 }
@@ -24,10 +25,12 @@ template <class F, class N>
 int on_isend(F next, Site site, void* buf, N count, MPI_Datatype type, int dest, int tag, MPI_Comm comm,
              MPI_Request* request) {
   poll_orphans();
-  SendSide side(buf, count, type, Peer(comm, dest), usable_peer(dest) && request);
+  round_enter();
+  SendSide side(buf, count, type, Peer(comm, dest), usable_peer(dest) && request, kGain, Timed::Round);
   count_call(site, side.taken());
   const int rc = next(side.buf, count, side.type, dest, tag, comm, request);
   if (rc == MPI_SUCCESS && side.taken()) attach(side, count, buf, false, false, *request);
+  round_leave(request, rc);
   return rc;
 }
 
@@ -44,7 +47,7 @@ int on_send_init(F next, Site site, void* buf, N count, MPI_Datatype type, int d
 // Runs `call(buffer, type, status)` for a receive and unpacks; `status` is the caller's.
 template <class Call>
 int receive(Site site, void* buf, int64_t count, MPI_Datatype type, const Peer& peer, MPI_Status* status, bool allowed,
-            bool timed, Call call) {
+            Timed timed, Call call) {
   poll_orphans();
   RecvSide side(buf, count, type, peer, allowed, kGain, timed);
   count_call(site, side.taken());
@@ -59,14 +62,14 @@ int receive(Site site, void* buf, int64_t count, MPI_Datatype type, const Peer& 
 template <class F, class N>
 int on_recv(F next, Site site, void* buf, N count, MPI_Datatype type, int source, int tag, MPI_Comm comm,
             MPI_Status* status) {
-  return receive(site, buf, count, type, Peer(comm, source), status, usable_peer(source), true, [&](void* b, MPI_Datatype t, MPI_Status* s) {
+  return receive(site, buf, count, type, Peer(comm, source), status, usable_peer(source), Timed::Call, [&](void* b, MPI_Datatype t, MPI_Status* s) {
     return next(b, count, t, source, tag, comm, s);
   });
 }
 
 template <class F, class N>
 int on_mrecv(F next, Site site, void* buf, N count, MPI_Datatype type, MPI_Message* message, MPI_Status* status) {
-  return receive(site, buf, count, type, Peer(), status, true, false, [&](void* b, MPI_Datatype t, MPI_Status* s) {
+  return receive(site, buf, count, type, Peer(), status, true, Timed::No, [&](void* b, MPI_Datatype t, MPI_Status* s) {
     return next(b, count, t, message, s);
   });
 }
@@ -76,7 +79,7 @@ int on_sendrecv(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, int
                 MPI_Datatype rtype, int source, int rtag, MPI_Comm comm, MPI_Status* status) {
   SendSide send(sbuf, scount, stype, Peer(comm, dest), usable_peer(dest));
   if (send.taken()) sites[site].taken.fetch_add(1, std::memory_order_relaxed);
-  return receive(site, rbuf, rcount, rtype, Peer(comm, source), status, usable_peer(source), false, [&](void* b, MPI_Datatype t, MPI_Status* s) {
+  return receive(site, rbuf, rcount, rtype, Peer(comm, source), status, usable_peer(source), Timed::No, [&](void* b, MPI_Datatype t, MPI_Status* s) {
     return next(send.buf, scount, send.type, dest, stag, b, rcount, t, source, rtag, comm, s);
   });
 }
@@ -85,7 +88,7 @@ int on_sendrecv(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, int
 template <class F, class N>
 int on_sendrecv_replace(F next, Site site, void* buf, N count, MPI_Datatype type, int dest, int stag, int source,
                         int rtag, MPI_Comm comm, MPI_Status* status) {
-  return receive(site, buf, count, type, Peer(comm, source), status, usable_peer(source) && usable_peer(dest), false,
+  return receive(site, buf, count, type, Peer(comm, source), status, usable_peer(source) && usable_peer(dest), Timed::No,
                  [&](void* b, MPI_Datatype t, MPI_Status* s) {
                    if (b != buf) pack_slab(*device_record(type), count, buf, static_cast<char*>(b));
                    return next(b, count, t, dest, stag, source, rtag, comm, s);
@@ -96,10 +99,12 @@ template <class F, class N>
 int on_irecv(F next, Site site, void* buf, N count, MPI_Datatype type, int source, int tag, MPI_Comm comm,
              MPI_Request* request) {
   poll_orphans();
-  RecvSide side(buf, count, type, Peer(comm, source), usable_peer(source) && request);
+  round_enter();
+  RecvSide side(buf, count, type, Peer(comm, source), usable_peer(source) && request, kGain, Timed::Round);
   count_call(site, side.taken());
   const int rc = next(side.buf, count, side.type, source, tag, comm, request);
   if (rc == MPI_SUCCESS && side.taken()) attach(side, count, buf, true, false, *request);
+  round_leave(request, rc);
   return rc;
 }
 

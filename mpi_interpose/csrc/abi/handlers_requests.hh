@@ -35,6 +35,7 @@ int on_startall(F next, Site site, int n, MPI_Request* requests) {
 template <class F>
 int on_wait(F next, Site site, MPI_Request* request, MPI_Status* status) {
   poll_orphans();
+  round_break();
   Entry* e = any_entries() && request ? claim(*request) : nullptr;
   count_call(site, e != nullptr);
   if (!e) return next(request, status);
@@ -48,6 +49,7 @@ int on_wait(F next, Site site, MPI_Request* request, MPI_Status* status) {
 template <class F>
 int on_test(F next, Site site, MPI_Request* request, int* flag, MPI_Status* status) {
   poll_orphans();
+  round_break();
   Entry* e = any_entries() && request && flag ? claim(*request) : nullptr;
   count_call(site, e != nullptr);
   if (!e) return next(request, flag, status);
@@ -135,9 +137,10 @@ struct Batch {
 
 template <class F>
 int on_waitall(F next, Site site, int n, MPI_Request* requests, MPI_Status* statuses) {
+  RoundEnd end(n, requests);
   Batch batch(n, requests);
   count_call(site, batch.any);
-  if (!batch.any) return next(n, requests, statuses);
+  if (!batch.any) return end.done(next(n, requests, statuses));
   MPI_Status* st = batch.statuses(statuses);
   const int rc = next(n, requests, st);
   DeviceGroup group;
@@ -145,11 +148,12 @@ int on_waitall(F next, Site site, int n, MPI_Request* requests, MPI_Status* stat
   else
     for (int i = 0; i < n; ++i) batch.settle(i, &st[i], true);
   group.finish();
-  return rc;
+  return end.done(rc);
 }
 
 template <class F>
 int on_testall(F next, Site site, int n, MPI_Request* requests, int* flag, MPI_Status* statuses) {
+  round_break();
   Batch batch(n, requests);
   count_call(site, batch.any);
   if (!batch.any) return next(n, requests, flag, statuses);
@@ -167,6 +171,7 @@ int on_testall(F next, Site site, int n, MPI_Request* requests, int* flag, MPI_S
 // may have written none of them.
 template <class Call>
 int any_of(Site site, int n, MPI_Request* requests, int* index, int* flag, MPI_Status* status, Call call) {
+  round_break();
   Batch batch(n, requests);
   count_call(site, batch.any);
   if (!batch.any) return call(index, flag, status);
@@ -199,6 +204,7 @@ int on_testany(F next, Site site, int n, MPI_Request* requests, int* index, int*
 // Waitsome and Testsome; the count that the library leaves unset after an error is not read either.
 template <class F>
 int some_of(F next, Site site, int n, MPI_Request* requests, int* done, int* indices, MPI_Status* statuses) {
+  round_break();
   Batch batch(n, requests);
   count_call(site, batch.any);
   if (!batch.any) return next(n, requests, done, indices, statuses);

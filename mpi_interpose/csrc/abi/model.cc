@@ -13,6 +13,7 @@
 #include "policy.hh"
 #include "report.hh"
 #include "resolve.hh"
+#include "round.hh"
 
 extern "C" const char undertow_builtin_model[], undertow_built_for[];
 
@@ -48,6 +49,10 @@ Policy::Answer ask(const Form& form, Use use, int link, int64_t bytes) {
 
 Online& online_of(Record& r, Use use, int link, int64_t bytes) {
   return r.online[question(use, link)][std::min(kOnlineSizes - 1, log2_of(bytes) / 3)];
+}
+
+Online& round_of(Record& r, Use use, int link, int64_t bytes) {
+  return r.rounds[(use - kSendUse) * kLinks + link][std::min(kOnlineSizes - 1, log2_of(bytes) / 3)];
 }
 
 struct Slot {  // where a record keeps the table's answer
@@ -108,9 +113,9 @@ Choice choose_local(Record& r, Use use, int64_t bytes) {
   return choice;
 }
 
-void observe(Record& r, Use use, int link, bool ours, int64_t bytes, int64_t ns) {
+void observe(Record& r, Use use, int link, bool ours, int64_t bytes, int64_t ns, bool round) {
   (ours ? r.tally[use].ours_ns : r.tally[use].library_ns).fetch_add(ns, std::memory_order_relaxed);
-  online_of(r, use, link, bytes)
+  (round ? round_of(r, use, link, bytes) : online_of(r, use, link, bytes))
       .observe(use < kSendUse ? kLocalRule : kMessageRule, ours, bytes, ns, model_ratio(r, use, link, bytes) >= kGain);
 }
 
@@ -127,8 +132,28 @@ void Stopwatch::stop() {
 
 namespace {
 
+// A message of a round that the table takes: the first one decides whether the round is timed, and then how all go.
+bool in_round(Record& r, Use use, int link, int64_t bytes) {
+  Round& round = this_round;
+  const Online& single = online_of(r, use, link, bytes);
+  Online& online = round_of(r, use, link, bytes);
+  if (round.regular && !round.decided) {
+    round.decided = true;
+    const Choice choice = online.choose(kMessageRule, model_ratio(r, use, link, bytes), true);
+    if (choice.timed && (!choice.ours || proved(r))) {
+      round.timed = true, round.ours = choice.ours;
+      round.mark_ns = now_ns();
+    }
+  }
+  if (round.timed) {
+    round.add(&r, use, link, bytes);
+    return round.ours;
+  }
+  return online.takes(single.takes(true));
+}
+
 // A message in auto mode: the table must see `gain` for every link the peer may have, and no samples may speak against.
-bool wins(Record& r, Use use, int64_t bytes, const Peer& peer, double gain, Stopwatch* watch) {
+bool wins(Record& r, Use use, int64_t bytes, const Peer& peer, double gain, Timed timed, Stopwatch* watch) {
   if (g_policy.knows_messages() == 0) return false;
   const LinkSet links = links_of(peer);
   if (links & kNobody) return false;
@@ -138,7 +163,12 @@ bool wins(Record& r, Use use, int64_t bytes, const Peer& peer, double gain, Stop
     if (model_ratio(r, use, link, bytes) < gain) return false;
     last = link;
   }
-  if (watch && links == 1u << last) {
+  if (timed == Timed::Round && links == 1u << last) {
+    const bool ours = in_round(r, use, last, bytes);
+    if (ours) credit(r, use, last, bytes);
+    return ours;
+  }
+  if (timed == Timed::Call && links == 1u << last) {
     const Choice choice =
         online_of(r, use, last, bytes).choose(kMessageRule, model_ratio(r, use, last, bytes), true);
     if (choice.timed && (!choice.ours || proved(r))) watch->start(&r, use, last, bytes, choice.ours);
@@ -162,14 +192,14 @@ bool small_enough(int64_t bytes) {
   return false;
 }
 
-bool wanted(Record* r, Use use, int64_t count, const Peer& peer, double gain, Stopwatch* watch) {
+bool wanted(Record* r, Use use, int64_t count, const Peer& peer, double gain, Timed timed, Stopwatch* watch) {
   if (!r || count <= 0 || r->plan.size == 0 || r->wrong.load(std::memory_order_relaxed)) return false;
   Tally& t = r->tally[use];
   int64_t bytes;
   if (mode == Mode::Auto && r->plan.form(count).cls == Class::Contiguous) return count_passed(t), false;
   if (__builtin_mul_overflow(count, r->plan.size, &bytes)) return false;
   if (!small_enough(bytes)) return count_passed(t), false;
-  if ((mode == Mode::Auto && !wins(*r, use, bytes, peer, gain, watch)) || !proved(*r)) return count_passed(t), false;
+  if ((mode == Mode::Auto && !wins(*r, use, bytes, peer, gain, timed, watch)) || !proved(*r)) return count_passed(t), false;
   t.taken.fetch_add(1, std::memory_order_relaxed);
   t.bytes.fetch_add(bytes, std::memory_order_relaxed);
   return true;

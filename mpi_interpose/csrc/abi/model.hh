@@ -21,7 +21,7 @@ int64_t now_ns();
 
 // For pack and unpack in auto mode.
 Choice choose_local(Record& record, Use use, int64_t bytes);
-void observe(Record& record, Use use, int link, bool ours, int64_t bytes, int64_t ns);
+void observe(Record& record, Use use, int link, bool ours, int64_t bytes, int64_t ns, bool round = false);
 
 bool small_enough(int64_t bytes);  // for a slab; the report tells of messages that are not
 
@@ -45,7 +45,13 @@ class Stopwatch {
   void stop();
 };
 
-// For messages; counts the decision. Collectives ask for more gain. `watch`: of a blocking call, which may be timed.
-bool wanted(Record* record, Use use, int64_t count, const Peer& peer, double gain = kGain, Stopwatch* watch = nullptr);
+// How a message may be timed: not at all, as one blocking call, or with the round of nonblocking ones that it is in.
+enum class Timed { No, Call, Round };
+
+// For messages; counts the decision. Collectives ask for more gain. `watch` is started where a blocking call is timed.
+bool wanted(Record* record, Use use, int64_t count, const Peer& peer, double gain, Timed timed, Stopwatch* watch);
+inline bool wanted(Record* record, Use use, int64_t count, const Peer& peer, double gain) {
+  return wanted(record, use, count, peer, gain, Timed::No, nullptr);
+}
 
 }  // namespace undertow

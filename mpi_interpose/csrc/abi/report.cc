@@ -24,6 +24,11 @@ struct Checked {
   int decision = Online::kOpen;
 };
 
+// The questions of single calls, then those of rounds of nonblocking messages.
+constexpr int kChecks = kQuestions + 2 * kLinks;
+int use_of(int check) { return check < kSendUse ? check : kSendUse + (check - kSendUse) / kLinks % 2; }
+int link_of(int check) { return (check - kSendUse) % kLinks; }
+
 struct Line {
   uint32_t combiners = 0;
   int64_t types = 0, size = 0, block = 0;
@@ -31,7 +36,7 @@ struct Line {
   std::string layout;
   int64_t taken[kUses] = {}, passed[kUses] = {}, bytes[kUses] = {}, ours_ns[kUses] = {}, library_ns[kUses] = {},
           saved_ns[kUses] = {};
-  Checked checked[kQuestions][kOnlineSizes] = {};
+  Checked checked[kChecks][kOnlineSizes] = {};
 };
 
 std::mutex g_lock;
@@ -59,9 +64,9 @@ void absorb(Record& r) {  // under g_lock
     line.library_ns[u] += r.tally[u].library_ns.exchange(0);
     line.saved_ns[u] += r.tally[u].saved_ns.exchange(0);
   }
-  for (int q = 0; q < kQuestions; ++q)
+  for (int q = 0; q < kChecks; ++q)
     for (int k = 0; k < kOnlineSizes; ++k) {
-      const Online& o = r.online[q][k];
+      const Online& o = q < kQuestions ? r.online[q][k] : r.rounds[q - kQuestions][k];
       Checked& c = line.checked[q][k];
       if (o.samples(false) + o.samples(true) <= c.samples[0] + c.samples[1]) continue;  // of alike types the best known
       c = {{o.samples(false), o.samples(true)}, {o.ps_per_byte(false), o.ps_per_byte(true)}, o.decision()};
@@ -82,15 +87,15 @@ void write_checked(FILE* f, const Line& line) {
   static const char* const decisions[] = {"open", "library", "ours"};
   const char* comma = "";
   std::fprintf(f, ", \"checked\": [");
-  for (int q = 0; q < kQuestions; ++q)
+  for (int q = 0; q < kChecks; ++q)
     for (int k = 0; k < kOnlineSizes; ++k) {
       const Checked& c = line.checked[q][k];
       if (c.samples[0] + c.samples[1] == 0) continue;
-      const int use = q < kSendUse ? q : kSendUse + (q - kSendUse) / kLinks;
+      const int use = use_of(q);
       std::fprintf(f,
-                   "%s{\"use\": \"%s\", \"link\": \"%s\", \"least_bytes\": %lld, \"samples\": [%u, %u], "
+                   "%s{\"use\": \"%s\", \"of\": \"%s\", \"link\": \"%s\", \"least_bytes\": %lld, \"samples\": [%u, %u], "
                    "\"ps_per_byte\": [%lld, %lld], \"decision\": \"%s\"}",
-                   comma, uses[use], use < kSendUse ? "" : link_name((q - kSendUse) % kLinks), 1ll << 3 * k,
+                   comma, uses[use], q < kQuestions ? "calls" : "rounds", use < kSendUse ? "" : link_name(link_of(q)), 1ll << 3 * k,
                    c.samples[0], c.samples[1], static_cast<long long>(c.ps_per_byte[0]),
                    static_cast<long long>(c.ps_per_byte[1]), decisions[c.decision]);
       comma = ", ";
@@ -157,11 +162,12 @@ void write_text(FILE* f, int rank) {
                  static_cast<long long>(line.taken[1]), static_cast<long long>(line.passed[1]),
                  static_cast<long long>(line.taken[2]), static_cast<long long>(line.passed[2]),
                  static_cast<long long>(line.taken[3]), static_cast<long long>(line.passed[3]), kind.first.c_str());
-    for (int q = kSendUse; q < kQuestions; ++q)
+    for (int q = kSendUse; q < kChecks; ++q)
       for (int k = 0; k < kOnlineSizes; ++k)
         if (line.checked[q][k].decision == Online::kLibrary)
-          std::fprintf(f, "undertow:     %s (peers: %s), %lld B and more: switched off, timed calls were slower\n",
-                       q < kSendUse + kLinks ? "sends" : "receives", link_name((q - kSendUse) % kLinks), 1ll << 3 * k);
+          std::fprintf(f, "undertow:     %s (peers: %s), %lld B and more: switched off, timed %s were slower\n",
+                       use_of(q) == kSendUse ? "sends" : "receives", link_name(link_of(q)), 1ll << 3 * k,
+                       q < kQuestions ? "calls" : "rounds");
   }
   std::fprintf(f, "undertow:   time saved on this rank: %.3f ms, modelled: calls taken times what the table says of each\n",
                static_cast<double>(saved) / 1e6);

@@ -35,12 +35,12 @@ struct SendSide {
   Stopwatch watch;
 
   SendSide(void* user, int64_t count, MPI_Datatype datatype, const Peer& peer, bool allowed = true,
-           double gain = kGain, bool blocking = false)
+           double gain = kGain, Timed timed = Timed::No)
       : buf(user), type(datatype) {
     if (!allowed) return;
     const bool device = device_side(user, datatype);
     Record* r = device ? device_wanted(datatype, kSendUse, count) : record_of(datatype);
-    if (!r || !(device || wanted(r, kSendUse, count, peer, gain, blocking ? &watch : nullptr))) return;
+    if (!r || !(device || wanted(r, kSendUse, count, peer, gain, timed, &watch))) return;
     const MPI_Datatype twin = twin_of(r, device);
     if (handle_key(twin) == handle_key(constants.type_null)) return;
     slab = slab_get(count * r->plan.size, device ? user_bytes(*r, user) : nullptr);
@@ -74,12 +74,12 @@ struct RecvSide {
   Stopwatch watch;
 
   RecvSide(void* target, int64_t n, MPI_Datatype datatype, const Peer& peer, bool allowed = true,
-           double gain = kGain, bool blocking = false)
+           double gain = kGain, Timed timed = Timed::No)
       : buf(target), type(datatype), user(target), count(n) {
     if (!allowed) return;
     const bool device = device_side(target, datatype);
     Record* r = device ? device_wanted(datatype, kRecvUse, n) : record_of(datatype);
-    if (!r || !(device || wanted(r, kRecvUse, n, peer, gain, blocking ? &watch : nullptr))) return;
+    if (!r || !(device || wanted(r, kRecvUse, n, peer, gain, timed, &watch))) return;
     const MPI_Datatype twin = twin_of(r, device);
     if (handle_key(twin) == handle_key(constants.type_null)) return;
     slab = slab_get(n * r->plan.size, device ? user_bytes(*r, target) : nullptr);

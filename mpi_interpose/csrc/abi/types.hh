@@ -49,7 +49,8 @@ struct Record {
   std::atomic<float> gain[kQuestions][kSizeBuckets]{};      // the table's answer, asked once: 0 not yet, negative: unknown
   std::atomic<float> saving_ns[kQuestions][kSizeBuckets]{}; // per call, by the table
   std::atomic<float> gain_one[kQuestions]{}, saving_one_ns[kQuestions]{};  // the same for calls of a single element
-  Online online[kQuestions][kOnlineSizes];                  // what the running program measures
+  Online online[kQuestions][kOnlineSizes];                  // what the running program measures of single calls
+  Online rounds[2 * kLinks][kOnlineSizes];                  // and of rounds of nonblocking messages (round.hh)
   std::atomic<uint32_t> proof_wishes{0};               // calls that wanted a large type, before its proof
 };
 

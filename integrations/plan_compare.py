@@ -119,7 +119,7 @@ def _memory(run: RunData, job: Job, found: Preflight) -> Compared:
     weights = job.shape.parameters * job.weight / job.tensor
     predicted = found.peak_bytes + (found.saves.rank_bytes if run.config["config"].get("checkpoint_every") else 0)
     grown = []
-    for rank in run.attempts:
+    for rank in run.starts:
         first, most = run.memory.get(f"rank {rank}: rss"), run.memory.get(f"rank {rank}: peak_rss")
         if first and most:
             grown.append(max(value for _, value in most) - first[0][1] + weights)

@@ -61,7 +61,7 @@ def page(run: RunData) -> str:
     parts += ["<h2 id=stall>Stall</h2>", plots.stall(run), _stall_table(run)] if run.stalls else []
     parts += ["<h2 id=memory>Memory</h2>", plots.memory(run), _memory_table(run)] if run.memory else []
     if run.spans:
-        window = window_of(run.spans)
+        window = window_of(run)
         parts += ["<h2 id=timeline>Overlap timeline</h2>", plots.timeline(window, "around one save, all ranks")]
         parts += [_overlap_table(run)]
     parts += ["<h2 id=checkpoints>Checkpoints</h2>", _checkpoint_table(run)] if run.checkpoints else []
@@ -73,9 +73,16 @@ def page(run: RunData) -> str:
     return f"<!doctype html>\n<html lang=en>{head}\n{body}\n</html>\n"
 
 
-def window_of(spans: Sequence[Span]) -> tuple[Span, ...]:
-    """The spans from one step before the middle save to the end of the step after its commit."""
-    saves = sorted({span.begin_s for span in spans if span.name == "commit" and not span.killed and span.rank == 0})
+def window_of(run: RunData) -> tuple[Span, ...]:
+    """The spans from one step before the middle save to the end of the step after its commit, of the last start that
+    committed one: starts may lie hours apart."""
+    spans, saves = run.spans, list[float]()
+    for index in reversed(range(max(map(len, run.starts.values()), default=1))):
+        mine = run.spans_of_start(index)
+        saves = sorted({span.begin_s for span in mine if span.name == "commit" and not span.killed and span.rank == 0})
+        if saves:
+            spans = mine
+            break
     if not saves:
         return tuple(sorted(spans, key=lambda span: span.begin_s)[:200])
     around_s = saves[len(saves) // 2]
@@ -124,8 +131,10 @@ def _summary(run: RunData) -> str:
         rows.append(("last loss", f"{run.steps[-1]['loss']:.4f} at step {run.steps[-1]['step']}"))
         rates = sorted(line["tokens_per_s"] for line in run.steps if "tokens_per_s" in line)
         rows += [("median throughput", format_count(rates[len(rates) // 2], "tokens/s"))] if rates else []
-    if run.attempts:
-        rows.append(("ranks, starts", f"{len(run.attempts)}, {max(run.attempts.values())}"))
+    if run.starts:
+        rows += [("ranks", str(len(run.starts))), ("starts", str(max(map(len, run.starts.values()))))]
+    if run.resumed_at:
+        rows.append(("went on at step", ", ".join(map(str, run.resumed_at))))
     if run.stalls:
         stalls = sorted(run.stalls.values())
         rows.append(("median stall of a save", format_seconds(stalls[len(stalls) // 2] / 1e3)))
@@ -133,7 +142,8 @@ def _summary(run: RunData) -> str:
         rows.append(("saves that failed", ", ".join(map(str, run.failed_saves))))
     if run.result:
         rows.append(("held out", f"{run.result['bits_per_byte']:.4f} bits per byte"))
-        rows.append(("weights, state", f"{run.result['weights_hash']}, {run.result['state_hash']}"))
+        rows.append(("checksum of the weights", run.result["weights_hash"]))
+        rows.append(("checksum of weights and optimizer", run.result["state_hash"]))
     else:
         rows.append(("state", "not finished: there is no result.json"))
     return _table(("run", ""), rows)
@@ -150,7 +160,7 @@ def _memory_table(run: RunData) -> str:
 
 def _overlap_table(run: RunData) -> str:
     rows = []
-    for rank in sorted(run.attempts):
+    for rank in run.starts:
         work_s, hidden_s = overlap(run, rank)
         share = f"{hidden_s / work_s:.0%}" if work_s else "–"
         rows.append((f"rank {rank}", format_seconds(work_s), format_seconds(hidden_s), share))

@@ -1,7 +1,7 @@
 """What a run folder tells, read once into one frozen value: configuration, steps, saves, memory, timeline, checkpoints.
 
 Everything is optional but the folder: a run that was killed, or that has just begun, has a report too, and what is
-missing is named in it. Times are seconds since the run's first event; ranks that were restarted keep their attempts.
+missing is named in it. Times are seconds since the run's first event; ranks that were restarted keep their starts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Span:
 @dataclass(frozen=True)
 class RunData:
     """`memory`: name of a series → [(seconds, bytes)], by rank. `stalls`: step → milliseconds that a save blocked
-    training on the slowest rank. `attempts`: starts of each rank. `missing`: what the folder does not hold."""
+    training on the slowest rank. `starts`: rank → when each of its starts began, in seconds. `missing`: what the
+    folder does not hold."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -46,15 +47,38 @@ class RunData:
     failed_saves: tuple[int, ...]
     memory: Mapping[str, tuple[tuple[float, float], ...]]
     checkpoints: tuple[Entry, ...]
-    attempts: Mapping[int, int]
+    starts: Mapping[int, tuple[float, ...]]
     missing: tuple[str, ...]
+
+    def spans_of_start(self, index: int) -> tuple[Span, ...]:
+        """The spans of every rank's start `index`; negative ones count from the last."""
+
+        def within(span: Span) -> bool:
+            begins = self.starts.get(span.rank, ())
+            at = index % len(begins) if begins else 0
+            after = begins[at + 1] if at + 1 < len(begins) else float("inf")
+            return not begins or begins[at] <= span.begin_s < after
+
+        return tuple(filter(within, self.spans))
+
+    @property
+    def resumed_at(self) -> tuple[int, ...]:
+        """The first step of each start after the first, where it came as far as a step."""
+        counts = range(1, max(map(len, self.starts.values()), default=0))
+        steps = ([s.step for s in self.spans_of_start(k) if s.name == "step" and s.step is not None] for k in counts)
+        return tuple(min(found) for found in steps if found)
 
 
 def read_run(folder: Path) -> RunData:
     """`UserError` when `folder` is no run's."""
     known = ("metrics.jsonl", "config.json", "trace", "checkpoints")
     if not any((folder / name).exists() for name in known):
-        raise UserError(f"{folder} is not a run's folder", expected=f"a folder that holds {', '.join(known)}")
+        inside = sorted(path.parent for path in folder.glob("*/config.json"))
+        raise UserError(
+            f"{folder} is not a run's folder",
+            expected=f"a folder that holds {', '.join(known)}",
+            remedy=f"undertow report {inside[0]}" if inside else "",
+        )
     missing = [name for name in (*known, "result.json") if not (folder / name).exists()]
     lines = list(_lines(folder / "metrics.jsonl"))
     events = _events(folder / "trace")
@@ -75,11 +99,7 @@ def read_run(folder: Path) -> RunData:
         failed_saves=tuple(sorted({event["args"]["step"] for event in reports if not event["args"]["ok"]})),
         memory=memory,
         checkpoints=found,
-        attempts={
-            attempts[0].rank: len(attempts)
-            for path in sorted((folder / "trace").glob(FILE_PATTERN))
-            if (attempts := read_attempts(path))
-        },
+        starts=_starts(folder / "trace"),
         missing=tuple(missing),
     )
 
@@ -110,6 +130,17 @@ def _events(folder: Path) -> list[dict[str, Any]]:
         merged = Path(scratch) / "trace.json"
         merge(folder, merged)
         return json.loads(merged.read_text())["traceEvents"]
+
+
+def _starts(folder: Path) -> dict[int, tuple[float, ...]]:
+    """When each start of each rank began, on the clock of `_events`: the first event of the run is 0."""
+    began: dict[int, list[float]] = {}
+    for path in sorted(folder.glob(FILE_PATTERN)):
+        for attempt in read_attempts(path):
+            if attempt.events:
+                began.setdefault(attempt.rank, []).append(attempt.epoch_s + attempt.events[0]["ts"] / 1e6)
+    zero_s = min((min(times) for times in began.values()), default=0.0)
+    return {rank: tuple(time_s - zero_s - 1e-6 for time_s in times) for rank, times in sorted(began.items())}
 
 
 def _spans(events: list[dict[str, Any]]) -> Iterator[Span]:

@@ -41,6 +41,8 @@ def loss(run: RunData) -> str:
     if run.evaluations:
         held_out = [line["bits_per_byte"] * NATS for line in run.evaluations]
         axes.plot([line["step"] for line in run.evaluations], held_out, "o", label="held out")
+    for at, step in enumerate(run.resumed_at):
+        axes.axvline(step, color="#666", linestyle=":", label="" if at else "restart")
     axes.legend()
     return _svg(figure)
 
@@ -60,7 +62,9 @@ def stall(run: RunData) -> str:
 
 def memory(run: RunData) -> str:
     figure, axes = _axes("memory", "seconds", "GiB")
-    for name, points in run.memory.items():
+    for name, measured in run.memory.items():
+        later = run.starts.get(int(name.split(":")[0].removeprefix("rank ")), ())[1:]
+        points = sorted([*measured, *((start_s, float("nan")) for start_s in later)], key=lambda point: point[0])
         axes.plot([t for t, _ in points], [value / 2**30 for _, value in points], label=name)
     axes.legend(fontsize="small")
     return _svg(figure)
@@ -84,5 +88,5 @@ def timeline(spans: tuple[Span, ...], title: str) -> str:
         )
     axes.set_yticks(range(len(rows)), [f"rank {rank} {lane}" for rank, _, lane in rows], fontsize="x-small")
     axes.invert_yaxis()
-    axes.legend(ncols=4, fontsize="x-small", loc="upper right")
+    figure.legend(ncols=8, fontsize="x-small", loc="outside lower center")
     return _svg(figure)

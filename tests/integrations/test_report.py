@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from undertow.checkpointing import Checkpointer
 from undertow.dist.trace import Trace, trace_path
 from undertow.integrations.report import overlap, page, window_of
 from undertow.integrations.report_data import Span, read_run
+from undertow.integrations.report_plots import memory as memory_plot
 
 STEPS = 8
 
@@ -56,7 +59,7 @@ def run(tmp_path_factory) -> Path:
 def test_the_run_is_read_whole(run):
     found = read_run(run)
     assert [line["step"] for line in found.steps] == list(range(STEPS))
-    assert found.attempts == {0: 2}
+    assert [len(begins) for begins in found.starts.values()] == [2] and found.resumed_at == (0,)
     assert set(found.stalls) == {0, 3, 6} and all(value > 0 for value in found.stalls.values())
     assert found.memory["rank 0: rss"][-1][1] == 2**30 + STEPS - 1
     assert sum(span.killed for span in found.spans) == 1
@@ -98,9 +101,25 @@ def test_overlap_is_the_work_beneath_steps(run):
         Span("step", "train", 0, 2.5, 1.0),
     )
     found = read_run(run)
-    work_s, hidden_s = overlap(type(found)(**{**found.__dict__, "spans": spans}), 0)
-    assert (work_s, hidden_s) == (2.0, 1.5)
-    assert set(window_of(spans)) == set(spans)
+    told = replace(found, spans=spans, starts={0: (0.0,)})
+    assert overlap(told, 0) == (2.0, 1.5)
+    assert set(window_of(told)) == set(spans)
+
+
+def test_starts_are_kept_apart(run):
+    """A run that went on an hour later: its timeline shows one start, and no line of a plot spans the pause."""
+    first = [Span(name, lane, 0, t, 0.5) for name, lane, t in (("step", "train", 0), ("commit", "disk", 0.6))]
+    first += [Span("step", "train", 0, 1.0, 0.1, killed=True, step=1)]
+    later = [replace(span, begin_s=span.begin_s + 3600, killed=False, step=7) for span in first]
+    memory = {"rank 0: rss": ((0.1, 2.0**30), (3600.1, 2.0**30))}
+    told = replace(read_run(run), spans=(*first, *later), starts={0: (0.0, 3600.0)}, memory=memory)
+    assert set(window_of(told)) == set(later) and told.resumed_at == (7,)
+    early = replace(told, spans=(*first, later[0]))  # the last start was killed before its first save
+    assert set(window_of(early)) == set(first)
+    text = page(told)
+    assert "<td>went on at step</td><td class=n>7</td>" in text and "restart" in text
+    lines = re.findall(r'<path d="([^"]*)"[^>]*stroke: #1f77b4', memory_plot(told).replace("\n", " "))
+    assert lines[0].count("M") == 2 and "L" not in lines[0]  # the second one is the legend's
 
 
 def test_an_empty_run_has_a_report_too(tmp_path):
@@ -112,6 +131,10 @@ def test_an_empty_run_has_a_report_too(tmp_path):
 def test_what_is_no_run_is_refused(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "is not a run's folder" in capsys.readouterr().err
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.json").write_text("{}")
+    assert main(["report", str(tmp_path)]) == 2
+    assert f"undertow report {tmp_path / 'a'}" in capsys.readouterr().err
 
 
 def test_a_browser_shows_it(run, tmp_path, capsys):

@@ -3,15 +3,18 @@
     undertow bench mpi4py_suite [--quick] [--filter mpich-5]     --quick: one rank only
 
 The tests are in mpi4py's source distribution, which pip brings once into the cache, in the version of the module they
-test. Each MPI runs all of them on one rank and on two, in the modes off (no preload), auto, force and check. The
-promise: the same tests run, fail and are skipped in every mode, no byte differs in mode check, calls were intercepted,
-and in mode force plans of every combiner that the suite uses in a message or a pack were taken. The exit status is 1
-where it is broken. A test that fails in one mode only is named. Seconds are those of the whole run, start included.
+test. MPICH is the wheel beside this Python (`pip install undertow[mpi]`); for Open MPI's wheel pip makes an environment
+of its own in the cache, unless $MPICC names the one MPI to be tested. Each MPI runs all tests on one rank and on two, in
+the modes off (no preload), auto, force and check. The promise: the same tests run, fail and are skipped in every mode, no
+byte differs in mode check, calls were intercepted, and in mode force plans of every combiner that the suite uses in a
+message or a pack were taken. The exit status is 1 where it is broken. A test that fails in one mode only is named.
+Seconds are those of the whole run, start included.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -25,6 +28,7 @@ from pathlib import Path
 from undertow.benchmarks.case import Benchmark
 from undertow.benchmarks.facts import facts, slug
 from undertow.benchmarks.mpi_datatypes import installed, label
+from undertow.benchmarks.mpi_environments import openmpi_python
 from undertow.mpi_interpose import build, measure
 from undertow.mpi_interpose.compile import cache_folder
 from undertow.mpi_interpose.errors import InterposeError
@@ -212,10 +216,14 @@ def markdown(outcomes: Sequence[Outcome], about: dict[str, str]) -> str:
 
 def run(quick: bool, rounds: int | None, only: str, output: Path) -> int:
     """Every MPI with mpi4py; the results are written after each run of the suite."""
+    if "MPICC" not in os.environ and openmpi_python() is None:
+        sys.stderr.write("pip cannot bring Open MPI's wheel into an environment of its own: it is left out\n")
     found = {label(mpi): (mpi, python_of(mpi)) for mpi in installed()}
     chosen = [(mpi, python) for name, (mpi, python) in found.items() if python and only in name]
     if not chosen:
-        sys.stderr.write(f"no MPI with mpi4py beside it among: {', '.join(found) or 'none'}\n")
+        sys.stderr.write(
+            f"no MPI with mpi4py beside it among: {', '.join(found) or 'none'} (pip install undertow[mpi])\n"
+        )
         return 2
     about = {**facts(("mpi4py",)), "mpi": "; ".join(mpi.version for mpi, _ in chosen)}
     output.mkdir(parents=True, exist_ok=True)

@@ -6,19 +6,17 @@ once in the cache (the two wheels must not share one); Debian's packages are use
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import pytest
 
+from undertow.benchmarks.mpi_environments import openmpi_python
 from undertow.mpi_interpose.build import library
-from undertow.mpi_interpose.compile import cache_folder
 from undertow.mpi_interpose.toolchain import probe
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -34,24 +32,6 @@ class Install:
     @property
     def preload(self) -> Path:
         return library(probe(self.mpicc))
-
-
-@lru_cache
-def openmpi_python() -> str | None:
-    """Python of an environment with the wheels openmpi, mpi4py and numpy; None when pip cannot bring them."""
-    folder = cache_folder() / f"test-openmpi-{sys.version_info.major}.{sys.version_info.minor}"
-    python = folder / "bin" / "python"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as lock:  # tests of other files may run beside this one
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "complete").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            made = subprocess.run([sys.executable, "-m", "venv", str(folder)], capture_output=True, check=False)
-            command = [str(python), "-m", "pip", "install", "-q", "openmpi", "mpi4py", "numpy"]
-            if made.returncode or subprocess.run(command, capture_output=True, check=False).returncode:
-                return None
-            (folder / "complete").touch()
-    return str(python)
 
 
 def find(name: str) -> Install | None:

@@ -13,10 +13,10 @@ namespace undertow {
 struct Round {
   static constexpr int kMost = 32;  // messages that are remembered; more only count in bytes
   struct Part {
-    Record* record;  // held
-    Use use;
-    int link;
-    int64_t bytes;
+    Record* record = nullptr;  // held
+    Use use{};
+    int link = 0;
+    int64_t bytes = 0;
   };
   int posts = 0;         // nonblocking messages started since the last completion, ours or not
   bool regular = false;  // the last round was completed by one Waitall
@@ -25,25 +25,27 @@ struct Round {
   uintptr_t first = 0;  // the request of the first message that was started under the clock
   bool has_first = false;
   int64_t bytes = 0, ns = 0, mark_ns = 0;
-  Part part[kMost];
+  Part part[kMost] = {};  // all constant, so that no access asks whether it was constructed
 
   void add(Record* record, Use use, int link, int64_t message_bytes) {
     bytes += message_bytes;
     if (parts == kMost) return;
     hold(record);
-    part[parts++] = {record, use, link, message_bytes};
+    part[parts++] = Part{record, use, link, message_bytes};
   }
 
   // Counts what was measured if `valid`, and begins anew.
   void finish(bool valid) {
+    posts = 0, decided = false;
+    if (!timed) return;
     const double each = bytes > 0 ? static_cast<double>(ns) / static_cast<double>(bytes) : 0;
     for (int k = 0; k < parts; ++k) {
       const Part& p = part[k];
       if (valid) observe(*p.record, p.use, p.link, ours, p.bytes, static_cast<int64_t>(each * p.bytes), true);
       release(p.record);
     }
-    posts = parts = 0;
-    decided = timed = has_first = false;
+    parts = 0;
+    timed = has_first = false;
     bytes = ns = 0;
   }
 };

@@ -83,7 +83,7 @@ def _flush(job: Job, method: Method) -> Measured:
     return Measured(float(wrong), seconds, {"save_s": seconds / SAVES})
 
 
-def _trial(size: Size, device: torch.device, base: Path, machine: Machine | None) -> Trial:
+def _trial(size: Size, device: torch.device, base: Path, machine: Machine | None = None) -> Trial:
     job = Job(size, device, Path(tempfile.mkdtemp(prefix="undertow-bench-", dir=base)))
     keep_open(job)
     raw = Raw(job.folder, SAVES * job.state_bytes)

@@ -32,8 +32,32 @@ LARGE = Size("1.3 B", LMConfig(layers=24, width=2048, heads=16, kv_heads=16, hid
 MANY, SMALL_TENSOR = 20_000, 800  # 64 MB of float32
 
 
+class Loop:
+    """A model, its optimizer and one batch: the same step for a model of one process and for a sharded one."""
+
+    device: torch.device
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    tokens: torch.Tensor
+    step = 0
+
+    def train(self) -> None:
+        """Forward, backward and update of one step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss = self.model(self.tokens[:, :-1], self.tokens[:, 1:])
+        loss.backward()
+        self.optimizer.step()
+        self.step += 1
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished what was queued."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
 @dataclass
-class Job:
+class Job(Loop):
     """The training loop that all arms share: same model, same optimizer, one step after the other."""
 
     size: Size
@@ -60,19 +84,6 @@ class Job:
             for key, value in self.optimizer.state[parameter].items():
                 found[f"optimizer.state.{name}.{key}"] = value
         return found
-
-    def train(self) -> None:
-        """Forward, backward and update of one step."""
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss = self.model(self.tokens[:, :-1], self.tokens[:, 1:])
-        loss.backward()
-        self.optimizer.step()
-        self.step += 1
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def close(self) -> None:
         for close in self._open:

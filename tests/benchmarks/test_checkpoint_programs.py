@@ -12,6 +12,7 @@ import torch
 from undertow.benchmarks import checkpoint_durable, checkpoint_flush, checkpoint_stall
 from undertow.benchmarks.case import Measured
 from undertow.benchmarks.checkpoint_job import Method, Size
+from undertow.dist.machine import Machine
 from undertow.examples.lm import LMConfig
 
 TINY = Size("tiny", LMConfig(layers=1, width=64, heads=2, kv_heads=2, hidden=128, vocab=256), 1, 8, 2)
@@ -50,7 +51,11 @@ def test_saves_that_follow_one_another_and_the_raw_disk(tmp_path):
         raw = False  # tmpfs has none
     else:
         raw = True
-    for arm in checkpoint_flush._trial(TINY, torch.device("cpu"), tmp_path).arms:
+    machine = Machine("a disk of 1 GB/s", disks={"write_direct": 1e9})
+    for arm in checkpoint_flush._trial(TINY, torch.device("cpu"), tmp_path, machine).arms:
+        if "undertow" in arm.name:
+            nbytes = checkpoint_stall._jobs[-1].state_bytes
+            assert arm.predicted_s == pytest.approx(checkpoint_flush.SAVES * nbytes / 1e9)
         if raw or "raw" not in arm.name:
             assert (measured(arm).seconds or 0) > 0
 

@@ -4,11 +4,11 @@
 
 The tests are in mpi4py's source distribution, which pip brings once into the cache, in the version of the module they
 test. MPICH is the wheel beside this Python (`pip install undertow[mpi]`); for Open MPI's wheel pip makes an environment
-of its own in the cache, unless $MPICC names the one MPI to be tested. Each MPI runs all tests on one rank and on two, in
-the modes off (no preload), auto, force and check. The promise: the same tests run, fail and are skipped in every mode, no
-byte differs in mode check, calls were intercepted, and in mode force plans of every combiner that the suite uses in a
-message or a pack were taken. The exit status is 1 where it is broken. A test that fails in one mode only is named.
-Seconds are those of the whole run, start included.
+of its own in the cache, unless $MPICC names the one MPI to be tested. Each MPI runs all tests on one rank and on two,
+in the modes off (no preload), auto, force and check. The promise: the same tests run, fail and are skipped in every
+mode, no byte differs in mode check, calls were intercepted, and in mode force plans of every combiner that the suite
+uses in a message or a pack were taken. The exit status is 1 where it is broken. A test that fails in one mode only is
+named. Seconds are those of the whole run, start included.
 """
 
 from __future__ import annotations

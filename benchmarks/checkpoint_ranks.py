@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.fsdp import fully_shard
 
 from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Measured, Trial
-from undertow.benchmarks.checkpoint_job import LARGE, MEDIUM, Size
+from undertow.benchmarks.checkpoint_job import LARGE, MEDIUM, Loop, Size
 from undertow.benchmarks.checkpoint_phases import TINY
 from undertow.checkpointing import Checkpointer
 from undertow.dist.errors import UserError
@@ -39,12 +39,12 @@ from undertow.examples.lm import ByteLM
 STEPS = 16
 
 
-class Sharded:
+class Sharded(Loop):
     """One FSDP2 training job on this rank; `folder` is the same on all ranks."""
 
     def __init__(self, size: Size, device: torch.device, folder: Path) -> None:
         torch.manual_seed(0)
-        self.device, self.folder, self.step = device, folder, 0
+        self.device, self.folder = device, folder
         with device:
             self.model = ByteLM(size.model)
         for layer in self.model.blocks:
@@ -56,22 +56,10 @@ class Sharded:
         self.closing = contextlib.ExitStack()
         self.train()
 
-    def train(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss = self.model(self.tokens[:, :-1], self.tokens[:, 1:])
-        loss.backward()
-        self.optimizer.step()
-        self.step += 1
-
     def state(self) -> dict[str, Any]:
         """As dcp keeps it: sharded, by names."""
         model, optimizer = get_state_dict(self.model, self.optimizer)
         return {"model": model, "optimizer": optimizer}
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 class Ours:

@@ -5,6 +5,7 @@
 Every rank's memory is on its own card (rank r of the host on card r mod count). Per case, in one run and in turn:
 
     auto, direct, staged   the program's own call on device memory; the preload takes the path named, or chooses
+    ipc                    the same with UNDERTOW_MPI_IPC: receivers read the senders' device memory
     by hand                torch packs into device scratch, a pinned buffer goes through the same collective as bytes
     per block              one cuMemcpyAsync per contiguous block to and from that buffer
 
@@ -31,7 +32,7 @@ import numpy as np
 from undertow.benchmarks import facts
 from undertow.benchmarks.intervals import median_interval
 from undertow.benchmarks.mpi_gpu_rivals import Layout
-from undertow.benchmarks.mpi_gpu_rooms import PRELOAD, Batch, Buffer, Preload, Room, room, timed
+from undertow.benchmarks.mpi_gpu_rooms import IPC, PRELOAD, RIVALS, Batch, Buffer, Preload, Room, room, timed
 from undertow.examples.halo3d import face_types
 
 REPEATS = 15
@@ -177,11 +178,11 @@ def measure(mpi: Any, world: Any, where: Room, exchange: Exchange, preload: Prel
     target = source if exchange.into is None else where.empty(exchange.into.size)
     send, receive = Batch(where, source, exchange.sends), Batch(where, target, exchange.receives)
     forced = preload.present and where.on_card
-    ways = [*(PRELOAD if forced else PRELOAD[:1]), *(way for way in send.ways() if way in receive.ways())]
+    ways = [*((*PRELOAD, IPC) if forced else PRELOAD[:1]), *(way for way in send.ways() if way in receive.ways())]
     buffers = (source.mpi(mpi), target.mpi(mpi))
 
     def once(way: str) -> None:
-        if way in PRELOAD:
+        if way not in RIVALS:
             exchange.typed(*buffers)
         else:
             send.pack(way)
@@ -201,7 +202,7 @@ def measure(mpi: Any, world: Any, where: Room, exchange: Exchange, preload: Prel
         got = target.read()
         row["wrong"][way] = world.allreduce(int((got != exchange.after).sum()))
         row["different from the CPU"] += world.allreduce(int((got != on_host).sum()))
-        if forced and way in PRELOAD and preload.moved() == moved:
+        if forced and way not in RIVALS and preload.moved() == moved:
             raise SystemExit(f"mpi_gpu_collectives: the preload moved nothing in {exchange.name} by {way}")
     times = timed(world, mpi, where, ways, once, preload.take, repeats)
     spreads = {way: median_interval(values) for way, values in times.items()}
@@ -225,7 +226,7 @@ def _on_host(mpi: Any, exchange: Exchange) -> np.ndarray:
     return target
 
 
-COLUMNS = (*PRELOAD, "by hand", "per block")
+COLUMNS = (*PRELOAD, IPC, *RIVALS)
 
 
 def line(row: dict) -> str:

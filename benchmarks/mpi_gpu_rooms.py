@@ -30,6 +30,7 @@ from undertow.mpi_interpose.compile import compiler
 MOST_BLOCKS = 1 << 17  # more single copies than this take seconds
 ALIGN = 64
 PRELOAD = ("auto", "direct", "staged")
+IPC = "ipc"  # of the w collectives only: the switch UNDERTOW_MPI_IPC, otherwise off
 RIVALS = ("by hand", "per block")
 
 BLOCKS = r"""
@@ -258,9 +259,10 @@ class Preload:
         self.present = hasattr(self.lib, "undertow_measure_gpu_path")
 
     def take(self, way: str) -> None:
-        """From the next call on: 'auto', 'direct' or 'staged'; a rival's way leaves things as they are."""
-        if self.present and way in PRELOAD:
-            self.lib.undertow_measure_gpu_path(gpu.PATHS.index(way))
+        """From the next call on: 'auto', 'direct', 'staged' or 'ipc'; a rival's way leaves things as they are."""
+        if self.present and way not in RIVALS:
+            self.lib.undertow_measure_gpu_path(gpu.PATHS.index("auto" if way == IPC else way))
+            self.lib.undertow_measure_ipc(int(way == IPC))
 
     def moved(self) -> int:
         """Bytes that the device side has packed or unpacked so far."""

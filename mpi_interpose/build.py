@@ -98,7 +98,7 @@ def _units(flavour: str, version: str, flags: tuple[str, ...], texts: dict[str, 
     glue = [Unit(name, CSRC / "abi" / f"{name}.cc", flags, (folder,)) for name in GLUE]
     if flavour == "openmpi":
         glue.append(Unit("fortran", folder / "fortran.cc", flags, (folder,)))
-    glue.append(Unit("hook", CSRC / "gpu" / "hook.cc", flags, (folder,)))
+    glue += [Unit(name, CSRC / "gpu" / f"{name}.cc", flags, (folder,)) for name in ("hook", "ipc")]
     return [*core_units(), *gpu_units(), *glue, Unit("exports", folder / "exports.cc"), Unit("facts", facts)]
 
 

@@ -2,6 +2,7 @@
 // has no access rights, so that any touch by the host is a fault; the driver's functions work on the other mapping. A
 // launch runs the arithmetic that the kernel shares with the host, and ends the program when a word is unaligned or
 // lies in memory that a kernel could not reach.
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -52,10 +53,36 @@ bool in(const std::map<uintptr_t, size_t>& ranges, uintptr_t a, size_t n) {
   std::_Exit(77);
 }
 
+// Another process's memory: the same two mappings, of its file.
+struct Foreign {
+  size_t bytes;
+  char* alias;
+};
+std::map<uintptr_t, Foreign> g_foreign;
+int g_file = -1;
+
+Foreign* foreign(uintptr_t a, uintptr_t* base) {
+  auto it = g_foreign.upper_bound(a);
+  if (it == g_foreign.begin() || a >= (--it)->first + it->second.bytes) return nullptr;
+  *base = it->first;
+  return &it->second;
+}
+
+struct Handle {  // what a CUipcMemHandle holds here
+  int pid, file;
+  size_t offset, bytes;
+};
+
 bool is_device(uintptr_t a) {
+  uintptr_t base;
+  if (foreign(a, &base)) return true;
   return g_device && a >= reinterpret_cast<uintptr_t>(g_device) && a < reinterpret_cast<uintptr_t>(g_device) + kBytes;
 }
-char* real(uintptr_t a) { return is_device(a) ? g_alias + (a - reinterpret_cast<uintptr_t>(g_device)) : reinterpret_cast<char*>(a); }
+char* real(uintptr_t a) {
+  uintptr_t base;
+  if (Foreign* f = foreign(a, &base)) return f->alias + (a - base);
+  return is_device(a) ? g_alias + (a - reinterpret_cast<uintptr_t>(g_device)) : reinterpret_cast<char*>(a);
+}
 
 char* reach(uintptr_t a, size_t n) {
   if (a % n) die("unaligned word", a);
@@ -89,12 +116,11 @@ extern "C" {
 int cuInit(unsigned) {
   std::lock_guard<std::mutex> guard(g_lock);
   if (g_ready) return 0;
-  const int file = memfd_create("device", 0);
+  const int file = g_file = memfd_create("device", 0);
   if (ftruncate(file, kBytes)) return kNoMemory;
   g_device = static_cast<char*>(mmap(nullptr, kBytes, PROT_NONE, MAP_SHARED, file, 0));
   g_alias = static_cast<char*>(mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0));
-  close(file);
-  g_ready = true;
+  g_ready = true;  // the file stays open: other processes may map it
   return 0;
 }
 int cuGetErrorName(int, const char** name) {
@@ -191,6 +217,42 @@ int cuMemFree_v2(unsigned long long address) {
   g_free.emplace((it->second + 511) / 256 * 256, it->first);
   g_live.erase(it);
   return 0;
+}
+int cuIpcGetMemHandle(char* handle, unsigned long long address) {
+  std::lock_guard<std::mutex> guard(g_lock);
+  const auto it = g_live.find(address);
+  if (it == g_live.end() || failing("cuIpcGetMemHandle")) return kInvalid;
+  const Handle made{getpid(), g_file, address - reinterpret_cast<uintptr_t>(g_device), it->second};
+  std::memset(handle, 0, 64);
+  std::memcpy(handle, &made, sizeof made);
+  return 0;
+}
+struct IpcHandle {
+  char opaque[64];
+};
+// A process cannot open its own memory; failing by FAKE_CUDA_FAIL=cuIpcOpenMemHandle.
+int cuIpcOpenMemHandle_v2(unsigned long long* address, IpcHandle handle, unsigned flags) {
+  Handle given;
+  std::memcpy(&given, handle.opaque, sizeof given);
+  if (!g_current || flags != 1 || given.pid == getpid() || failing("cuIpcOpenMemHandle")) return kInvalid;
+  const std::string path = "/proc/" + std::to_string(given.pid) + "/fd/" + std::to_string(given.file);
+  const int file = open(path.c_str(), O_RDWR);
+  if (file < 0) return kInvalid;
+  std::lock_guard<std::mutex> guard(g_lock);
+  const off_t page = static_cast<off_t>(given.offset / 4096 * 4096);
+  const size_t inside = given.offset - page, bytes = inside + given.bytes;
+  char* at = static_cast<char*>(mmap(nullptr, bytes, PROT_NONE, MAP_SHARED, file, page));
+  char* alias = static_cast<char*>(mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, page));
+  close(file);
+  const uintptr_t start = reinterpret_cast<uintptr_t>(at) + inside;
+  g_foreign[start] = {given.bytes, alias + inside};
+  g_live[start] = given.bytes;
+  return *address = start, 0;
+}
+int cuIpcCloseMemHandle(unsigned long long address) {
+  std::lock_guard<std::mutex> guard(g_lock);
+  if (!g_foreign.erase(address)) return kInvalid;
+  return g_live.erase(address), 0;
 }
 int cuMemHostAlloc(void** address, size_t n, unsigned) {
   if (!g_current) return kInvalidContext;

@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +83,40 @@ def test_collectives_of_three_ranks_and_without_pinned_memory(pympi: Install, st
     some = ["blocking_and_nonblocking", "contiguous_buffers"]
     command = ["env", "FAKE_CUDA_FAIL=cuMemHostAlloc", *program, *some]
     assert "ok" in start(pympi, 2, command, "auto", LD_LIBRARY_PATH=str(stand_in))
+
+
+def through_memory(stand_in: Path) -> dict[str, Any]:
+    return {"LD_LIBRARY_PATH": str(stand_in), "UNDERTOW_MPI_IPC": "1", "UNDERTOW_MPI_IPC_MB": "1"}
+
+
+def test_w_collectives_through_the_memory_of_other_ranks(pympi: Install, stand_in: Path) -> None:
+    """In several processes; where one rank cannot open the others' memory, all go through the library."""
+    program = [str(pympi.python), str(PROGRAMS / "device_ipc.py")]
+    common = through_memory(stand_in)
+    out = start(pympi, 2, program, "auto", **common)
+    assert "ok 6 on the stand-in" in out, out[-2000:]
+    second = '[ "${PMI_RANK:-$OMPI_COMM_WORLD_RANK}" = 0 ] || export FAKE_CUDA_FAIL=cuIpcOpenMemHandle; exec "$0" "$@"'
+    some = ["blocks_go_without_the_library", "grids_and_graphs"]
+    out = start(pympi, 2, ["sh", "-c", second, *program, *some], "auto", IPC_REFUSED="1", **common)
+    assert all(f"kept {rule}" in out for rule in some), out[-2000:]
+
+
+@pytest.mark.slow
+def test_w_collectives_through_the_memory_of_three_ranks(pympi: Install, stand_in: Path) -> None:
+    program = [str(pympi.python), str(PROGRAMS / "device_ipc.py")]
+    common = through_memory(stand_in)
+    assert "ok 6" in start(pympi, 3, program, "auto", **common)
+    rules = ["all_to_all", "halo_by_neighbours"]
+    out = start(pympi, 3, [program[0], str(PROGRAMS / "device_messages.py"), *rules], "auto", **common)
+    assert all(f"kept {rule}" in out for rule in rules), out[-2000:]
+
+
+@pytest.mark.gpu
+@NO_GPU
+def test_w_collectives_through_the_memory_of_other_ranks_on_a_gpu(pympi: Install) -> None:
+    program = [str(pympi.python), str(PROGRAMS / "device_ipc.py")]
+    out = start(pympi, 2, program, "auto", UNDERTOW_MPI_IPC="1", UNDERTOW_MPI_IPC_MB="1")
+    assert "ok 6 on a GPU" in out, out[-2000:]
 
 
 @pytest.mark.gpu

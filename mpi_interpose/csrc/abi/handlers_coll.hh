@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "handlers_p2p.hh"
+#include "ipc.hh"
 
 namespace undertow {
 
@@ -372,13 +373,41 @@ int on_neighbor_alltoallv(F next, Site site, void* sbuf, N* scounts, D* sdispls,
                       d.holes);
 }
 
+// The blocks of a w call as device memory may carry them without the library (see ipc.hh), and what is left of it.
+template <class N, class D>
+std::vector<PeerBlock> peer_blocks(void* buf, const N* counts, const D* displs, const MPI_Datatype* types, int n) {
+  std::vector<PeerBlock> blocks;
+  for (int k = 0; k < n; ++k)
+    blocks.push_back({static_cast<char*>(buf) + displs[k], static_cast<int64_t>(counts[k]), types[k]});
+  return blocks;
+}
+template <class N>
+N* without_moved(N* counts, const std::vector<PeerBlock>& blocks, std::vector<N>& left) {
+  left.assign(counts, counts + blocks.size());
+  for (size_t k = 0; k < blocks.size(); ++k)
+    if (blocks[k].moved) left[k] = 0;
+  return left.data();
+}
+
 template <class F, class N, class D>
 int all_to_all_w(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Datatype* stypes, void* rbuf, N* rcounts,
-                 D* rdispls, MPI_Datatype* rtypes, MPI_Comm comm, int out, int in, bool holes = false) {
+                 D* rdispls, MPI_Datatype* rtypes, MPI_Comm comm, int out, int in, bool neighbours, bool holes = false) {
+  std::vector<N> sends_left, receives_left;
+  bool moved = false;
+  if (ipc_wanted() && (neighbours || (out > 0 && out == in)) && scounts && rcounts && stypes && rtypes) {
+    std::vector<PeerBlock> sends = peer_blocks(sbuf, scounts, sdispls, stypes, out);
+    std::vector<PeerBlock> receives = peer_blocks(rbuf, rcounts, rdispls, rtypes, in);
+    const int rc = ipc_exchange(comm, neighbours, sends, receives);
+    if (rc != MPI_SUCCESS) return rc;
+    scounts = without_moved(scounts, sends, sends_left);
+    rcounts = without_moved(rcounts, receives, receives_left);
+    for (const auto* side : {&sends, &receives})
+      for (const PeerBlock& block : *side) moved = moved || block.moved;
+  }
   TypedBlocks<N, D> send(sbuf, scounts, sdispls, stypes, out, kSendUse, out > 0);
   TypedBlocks<N, D> recv(rbuf, rcounts, rdispls, rtypes, in, kRecvUse, in > 0);
   if (holes) recv.keep();
-  count_call(site, send.taken() || recv.taken());
+  count_call(site, moved || send.taken() || recv.taken());
   const int rc = next(send.buf, scounts, send.displs, send.types, recv.buf, rcounts, recv.displs, recv.types, comm);
   if (rc == MPI_SUCCESS && recv.taken()) recv.finish();
   return rc;
@@ -391,7 +420,7 @@ int on_alltoallw(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Data
   const bool allowed = (place || sbuf != MPI_IN_PLACE) && intra(comm);
   const int n = allowed ? size_of(comm) : 0;
   return all_to_all_w(next, site, sbuf, scounts, sdispls, stypes, rbuf, rcounts, rdispls, rtypes, comm, place ? 0 : n, n,
-                      place);
+                      false, place);
 }
 
 template <class F, class N>
@@ -399,7 +428,7 @@ int on_neighbor_alltoallw(F next, Site site, void* sbuf, N* scounts, MPI_Aint* s
                           void* rbuf, N* rcounts, MPI_Aint* rdispls, MPI_Datatype* rtypes, MPI_Comm comm) {
   const Degrees d = degrees_of(comm);
   return all_to_all_w(next, site, sbuf, scounts, sdispls, stypes, rbuf, rcounts, rdispls, rtypes, comm, d.out, d.in,
-                      d.holes);
+                      d.known, d.holes);
 }
 
 }  // namespace undertow

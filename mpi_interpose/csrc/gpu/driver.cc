@@ -33,6 +33,9 @@ bool fill(void* library) {
   if (!cuda.name) return false;
   UNDERTOW_CUDA_FUNCTIONS(X)
 #undef X
+#define X(name, arguments) cuda.name = reinterpret_cast<decltype(cuda.name)>(dlsym(library, #name));
+  UNDERTOW_CUDA_IPC_FUNCTIONS(X)
+#undef X
   return true;
 }
 

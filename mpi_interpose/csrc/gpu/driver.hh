@@ -46,9 +46,19 @@ struct Failure : std::runtime_error {
   X(cuMemFreeHost, (void*))                                                                                         \
   X(cuMemcpyAsync, (Address, Address, size_t, Handle))
 
+// Memory of another process; a driver may lack these.
+struct IpcHandle {
+  char opaque[64];
+};
+#define UNDERTOW_CUDA_IPC_FUNCTIONS(X)                                                                              \
+  X(cuIpcGetMemHandle, (IpcHandle*, Address))                                                                       \
+  X(cuIpcOpenMemHandle_v2, (Address*, IpcHandle, unsigned))                                                         \
+  X(cuIpcCloseMemHandle, (Address))
+
 struct Driver {
 #define X(name, arguments) Result(*name) arguments = nullptr;
   UNDERTOW_CUDA_FUNCTIONS(X)
+  UNDERTOW_CUDA_IPC_FUNCTIONS(X)
 #undef X
 };
 

@@ -1,0 +1,226 @@
+// See ipc.hh.
+#include "ipc.hh"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <optional>
+
+#include "handlers_coll.hh"
+#include "slab.hh"
+
+namespace undertow {
+namespace {
+
+constexpr int64_t kAlign = 256, kMark = 256;  // the halves begin behind the mark
+constexpr int kMostSlabs = 8;                 // communicators that may have one: slabs are never freed
+
+std::atomic<int> g_slabs{0};
+int g_keyval = MPI_KEYVAL_INVALID;
+
+int64_t half_bytes() {
+  static const int64_t bytes = [] {
+    const char* v = std::getenv("UNDERTOW_MPI_IPC_MB");
+    const long mb = v && *v ? std::strtol(v, nullptr, 10) : 64;
+    return static_cast<int64_t>(mb < 1 ? 1 : mb) << 20;
+  }();
+  return bytes;
+}
+
+// What a communicator has agreed on.
+struct Served {
+  enum { kOpen, kYes, kNo } verdict = kOpen;
+  uint64_t calls = 0, turn = 0;
+  bool neighbours = false;  // kind of the last call
+  bool grid = false;
+  int rank = 0;
+  gpu::Slab slab;
+  std::vector<char*> of;  // every rank's slab as seen here; ours at our own rank
+};
+
+struct Offer {
+  int64_t bytes, at;  // bytes < 0: this block goes through the library
+  int32_t rank, spare;
+};
+
+int forget(MPI_Comm, int, void* attribute, void*) {
+  Served* served = static_cast<Served*>(attribute);
+  if (served->verdict != Served::kYes) delete served;  // others may still read a slab that was served
+  return MPI_SUCCESS;
+}
+int copy_nothing(MPI_Comm, int, void*, void*, void*, int* flag) {
+  *flag = 0;
+  return MPI_SUCCESS;
+}
+
+Served* served_by(MPI_Comm comm) {
+  static std::once_flag once;
+  std::call_once(once, [] { own.Comm_create_keyval(copy_nothing, forget, &g_keyval, nullptr); });
+  void* kept = nullptr;
+  int found = 0, kind = MPI_UNDEFINED;
+  if (g_keyval == MPI_KEYVAL_INVALID || own.Comm_get_attr(comm, g_keyval, &kept, &found) != MPI_SUCCESS) return nullptr;
+  if (found) return static_cast<Served*>(kept);
+  Served* made = new Served;
+  made->rank = rank_in(comm);
+  made->grid = own.Topo_test(comm, &kind) == MPI_SUCCESS && kind == MPI_CART;
+  if (own.Comm_set_attr(comm, g_keyval, made) == MPI_SUCCESS) return made;
+  delete made;
+  return nullptr;
+}
+
+// Whether `bad` is 0 on every rank. Collective, and a barrier.
+bool all_good(MPI_Comm comm, bool good) {
+  int bad = !good, any = 1;
+  return own.Allreduce(&bad, &any, 1, MPI_INT, MPI_MAX, comm) == MPI_SUCCESS && any == 0;
+}
+
+const void* bytes_of(const PeerBlock& block) {
+  const Record* r = record_of(block.type);
+  return r ? user_bytes(*r, block.at) : block.at;
+}
+
+const void* first_device(const std::vector<PeerBlock>& blocks) {
+  for (const PeerBlock& block : blocks)
+    if (block.count > 0 && gpu::on_device(bytes_of(block))) return bytes_of(block);
+  return nullptr;
+}
+
+struct Introduction {
+  uint64_t host, mark;
+  gpu::IpcHandle handle;
+};
+
+void negotiate(Served& s, MPI_Comm comm, const void* device) {
+  const int n = size_of(comm);
+  const bool room = g_slabs.load() < kMostSlabs;
+  int facts[2] = {device == nullptr, !room}, any[2] = {1, 1};
+  if (own.Allreduce(facts, any, 2, MPI_INT, MPI_MAX, comm) != MPI_SUCCESS || any[1]) s.verdict = Served::kNo;
+  if (any[0] || any[1]) return;
+  s.verdict = Served::kNo;
+  ++g_slabs;
+  static std::atomic<uint64_t> number{0};
+  const uint64_t mark = (static_cast<uint64_t>(getpid()) << 32) ^ (++number << 8) ^ 0x5ab5ull ^ host_number();
+  bool good = false;
+  try {
+    good = s.slab.make(device, kMark + 2 * half_bytes(), mark);
+  } catch (const std::exception& error) {
+    say("device memory for other ranks: %s", error.what());
+  }
+  Introduction mine{host_number(), mark, s.slab.handle};
+  std::vector<Introduction> all(n);
+  if (own.Allgather(&mine, sizeof mine, constants.byte, all.data(), sizeof mine, constants.byte, comm) != MPI_SUCCESS)
+    return;
+  if (!all_good(comm, good)) return s.slab.free();
+  s.of.assign(n, nullptr);
+  try {
+    for (int k = 0; k < n && good; ++k) {
+      if (k == s.rank) s.of[k] = s.slab.at;
+      else if (all[k].host == mine.host) s.of[k] = gpu::open_slab(*s.slab.context, all[k].handle, all[k].mark);
+      good = s.of[k] != nullptr;
+    }
+  } catch (const std::exception& error) {
+    say("device memory of other ranks: %s", error.what());
+    good = false;
+  }
+  if (all_good(comm, good)) {
+    s.verdict = Served::kYes;
+    return;
+  }
+  for (int k = 0; k < n; ++k)
+    if (k != s.rank && s.of[k]) gpu::close_slab(*s.slab.context, s.of[k]);
+  all_good(comm, true);  // nobody has it open any more
+  s.slab.free();
+}
+
+// Packs what it can into this call's half.
+void offer(Served& s, std::vector<PeerBlock>& sends, std::vector<Offer>& offers) {
+  char* const half = s.slab.at + kMark + static_cast<int64_t>(s.turn % 2) * half_bytes();
+  const int card = s.slab.context->device;
+  int64_t used = 0;
+  DeviceGroup group;
+  for (size_t k = 0; k < sends.size(); ++k) {
+    PeerBlock& b = sends[k];
+    int64_t bytes;
+    Record* r = b.count > 0 && gpu::on_device(bytes_of(b)) ? device_record(b.type) : nullptr;
+    if (!r || r->plan.size == 0 || __builtin_mul_overflow(b.count, r->plan.size, &bytes)) continue;
+    if (gpu::where(user_bytes(*r, b.at)).device != card || bytes > half_bytes() - used) continue;
+    device_pack(*r, b.count, b.at, half + used);
+    r->tally[kSendUse].taken.fetch_add(1, std::memory_order_relaxed);
+    r->tally[kSendUse].bytes.fetch_add(bytes, std::memory_order_relaxed);
+    offers[k] = {bytes, half + used - s.slab.at, s.rank, 0};
+    b.moved = true;
+    used += (bytes + kAlign - 1) / kAlign * kAlign;
+  }
+  group.finish();  // the bytes are there before the offer is
+}
+
+void take(Served& s, std::vector<PeerBlock>& receives, const std::vector<Offer>& offers) {
+  DeviceGroup group;
+  std::vector<std::vector<char>> kept;  // until the group has finished
+  for (size_t k = 0; k < receives.size(); ++k) {
+    PeerBlock& b = receives[k];
+    const Offer& o = offers[k];
+    if (o.bytes < 0) continue;
+    b.moved = true;
+    const char* from = s.of[o.rank] + o.at;
+    Record* r = device_record(b.type);
+    const gpu::Where where = gpu::where(r ? user_bytes(*r, b.at) : b.at);
+    const bool elsewhere = where.memory == gpu::Memory::Device && where.device != s.slab.context->device;
+    if (!r || elsewhere) {
+      kept.emplace_back(static_cast<size_t>(o.bytes));
+      device_copy(kept.back().data(), from, o.bytes);
+      from = kept.back().data();
+    }
+    if (r) {
+      unpack_slab(*r, b.count, from, b.at, o.bytes);
+      continue;
+    }
+    int position = 0;
+    own.Unpack(const_cast<char*>(from), static_cast<int>(o.bytes), &position, b.at, static_cast<int>(b.count), b.type,
+               constants.self);
+  }
+  group.finish();
+}
+
+}  // namespace
+
+std::atomic<bool> g_ipc_wanted{[] {
+  const char* v = std::getenv("UNDERTOW_MPI_IPC");
+  return v && *v && std::strcmp(v, "0") != 0;
+}()};
+
+int ipc_exchange(MPI_Comm comm, bool neighbours, std::vector<PeerBlock>& sends, std::vector<PeerBlock>& receives) {
+  Served* const found = served_by(comm);
+  if (!found || found->verdict == Served::kNo) return MPI_SUCCESS;
+  Served& s = *found;
+  if (s.verdict == Served::kOpen) {
+    ++s.calls;
+    if (s.calls & (s.calls - 1)) return MPI_SUCCESS;
+    const void* device = first_device(sends);
+    negotiate(s, comm, device ? device : first_device(receives));
+    if (s.verdict != Served::kYes) return MPI_SUCCESS;
+  } else if (s.neighbours != neighbours) {
+    all_good(comm, true);
+  }
+  s.neighbours = neighbours;
+  std::vector<Offer> out(sends.size(), Offer{-1, 0, 0, 0}), in(receives.size(), Offer{-1, 0, 0, 0});
+  offer(s, sends, out);
+  const int rc = (neighbours ? real.MPI_Neighbor_alltoall : real.MPI_Alltoall)(
+      out.data(), sizeof(Offer), constants.byte, in.data(), sizeof(Offer), constants.byte, comm);
+  if (rc != MPI_SUCCESS) return rc;
+  take(s, receives, in);
+  ++s.turn;
+  if (neighbours && !s.grid) all_good(comm, true);
+  return MPI_SUCCESS;
+}
+
+}  // namespace undertow
+
+// For measurements: the switch, to be turned on every rank alike, between calls.
+extern "C" __attribute__((visibility("default"))) void undertow_measure_ipc(int on) {
+  undertow::g_ipc_wanted.store(on != 0);
+}

@@ -1,0 +1,154 @@
+"""Alltoallw and Neighbor_alltoallw whose blocks go through memory of other ranks (UNDERTOW_MPI_IPC=1): the rules.
+
+With `unserved` in the environment (IPC_REFUSED=1) the same calls must give the same, through the library. `pinned`
+counts the slabs that messages through the library take: none is taken by a call whose blocks all go the other way.
+
+usage: device_ipc.py [NAME …]
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from mpi4py import MPI
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from device_messages import Mine, blank, comm, data, device, rank, size
+from rule_loop import keep
+
+REFUSED = os.environ.get("IPC_REFUSED") == "1"
+N = 12
+preload = ctypes.CDLL(None)
+
+
+def pinned() -> int:
+    values = (ctypes.c_int64 * 5)()
+    preload.undertow_measure_gpu_counters(values)
+    return values[4]
+
+
+def squares() -> tuple[list, list]:
+    """Datatypes of an Alltoallw that transposes: columns go out, rows come in."""
+    column = MPI.INT.Create_vector(N, 1, size).Commit()
+    return [column] * size, [MPI.INT.Create_contiguous(N).Commit() for _ in range(size)]
+
+
+def transposed(on: MPI.Comm, out: list, into: list, turn: int, send_on: bool = True, receive_on: bool = True) -> int:
+    """One call, its result compared; gives back how many pinned slabs it took."""
+    mine, got = Mine(data(rank, N * size) + turn, send_on), Mine(blank(N * size), receive_on)
+    before = pinned()
+    on.Alltoallw(
+        [mine.mpi(), [1] * size, [4 * r for r in range(size)], out],
+        [got.mpi(), [1] * size, [4 * N * r for r in range(size)], into],
+    )
+    took = pinned() - before
+    want = np.concatenate([data(r, N * size)[rank::size] + turn for r in range(size)])
+    assert np.array_equal(got.read(), want), turn
+    return took
+
+
+def blocks_go_without_the_library() -> None:
+    """Many turns, so that both halves are used again, with ranks that arrive at different times."""
+    out, into = squares()
+    for turn in range(40):
+        if turn % 3 == rank % 3:
+            sum(range(20000))
+        took = transposed(comm, out, into, turn)
+        assert (took == 0) is not REFUSED, (turn, took)
+
+
+def either_side_may_be_on_the_host() -> None:
+    """The sender alone decides: nothing of a host buffer is offered, and a host buffer takes what is."""
+    out, into = squares()
+    new = comm.Dup()
+    assert transposed(new, out, into, 0, rank % 2 == 0, True) >= 0
+    for turn in range(1, 6):
+        transposed(new, out, into, turn, rank % 2 == turn % 2, rank % 2 == 0)
+        transposed(new, out, into, turn, True, False)
+        transposed(new, out, into, turn, False, False)
+    new.Free()
+
+
+def it_begins_when_every_rank_has_device_memory() -> None:
+    """Calls 1 and 2 ask in vain; the 4th does not, and the 5th is served."""
+    out, into = squares()
+    new = comm.Dup()
+    for turn in range(3):
+        transposed(new, out, into, turn, rank > 0, rank > 0)
+    took = [transposed(new, out, into, turn) for turn in range(3, 6)]
+    assert (took == [0, 0, 0]) is not REFUSED, took
+    new.Free()
+
+
+def large_blocks_go_through_the_library() -> None:
+    """What does not fit in the slab (UNDERTOW_MPI_IPC_MB=1 here), beside small blocks that do."""
+    counts = [(1 << 18) + 5 if (r + rank) % 2 else 7 for r in range(size)]
+    places = [4 * (1 << 19) * r for r in range(size)]
+    total = (1 << 19) * size
+    for turn in range(3):
+        mine, got = Mine(data(rank, total) + turn), Mine(blank(total))
+        types = [MPI.INT] * size
+        comm.Alltoallw([mine.mpi(), counts, places, types], [got.mpi(), counts, places, types])
+        want = blank(total)
+        for r in range(size):
+            first = (1 << 19) * r
+            place = slice(first, first + counts[r])
+            want[place] = (data(r, total) + turn)[(1 << 19) * rank : (1 << 19) * rank + counts[r]]
+        assert np.array_equal(got.read(), want), turn
+
+
+def grids_and_graphs() -> None:
+    """A ring with itself twice as neighbour when two ranks, an open line, and a one-way graph; kinds in turn."""
+    column = MPI.DOUBLE.Create_vector(N, 1, N + 2).Commit()
+    pair = [column] * 2
+    left, right = (rank - 1) % size, (rank + 1) % size
+    graph = comm.Create_dist_graph_adjacent([right, left], [left, right])
+    line = comm.Create_cart([size], [False])
+    one_way = comm.Create_dist_graph_adjacent([left], [right])
+    out, into = squares()
+    for turn in range(5):
+        field = np.full((N, N + 2), -1.0)
+        field[:, 1:-1] = 10 * rank + turn
+        for who in (graph, line):
+            mine = Mine(field)
+            ghosts = [8 * (N + 1), 0] if who is graph else [0, 8 * (N + 1)]  # the graph's sources: right, left
+            ends = [mine.mpi(), [1, 1], [8, 8 * N], pair], [mine.mpi(), [1, 1], ghosts, pair]
+            who.Neighbor_alltoallw(*ends)
+            got = mine.read().reshape(N, N + 2)
+            ring = who is graph
+            assert (got[:, 0] == (10 * left + turn if ring or rank > 0 else -1)).all(), turn
+            assert (got[:, -1] == (10 * right + turn if ring or rank < size - 1 else -1)).all(), turn
+            assert (got[:, 1:-1] == 10 * rank + turn).all()
+        mine, got = Mine(data(rank) + turn), Mine(blank())
+        one_way.Neighbor_alltoallw([mine.mpi(), [50], [40], [MPI.INT]], [got.mpi(), [50], [80], [MPI.INT]])
+        want = blank()
+        want[20:70] = (data(left) + turn)[10:60]
+        assert np.array_equal(got.read(), want)
+        transposed(line, out, into, turn)
+        transposed(line, out, into, turn + 1)
+    for made in (graph, line, one_way):
+        made.Free()
+    column.Free()
+
+
+def more_communicators_than_slabs() -> None:
+    out, into = squares()
+    for turn in range(12):
+        new = comm.Dup()
+        transposed(new, out, into, turn)
+        transposed(new, out, into, turn + 1)
+        new.Free()
+
+
+RULES = [
+    blocks_go_without_the_library, either_side_may_be_on_the_host, it_begins_when_every_rank_has_device_memory,
+    large_blocks_go_through_the_library, grids_and_graphs, more_communicators_than_slabs,
+]  # fmt: skip
+
+if __name__ == "__main__":
+    keep(RULES, sys.argv[1:], "on the stand-in" if device.is_fake else "on a GPU")

@@ -1,6 +1,7 @@
 """Streaming under DDP and FSDP2 on two gloo ranks: the gradients of one process, and collectives counted."""
 
 import collections
+import contextlib
 
 import pytest
 import torch
@@ -116,6 +117,52 @@ def under_fsdp(rank, world, make, head_apart):
         counts[way] = dict(mode.counts)
         assert_close({n: p.grad.full_tensor() for n, p in model.named_parameters()}, exact)
     return counts
+
+
+def accumulated(rank, world, make):
+    """Per way of sharding: gradients of three backward passes of which one is reduced, and thrice those of one."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    torch.manual_seed(0)
+    wrapped = DistributedDataParallel(make())
+    torch.manual_seed(0)
+    sharded = make()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for module in (*sharded.model.layers, sharded):
+        fully_shard(module, mp_policy=policy)
+    ids, found = batch_of(rank), {}
+
+    def unreduced(model, last):
+        if model is wrapped:
+            return contextlib.nullcontext() if last else model.no_sync()
+        model.set_requires_gradient_sync(last)
+        model.set_is_last_backward(last)
+        return contextlib.nullcontext()
+
+    for name, model in (("ddp", wrapped), ("fsdp2 in bfloat16", sharded)):
+        grads = []
+        for passes in (1, 3):
+            model.zero_grad(set_to_none=True)
+            with stream_backprop(model, chunk=5 + rank, stash=True) as engine:
+                for turn in range(passes):
+                    with unreduced(model, turn == passes - 1):
+                        model(input_ids=ids, labels=ids).loss.backward()
+            assert set(engine.report().values()) == {"streamed"}
+            whole = {n: getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for n, p in model.named_parameters()}
+            grads.append({n: g / passes for n, g in whole.items()})
+        assert all(g.dtype == torch.float32 for g in grads[1].values())
+        assert_close(grads[1], grads[0])
+        found[name] = grads[0]
+    for name, exact in found["ddp"].items():  # rounded to bfloat16 in every product: 2^-9 each, a few dozen of them
+        mine = found["fsdp2 in bfloat16"][name.removeprefix("module.")]
+        assert (mine - exact).norm() <= 2**-4 * exact.norm(), name
+    return sorted(found)
+
+
+def test_gradients_accumulate_before_they_are_reduced(ranks, family):
+    assert (
+        ranks(2, accumulated, lambda: family("qwen3", tie_word_embeddings=True)) == [["ddp", "fsdp2 in bfloat16"]] * 2
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])

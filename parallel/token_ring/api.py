@@ -46,6 +46,7 @@ class Call:
     home: Home
 
 
+_DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 _KEPT = 4096  # kinds of calls that are remembered; a call must be among them until its backward has run
 _calls: dict[int, Call] = {}
 _numbers: dict[tuple, int] = {}
@@ -83,8 +84,9 @@ def token_ring_attention(
     documents. A query that sees no key gets zeros. `schedule`, `backward_schedule`: one of `problem.SCHEDULES`; 'auto'
     times the first calls of each shape (see `gate`), 'predicted' trusts the model. With
     `return_lse` also the log-sum-exp [B, L, H], which has a gradient. Sums are formed in float32 (float64 for float64)
-    in a fixed order. `wire_dtype`: what partial results and gradients are sent in; None keeps that of the sums, the
-    dtype of a 16-bit q halves them (its kernels round to it anyway; see docs/token-ring.md).
+    in a fixed order. q, k and v share a dtype; under torch.autocast they are cast to its, as by torch's own attention.
+    `wire_dtype`: what partial results and gradients are sent in; None keeps that of the sums, the dtype of a 16-bit q
+    halves them (its kernels round to it anyway; see docs/token-ring.md).
     """
     refused = {"dropout": dropout or None, "softcap": softcap, "alibi_slopes": alibi_slopes}
     for name, value in refused.items():
@@ -94,6 +96,14 @@ def token_ring_attention(
                 expected="no dropout, no soft cap and no ALiBi: the block kernels have none of them with log-sum-exp",
                 remedy=f"leave {name} out, or keep such layers on one rank",
             )
+    q_BLHD, k_BLGD, v_BLGE = _as_autocast((q_BLHD, k_BLGD, v_BLGE))
+    dtypes = {x.dtype for x in (q_BLHD, k_BLGD, v_BLGE)}
+    if len(dtypes) > 1 or not dtypes <= _DTYPES:
+        raise UserError(
+            f"q in {q_BLHD.dtype}, k in {k_BLGD.dtype}, v in {v_BLGE.dtype}",
+            expected=f"one of {', '.join(sorted(map(str, _DTYPES)))} for all three",
+            remedy="cast them, or call under torch.autocast, which does",
+        )
     number = _prepare(
         tuple(q_BLHD.shape), tuple(k_BLGD.shape), tuple(v_BLGE.shape), q_BLHD.dtype, q_BLHD.device, group,
         causal, window, prefix, _frozen(cu_seqlens), _frozen(cu_seqlens_k), layout, lengths, scale,
@@ -101,6 +111,18 @@ def token_ring_attention(
     )  # fmt: skip
     out, lse = torch.ops.undertow.token_ring_attention(q_BLHD, k_BLGD, v_BLGE, number)
     return (out, lse) if return_lse else out
+
+
+def _as_autocast(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What torch's own attention makes of its inputs under autocast: all in its dtype, float64 left as it is.
+
+    Models need it: rotary embeddings and norms of q and k give float32 there, while v is a product, in 16 bits.
+    """
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
 
 
 def _frozen(bounds: Sequence[int] | Tensor | None) -> tuple[int, ...] | None:
@@ -182,8 +204,9 @@ def _run(call: Call, backward: bool, inputs: dict[str, Tensor]) -> dict[str, Ten
     def run(name: str) -> dict[str, Tensor]:
         return _run_by(call, name, backward, inputs)
 
-    gate = call.gates[backward]
-    return run(call.names[backward]) if gate is None else gate.run(run, inputs["q"].device)
+    gate, device = call.gates[backward], inputs["q"].device
+    with torch.autocast(device.type, enabled=False):  # sums are formed in the dtype of the plan
+        return run(call.names[backward]) if gate is None else gate.run(run, device)
 
 
 def _run_by(call: Call, name: str, backward: bool, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

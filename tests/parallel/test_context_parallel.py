@@ -117,3 +117,33 @@ def test_the_wire_dtype_reaches_attention(ranks, family):
     for wide, narrow in ranks(2, _narrow, family("llama"), torch.arange(3, 27)[None]):
         assert (wide[2], narrow[2]) == ({""}, {"bfloat16"})
         assert narrow[:2] == pytest.approx(wide[:2], rel=1e-2) and narrow[1] != wide[1]
+
+
+def _autocast(rank, world, model, ids):
+    """(loss, gradients) alone and spread, under autocast; and the dtypes of what was sent for."""
+    from undertow.parallel.token_ring import api
+
+    average, found = GradientAverage(model.parameters()), []
+    before = set(api._calls)
+    for spread in (False, True):
+        handle = enable_context_parallel(model) if spread else None
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        if handle is not None:
+            average()
+            handle.disable()
+        found.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (alone, wanted), (loss, grad) = found
+    dtypes = {api._calls[number].problem.heads.dtype for number in set(api._calls) - before}
+    return alone, loss, float((grad - wanted).norm() / wanted.norm()), dtypes
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_autocast_reaches_attention(name, ranks, family):
+    """Rotary embeddings and norms give q and k in float32 there, and v comes in bfloat16: as torch's own attention,
+    all are cast. 2e-2: bfloat16's 2^-8, over the few products of two layers, in another order."""
+    for alone, loss, difference, dtypes in ranks(2, _autocast, family(name), torch.arange(3, 26)[None]):
+        assert dtypes == {"bfloat16"}
+        assert loss == pytest.approx(alone, rel=2e-3) and difference < 2e-2

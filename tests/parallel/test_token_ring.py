@@ -306,6 +306,16 @@ def test_what_kernels_lack_is_refused_by_name(name):
         token_ring_attention(x, x, x, **wrong)  # pyright: ignore[reportArgumentType]
 
 
+def test_one_float_dtype_for_all_three():
+    x = torch.randn(1, 4, 2, 8)
+    for wrong in ((x, x.half(), x), (x.bfloat16(), x.bfloat16(), x), (x.long(),) * 3):
+        with pytest.raises(UserError, match="for all three"):
+            token_ring_attention(*wrong)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert token_ring_attention(x, x.bfloat16(), x).dtype == torch.bfloat16
+        assert token_ring_attention(*[x.double()] * 3).dtype == torch.float64
+
+
 def _compiled(rank, world):
     x = torch.randn(1, 8, 4, 16, requires_grad=True)
 
@@ -313,7 +323,11 @@ def _compiled(rank, world):
         return token_ring_attention(x * 2, x, x, causal=True, lengths=(16, 16)).square().sum()
 
     (plain,) = torch.autograd.grad(loss(x), x)
-    (compiled,) = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(x), x)
+    whole = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    (compiled,) = torch.autograd.grad(whole(x), x)
+    assert torch.equal(plain, compiled)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (plain,), (compiled,) = (torch.autograd.grad(f(x), x) for f in (loss, whole))
     assert torch.equal(plain, compiled)
 
 

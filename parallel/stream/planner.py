@@ -52,13 +52,16 @@ def plan(
     """
     usable = None if budget_bytes is None else int(budget_bytes * (1 - MARGIN))
     rows = loss_rows or _loss_rows(shape, batch * tokens, usable, kernel)
-    tried = _chunks(batch, tokens, chunk)
-    found = [
-        placed
-        for size in tried
-        for derive in _spacings(every)
-        if (placed := _place(shape, batch, tokens, size, rows, usable, host_bytes, derive, offload, stash, kernel))
-    ]
+    tried, found = _chunks(batch, tokens, chunk), list[StreamPlan]()
+    for fewer in [rows] if loss_rows else _fewer(rows):
+        found = [
+            placed
+            for size in tried
+            for derive in _spacings(every)
+            if (placed := _place(shape, batch, tokens, size, fewer, usable, host_bytes, derive, offload, stash, kernel))
+        ]
+        if found:
+            break
     if found:
         best = min(found, key=lambda candidate: cost(candidate, shape))
         return replace(best, reason=_reason(best, found, tried, shape), loss_rows=loss_rows or best.loss_rows)
@@ -105,6 +108,11 @@ def _loss_rows(shape: DecoderShape, rows: int, usable: int | None, kernel: bool)
     while usable is not None and chosen > 128 and loss_bytes(shape, chosen, kernel) > usable / 4:
         chosen = max(128, chosen // 2 // 128 * 128)
     return chosen
+
+
+def _fewer(rows: int) -> list[int]:
+    """Rows of the loss to try, the later only when nothing fits with those before."""
+    return [rows, *(n for n in (64, 32, 16) if n < rows)]
 
 
 def _chunks(batch: int, tokens: int, chunk: int | None) -> list[int]:

@@ -264,13 +264,13 @@ class Preload:
             self.lib.undertow_measure_gpu_path(gpu.PATHS.index("auto" if way == IPC else way))
             self.lib.undertow_measure_ipc(int(way == IPC))
 
-    def moved(self) -> int:
-        """Bytes that the device side has packed or unpacked so far."""
+    def counted(self, what: str) -> int:
+        """One of gpu.COUNTERS so far, as 'bytes' packed on the device or 'slabs' of pinned memory handed out."""
         if not self.present:
             return 0
         values = (ctypes.c_int64 * len(gpu.COUNTERS))()
         self.lib.undertow_measure_gpu_counters(values)
-        return values[gpu.COUNTERS.index("bytes")]
+        return values[gpu.COUNTERS.index(what)]
 
 
 def timed(

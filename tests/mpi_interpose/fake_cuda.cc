@@ -34,7 +34,20 @@ bool g_ready = false;
 thread_local void* g_current = nullptr;
 thread_local void* g_stack[64];
 thread_local int g_depth = 0;
-int g_context;
+constexpr int kMostCards = 8;
+int g_contexts[kMostCards];         // a primary context for each card; FAKE_CUDA_CARDS says how many there are
+std::map<uintptr_t, int> g_card;    // of each allocation
+
+int cards() {
+  const char* wish = std::getenv("FAKE_CUDA_CARDS");
+  const int n = wish ? std::atoi(wish) : 1;
+  return n < 1 ? 1 : n > kMostCards ? kMostCards : n;
+}
+int current_card() { return g_current ? static_cast<int>(static_cast<int*>(g_current) - g_contexts) : 0; }
+int card_of(uintptr_t a) {
+  auto it = g_card.upper_bound(a);
+  return it == g_card.begin() ? 0 : (--it)->second;
+}
 long g_launches = 0;
 std::map<void*, std::pair<int, int>> g_ones;
 
@@ -87,6 +100,7 @@ char* real(uintptr_t a) {
 char* reach(uintptr_t a, size_t n) {
   if (a % n) die("unaligned word", a);
   if (!in(g_live, a, n) && !in(g_pinned, a, n)) die("a kernel touches memory that is neither device nor pinned", a);
+  if (in(g_live, a, n) && card_of(a) != current_card()) die("a kernel touches memory of another card", a);
   return real(a);
 }
 
@@ -131,11 +145,12 @@ int cuPointerGetAttributes(unsigned n, int* attributes, void** values, unsigned 
   if (!g_ready) return kNotInitialised;
   std::lock_guard<std::mutex> guard(g_lock);
   const bool device = in(g_live, address, 1), pinned = in(g_pinned, address, 1);
+  const int card = device ? card_of(address) : 0;
   for (unsigned i = 0; i < n; ++i) {
-    if (attributes[i] == 1) *static_cast<void**>(values[i]) = device || pinned ? &g_context : nullptr;
+    if (attributes[i] == 1) *static_cast<void**>(values[i]) = device || pinned ? &g_contexts[card] : nullptr;
     if (attributes[i] == 2) *static_cast<unsigned*>(values[i]) = device ? 2 : pinned ? 1 : 0;
     if (attributes[i] == 8) *static_cast<unsigned*>(values[i]) = 0;
-    if (attributes[i] == 9) *static_cast<int*>(values[i]) = device || pinned ? 0 : -2;
+    if (attributes[i] == 9) *static_cast<int*>(values[i]) = device || pinned ? card : -2;
   }
   return 0;
 }
@@ -152,15 +167,15 @@ int cuCtxPopCurrent_v2(void** c) {
   return 0;
 }
 int cuCtxSynchronize() { return g_current ? 0 : kInvalidContext; }
-int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, 0; }
-int cuDeviceGetCount(int* n) { return *n = 1, 0; }
+int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, ordinal < cards() ? 0 : kInvalid; }
+int cuDeviceGetCount(int* n) { return *n = cards(), 0; }
 int cuDeviceGetName(char* name, int n, int) { return std::snprintf(name, n, "no GPU"), 0; }
 int cuDeviceGetAttribute(int* value, int, int) { return *value = 2, 0; }
-int cuDevicePrimaryCtxRetain(void** c, int) { return *c = &g_context, 0; }
+int cuDevicePrimaryCtxRetain(void** c, int card) { return *c = &g_contexts[card], 0; }
 int cuModuleLoadData(void** module, const void* image) {
   if (!g_current || failing("cuModuleLoadData")) return kInvalidContext;
   if (!std::strstr(static_cast<const char*>(image), ".entry undertow_copy(")) return kInvalid;
-  return *module = &g_context, 0;
+  return *module = g_current, 0;
 }
 int cuModuleGetFunction(void** f, void* module, const char* name) {
   static char one[5][2];  // undertow_one_LOG_UNROLL
@@ -172,7 +187,7 @@ int cuModuleGetFunction(void** f, void* module, const char* name) {
   g_ones[*f] = {log, unroll};
   return 0;
 }
-int cuStreamCreate(void** s, unsigned) { return *s = &g_context, g_current ? 0 : kInvalidContext; }
+int cuStreamCreate(void** s, unsigned) { return *s = g_current, g_current ? 0 : kInvalidContext; }
 int cuStreamSynchronize(void*) { return g_current ? 0 : kInvalidContext; }
 int cuLaunchKernel(void* f, unsigned grid, unsigned, unsigned, unsigned threads, unsigned, unsigned, unsigned, void*,
                    void** arguments, void**) {
@@ -208,6 +223,7 @@ int cuMemAlloc_v2(unsigned long long* address, size_t n) {
     g_top += room;
   }
   g_live[at] = n;
+  g_card[at] = current_card();
   return *address = at, 0;
 }
 int cuMemFree_v2(unsigned long long address) {
@@ -247,6 +263,7 @@ int cuIpcOpenMemHandle_v2(unsigned long long* address, IpcHandle handle, unsigne
   const uintptr_t start = reinterpret_cast<uintptr_t>(at) + inside;
   g_foreign[start] = {given.bytes, alias + inside};
   g_live[start] = given.bytes;
+  g_card[start] = current_card();  // reachable from the context that opened it
   return *address = start, 0;
 }
 int cuIpcCloseMemHandle(unsigned long long address) {

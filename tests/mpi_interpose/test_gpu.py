@@ -105,7 +105,7 @@ def test_w_collectives_through_the_memory_of_other_ranks(pympi: Install, stand_i
 def test_w_collectives_through_the_memory_of_three_ranks(pympi: Install, stand_in: Path) -> None:
     program = [str(pympi.python), str(PROGRAMS / "device_ipc.py")]
     common = through_memory(stand_in)
-    assert "ok 6" in start(pympi, 3, program, "auto", **common)
+    assert "ok 6" in start(pympi, 3, program, "auto", FAKE_CUDA_CARDS="2", **common)
     rules = ["all_to_all", "halo_by_neighbours"]
     out = start(pympi, 3, [program[0], str(PROGRAMS / "device_messages.py"), *rules], "auto", **common)
     assert all(f"kept {rule}" in out for rule in rules), out[-2000:]

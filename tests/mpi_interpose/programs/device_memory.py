@@ -8,13 +8,14 @@ import numpy as np
 
 
 class Device:
-    """Opens libcuda.so.1 and makes the first device's primary context current."""
+    """Opens libcuda.so.1 and makes a device's primary context current: that of `rank` mod the number of devices."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int = 0) -> None:
         self.cuda = ctypes.CDLL("libcuda.so.1", mode=ctypes.RTLD_GLOBAL)
-        context = ctypes.c_void_p()
+        context, count = ctypes.c_void_p(), ctypes.c_int()
         self.must(self.cuda.cuInit(0))
-        self.must(self.cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0))
+        self.must(self.cuda.cuDeviceGetCount(ctypes.byref(count)))
+        self.must(self.cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), rank % count.value))
         self.must(self.cuda.cuCtxSetCurrent(context))
         self.is_fake = hasattr(self.cuda, "fake_cuda_launches")
 

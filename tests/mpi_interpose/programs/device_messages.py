@@ -22,7 +22,7 @@ from rule_loop import keep
 comm = MPI.COMM_WORLD
 rank, size, peer = comm.rank, comm.size, comm.rank ^ 1
 GAP = 77
-device = Device()
+device = Device(rank)
 
 
 class Mine:

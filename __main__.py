@@ -25,6 +25,7 @@ VERBS = {
     "mpi": (".mpi_interpose.cli", "the MPI datatype interposer: run, doctor, measure, explain, build"),
     "env": (".dist.environment", "print everything that a bug report needs"),
 }
+WITHOUT_TORCH = "to mend it: pip install torch==2.13.0 (or any from 2.11 on); `undertow env` shows what is there"
 
 
 def usage() -> str:
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in VERBS:
         sys.stderr.write(f"undertow: '{argv[0]}' is not a verb; expected one of {', '.join(VERBS)}\n")
         return 2
-    from .dist.errors import UndertowError
+    from .dist.errors import UndertowError, UserError
 
     try:
         module = importlib.import_module(VERBS[argv[0]][0], __package__)
@@ -58,6 +59,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `undertow … | head`
         sys.stderr.close()
         return 141
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        sys.stderr.write(f"undertow {argv[0]}: PyTorch is not installed in {sys.prefix}; {WITHOUT_TORCH}\n")
+        return UserError.exit_code
     except Exception as error:
         _record(error)
         raise

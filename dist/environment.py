@@ -22,9 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import psutil
-import torch
 import typer
-from torch.cuda import nccl
 
 from .host import nvidia_smi, read_host
 from .launch_env import detect
@@ -130,6 +128,9 @@ def _system() -> dict[str, Any]:
 
 
 def _torch() -> dict[str, Any]:
+    import torch  # here, because its absence belongs into the report
+    from torch.cuda import nccl
+
     distributed = torch.distributed
     backends = [name for name in ("gloo", "nccl", "mpi", "ucc") if getattr(distributed, f"is_{name}_available")()]
     cuda = torch.cuda.is_available()

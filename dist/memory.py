@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
+
+if TYPE_CHECKING:  # `undertow env` reads the host's memory where no torch is installed
+    import torch
 
 _UNLIMITED = 1 << 60  # cgroup v1 writes a number near 2^63 for "no limit"
 
@@ -45,7 +49,16 @@ def read(device: torch.device | None = None) -> Memory:
     status = _kib_fields(Path("/proc/self/status"))
     rollup = _kib_fields(Path("/proc/self/smaps_rollup"))
     rss = status.get("VmRSS", psutil.Process().memory_info().rss)
-    cuda = device is not None and device.type == "cuda"
+    on_device: dict[str, int] = {}
+    if device is not None and device.type == "cuda":
+        import torch
+
+        on_device = {
+            "device_allocated": torch.cuda.memory_allocated(device),
+            "device_reserved": torch.cuda.memory_reserved(device),
+            "device_peak_allocated": torch.cuda.max_memory_allocated(device),
+            "device_peak_reserved": torch.cuda.max_memory_reserved(device),
+        }
     return Memory(
         rss=rss,
         peak_rss=status.get("VmHWM", rss),
@@ -54,16 +67,15 @@ def read(device: torch.device | None = None) -> Memory:
         locked=status.get("VmLck"),
         pinned=_pinned_bytes(),
         shm_used=_shm_used(),
-        device_allocated=torch.cuda.memory_allocated(device) if cuda else 0,
-        device_reserved=torch.cuda.memory_reserved(device) if cuda else 0,
-        device_peak_allocated=torch.cuda.max_memory_allocated(device) if cuda else 0,
-        device_peak_reserved=torch.cuda.max_memory_reserved(device) if cuda else 0,
+        **on_device,
     )
 
 
 def reset_peak(device: torch.device | None = None) -> bool:
     """Start the peaks anew. Returns whether the kernel allowed it for the host's peak (some containers do not)."""
     if device is not None and device.type == "cuda":
+        import torch
+
         torch.cuda.reset_peak_memory_stats(device)
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -75,6 +87,8 @@ def reset_peak(device: torch.device | None = None) -> bool:
 def free_bytes(device: torch.device | None = None) -> int:
     """What this process may still allocate. On CUDA, torch's cached but unused blocks count as free."""
     if device is not None and device.type == "cuda":
+        import torch
+
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min(psutil.virtual_memory().available, *_cgroup_free(), _UNLIMITED)
@@ -104,7 +118,8 @@ def _cgroup_free(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/
 
 
 def _pinned_bytes() -> int:
-    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+    torch = sys.modules.get("torch")  # who has not imported it has pinned nothing
+    if torch is None or not (torch.cuda.is_available() and torch.cuda.is_initialized()):
         return 0
     return int(torch.cuda.host_memory_stats().get("allocated_bytes.current", 0))
 

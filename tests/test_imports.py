@@ -69,6 +69,44 @@ def test_every_verb_helps():
         assert code == 0 and "usage" in text.lower() and "Traceback" not in text, f"{verb}: {text}"
 
 
+WITHOUT_TORCH = """
+import contextlib, io, json, sys
+
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torch":
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+sys.meta_path.insert(0, NoTorch())
+from undertow.__main__ import main
+
+def told(*words):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code = main(list(words))
+    return code, said.getvalue()
+
+commands = ["env", "env --json", "train", "report runs", "plan --help", "ckpt list runs", "probe", "bench",
+            "slurm render torchrun --nodes 2", "simulate --help", "mpi doctor --help", "bench checksum --list"]
+print(json.dumps({command: told(*command.split()) for command in commands}))
+"""
+
+
+@pytest.mark.slow
+def test_without_torch_there_is_one_clear_line():
+    """Before anyone has installed it: what can work does, the bug report too, the rest says what to install."""
+    done = run("-c", WITHOUT_TORCH)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    for command in ("env", "bench", "slurm render torchrun --nodes 2", "simulate --help", "mpi doctor --help"):
+        assert found.pop(command)[0] == 0, command
+    assert json.loads(found.pop("env --json")[1])["torch"]["error"].startswith("ModuleNotFoundError")
+    assert found
+    for command, (code, said) in found.items():
+        assert code == 2 and said.count("\n") == 1, f"{command}: {said}"
+        assert "PyTorch is not installed" in said and "pip install torch==" in said, said
+
+
 def test_an_unknown_verb_is_one_clear_line():
     done = run("-m", "undertow", "trian")
     assert done.returncode == 2

@@ -84,13 +84,7 @@ def add_lora(model):
     model.requires_grad_(False)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and name in (
-                "q_proj",
-                "o_proj",
-                "qkv_proj",
-                "query_key_value",
-                "down_proj",
-            ):
+            if isinstance(child, nn.Linear) and name in ADAPTED:
                 setattr(module, name, LoRA(child))
     return model
 

@@ -80,6 +80,7 @@ class CudaTimer:
         if cuda is None:
             from torch import cuda
         self._cuda, self._clock = cuda, clock
+        self._left = 0  # samples in a row that left work behind
 
     def sample(self, arm: Arm, inner: int) -> Sample:
         if arm.prepare is not None:
@@ -97,7 +98,8 @@ class CudaTimer:
         before = self._clock()
         self._cuda.synchronize()  # finds work on other streams that the events did not see
         left_s = self._clock() - before
-        if left_s > max(0.05 * seconds, 200e-6):
+        self._left = self._left + 1 if left_s > max(0.05 * seconds, 200e-6) else 0
+        if self._left == 3:  # once, the host may have been late
             raise RuntimeError(
                 f"arm '{arm.name}' left {left_s * 1e3:.2f} ms of work on other streams, which its time of "
                 f"{seconds * 1e3:.2f} ms misses; make the current stream wait for them"

@@ -78,8 +78,14 @@ class ChunkPlan:
 
     def chunk(self, owner: int) -> tuple[Piece, ...]:
         """The pieces of one chunk, in the order of rows."""
-        ends = pieces(*bounds(self.sizes)[owner], self.subchunks)
-        return tuple(Piece(owner, part, *rows) for part, rows in enumerate(ends))
+        return self._chunks[owner]
+
+    @cached_property
+    def _chunks(self) -> list[tuple[Piece, ...]]:
+        return [
+            tuple(Piece(owner, part, *rows) for part, rows in enumerate(pieces(*ends, self.subchunks)))
+            for owner, ends in enumerate(bounds(self.sizes))
+        ]
 
     @cached_property
     def scatter_order(self) -> tuple[Piece, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ import torch.distributed as dist
 Rows = Sequence[tuple[torch.Tensor, int]]  # (rows, the other rank)
 
 
-class CudaMessenger(Protocol):
+class CudaMessenger:
     """Messages of one rank, issued by one thread.
 
     `group`: whose own collectives do the same in one call; None: there are none. `capturable`: into a CUDA graph.
@@ -26,20 +26,32 @@ class CudaMessenger(Protocol):
 
     rank: int
     world: int
-    group: dist.ProcessGroup | None
-    capturable: bool
+    group: dist.ProcessGroup | None = None
+    capturable = True
 
-    def exchange(self, after: Any, sends: Rows, receives: Rows) -> list[Any]:
-        """Start both behind `after`, an event or a `Counted`; the events behind which they are complete."""
-        ...
+    def begin(self, nbytes: int) -> bool:
+        """A call in which a rank gives each other one at most `nbytes`, as all ranks know; whether there is room."""
+        return True
+
+    def landing(self, source: int, like: torch.Tensor) -> torch.Tensor:
+        """Memory for what `source` sends in this call without `pull`, until `finish`."""
+        return torch.empty_like(like)
+
+    def finish(self, stream: Any) -> None:
+        """What has landed is no longer needed behind what is queued on `stream`."""
+
+    def exchange(self, after: Any, sends: Rows, receives: Rows, *, pull: bool = False) -> list[Any]:
+        """Start both behind `after`, an event or a `Counted`; the events behind which they are complete.
+
+        `pull`: the receives are not landings, and what is sent goes to all other ranks, each in an exchange.
+        """
+        raise NotImplementedError
 
     def close(self) -> None: ...
 
 
-class NcclMessenger:
+class NcclMessenger(CudaMessenger):
     """Between the GPUs of a group; a communicator and a stream of its own. Collective to make."""
-
-    capturable = True
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device, timeout_s: float) -> None:
         self.group = group or dist.group.WORLD
@@ -51,7 +63,7 @@ class NcclMessenger:
         )
         self._stream = torch.cuda.Stream(device, priority=-1)
 
-    def exchange(self, after: Any, sends: Rows, receives: Rows) -> list[Any]:
+    def exchange(self, after: Any, sends: Rows, receives: Rows, *, pull: bool = False) -> list[Any]:
         operations = [dist.P2POp(dist.isend, rows, self._ranks[to], self._group) for rows, to in sends]
         operations += [dist.P2POp(dist.irecv, rows, self._ranks[source], self._group) for rows, source in receives]
         if not operations:
@@ -66,14 +78,12 @@ class NcclMessenger:
         dist.destroy_process_group(self._group)
 
 
-class PinnedMessenger:
+class PinnedMessenger(CudaMessenger):
     """Copy engines to and from pinned host memory, one stream for each direction.
 
     `incoming(rows, source)`: a pinned tensor like `rows`, which is what `source` would have sent. `sent`: by peer and
     size, the pinned memory into which rows went; the next piece of that size and peer takes its place.
     """
-
-    capturable, group = True, None
 
     def __init__(
         self, rank: int, world: int, device: torch.device, incoming: Callable[[torch.Tensor, int], torch.Tensor]
@@ -82,7 +92,7 @@ class PinnedMessenger:
         self._out, self._in = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._slots: dict[int, dict[Any, torch.Tensor]] = {}
 
-    def exchange(self, after: Any, sends: Rows, receives: Rows) -> list[Any]:
+    def exchange(self, after: Any, sends: Rows, receives: Rows, *, pull: bool = False) -> list[Any]:
         events = []
         for stream, copies in ((self._out, [(self.slot(r, to), r) for r, to in sends]),
                                (self._in, [(r, self._incoming(r, source)) for r, source in receives])):  # fmt: skip

@@ -80,7 +80,7 @@ class CudaOverlapEngine:
     ) -> torch.Tensor:
         """As `OverlapEngine.reduce_scatter`; by `tracked`, which must make the same `y`, where it is given."""
         out = y_MN.new_empty(plan.own[1] - plan.own[0], y_MN.shape[1])
-        if self._collectively(plan, overlap):
+        if self._collectively(plan, overlap, y_MN):
             product(0, plan.rows)
             if len(set(plan.sizes)) == 1:
                 dist.reduce_scatter_tensor(out, y_MN, group=self.messenger.group)
@@ -99,7 +99,7 @@ class CudaOverlapEngine:
         tracked: Tracked | None = None,
     ) -> torch.Tensor:
         """As `OverlapEngine.all_reduce`; by `tracked`, which must make the same `y`, where it is given."""
-        if self._collectively(plan, overlap):
+        if self._collectively(plan, overlap, y_MN):
             product(0, plan.rows)
             dist.all_reduce(y_MN, group=self.messenger.group)
             return y_MN
@@ -109,7 +109,7 @@ class CudaOverlapEngine:
         events: list[Any] = []
         for part in range(plan.subchunks):
             for step in range(1, self.world):
-                events += self._exchange("sum", summed, *self._spread(plan, whole, step, part), part)
+                events += self._exchange("sum", summed, *self._spread(plan, whole, step, part), part, pull=True)
         self._wait(events)
         return whole
 
@@ -117,7 +117,7 @@ class CudaOverlapEngine:
         self, plan: ChunkPlan, shard: torch.Tensor, whole: torch.Tensor, use: Product, *, overlap: bool = True
     ) -> None:
         """As `OverlapEngine.all_gather`."""
-        if self._collectively(plan, overlap):
+        if self._collectively(plan, overlap, whole):
             if len(set(plan.sizes)) == 1:
                 dist.all_gather_into_tensor(whole, shard, group=self.messenger.group)
             else:
@@ -125,19 +125,22 @@ class CudaOverlapEngine:
             use(0, plan.rows)
             return
         whole[slice(*plan.own)].copy_(shard)
-        current = self._current()
-        start, arrived = current.record_event(), dict[Piece, list[Any]]()
+        start, arrived = self._current().record_event(), dict[Piece, list[Any]]()
+        order, own = plan.gather_order, len(plan.chunk(self.rank))
         for step in range(1, self.world):
             source = (self.rank + step) % self.world
             for part in range(plan.subchunks):
-                events = self._exchange("rows", start, *self._spread(plan, whole, step, part), part)
+                events = self._exchange("rows", start, *self._spread(plan, whole, step, part), part, pull=True)
                 arrived |= {piece: events for piece in plan.chunk(source)[part : part + 1]}
-        if not overlap:
+            if step == 1 and overlap:  # the own rows have left
+                for at, piece in enumerate(order[:own]):
+                    self._make(at, start, use, piece, [])
+        if not overlap or self.world == 1:
             self._wait([event for events in arrived.values() for event in events])
             use(0, plan.rows)
             return
-        for at, piece in enumerate(plan.gather_order):
-            self._make(at, start, use, piece, arrived.get(piece, []))
+        for at, piece in enumerate(order[own:], own):
+            self._make(at, start, use, piece, arrived[piece])
         self._join()
         self._wait([event for events in arrived.values() for event in events])
 
@@ -157,7 +160,7 @@ class CudaOverlapEngine:
     ) -> torch.Tensor:
         current, base = self._current(), plan.own[0]
         peers = [peer for peer in range(self.world) if peer != self.rank]
-        staged = {peer: torch.empty_like(out) for peer in peers}
+        staged = {peer: self.messenger.landing(peer, out) for peer in peers}
         if not overlap:
             product(0, plan.rows)
         start = current.record_event()
@@ -194,6 +197,7 @@ class CudaOverlapEngine:
             here = slice(piece.low - base, piece.high - base)
             parts = [y[piece.low : piece.high] if p == self.rank else staged[p][here] for p in range(self.world)]
             add_in_order(parts, out[here])
+        self.messenger.finish(current)
         self._wait(leaving)  # before the caller may free or change y
         return out
 
@@ -220,8 +224,10 @@ class CudaOverlapEngine:
             del self._counters[next(iter(self._counters))]
         return {piece: Counted(start, held.counts, at, held.need[at]) for at, piece in enumerate(order)}
 
-    def _exchange(self, what: str, after: Any, sends: Rows, receives: Rows, part: int) -> list[Any]:
-        events = self.messenger.exchange(after, sends, receives)
+    def _exchange(
+        self, what: str, after: Any, sends: Rows, receives: Rows, part: int, *, pull: bool = False
+    ) -> list[Any]:
+        events = self.messenger.exchange(after, sends, receives, pull=pull)
         if events and not self._capturing():
             ends = [f"to rank {to}" for _, to in sends] + [f"from rank {source}" for _, source in receives]
             self._watch.expect(f"rank {self.rank}: {what}, part {part} of a chunk, {' and '.join(ends)}", events)
@@ -250,11 +256,17 @@ class CudaOverlapEngine:
         for stream in self._streams:
             self._current().wait_stream(stream)
 
-    def _collectively(self, plan: ChunkPlan, overlap: bool) -> bool:
+    def _collectively(self, plan: ChunkPlan, overlap: bool, whole: torch.Tensor) -> bool:
         """Whether one collective of the group does it; `UserError` for a plan of other ranks."""
         self._usable(plan)
-        wanted = not overlap or (self._capturing() and not self.messenger.capturable)
-        return wanted and self.world > 1 and self.messenger.group is not None
+        if self.messenger.group is None or self.world == 1:
+            return not self.messenger.begin(self._most(plan, whole))
+        if not overlap or (self._capturing() and not self.messenger.capturable):
+            return True
+        return not self.messenger.begin(self._most(plan, whole))
+
+    def _most(self, plan: ChunkPlan, whole: torch.Tensor) -> int:
+        return max(plan.sizes) * whole.shape[1] * whole.element_size()
 
     def _usable(self, plan: ChunkPlan) -> None:
         if (plan.rank, plan.world) != (self.rank, self.world) or plan.algorithm != "direct":

@@ -279,6 +279,9 @@ def add_in_order(parts: list[torch.Tensor], out: torch.Tensor) -> None:
     if len(parts) == 1:
         out.copy_(parts[0])
         return
+    if len(parts) == 2 and parts[0].dtype == parts[1].dtype == out.dtype:
+        torch.add(parts[0], parts[1], out=out)  # computes in float32 at least, and rounds once
+        return
     wide = out if out.dtype in (torch.float32, torch.float64) else parts[0].float()
     torch.add(parts[0], parts[1], out=wide) if wide is out else wide.add_(parts[1])
     for part in parts[2:]:

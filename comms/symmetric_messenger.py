@@ -1,13 +1,14 @@
-"""What carries the pieces of a product between GPUs of one host: copy engines into the peers' memory, no processor.
+"""What carries the pieces of a product between GPUs of one host: copy engines and mapped memory, no processor.
 
-Every rank owns slots for what each other rank sends it, in torch's symmetric memory, which all of them map. A sender
-copies into the receiver's slot and then writes the number of what has come beside it; the receiver's stream waits for
-that number, copies the slot to where the rows belong, and writes back how much is free again. Waits and writes are
-stream operations of the CUDA driver (`stream_wait`): neither host nor processor takes part, so a product that runs
-meanwhile keeps all of its own. A message longer than a slot goes in slots' parts, one coming while the other leaves.
+Every rank owns memory that all of them map (torch's symmetric memory): a landing for each other rank, and a shelf.
+What only one rank needs is pushed into its landing and read there by what adds it up. What all need is laid on the
+shelf, and each pulls it to where it belongs. Copies between two GPUs are done by copy engines; those within one GPU
+take processors, which a running product does not give away, so the only one is the shelf's, before the product. A
+count in the receiver's memory says how many messages are there, one in the sender's how many were taken. Streams wait
+for them and write them (`stream_wait`), so the host only queues.
 
-Sends and receives of an exchange are queued in turns, `SLOTS` sends ahead of the receives: a send waits only for a
-receive that the other rank queued before its own send of the same part. Streams that share one hardware queue
+A wait is for something that every rank has queued earlier than whatever depends on it: for messages of this exchange,
+which are queued before their receives, and for what earlier calls took. Streams that share one hardware queue
 (CUDA_DEVICE_MAX_CONNECTIONS=1) therefore cost overlap and cannot deadlock.
 """
 
@@ -16,36 +17,39 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from .cuda_messengers import Rows
+from .cuda_messengers import CudaMessenger, Rows
 from .stream_wait import Counted, can_wait, wait_value, write_value
 
-SLOTS = 2  # for each pair of ranks
-SLOT_BYTES = 32 << 20
+MOST_BYTES = 4 << 30  # of a rank's mapped memory; calls that need more are for NCCL
+_UNIT, _HEAD = 2 << 20, 4096  # what landings grow by; bytes before them, for the counts
 
 
 @dataclass
 class Mapped:
     """Memory that all ranks map, and how streams talk through it.
 
-    `slots[r]`: of rank r, uint8 [world, SLOTS, bytes], by the rank that fills them. `counts[r]`: of rank r, int32
-    [2, world]: parts that have come from each rank, and parts sent to each that are consumed there.
+    `areas[r]`: of rank r, uint8 [world, bytes]: the landings by sender, at its own place the shelf. `counts[r]`: of
+    rank r, int32 [2, world]: messages that have come from each rank, and own ones that each has taken.
     """
 
-    slots: list[torch.Tensor]
+    areas: list[torch.Tensor]
     counts: list[torch.Tensor]
     owner: Any = None  # what the tensors, which own nothing, look into
     wait: Callable[[Any, torch.Tensor, int, int], None] = wait_value
     write: Callable[[Any, torch.Tensor, int, int], None] = write_value
 
 
-class SymmetricMessenger:
-    """Between the GPUs of a group on one host. Collective to make; `mapped` for tests."""
+class SymmetricMessenger(CudaMessenger):
+    """Between the GPUs of a group on one host. Make, begin and close it on every rank alike.
+
+    `memory(bytes)`, `rank` and `world` stand in for the group in tests.
+    """
 
     capturable = False  # a captured count would be true at every replay
 
@@ -54,60 +58,101 @@ class SymmetricMessenger:
         group: dist.ProcessGroup | None,
         device: torch.device,
         *,
-        slot_bytes: int = SLOT_BYTES,
-        rank: int | None = None,
-        mapped: Mapped | None = None,
+        most_bytes: int = MOST_BYTES,
+        rank: int = 0,
+        world: int = 0,
+        memory: Callable[[int], Mapped] | None = None,
     ) -> None:
-        self.group, self.device = (group if mapped else group or dist.group.WORLD), device
-        self._mapped = mapped or _map(group, device, slot_bytes)
-        self.world = len(self._mapped.slots)
-        self.rank = dist.get_rank(group) if rank is None else rank
-        self._slot_bytes = self._mapped.slots[0].shape[2]
+        self.device, self._most_bytes = device, most_bytes
+        if memory is None:
+            self.group = group or dist.group.WORLD
+            rank, world, memory = dist.get_rank(group), dist.get_world_size(group), partial(_map, self.group, device)
+        self.rank, self.world, self._memory = rank, world, memory
+        self._room, self._mapped = 0, Mapped([], [])
         self._out, self._in = torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device, priority=-1)
-        self._sent, self._received = [0] * self.world, [0] * self.world
+        self._sent, self._received = [0] * world, [0] * world
 
-    def exchange(self, after: Any, sends: Rows, receives: Rows) -> list[Any]:
-        leaving = [(part, to) for rows, to in sends for part in self._parts(rows)]
-        coming = [(part, source) for rows, source in receives for part in self._parts(rows)]
-        if leaving:
+    def begin(self, nbytes: int) -> bool:
+        nbytes = max(1, -(-nbytes // _UNIT)) * _UNIT
+        if nbytes * self.world > self._most_bytes:
+            return False
+        if nbytes > self._room:
+            self._settle()  # nobody uses the old memory any more
+            self._mapped = Mapped([], [])
+            self._room, self._mapped = nbytes, self._memory(nbytes)
+            self._sent, self._received = [0] * self.world, [0] * self.world
+        self._taken = list(self._sent)  # what must be taken before this call writes to the same memory
+        self._waited: set[int] = set()
+        self._pushed, self._pulled = [0] * self.world, [0] * self.world  # bytes
+        self._shelf: dict[int, int] = {}  # where rows at an address lie on it
+        self._shelved = 0
+        return True
+
+    def landing(self, source: int, like: torch.Tensor) -> torch.Tensor:
+        nbytes = like.numel() * like.element_size()
+        return self._mapped.areas[self.rank][source, :nbytes].view(like.dtype).view(like.shape)
+
+    def finish(self, stream: Any) -> None:
+        for source, count in enumerate(self._received):
+            if count:
+                self._mapped.write(stream, self._mapped.counts[source], self.world + self.rank, count)
+
+    def exchange(self, after: Any, sends: Rows, receives: Rows, *, pull: bool = False) -> list[Any]:
+        if sends:
             after.wait(self._out)
-        if coming:  # their memory is free once what was queued before the product is done
+        for rows, to in sends:
+            self._put(_bytes(rows), to, shelf=pull)
+        if receives and pull:  # their memory is free once what was queued before the product is done
             (after.before if isinstance(after, Counted) else after).wait(self._in)
-        turns = chain.from_iterable(
-            (leaving[at : at + 1], coming[at - SLOTS + 1 : at - SLOTS + 2] if at >= SLOTS - 1 else [])
-            for at in range(max(len(leaving), len(coming) + SLOTS - 1))
-        )
-        for at, turn in enumerate(turns):
-            for part, other in turn:
-                (self._receive if at % 2 else self._send)(part, other)
-        streams = ((self._out, leaving), (self._in, coming))
-        return [stream.record_event() for stream, parts in streams if parts]
+        for rows, source in receives:
+            self._take(_bytes(rows), source, pull=pull)
+        streams = ((self._out, sends), (self._in, receives))
+        return [stream.record_event() for stream, rows in streams if rows]
 
-    def _parts(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return rows.view(-1).view(torch.uint8).split(self._slot_bytes)
-
-    def _send(self, part: torch.Tensor, to: int) -> None:
-        number, mapped = self._sent[to], self._mapped
+    def _put(self, rows: torch.Tensor, to: int, *, shelf: bool) -> None:
+        mapped, address = self._mapped, rows.data_ptr()
+        if not shelf:
+            self._wait_until_taken((to,))
+            low = self._pushed[to]
+            self._pushed[to] = low + len(rows)
+            self._copy(self._out, mapped.areas[to][self.rank, low : low + len(rows)], rows)
+        elif address not in self._shelf:
+            self._wait_until_taken(range(self.world))
+            low = self._shelf[address] = self._shelved
+            self._shelved += len(rows)
+            self._copy(self._out, mapped.areas[self.rank][self.rank, low : low + len(rows)], rows)
         self._sent[to] += 1
-        with torch.cuda.stream(self._out):
-            if number >= SLOTS:
-                mapped.wait(self._out, mapped.counts[self.rank], self.world + to, number - SLOTS + 1)
-            mapped.slots[to][self.rank, number % SLOTS, : len(part)].copy_(part, non_blocking=True)
-            mapped.write(self._out, mapped.counts[to], self.rank, number + 1)
+        mapped.write(self._out, mapped.counts[to], self.rank, self._sent[to])
 
-    def _receive(self, part: torch.Tensor, source: int) -> None:
-        number, mapped = self._received[source], self._mapped
+    def _take(self, rows: torch.Tensor, source: int, *, pull: bool) -> None:
+        mapped = self._mapped
         self._received[source] += 1
-        with torch.cuda.stream(self._in):
-            mapped.wait(self._in, mapped.counts[self.rank], source, number + 1)
-            part.copy_(mapped.slots[self.rank][source, number % SLOTS, : len(part)], non_blocking=True)
-            mapped.write(self._in, mapped.counts[source], self.world + self.rank, number + 1)
+        mapped.wait(self._in, mapped.counts[self.rank], source, self._received[source])
+        if pull:
+            low = self._pulled[source]
+            self._pulled[source] = low + len(rows)
+            self._copy(self._in, rows, mapped.areas[source][source, low : low + len(rows)])
+            mapped.write(self._in, mapped.counts[source], self.world + self.rank, self._received[source])
 
-    def close(self) -> None:
-        """Collective: nobody unmaps what another still writes to."""
+    def _wait_until_taken(self, peers: Any) -> None:
+        for peer in peers:
+            if peer not in self._waited and self._taken[peer]:
+                place = self.world + peer
+                self._mapped.wait(self._out, self._mapped.counts[self.rank], place, self._taken[peer])
+            self._waited.add(peer)
+
+    def _copy(self, stream: Any, target: torch.Tensor, source: torch.Tensor) -> None:
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+
+    def _settle(self) -> None:
         if self.group is not None:
             torch.cuda.synchronize(self.device)
             dist.barrier(group=self.group, device_ids=[torch.cuda.current_device()])
+
+    def close(self) -> None:
+        """Collective: nobody unmaps what another still uses."""
+        self._settle()
         self._mapped = Mapped([], [])
 
 
@@ -132,21 +177,23 @@ def why_not(group: dist.ProcessGroup | None, device: torch.device) -> str:
     return "; ".join(dict.fromkeys(reasons))
 
 
-def _map(group: dist.ProcessGroup | None, device: torch.device, slot_bytes: int) -> Mapped:
+def _bytes(rows: torch.Tensor) -> torch.Tensor:
+    return rows.view(-1).view(torch.uint8)
+
+
+def _map(group: dist.ProcessGroup | None, device: torch.device, nbytes: int) -> Mapped:
     import torch.distributed._symmetric_memory as symmetric
 
-    whole = group or dist.group.WORLD
-    assert whole is not None
-    world, head = dist.get_world_size(whole), 4096  # bytes before the slots, for the counts
-    shape = (world, SLOTS, slot_bytes)
-    memory = symmetric.empty(head + world * SLOTS * slot_bytes, dtype=torch.uint8, device=device)
-    memory[:head].zero_()
+    assert group is not None
+    world = dist.get_world_size(group)
+    memory = symmetric.empty(_HEAD + world * nbytes, dtype=torch.uint8, device=device)
+    memory[:_HEAD].zero_()
     torch.cuda.synchronize(device)
-    handle = symmetric.rendezvous(memory, whole)
+    handle = symmetric.rendezvous(memory, group)
     handle.barrier()
     torch.cuda.synchronize(device)
     return Mapped(
-        [handle.get_buffer(peer, shape, torch.uint8, head) for peer in range(world)],
+        [handle.get_buffer(peer, (world, nbytes), torch.uint8, _HEAD) for peer in range(world)],
         [handle.get_buffer(peer, (2, world), torch.int32, 0) for peer in range(world)],
         (handle, memory),
     )

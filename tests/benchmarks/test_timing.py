@@ -113,7 +113,9 @@ def test_cuda_timer_reads_the_events():
 
 def test_cuda_timer_refuses_work_that_its_events_cannot_see():
     cuda = Cuda(Clock())
+    timer = CudaTimer(cuda, cuda.clock)
+    arm = Arm("a", lambda: (queue(cuda, "current", 1.0), queue(cuda, "side", 4.0)))
+    for _ in range(2):  # the host may be late once
+        timer.sample(arm, inner=1)
     with pytest.raises(RuntimeError, match="arm 'a' left 3000.00 ms of work on other streams"):
-        CudaTimer(cuda, cuda.clock).sample(
-            Arm("a", lambda: (queue(cuda, "current", 1.0), queue(cuda, "side", 4.0))), inner=1
-        )
+        timer.sample(arm, inner=1)

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from undertow.comms.chunk_plan import chunk_rows
-from undertow.comms.cuda_messengers import PinnedMessenger
+from undertow.comms.cuda_messengers import CudaMessenger, PinnedMessenger
 from undertow.comms.cuda_watch import Watch
 from undertow.comms.overlap_cuda import CudaOverlapEngine
 from undertow.comms.stream_wait import Counted, can_wait
-from undertow.comms.symmetric_messenger import SLOTS, Mapped, SymmetricMessenger, why_not
+from undertow.comms.symmetric_messenger import Mapped, SymmetricMessenger, why_not
 from undertow.comms.trigger import GlooMessenger
 from undertow.dist.errors import PeerLost
 
@@ -46,16 +46,14 @@ class _Stream:
         assert isinstance(stream, _Stream)
 
 
-class _Eager:
+class _Eager(CudaMessenger):
     """A messenger whose exchange is over when it returns."""
-
-    group, capturable = None, True
 
     def __init__(self) -> None:
         self._gloo = GlooMessenger(None, 30.0)
         self.rank, self.world = self._gloo.rank, self._gloo.world
 
-    def exchange(self, after: Any, sends: Any, receives: Any) -> list[Any]:
+    def exchange(self, after: Any, sends: Any, receives: Any, *, pull: bool = False) -> list[Any]:
         if isinstance(after, Counted):
             assert after.before is not None and int(after.counters[after.at]) == after.value
         handles = [self._gloo.post_recv(rows, source, 0) for rows, source in receives]
@@ -141,42 +139,59 @@ def _write(stream: _Stream, counts: torch.Tensor, at: int, value: int) -> None:
     counts.view(-1)[at] = value
 
 
-@pytest.mark.parametrize(("world", "slot_bytes"), [(2, 16), (3, 64), (3, 4096)])
-def test_slots_in_mapped_memory_carry_every_pattern_in_one_queue(monkeypatch, seed, world, slot_bytes):
+class _Shared:
+    """Mapped memory of ranks that are threads; asked for by all of them at once, as the real one is."""
+
+    def __init__(self, world: int) -> None:
+        self.world, self.barrier, self.made = world, threading.Barrier(world), list[Mapped]()
+
+    def __call__(self, nbytes: int) -> Mapped:
+        if self.barrier.wait() == 0:
+            self.made.append(
+                Mapped(
+                    [torch.full((self.world, nbytes), 255, dtype=torch.uint8) for _ in range(self.world)],
+                    [torch.zeros(2, self.world, dtype=torch.int32) for _ in range(self.world)],
+                    wait=_wait,
+                    write=_write,
+                )
+            )
+        self.barrier.wait()
+        return self.made[-1]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_mapped_memory_carries_every_pattern_in_one_queue(monkeypatch, seed, world):
     """Ranks are threads, and what a rank queues runs at once: an order that one hardware queue could not keep hangs."""
     stream = _Stream()
     monkeypatch.setattr(torch.cuda, "Stream", _Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
-    mapped = Mapped(
-        [torch.full((world, SLOTS, slot_bytes), 255, dtype=torch.uint8) for _ in range(world)],
-        [torch.zeros(2, world, dtype=torch.int32) for _ in range(world)],
-        wait=_wait,
-        write=_write,
-    )
-
     monkeypatch.setattr("undertow.comms.stream_wait.wait_value", _wait)
+    monkeypatch.setattr("undertow.comms.symmetric_messenger._UNIT", 16)  # so that it grows
     _failed.clear()
+    shared, cpu = _Shared(world), torch.device("cpu")
 
     def rank_of(rank: int) -> bool:
         try:
-            return whole(rank)
+            messenger = SymmetricMessenger(None, cpu, rank=rank, world=world, memory=shared)
+            engine = CudaOverlapEngine(device=cpu, messenger=messenger, timeout_s=1e6)
+            ok = all(right(engine, cpu, rows, seed) for rows in (0, 1, 7, 24, 7))
+            engine.close()
+            assert not messenger.begin(1 << 40)
+            return ok
         except BaseException:
             _failed.set()
+            shared.barrier.abort()
             raise
-
-    def whole(rank: int) -> bool:
-        cpu = torch.device("cpu")
-        engine = CudaOverlapEngine(
-            device=cpu, messenger=SymmetricMessenger(None, cpu, rank=rank, mapped=mapped), timeout_s=1e6
-        )
-        ok = all(right(engine, cpu, rows, seed) for rows in (0, 1, 7, 24))
-        engine.close()
-        return ok
 
     with ThreadPoolExecutor(world) as pool:
         assert list(pool.map(rank_of, range(world))) == [True] * world
-    assert sum(int(counts.sum()) for counts in mapped.counts) > 8 * world
+    assert len(shared.made) >= 3
+    for counts in shared.made[-1].counts:  # all that came was taken
+        assert counts.sum() > 0
+    for rank, counts in enumerate(shared.made[-1].counts):
+        for peer in range(world):
+            assert counts[1, peer] == shared.made[-1].counts[peer][0, rank]
 
 
 class _Event:
@@ -234,15 +249,13 @@ def test_a_tracked_product_that_fails_leaves_no_counts_behind():
         assert [held.counts.tolist() == held.need for held in engine._counters.values()] == [True]
 
 
-class _Nobody:
+class _Nobody(CudaMessenger):
     """The only rank."""
 
-    rank, world, group, capturable = 0, 1, None, True
+    rank, world = 0, 1
 
-    def exchange(self, after: Any, sends: Any, receives: Any) -> list[Any]:
+    def exchange(self, after: Any, sends: Any, receives: Any, *, pull: bool = False) -> list[Any]:
         raise AssertionError("a message, and nobody to take it")
-
-    def close(self) -> None: ...
 
 
 @pytest.mark.gpu

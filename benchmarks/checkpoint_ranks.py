@@ -36,7 +36,7 @@ from undertow.checkpointing import Checkpointer
 from undertow.dist.errors import UserError
 from undertow.examples.lm import ByteLM
 
-STEPS = 16
+STEPS = 8
 
 
 class Sharded(Loop):

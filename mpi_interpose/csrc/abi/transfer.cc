@@ -1,6 +1,8 @@
 // See transfer.hh.
 #include "transfer.hh"
 
+#include <sys/mman.h>
+
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -16,10 +18,47 @@ std::mutex g_lock;
 std::vector<char*> g_idle[kClasses];
 int64_t g_idle_bytes = 0;
 
+// A transport that copies from process to process looks up every page of a slab: few large ones are quicker. Slabs of 64
+// KiB to 1 MiB are cut from huge pages, of which the first kCarvedBytes are kept for good; larger ones have their own.
+constexpr int kCarveFrom = 16, kCarveTo = 20;
+constexpr int64_t kHugePage = 2ll << 20, kCarvedBytes = 64ll << 20;
+std::vector<char*>* g_chunks = new std::vector<char*>;  // never freed: a slab may still be in flight at the end
+char* g_chunk = nullptr;  // what is left of the newest huge page
+int64_t g_chunk_left = 0, g_carved = 0;
+
 struct Header {
   int size_class;  // -1: pinned memory of the device side
+  bool carved;     // never freed by itself
   int64_t bytes;
 };
+
+// Whole pages of `bytes` on a boundary of huge pages; NULL when there is no memory. Where the system has no huge pages,
+// or the user has switched them off, these are as any others.
+char* huge_pages(int64_t bytes) {
+  void* block = nullptr;
+  if (posix_memalign(&block, kHugePage, static_cast<size_t>(bytes))) return nullptr;
+  if (bytes >= kHugePage) madvise(block, static_cast<size_t>(bytes / kHugePage * kHugePage), MADV_HUGEPAGE);
+  return static_cast<char*>(block);
+}
+
+bool is_carved(const char* slab) {
+  Header header;
+  std::memcpy(&header, slab - kHeader, sizeof header);
+  return header.carved;
+}
+
+// Under g_lock. NULL: no more are cut.
+char* carve(int64_t bytes) {
+  if (g_chunk_left < bytes) {
+    if (g_carved + kHugePage > kCarvedBytes) return nullptr;
+    char* chunk = huge_pages(kHugePage);
+    if (!chunk) return nullptr;
+    g_chunks->push_back(chunk);
+    g_chunk = chunk, g_chunk_left = kHugePage, g_carved += kHugePage;
+  }
+  g_chunk_left -= bytes;
+  return g_chunk + g_chunk_left;
+}
 
 int class_of(int64_t bytes) {
   int c = 8;
@@ -32,11 +71,13 @@ int class_of(int64_t bytes) {
 char* slab_get(int64_t bytes, const void* device) {
   if (device)
     if (char* block = device_slab_get(kHeader + bytes, device)) {
-      const Header header{-1, bytes};
+      const Header header{-1, false, bytes};
       std::memcpy(block, &header, sizeof header);
       return block + kHeader;
     }
   const int c = class_of(bytes);
+  const int64_t whole = kHeader + (1ll << c);
+  char* block = nullptr;
   {
     std::lock_guard<std::mutex> guard(g_lock);
     if (!g_idle[c].empty()) {
@@ -45,9 +86,13 @@ char* slab_get(int64_t bytes, const void* device) {
       g_idle_bytes -= 1ll << c;
       return slab;
     }
+    if (kCarveFrom <= c && c <= kCarveTo) block = carve(whole);
   }
-  void* block = nullptr;
-  if (posix_memalign(&block, kHeader, static_cast<size_t>(kHeader + (1ll << c)))) {
+  const bool carved = block != nullptr;
+  if (c > kCarveTo) block = huge_pages(whole);
+  if (void* plain = nullptr; !block && !posix_memalign(&plain, kHeader, static_cast<size_t>(whole)))
+    block = static_cast<char*>(plain);
+  if (!block) {
     if (device) {
       say("out of memory for a message of %lld bytes", static_cast<long long>(bytes));
       std::abort();
@@ -55,9 +100,9 @@ char* slab_get(int64_t bytes, const void* device) {
     report_refused("no memory for a copy of the message");
     return nullptr;
   }
-  const Header header{c, bytes};
+  const Header header{c, carved, bytes};
   std::memcpy(block, &header, sizeof header);
-  return static_cast<char*>(block) + kHeader;
+  return block + kHeader;
 }
 
 void slab_put(char* slab) {
@@ -68,7 +113,7 @@ void slab_put(char* slab) {
   const int c = header.size_class;
   {
     std::lock_guard<std::mutex> guard(g_lock);
-    if (g_idle_bytes + (1ll << c) <= kKeepBytes) {
+    if (header.carved || g_idle_bytes + (1ll << c) <= kKeepBytes) {
       g_idle[c].push_back(slab);
       g_idle_bytes += 1ll << c;
       return;
@@ -81,7 +126,8 @@ void slab_release_all() {
   device_stop();
   std::lock_guard<std::mutex> guard(g_lock);
   for (auto& list : g_idle) {
-    for (char* slab : list) std::free(slab - kHeader);
+    for (char* slab : list)
+      if (!is_carved(slab)) std::free(slab - kHeader);
     list.clear();
   }
   g_idle_bytes = 0;

@@ -28,7 +28,7 @@ constexpr int kInvalid = 1, kNotInitialised = 3, kNoMemory = 2, kInvalidContext 
 std::mutex g_lock;
 char *g_device = nullptr, *g_alias = nullptr;
 size_t g_top = 0;
-std::map<uintptr_t, size_t> g_live, g_pinned;
+std::map<uintptr_t, size_t> g_live, g_pinned, g_managed;
 std::multimap<size_t, uintptr_t> g_free;
 bool g_ready = false;
 thread_local void* g_current = nullptr;
@@ -145,11 +145,12 @@ int cuPointerGetAttributes(unsigned n, int* attributes, void** values, unsigned 
   if (!g_ready) return kNotInitialised;
   std::lock_guard<std::mutex> guard(g_lock);
   const bool device = in(g_live, address, 1), pinned = in(g_pinned, address, 1);
+  const bool managed = in(g_managed, address, 1);
   const int card = device ? card_of(address) : 0;
   for (unsigned i = 0; i < n; ++i) {
     if (attributes[i] == 1) *static_cast<void**>(values[i]) = device || pinned ? &g_contexts[card] : nullptr;
-    if (attributes[i] == 2) *static_cast<unsigned*>(values[i]) = device ? 2 : pinned ? 1 : 0;
-    if (attributes[i] == 8) *static_cast<unsigned*>(values[i]) = 0;
+    if (attributes[i] == 2) *static_cast<unsigned*>(values[i]) = device || managed ? 2 : pinned ? 1 : 0;
+    if (attributes[i] == 8) *static_cast<unsigned*>(values[i]) = managed;
     if (attributes[i] == 9) *static_cast<int*>(values[i]) = device || pinned ? card : -2;
   }
   return 0;
@@ -226,8 +227,16 @@ int cuMemAlloc_v2(unsigned long long* address, size_t n) {
   g_card[at] = current_card();
   return *address = at, 0;
 }
+int cuMemAllocManaged(unsigned long long* address, size_t n, unsigned) {  // the host may touch it
+  void* at = nullptr;
+  if (!g_current || posix_memalign(&at, 4096, n)) return kNoMemory;
+  std::lock_guard<std::mutex> guard(g_lock);
+  g_managed[reinterpret_cast<uintptr_t>(at)] = n;
+  return *address = reinterpret_cast<uintptr_t>(at), 0;
+}
 int cuMemFree_v2(unsigned long long address) {
   std::lock_guard<std::mutex> guard(g_lock);
+  if (g_managed.erase(address)) return std::free(reinterpret_cast<void*>(address)), 0;
   const auto it = g_live.find(address);
   if (it == g_live.end()) return kInvalid;
   g_free.emplace((it->second + 511) / 256 * 256, it->first);

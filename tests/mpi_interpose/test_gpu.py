@@ -72,7 +72,7 @@ def test_random_types_on_a_gpu(seed: int) -> None:
 def test_messages_on_a_library_that_is_not_cuda_aware(pympi: Install, stand_in: Path, tmp_path: Path) -> None:
     program = [str(pympi.python), str(PROGRAMS / "device_messages.py")]
     out = start(pympi, 2, program, "auto", LD_LIBRARY_PATH=str(stand_in))
-    assert "ok 13 on the stand-in" in out, out[-2000:]
+    assert "ok 14 on the stand-in" in out, out[-2000:]
 
 
 @pytest.mark.slow
@@ -83,6 +83,36 @@ def test_collectives_of_three_ranks_and_without_pinned_memory(pympi: Install, st
     some = ["blocking_and_nonblocking", "contiguous_buffers"]
     command = ["env", "FAKE_CUDA_FAIL=cuMemHostAlloc", *program, *some]
     assert "ok" in start(pympi, 2, command, "auto", LD_LIBRARY_PATH=str(stand_in))
+
+
+def test_a_cuda_aware_library_gets_types_with_gaps_packed(pympi: Install, stand_in: Path) -> None:
+    """It is said to be one; what it could read itself, it would be given (and here would fault on)."""
+    program = [str(pympi.python), str(PROGRAMS / "device_messages.py"), "completion_calls", "one_buffer_both_ways"]
+    out = start(pympi, 2, program, "auto", LD_LIBRARY_PATH=str(stand_in), UNDERTOW_MPI_CUDA_AWARE="1")
+    assert "kept completion_calls" in out and "kept one_buffer_both_ways" in out, out[-2000:]
+
+
+def test_the_doctor_says_what_happens_to_device_buffers(stand_in: Path) -> None:
+    code = f"""
+from undertow.mpi_interpose import gpu_doctor
+from undertow.mpi_interpose.toolchain import probe
+rows = dict(gpu_doctor.rows(probe({need("mpich-wheel").mpicc!r})))
+print(rows["GPU buffers"], "|", rows["CUDA-aware"])
+"""
+    out = child(code, stand_in)
+    assert "packed on no GPU; between every pair of ranks through pinned host memory" in out and "CUDA-aware" in out
+    assert "device memory" in child(code, stand_in, UNDERTOW_MPI_IPC="1")
+    assert "device scratch" in child(code, stand_in, UNDERTOW_MPI_GPU="staged")
+    assert "as they are" in child(code, stand_in, UNDERTOW_MPI_GPU="off")
+
+
+@pytest.mark.slow
+def test_the_halo_example_equals_the_cpu() -> None:
+    """Without a GPU: the same program with its field on the CPU."""
+    install = need("mpich-wheel")
+    program = [sys.executable, "-m", "undertow.examples.halo3d_gpu", "--device", "cpu", "--cells", "6", "--steps", "2"]
+    out = start(install, 2, program, "auto")
+    assert '"wrong": 0, "different from the CPU": 0' in out and '"cards": ["cpu", "cpu"]' in out, out
 
 
 def through_memory(stand_in: Path) -> dict[str, Any]:
@@ -123,7 +153,7 @@ def test_w_collectives_through_the_memory_of_other_ranks_on_a_gpu(pympi: Install
 @NO_GPU
 def test_messages_on_a_gpu(pympi: Install) -> None:
     program = [str(pympi.python), str(PROGRAMS / "device_messages.py")]
-    assert "ok 13 on a GPU" in start(pympi, 2, program, "auto")
+    assert "ok 14 on a GPU" in start(pympi, 2, program, "auto")
 
 
 def test_nothing_happens_before_the_program_has_loaded_cuda(stand_in: Path) -> None:

@@ -8,6 +8,7 @@ usage: device_messages.py [NAME …]
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from pathlib import Path
 
@@ -374,10 +375,30 @@ def reductions() -> None:
     assert np.array_equal(got.read(), first * sum(range(1, rank + 1)) if rank else np.full(n, -1.0))
 
 
+def managed_memory() -> None:
+    """The library reads and writes it itself, or the host's own kernels do: the device side takes none of it."""
+    t, n = strided(), 400
+    arrays = []
+    for _ in range(2):
+        pointer = ctypes.c_uint64()
+        device.must(device.cuda.cuMemAllocManaged(ctypes.byref(pointer), ctypes.c_size_t(4 * n), 1))
+        arrays.append(np.ctypeslib.as_array((ctypes.c_int32 * n).from_address(pointer.value)))
+    mine, got = arrays
+    mine[:], got[:] = data(rank), blank()
+    comm.Sendrecv([mine, 1, t], peer, 3, [got, 1, t], peer, 3)
+    assert np.array_equal(got, expect(peer))
+    on_device = Mine(data(rank) + 1)
+    comm.Sendrecv([on_device.mpi(), 1, t], peer, 4, [got, 1, t], peer, 4)
+    assert np.array_equal(got[PLACES], (data(peer) + 1)[PLACES])
+    for array in arrays:
+        device.must(device.cuda.cuMemFree_v2(ctypes.c_uint64(array.ctypes.data)))
+    t.Free()
+
+
 RULES = [
     blocking_and_nonblocking, contiguous_buffers, order_is_kept, completion_calls, short_receives, persistent_requests,
     one_buffer_both_ways, null_bottom_and_negative, pack_and_unpack, broadcast_and_gathers, all_to_all,
-    halo_by_neighbours, reductions,
+    halo_by_neighbours, reductions, managed_memory,
 ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pickle
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from typing import Any
 import torch
 from deepspeed.runtime import engine as _deepspeed
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 
 from ..dist import launch
 from ..dist.errors import UserError
@@ -84,13 +88,14 @@ class UndertowCheckpointEngine(CheckpointEngine):
         return not self.reports[-1][1]
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """One file, verified first; a file that undertow did not write is loaded as DeepSpeed would, with a warning."""
+        """One file, verified first; of a file that undertow did not write, only DeepSpeed's own types are unpickled."""
         self.seal()
         self._saver.drain()
         record = read_record(Path(path).parent)
         if record is None or Path(path).name not in record.files:
             warn_once(log, "%s has no checksums by undertow: loaded as it is", os.path.dirname(path))
-        elif problem := check_file(Path(path), record.files[Path(path).name]):
+            return _load_foreign(path, map_location)
+        if problem := check_file(Path(path), record.files[Path(path).name]):
             raise BadCheckpoint(f"{path}: {problem}")
         return torch.load(path, map_location=map_location, weights_only=False)
 
@@ -172,6 +177,18 @@ class _Tag:
     @property
     def folder(self) -> Path:
         return self.root / self.tag
+
+
+def _load_foreign(path: str, map_location: Any) -> Any:
+    with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+        try:
+            return torch.load(path, map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"{path} was not written by undertow and cannot be read safely ({str(error).strip().splitlines()[0]})",
+                expected="tensors, plain values and DeepSpeed's own types",
+                remedy="if you trust who wrote it, name its types by torch.serialization.add_safe_globals([…])",
+            ) from error
 
 
 def same_ranks(folder: Path, ranks: int) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("deepspeed", reason="needs deepspeed: pip install 'undertow[deepspeed]'")
 
@@ -80,6 +82,36 @@ def test_resume_at_another_world_size(ranks, tmp_path):
 def test_we_load_what_stock_deepspeed_wrote(ranks, tmp_path):
     straight = run(ranks, 2, tmp_path, 2, 6, save_at=3, stock=True)[0]
     assert run(ranks, 2, tmp_path, 2, 6, load=True)[0]["losses"] == straight["losses"][3:]
+
+
+class Planted:
+    """Runs `os.mkdir` when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_foreign_file_runs_nothing(tmp_path):
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    from undertow.checkpointing.deepspeed_engine import UndertowCheckpointEngine
+
+    scaler = DynamicLossScaler.__new__(DynamicLossScaler)
+    scaler.cur_scale, scaler.cur_hysteresis = 2.0**16, 2
+    torch.save({"loss_scaler": scaler, "step": 3}, tmp_path / "own.pt")
+    torch.save({"step": Planted(tmp_path / "ran")}, tmp_path / "hostile.pt")
+    engine = UndertowCheckpointEngine(CheckpointSection())
+    try:
+        found = engine.load(str(tmp_path / "own.pt"))
+        assert found["step"] == 3 and vars(found["loss_scaler"]) == vars(scaler)
+        with pytest.raises(UserError, match="not written by undertow.*add_safe_globals"):
+            engine.load(str(tmp_path / "hostile.pt"))
+    finally:
+        engine.cleanup()
+    assert not (tmp_path / "ran").exists()
 
 
 def test_faults(ranks, tmp_path):

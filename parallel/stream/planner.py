@@ -17,7 +17,7 @@ from ..memory_model import DecoderShape, Moments, loss_bytes, moments, step_flop
 from .plan import StreamPlan
 from .sweep import default_rows
 
-SMALLEST = 512
+SMALLEST = 512  # shorter chunks, and fewer rows of the loss than it likes, are tried only when nothing else fits
 # Rows of one of several chunks. Longer ones promise little (the sums are read and written for every `PRODUCT_ROWS` rows
 # anyway; keys are projected again for 1 - 1/chunks of the rows, 1 % of a step), take the room of attention outputs, and
 # were slower: on an H100, one Llama-3-8B layer at 256K tokens took 7.10 s in 2 chunks of 128K and 6.33 s in 32 of 8K.
@@ -53,10 +53,12 @@ def plan(
     usable = None if budget_bytes is None else int(budget_bytes * (1 - MARGIN))
     rows = loss_rows or _loss_rows(shape, batch * tokens, usable, kernel)
     tried, found = _chunks(batch, tokens, chunk), list[StreamPlan]()
-    for fewer in [rows] if loss_rows else _fewer(rows):
+    shorter = [] if chunk else [size for size in (256, 128) if size < tried[-1]]
+    smaller = [rows] if loss_rows else [n for n in (128, 64, 32, 16) if n <= rows]
+    for sizes, fewer in ((tried, rows), *(([*tried, *shorter], n) for n in smaller)):
         found = [
             placed
-            for size in tried
+            for size in sizes
             for derive in _spacings(every)
             if (placed := _place(shape, batch, tokens, size, fewer, usable, host_bytes, derive, offload, stash, kernel))
         ]
@@ -108,11 +110,6 @@ def _loss_rows(shape: DecoderShape, rows: int, usable: int | None, kernel: bool)
     while usable is not None and chosen > 128 and loss_bytes(shape, chosen, kernel) > usable / 4:
         chosen = max(128, chosen // 2 // 128 * 128)
     return chosen
-
-
-def _fewer(rows: int) -> list[int]:
-    """Rows of the loss to try, the later only when nothing fits with those before."""
-    return [rows, *(n for n in (64, 32, 16) if n < rows)]
 
 
 def _chunks(batch: int, tokens: int, chunk: int | None) -> list[int]:

@@ -80,14 +80,19 @@ def test_what_does_not_fit_degrades_and_says_so():
     assert "exceeds the budget" in str(made)
 
 
-def test_the_loss_takes_fewer_rows_only_where_nothing_else_fits():
+def test_short_chunks_and_few_rows_of_logits_only_where_nothing_else_fits():
     """Many words and few layers: logits of 128 rows are most of the least that is needed."""
     wordy = DecoderShape(2, 64, 4, 4, 16, 128, 500_000, 50_000)
-    least = plan(wordy, 1, 4096, budget_bytes=1 << 40, chunk=128, loss_rows=128).device_bytes
+    least = plan(wordy, 1, 4096, budget_bytes=1 << 40, chunk=512, loss_rows=128).device_bytes
     for share, rows in ((1.2, {128}), (0.8, {64, 32, 16})):
         made = plan(wordy, 1, 4096, budget_bytes=int(share * least))
         assert made.loss_rows in rows and made.device_bytes <= share * least, (share, made)
     assert "exceeds" in plan(wordy, 1, 4096, budget_bytes=int(0.8 * least), loss_rows=128).reason
+    small = DecoderShape(4, 128, 8, 4, 16, 384, 256, 200_000, 4)
+    least = plan(small, 1, 2048, chunk=512, every=2, offload=False, stash=False).device_bytes
+    made = plan(small, 1, 2048, budget_bytes=int(0.95 * least))
+    assert made.chunk in (128, 256) and made.device_bytes <= 0.95 * least
+    assert plan(small, 1, 2048, budget_bytes=int(1.1 * least)).chunk == 512
 
 
 def test_forced_choices_are_kept():

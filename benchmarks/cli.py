@@ -11,7 +11,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,6 +43,9 @@ def bench(
     name: Annotated[str, typer.Argument(help="which benchmark; none lists them", show_default=False)] = "",
     list_: Annotated[bool, typer.Option("--list", help="list the benchmarks, or the cases of NAME")] = False,
     quick: Annotated[bool, typer.Option("--quick", help=f"fewer cases, {QUICK_ROUNDS} rounds: a look only")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="every arm once against the reference; nothing is timed or written")
+    ] = False,
     rounds: Annotated[int | None, typer.Option(help="rounds per case, at least 6", show_default=False)] = None,
     minutes: Annotated[
         float | None,
@@ -75,13 +78,21 @@ def bench(
         )
     if minutes is not None and minutes <= 0:
         raise UserError(f"--minutes {minutes:g}", expected="more than 0")
-    if benchmark.program and not list_:
+    if benchmark.program and (check or list_):
+        raise UserError(
+            f"--{'check' if check else 'list'} with '{name}'",
+            expected="a benchmark that the harness times; this one times itself",
+            remedy=f"for a look at it: undertow bench {name} --quick",
+        )
+    if benchmark.program:
         raise typer.Exit(benchmark.program(quick, rounds, filter_, Path(output) if output else _default_folder(quick)))
     rounds = rounds or (QUICK_ROUNDS if quick else benchmark.rounds)
     run = _Run(benchmark, quick, rounds, filter_, seed, machine, None if minutes is None else 60 * minutes)
     if list_:
-        typer.echo("\n".join(case.name for case in run.cases(0, 1)))
+        run.list()
         return
+    if check:
+        raise typer.Exit(run.check())
     old = _load(compare, name) if compare else None
     folder = Path(output) if output else _default_folder(quick or bool(read))
     report = _load(read, name) if read else run.report(folder)
@@ -136,6 +147,28 @@ class _Run:
         parts += ["--machine", Path(self.machine_file).name] if self.machine_file else []
         return shlex.join(parts)
 
+    def list(self) -> None:
+        """The names of the cases, on rank 0; some depend on the number of ranks."""
+        rank, world_size, _, leave = _join()
+        names = [case.name for case in self.cases(rank, world_size)]
+        if rank == 0:
+            typer.echo("\n".join(names))
+        leave()
+
+    def check(self) -> int:
+        """Every arm of the cases once, a line each on rank 0; 1 when an answer is wrong or an arm failed."""
+        from undertow.benchmarks.harness import check_case
+
+        rank, world_size, peers, leave = _join()
+        bad = False
+        for case in self.cases(rank, world_size):
+            for row in check_case(case, peers=peers):
+                bad = bad or row.bad
+                if rank == 0:
+                    typer.echo(f"{case.name}: {row.arm}: {row.note or 'right'}")
+        leave()
+        return int(bad)
+
     def report(self, folder: Path) -> Report | None:
         """Run all cases; the report on rank 0, None elsewhere. What is known after each case is kept in `folder`."""
         from undertow.benchmarks.facts import facts
@@ -143,7 +176,7 @@ class _Run:
         from undertow.benchmarks.report import Row
         from undertow.dist.progress import Progress
 
-        rank, world_size, peers = _join()
+        rank, world_size, peers, leave = _join()
         cases, rows = self.cases(rank, world_size), list[Row]()
         found = facts(self.benchmark.packages)
         if world_size > 1:
@@ -169,10 +202,7 @@ class _Run:
                 if rank == 0 and len(cases) > 1:  # should a later case fail or be stopped
                     _show(self._report(found, [row for row in rows if row.case == case.name]))
                     _keep(self._report(found, rows), folder)
-        if world_size > 1:
-            import torch.distributed as dist
-
-            dist.destroy_process_group()
+        leave()
         return None if rank else self._report(found, rows)
 
     def _report(self, found: dict[str, str], rows: Sequence[Row]) -> Report:
@@ -185,22 +215,24 @@ class _Run:
         )  # fmt: skip
 
 
-def _join() -> tuple[int, int, Peers]:
-    """Rank, world size and peers; joins the job's process group when a launcher started several ranks."""
+def _join() -> tuple[int, int, Peers, Callable[[], object]]:
+    """Rank, world size, peers, and how to leave again: joins the job's process group when a launcher started ranks."""
     from undertow.benchmarks.timing import Peers
     from undertow.dist.launch import detect
 
     launch = detect()
     if launch.world_size == 1:
-        return 0, 1, Peers()
+        return 0, 1, Peers(), lambda: None
     import torch
     import torch.distributed as dist
 
     from undertow.dist.launch import init_process_group
 
-    if not dist.is_initialized():
+    mine = not dist.is_initialized()
+    if mine:
         init_process_group(launch, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return launch.rank, launch.world_size, Peers(dist.new_group(backend="gloo"))
+    leave = dist.destroy_process_group if mine else dist.barrier
+    return launch.rank, launch.world_size, Peers(dist.new_group(backend="gloo")), leave
 
 
 def _load(file: str, name: str) -> Report:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import median
 
-from undertow.benchmarks.case import Arm, Case, Measured
+from undertow.benchmarks.case import Arm, Case, Measured, Trial
 from undertow.benchmarks.intervals import LEAST_SAMPLES, median_interval, ratio_interval
 from undertow.benchmarks.report import Row
 from undertow.benchmarks.timing import Peers, Sample, Timer, default_timer
@@ -44,11 +44,7 @@ def run_case(
     """
     peers = peers or Peers()
     timer_for = timer_for or (lambda arm: default_timer(arm, peers))
-    trial = case.build()
-    names = [arm.name for arm in trial.arms]
-    if len(set(names)) != len(names) or not {case.plain, case.ours} <= set(names):
-        raise ValueError(f"case '{case.name}': arms {names} must be distinct and hold '{case.plain}' and '{case.ours}'")
-    rows = {arm.name: _checked(case, arm, trial.reference, peers) for arm in trial.arms}
+    trial, rows = _built(case, peers)
     good = [arm for arm in trial.arms if rows[arm.name].wrong == 0]
     timing = _Timing(case, good, timer_for, alone=peers.alone)
     timing.run(
@@ -60,6 +56,20 @@ def run_case(
     )
     rows |= {name: replace(rows[name], wrong=None, note=note) for name, note in timing.failed.items()}
     return [row for arm in trial.arms for row in _rows(case, rows[arm.name], timing.samples, timing.inner)]
+
+
+def check_case(case: Case, *, peers: Peers | None = None) -> list[Row]:
+    """Every arm once, its answer against the reference's, nothing timed: a row per arm, `wrong` 0 where it is right."""
+    return list(_built(case, peers or Peers())[1].values())
+
+
+def _built(case: Case, peers: Peers) -> tuple[Trial, dict[str, Row]]:
+    """The case's buffers and arms, and the checked row of each arm by its name."""
+    trial = case.build()
+    names = [arm.name for arm in trial.arms]
+    if len(set(names)) != len(names) or not {case.plain, case.ours} <= set(names):
+        raise ValueError(f"case '{case.name}': arms {names} must be distinct and hold '{case.plain}' and '{case.ours}'")
+    return trial, {arm.name: _checked(case, arm, trial.reference, peers) for arm in trial.arms}
 
 
 def _checked(case: Case, arm: Arm, reference: Callable[[], object], peers: Peers) -> Row:

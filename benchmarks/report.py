@@ -58,6 +58,11 @@ class Row:
     samples_s: tuple[float, ...] = ()
 
     @property
+    def bad(self) -> bool:
+        """The answer was wrong, or the arm raised though it could run."""
+        return bool(self.wrong) or self.note.startswith("failed")
+
+    @property
     def bytes_per_s(self) -> float | None:
         return self.nbytes / self.seconds.median if self.nbytes and self.seconds else None
 
@@ -120,7 +125,7 @@ class Report:
     @property
     def failed(self) -> bool:
         """An answer was wrong, or an arm that could run raised."""
-        return any(row.wrong or row.note.startswith("failed") for row in self.rows)
+        return any(row.bad for row in self.rows)
 
     def dump(self, path: Path) -> None:
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1)

@@ -1,5 +1,5 @@
-"""Every command that README.md or a guide shows is run by a test, by CI or by hand with a committed result; one that
-nobody claims fails here.
+"""Every command that README.md or a guide shows is run by a test or by CI; one that nobody claims fails here.
+What needs a GPU is run by .ci/gpu, on a machine that has one.
 
 Collected are lines of shell blocks, indented lines, and code spans of two words or more that begin with a program. Each
 is claimed by its longest beginning in CLAIMS, launchers told apart but not their options. A claim by a test names its
@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from undertow.__main__ import main
+from undertow.benchmarks.discover import listed
 
 pytestmark = pytest.mark.slow  # on the checkout only: the wheel's run has no README.md beside it
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +27,6 @@ PROGRAM = re.compile(r"(undertow|torchrun|python|make|mpirun|pip|srun|sbatch|sca
 VARIABLE = re.compile(r"[A-Z_]+=(\$\([^)]*\)|\S+) ")
 
 CI = "ci"  # .ci/run does the same: set-up, make system, make test (with the wheel), make check
-HAND = "hand"  # by hand, on a quiet machine or with a GPU; what came of it is in benchmarks/results
 TRL = "trl"  # by hand, in an environment with TRL; docs/huggingface.md says what came of it
 READER = "reader"  # a place for the reader's own: nothing to run
 HERE = "here"  # in this file
@@ -53,13 +53,15 @@ CLAIMS = {
     "srun": "tests/slurm/test_cluster.py",
     "undertow simulate": "tests/comms/test_simulate_cli.py",
     "undertow simulate t3": "tests/comms/t3_paper/test_cli.py",
-    "undertow bench": HAND,
-    "torchrun undertow bench": HAND,
-    "python -m benchmarks.NAME": HAND,
-    "python -m undertow.benchmarks": HAND,
-    "python benchmarks/attention_blocks": HAND,
-    "python benchmarks/attention_modelled": HAND,
-    "python benchmarks/attention_choice": HAND,
+    "undertow bench": "tests/benchmarks/test_commands.py",  # each in its smallest form
+    "torchrun undertow bench": "tests/benchmarks/test_commands.py",
+    "python -m undertow.benchmarks.halo3d": "tests/benchmarks/test_commands.py",
+    "python -m undertow.benchmarks.kill_resume": "tests/benchmarks/test_commands.py",
+    "python -m undertow.benchmarks.overlap_timeline": "tests/benchmarks/test_commands.py",
+    "python -m undertow.benchmarks.mpi_gpu_paths": ".ci/gpu",
+    "python benchmarks/attention_blocks": "tests/benchmarks/test_attention_programs.py",
+    "python benchmarks/attention_modelled": "tests/benchmarks/test_attention_programs.py",
+    "python benchmarks/attention_choice": "tests/benchmarks/test_attention_programs.py",
     "undertow workloads": "tests/examples/workloads/test_cli.py",
     "torchrun undertow workloads": "tests/examples/workloads/test_equivalence.py",
     "undertow mpi run": "tests/mpi_interpose/test_cli.py",
@@ -125,7 +127,13 @@ def test_no_claim_is_empty():
     assert not idle, f"no page shows these any more: {idle}"
 
 
-@pytest.mark.parametrize("words", [words for words, by in CLAIMS.items() if by.startswith("tests/")])
+def test_documented_benchmarks_exist():
+    """tests/benchmarks/test_commands.py runs all that exist."""
+    shown = {name for _, command in COMMANDS for name in re.findall(r"undertow bench (\w+)", command)} - {"NAME"}
+    assert len(shown) > 8 and shown <= set(listed()), shown - set(listed())
+
+
+@pytest.mark.parametrize("words", [words for words, by in CLAIMS.items() if by.startswith(("tests/", ".ci/gpu"))])
 def test_the_claimed_test_says_these_words(words):
     """Or it names every page that shows the command, and runs the page's blocks."""
     text = (ROOT / CLAIMS[words]).read_text()

@@ -67,6 +67,16 @@ def test_a_wrong_answer_fails_the_command(small, tmp_path, monkeypatch):
     assert "not timed" in page
 
 
+def test_a_check_times_nothing_and_finds_a_wrong_answer(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert bench("checksum", "--quick", "--check") == 0
+    assert "xxh3_128: right" in capsys.readouterr().out
+    monkeypatch.setattr(checksum.xxhash, "xxh3_128_digest", lambda data: b"\0" * 16)
+    assert bench("checksum", "--quick", "--check") == 1
+    assert "xxh3_128: the answer is wrong" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_compare_with_a_former_run(small, tmp_path, capsys):
     for folder in ("old", "new"):
         assert bench("checksum", "--quick", "--rounds", 6, "--output", tmp_path / folder, "--no-plot") == 0
@@ -95,6 +105,7 @@ def test_the_plot_is_a_png(small, tmp_path):
         (["checksum", "--filter", "no such"], "leaves no case"),
         (["checksum", "--minutes", "0"], "--minutes 0; expected more than 0"),
         (["mpi_datatypes", "--minutes", "1"], "times itself"),
+        (["mpi_datatypes", "--list"], "undertow bench mpi_datatypes --quick"),
         (["checksum", "--compare", "absent.json"], "absent.json"),
         (["checksum", "--machine", "absent.json"], "undertow probe"),
     ],

@@ -78,6 +78,11 @@ class Enabled:
         self.model, self.root, self.context = model, roots[0], context
         if getattr(self.root.config, "attention_chunk_size", None):
             raise UserError("attention in chunks (attention_chunk_size)", expected="causal or sliding attention")
+        if mixing := _mixes_otherwise(self.root):
+            raise UserError(
+                f"{mixing} in {type(self.root).__name__}: it would see this rank's tokens only",
+                expected="tokens that meet in attention alone, called through transformers' attention interface",
+            )
         ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, no_mask)  # type: ignore[arg-type]
         found: dict[int, Any] = {id(m.config): m.config for m in self.root.modules() if hasattr(m, "config")}
@@ -134,6 +139,20 @@ class Enabled:
         if output.get("loss") is not None:
             output["loss"] = self.context.loss(output["loss"])
         return output
+
+
+def _mixes_otherwise(root: PreTrainedModel) -> str:
+    """What besides the attention interface carries something from token to token, or ''. Its result would be wrong
+    without an error, because it runs on a shard as on a sequence."""
+    for name, module in root.named_modules():
+        if isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1:
+            return f"the convolution {name}"
+        kinds = getattr(getattr(module, "config", None), "layer_types", None) or ()
+        if others := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
+            return f"layers of type {', '.join(others)}"
+    if getattr(root, "_is_stateful", False):
+        return "a recurrent state"
+    return "" if getattr(root, "_supports_attention_backend", True) else "attention of its own"
 
 
 def _right_padded(mask: Tensor | None) -> None:

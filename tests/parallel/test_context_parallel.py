@@ -78,6 +78,25 @@ def test_what_cannot_be_done_is_refused(family):
         enable_context_parallel(torch.nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("bloom", {"n_layer": 1, "n_head": 4}, "attention of its own"),
+        ("mamba", {"state_size": 4}, "the convolution backbone.layers.0.mixer.conv1d|linear_attention"),
+        ("lfm2", {"layer_types": ["conv", "conv"]}, "the convolution|type conv"),
+        ("rwkv", {}, "a recurrent state"),
+    ],
+)
+def test_layers_that_carry_tokens_past_attention_are_refused(name, options, words):
+    """They would run on a rank's tokens as on a sequence, and be wrong without an error."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'undertow[hf]'")
+    sizes = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    config = transformers.AutoConfig.for_model(name, **{**sizes, **options})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UserError, match=words):
+        enable_context_parallel(model)
+
+
 def _positions(rank, world):
     context = ContextParallel(None, 10, "zigzag", (0, 4, 10))
     share = torch.tensor(float(rank + 1), requires_grad=True)

@@ -46,10 +46,12 @@ Ran 2127 tests in 3.2s\n\nFAILED (failures=1, errors=1, skipped=160)\n"""
     assert failed == ("test_old.TestOld.testOld", "test_pack.TestPack.testPack")
     hits = dict.fromkeys(COMBINERS, 3)
     plain = Outcome("mpich-9", 1, "off", run, skipped, failed, 1.0, "yes")
-    good = replace(plain, mode="force", intercepted=9, taken=5, combiners=hits)
+    good = replace(plain, mode="force", intercepted=9, taken=5, combiners=hits, planned=hits)
     assert broken([plain, good]) == []
-    found = "\n".join(broken([plain, replace(good, failed=failed[:1], run=2126, combiners={**hits, "darray": 0})]))
-    assert "2126 run, 160 skipped, not 2127 and 160" in found and "no plan taken of darray" in found
+    unlike = {"combiners": {**hits, "struct": 0}, "planned": {**hits, "darray": 0}}
+    found = "\n".join(broken([plain, replace(good, failed=failed[:1], run=2126, **unlike)]))
+    assert "2126 run, 160 skipped, not 2127 and 160" in found
+    assert "no plan made of darray" in found and "no plan taken of struct" in found
     assert "test_pack.TestPack.testPack fails only without the preload" in found
     found = "\n".join(broken([plain, replace(good, mode="check", intercepted=0, mismatches=2)]))
     assert "no call was intercepted" in found and "2 results differ" in found

@@ -51,16 +51,14 @@ class CudaMessenger:
 
 
 class NcclMessenger(CudaMessenger):
-    """Between the GPUs of a group; a communicator and a stream of its own. Collective to make."""
+    """Between the GPUs of a group; a communicator of its ranks' own, and a stream. Collective to make."""
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device, timeout_s: float) -> None:
         self.group = group or dist.group.WORLD
         self._ranks = dist.get_process_group_ranks(self.group)
         self.rank, self.world = self._ranks.index(dist.get_rank()), len(self._ranks)
         self.device = device
-        self._group: Any = dist.new_group(
-            self._ranks, timedelta(seconds=timeout_s), "nccl", use_local_synchronization=True, device_id=device
-        )
+        self._group = _communicator(tuple(self._ranks), device, timeout_s)
         self._stream = torch.cuda.Stream(device, priority=-1)
 
     def exchange(self, after: Any, sends: Rows, receives: Rows, *, pull: bool = False) -> list[Any]:
@@ -74,8 +72,22 @@ class NcclMessenger(CudaMessenger):
                 work.wait()  # orders this stream; the host goes on
             return [self._stream.record_event()]
 
-    def close(self) -> None:
-        dist.destroy_process_group(self._group)
+
+_kept: dict[tuple[tuple[int, ...], str], Any] = {}
+
+
+def _communicator(ranks: tuple[int, ...], device: torch.device, timeout_s: float) -> Any:
+    """One for each set of ranks and device, kept until the process groups are destroyed, with the first time-out.
+
+    torch names such a group after its ranks and the number of groups there are: a second one, made when the first has
+    been destroyed, can find the address of the first in the store, where nobody listens any more.
+    """
+    found = _kept.get((ranks, str(device)))
+    if found is None or found not in dist.distributed_c10d._world.pg_map:
+        found = _kept[ranks, str(device)] = dist.new_group(
+            list(ranks), timedelta(seconds=timeout_s), "nccl", use_local_synchronization=True, device_id=device
+        )
+    return found
 
 
 class PinnedMessenger(CudaMessenger):

@@ -60,11 +60,15 @@ def slug(text: str) -> str:
 
 
 def commit() -> str:
-    """'commit abc1234', with 'dirty' when tracked files differ from it (results do not count); or 'no git metadata'."""
+    """'commit abc1234', with 'dirty' when tracked files differ from it (results do not count); or 'no git metadata'.
+
+    UNDERTOW_COMMIT goes before git's word: a copy on a lent machine may carry git's folder of an older state.
+    """
+    if said := os.environ.get("UNDERTOW_COMMIT", ""):
+        return f"commit {said}, said by who copied it"
     head = _git("rev-parse", "--short=12", "HEAD")
     if not head or _git("rev-parse", "--show-prefix") != "":
-        said = os.environ.get("UNDERTOW_COMMIT", "")  # a copy without git's folder, as on a lent machine
-        return f"commit {said}, said by who copied it" if said else "no git metadata"
+        return "no git metadata"
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     return f"commit {head}" + (", dirty" if changed else "")
 

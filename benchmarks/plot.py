@@ -17,6 +17,7 @@ from undertow.dist.units import format_bytes
 MAX_PANELS = 4
 # Okabe and Ito's colours, which colour-blind readers can tell apart; ours is always the first.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#5E4FA2")
+MARKERS = (".", "^", "x")  # beyond the colours, the same ones again
 
 
 def draw(report: Report, path: Path) -> Path:
@@ -78,7 +79,7 @@ def _places(rows: list[Row]) -> dict[str, float]:
 
 def _draw_rates(axis: Any, rows: list[Row], places: dict[str, float], colours: dict[str, str]) -> None:
     bandwidth = all(row.nbytes for row in rows)
-    for name, colour in colours.items():
+    for name in colours:
         mine = [row for row in rows if row.arm == name and row.seconds]
         if not mine:
             continue
@@ -87,7 +88,7 @@ def _draw_rates(axis: Any, rows: list[Row], places: dict[str, float], colours: d
             ends = [[(r.nbytes or 0) / at / 1e9 for at in (s.high, s.median, s.low)] for r, s in zip(mine, spans) if s]
         else:
             ends = [[s.low, s.median, s.high] for s in spans if s]
-        _line(axis, x, ends, name, colour, mine[0].role, joined=_ordered(rows))
+        _line(axis, x, ends, name, colours, mine[0].role, joined=_ordered(rows))
     axis.set_ylabel("bandwidth (GB/s)" if bandwidth else "time per run (s)")
     axis.grid(alpha=0.25)
 
@@ -98,11 +99,11 @@ def _draw_ratios(axis: Any, rows: list[Row], places: dict[str, float], colours: 
         x, low, high = zip(*again)
         axis.fill_between(x, low, high, color="0.6", alpha=0.4, lw=0)
         axis.plot(x, high, color="0.6", lw=0.5)
-    for name, colour in colours.items():
+    for name in colours:
         mine = [row for row in rows if row.arm == name and row.ratio]
         if mine:
             ends = [[row.ratio.low, row.ratio.median, row.ratio.high] for row in mine if row.ratio]
-            _line(axis, [places[r.case] for r in mine], ends, name, colour, mine[0].role, joined=_ordered(rows))
+            _line(axis, [places[r.case] for r in mine], ends, name, colours, mine[0].role, joined=_ordered(rows))
     axis.axhline(1, color="0.3", lw=0.8)
     axis.axhline(NEVER_SLOWER, color="0.3", lw=0.8, ls="--")
     axis.set_ylabel("plain / arm (above 1: faster)\ngrey: A/A noise, dashed: 0.97")
@@ -110,16 +111,18 @@ def _draw_ratios(axis: Any, rows: list[Row], places: dict[str, float], colours: 
 
 
 def _line(
-    axis: Any, x: list[float], ends: list[list[float]], name: str, colour: str, role: str, *, joined: bool
+    axis: Any, x: list[float], ends: list[list[float]], name: str, colours: dict[str, str], role: str, *, joined: bool
 ) -> None:
     """The medians with their intervals as bars, joined by a line or not; `ends` are (low, median, high) per point."""
+    at, arms, colour = list(colours).index(name), len(colours), colours[name]
     low, middle, high = zip(*ends)
     errors = [[m - lo for lo, m in zip(low, middle)], [h - m for m, h in zip(middle, high)]]
     style = {"ours": {"lw": 2.4, "marker": "o"}, "plain": {"lw": 1.6, "marker": "s"}, "hardware": {"ls": ":"}}
-    keywords = {"lw": 1.2, "marker": ".", "ms": 5, "elinewidth": 1.0, **style.get(role, {})}
+    keywords = {"lw": 1.2, "marker": MARKERS[at // len(COLOURS) % len(MARKERS)], "ms": 5, "elinewidth": 1.0}
+    keywords |= style.get(role, {})
     if not joined:  # beside each other, so that the intervals can be told apart
         keywords["ls"] = "none"
-        x = [place + 0.1 * (COLOURS.index(colour) - 1) for place in x]
+        x = [place + 0.8 * (at + 0.5) / arms - 0.4 for place in x]
     label = f"{name} ({role})" if role in ("ours", "plain", "hardware") else name
     axis.errorbar(x, middle, yerr=errors, label=label, color=colour, capsize=2, **keywords)
 

@@ -7,12 +7,30 @@ copy is not ours to watch, so there the hook does nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from .fences import Fences
+
+class Fence(Protocol):
+    """What is called before the state is written: `fences.Fences`, or a `WholeFence`."""
+
+    def all(self) -> None: ...
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None: ...
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None: ...
+
+
+class WholeFence:
+    """Waits for all of a save by `fence`, whoever writes."""
+
+    def __init__(self, fence: Callable[[], None]) -> None:
+        self.all = fence
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.all()
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None: ...
 
 
 class FenceHook:
@@ -35,7 +53,7 @@ def _nothing(watched: Any) -> None:
     """What a copied hook does."""
 
 
-def attach(fences: Fences, modules: Iterable[nn.Module], optimizers: Iterable[torch.optim.Optimizer]) -> list[Any]:
+def attach(fences: Fence, modules: Iterable[nn.Module], optimizers: Iterable[torch.optim.Optimizer]) -> list[Any]:
     """Hook `fences` before every load_state_dict, and around every optimizer's step. Handles with `remove`."""
     hook = FenceHook(lambda thing: fences.all())
     before, after = FenceHook(fences.before_step), FenceHook(fences.after_step)

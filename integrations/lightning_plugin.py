@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..checkpointing.files import FileOps
-from ..checkpointing.hooks import attach
+from ..checkpointing.hooks import WholeFence, attach
 from ..checkpointing.lazy_file import LazyFile
 from ..checkpointing.lazy_saver import LazySaver, Phase
 from ..dist import launch
@@ -73,7 +73,7 @@ class LazyCheckpoints(Callback):
         if self._io is not None:
             fence = self._io.saver.fence
             self._io.weights = {parameter.data_ptr() for parameter in pl_module.parameters()}
-            self._hooks = attach(lambda _: fence(), lambda _: fence(), [pl_module], trainer.optimizers)
+            self._hooks = attach(WholeFence(fence), [pl_module], trainer.optimizers)
 
     def wait(self) -> None:
         """Until every save begun so far is durable or has failed."""

@@ -27,7 +27,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..checkpointing.files import FileOps
-from ..checkpointing.hooks import attach
+from ..checkpointing.hooks import WholeFence, attach
 from ..checkpointing.lazy_file import LazyFile
 from ..checkpointing.lazy_safetensors import LazySafetensors
 from ..checkpointing.lazy_saver import LazySaver, Phase
@@ -84,7 +84,7 @@ class LazyCheckpoints(TrainerCallback):
                 shutil.rmtree(stale, ignore_errors=True)  # a killed run's
         saver = self._saver
         optimizer = _innermost(kwargs["optimizer"])
-        self._hooks = attach(lambda _: saver.fence(), lambda _: saver.fence(), [self.trainer.model], [optimizer])
+        self._hooks = attach(WholeFence(saver.fence), [self.trainer.model], [optimizer])
         for name, ours in (("_save_checkpoint", self._save), ("_finalize_training", self._finalize)):
             self._plain[name] = getattr(self.trainer, name)
             setattr(self.trainer, name, ours)

@@ -12,6 +12,7 @@ a buffer, with a pinned buffer that holds them densely, one after the other. Its
 from __future__ import annotations
 
 import ctypes
+import random
 import subprocess
 import tempfile
 import time
@@ -276,10 +277,12 @@ class Preload:
 def timed(
     world: Any, mpi: Any, where: Room, ways: list[str], once: Callable[[str], None], take: Callable[[str], None], n: int
 ) -> dict[str, list[float]]:
-    """Microseconds of the slowest rank, `n` of each way, in turn after two that do not count."""
+    """Microseconds of the slowest rank, `n` of each way, interleaved, after two that do not count. The order is drawn
+    anew in each round, on all ranks alike: what follows a long copy per block finds other caches and clocks."""
     times: dict[str, list[float]] = {way: [] for way in ways}
+    order = random.Random(0)
     for turn in range(n + 2):
-        for way in ways:
+        for way in order.sample(ways, len(ways)):
             take(way)
             where.wait()
             world.Barrier()

@@ -27,7 +27,6 @@ PROGRAM = re.compile(r"(undertow|torchrun|python|make|mpirun|pip|srun|sbatch|sca
 VARIABLE = re.compile(r"[A-Z_]+=(\$\([^)]*\)|\S+) ")
 
 CI = "ci"  # .ci/run does the same: set-up, make system, make test (with the wheel), make check
-TRL = "trl"  # by hand, in an environment with TRL; docs/huggingface.md says what came of it
 READER = "reader"  # a place for the reader's own: nothing to run
 HERE = "here"  # in this file
 
@@ -36,7 +35,6 @@ CLAIMS = {
     "make demo": HERE,
     "make clean": READER,
     "pip install": CI,
-    "pip install trl": TRL,
     "undertow --help": HERE,
     "undertow env": "tests/dist/test_environment.py",
     "undertow probe": "tests/dist/test_probe.py",
@@ -76,7 +74,7 @@ CLAIMS = {
     "torchrun undertow.examples.context_parallel_trainer": "tests/integrations/test_huggingface_docs.py",
     "python -m pytest -p undertow.integrations.pytest_plugin": "tests/integrations/test_torchrun.py",
     "mpirun -n 2 python -m pytest --with-mpi": HERE,
-    "python -m undertow.examples.trl_recipes": TRL,
+    "python -m undertow.examples.trl_recipes": "tests/integrations/test_trl_recipes.py",
 }
 
 

@@ -1,7 +1,7 @@
 """What TRL's trainers ask of a model, without TRL: streaming must answer it with the same losses and weights.
 
-TRL is not installed in CI (with pyarrow and pandas it takes some 300 MB); `examples/trl_recipes.py` runs the real ones.
-Written here after TRL 1.16: it replaces `model.forward` on the instance, before training begins, by one that takes
+`examples/trl_recipes.py` runs the real trainers of the installed TRL; here the forms of several versions are tried.
+Written after TRL 1.16: it replaces `model.forward` on the instance, before training begins, by one that takes
 `fused_lm_head=True`, calls `self.base_model`, and reads `lm_head.weight` beside the module; without that argument the
 forward is the model's own. Earlier versions slice `outputs.logits`, with `logits_to_keep`. Reference models run under
 `torch.no_grad()`; DPO passes chosen and rejected rows in one batch with right padding, GRPO pads prompts on the left.

@@ -168,7 +168,7 @@ def test_one_kill_and_the_timeline(tmp_path, capsys):
 
 def _filters() -> list[tuple[str, str, str]]:
     """(where it stands, benchmark, filter), of the guides, the benchmarks' own words and the commands in results."""
-    places = [*ROOT.glob("README.md"), *(ROOT / "docs").glob("*.md"), *FOLDER.glob("*.py"), *(FOLDER / "results").glob("*")]
+    places = [*ROOT.glob("README.md"), *ROOT.glob("docs/*.md"), *FOLDER.glob("*.py"), *FOLDER.glob("results/*")]
     found = []
     for place in places:
         if place.suffix in (".md", ".py") or place.name.endswith(".json"):

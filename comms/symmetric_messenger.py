@@ -15,7 +15,7 @@ which are queued before their receives, and for what earlier calls took. Streams
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -156,25 +156,62 @@ class SymmetricMessenger(CudaMessenger):
         self._mapped = Mapped([], [])
 
 
+@dataclass(frozen=True)
+class Seat:
+    """Where a rank sits: what its driver lacks, its host, its GPU, and the number of that GPU for its process."""
+
+    lacks: str
+    host: str
+    gpu: str
+    index: int
+
+
 def why_not(group: dist.ProcessGroup | None, device: torch.device) -> str:
     """Why the ranks of `group` cannot send this way, the same on all of them; '' when they can. Collective."""
     here = torch.cuda.current_device() if device.index is None else device.index
-    mine = (can_wait(), socket.gethostname(), str(torch.cuda.get_device_properties(here).uuid), here)
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
-    reasons = [reason for reason, *_ in everyone if reason]
-    if len({host for _, host, *_ in everyone}) > 1:
-        reasons.append("the ranks are on several hosts")
-    if len({card for *_, card, _ in everyone}) < len(everyone):
-        reasons.append("several ranks share a GPU")
-    elif len({index for *_, index in everyone}) < len(everyone):
-        reasons.append("each rank sees its own GPU only, so whether they reach each other is not known")
-    else:
-        reach = all(torch.cuda.can_device_access_peer(here, i) for *_, i in everyone if i != here)
-        everyone_reach: list[Any] = [None] * len(everyone)
-        dist.all_gather_object(everyone_reach, reach, group=group)
-        reasons += [] if all(everyone_reach) else ["not all GPUs reach each other's memory"]
-    return "; ".join(dict.fromkeys(reasons))
+    seats: list[Any] = [None] * dist.get_world_size(group)
+    mine = Seat(can_wait(), socket.gethostname(), str(torch.cuda.get_device_properties(here).uuid), here)
+    dist.all_gather_object(seats, mine, group=group)
+    if reason := apart(seats):
+        return reason
+    far = [seat for seat in seats if seat != mine and not torch.cuda.can_device_access_peer(here, seat.index)]
+    reasons = _of_all(group, "not all GPUs reach each other's memory" if far else "")
+    if not reasons:  # a container may forbid what mapping needs
+        reasons = _of_all(group, _refusal(group, device))
+    return reasons[0] if reasons else ""
+
+
+def apart(seats: Sequence[Seat]) -> str:
+    """Why ranks in these seats cannot map each other's memory, or cannot know; '' when they may."""
+    if lacking := [seat.lacks for seat in seats if seat.lacks]:
+        return lacking[0]
+    if len({seat.host for seat in seats}) > 1:
+        return "the ranks are on several hosts"
+    if len({seat.gpu for seat in seats}) < len(seats):
+        return "several ranks share a GPU"
+    if len({seat.index for seat in seats}) < len(seats):
+        return "each rank sees its own GPU only, so whether they reach each other is not known"
+    return ""
+
+
+def _of_all(group: dist.ProcessGroup | None, mine: str) -> list[str]:
+    """Every rank's reason that is one. Collective."""
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group=group)
+    return list(filter(None, found))
+
+
+def _refusal(group: dist.ProcessGroup | None, device: torch.device) -> str:
+    """What torch says when a little memory is to be mapped by all ranks; '' when it is."""
+    import torch.distributed._symmetric_memory as symmetric
+
+    whole = group or dist.group.WORLD
+    assert whole is not None
+    try:
+        symmetric.rendezvous(symmetric.empty(_UNIT, dtype=torch.uint8, device=device), whole)
+    except RuntimeError as error:
+        return f"torch cannot map the GPUs' memory ({str(error).splitlines()[0]})"
+    return ""
 
 
 def _bytes(rows: torch.Tensor) -> torch.Tensor:

@@ -202,12 +202,13 @@ def gpu_messenger(
         transport = os.environ.get("UNDERTOW_OVERLAP_TRANSPORT", "auto")
     if transport not in TRANSPORTS:
         raise UserError(f"overlap transport {transport!r}", expected=f"one of {', '.join(TRANSPORTS)}")
-    reason = "" if transport == "nccl" else why_not(group, device)
-    if transport == "symmetric" and reason:
-        raise UserError(f"overlap transport 'symmetric': {reason}", remedy="'auto' or 'nccl'")
-    if transport == "nccl" or reason or dist.get_world_size(group) == 1:
-        return NcclMessenger(group, device, END * timeout_s)
-    return SymmetricMessenger(group, device)
+    if transport != "nccl" and dist.get_world_size(group) > 1:
+        if not (reason := why_not(group, device)):
+            return SymmetricMessenger(group, device)
+        if transport == "symmetric":
+            raise UserError(f"overlap transport 'symmetric': {reason}", remedy="'auto' or 'nccl'")
+        log.info("pieces of products are sent by NCCL: %s", reason)
+    return NcclMessenger(group, device, END * timeout_s)
 
 
 def rows_of(a: Tensor, b: Tensor, y: Tensor) -> Product:

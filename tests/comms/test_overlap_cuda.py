@@ -18,7 +18,7 @@ from undertow.comms.cuda_messengers import CudaMessenger, PinnedMessenger
 from undertow.comms.cuda_watch import Watch
 from undertow.comms.overlap_cuda import CudaOverlapEngine
 from undertow.comms.stream_wait import Counted, can_wait
-from undertow.comms.symmetric_messenger import Mapped, SymmetricMessenger, why_not
+from undertow.comms.symmetric_messenger import Mapped, Seat, SymmetricMessenger, apart, why_not
 from undertow.comms.trigger import GlooMessenger
 from undertow.dist.errors import PeerLost
 
@@ -192,6 +192,18 @@ def test_mapped_memory_carries_every_pattern_in_one_queue(monkeypatch, seed, wor
     for rank, counts in enumerate(shared.made[-1].counts):
         for peer in range(world):
             assert counts[1, peer] == shared.made[-1].counts[peer][0, rank]
+
+
+def test_ranks_map_memory_only_where_they_can_know_that_they_reach_it():
+    here = [Seat("", "a", "gpu 0", 0), Seat("", "a", "gpu 1", 1)]
+    assert apart(here) == ""
+    for other, reason in (
+        (Seat("", "b", "gpu 2", 1), "several hosts"),
+        (Seat("", "a", "gpu 0", 1), "share a GPU"),
+        (Seat("", "a", "gpu 1", 0), "sees its own GPU only"),
+        (Seat("no driver", "a", "gpu 1", 1), "no driver"),
+    ):
+        assert reason in apart([here[0], other])
 
 
 class _Event:

@@ -85,6 +85,8 @@ def main(argv: list[str]) -> int:
     from undertow.parallel.stream.track import PeakBytes
 
     answers, sys.stdout = sys.stdout, sys.stderr  # what the package prints is not an answer
+    for newer in ("datasets", "peft"):  # of this environment, which the old transformers cannot work with
+        sys.modules[newer] = None  # type: ignore[assignment]
     named, step = steps(json.loads(argv[0]))
     for line in sys.stdin:
         command, _, path = line.strip().partition(" ")

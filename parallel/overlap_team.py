@@ -43,8 +43,8 @@ class Team:
     `overlap`: 'auto' measures each product's arms and keeps the fastest (see `overlap_gate`), 'on' takes the finest
     overlap of those without Triton, 'off' none, and the name of one of `overlap_gate.CUDA_ARMS` that one;
     UNDERTOW_DISABLE=1 is 'off'. All but 'auto' repeat every bit from run to run. `device`: CPU (gloo) or CUDA.
-    `transport` between GPUs: 'symmetric' (copy engines into the peers' mapped memory, on one host; 64 MiB a rank),
-    'nccl', or 'auto', which takes the first where all ranks can; UNDERTOW_OVERLAP_TRANSPORT stands in for 'auto'.
+    `transport` between GPUs: 'symmetric' (copy engines into the peers' mapped memory, as much as the largest product,
+    on one host), 'nccl', or 'auto': the first where all ranks can. UNDERTOW_OVERLAP_TRANSPORT stands in for 'auto'.
     `machine`: the measured rates for the gate's model, of the default file if there is one; rank 0's counts. `link`
     emulates a slow link on gloo, `trace` records what ran when.
     """

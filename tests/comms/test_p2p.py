@@ -21,7 +21,8 @@ from undertow.comms.builders.all_gather import ring_all_gather
 from undertow.comms.builders.gemm_reduce_scatter import gemm_reduce_scatter
 from undertow.comms.builders.reduce_scatter import direct_reduce_scatter, ring_reduce_scatter
 from undertow.comms.ops import gemm, table
-from undertow.comms.p2p import P2P, _Run
+from undertow.comms.p2p import P2P
+from undertow.comms.p2p_run import Run
 from undertow.comms.schedule_text import parse
 from undertow.comms.storage import Storage
 from undertow.comms.transport import Nccl, private_store
@@ -299,7 +300,7 @@ def _rehearsing(rank, world, schedule):
         part = executor._prepared(schedule)
         ops = {name: counted(name, op) for name, op in table(schedule, None).items()}
         storage = Storage(schedule, rank, {"x": x, "w": w})
-        run = _Run(executor, part, storage, ops)
+        run = Run(executor, part, storage, ops)
         before = {name: tensor.clone() for name, tensor in storage.tensors.items()}
         run.rehearse()
         same = all(torch.equal(before[name], tensor) for name, tensor in storage.tensors.items() if name in ("x", "w"))

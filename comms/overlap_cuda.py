@@ -259,9 +259,8 @@ class CudaOverlapEngine:
     def _collectively(self, plan: ChunkPlan, overlap: bool, whole: torch.Tensor) -> bool:
         """Whether one collective of the group does it; `UserError` for a plan of other ranks."""
         self._usable(plan)
-        if self.messenger.group is None or self.world == 1:
-            return not self.messenger.begin(self._most(plan, whole))
-        if not overlap or (self._capturing() and not self.messenger.capturable):
+        unwanted = not overlap or (self._capturing() and not self.messenger.capturable)
+        if unwanted and self.world > 1 and self.messenger.group is not None:
             return True
         return not self.messenger.begin(self._most(plan, whole))
 

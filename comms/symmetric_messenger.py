@@ -58,12 +58,11 @@ class SymmetricMessenger(CudaMessenger):
         group: dist.ProcessGroup | None,
         device: torch.device,
         *,
-        most_bytes: int = MOST_BYTES,
         rank: int = 0,
         world: int = 0,
         memory: Callable[[int], Mapped] | None = None,
     ) -> None:
-        self.device, self._most_bytes = device, most_bytes
+        self.device = device
         if memory is None:
             self.group = group or dist.group.WORLD
             rank, world, memory = dist.get_rank(group), dist.get_world_size(group), partial(_map, self.group, device)
@@ -74,7 +73,7 @@ class SymmetricMessenger(CudaMessenger):
 
     def begin(self, nbytes: int) -> bool:
         nbytes = max(1, -(-nbytes // _UNIT)) * _UNIT
-        if nbytes * self.world > self._most_bytes:
+        if nbytes * self.world > MOST_BYTES:
             return False
         if nbytes > self._room:
             self._settle()  # nobody uses the old memory any more

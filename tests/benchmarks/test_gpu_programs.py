@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from undertow.benchmarks import checkpoint_ranks, overlap_gpus, ring_gpus, stream_ranks
+from undertow.benchmarks import checkpoint_ranks, checkpoint_recovery, overlap_gpus, ring_gpus, stream_ranks
 from undertow.benchmarks.case import Context, Measured
 from undertow.benchmarks.checkpoint_job import Size
 from undertow.dist.errors import UserError
@@ -53,6 +53,13 @@ def _read_back(rank, world):
 def test_every_save_of_sharded_training_reads_back(ranks):
     for found in ranks(2, _read_back):
         assert len(found) == 4 and set(found.values()) == {(0, 0)}
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_from_what_is_left(tmp_path):
+    rows = checkpoint_recovery.recover(2, tmp_path, checkpoint_recovery.TINY.name)
+    assert [(row.ranks, row.resumed) for row in rows] == [(2, 6), (2, 4), (1, 4)]
+    assert all(row.good for row in rows)
 
 
 def _streamed(rank, world, spread):

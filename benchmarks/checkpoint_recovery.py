@@ -1,0 +1,242 @@
+"""Lose the processes, then one rank's memory, then all GPUs but one: where sharded training goes on, and how soon.
+
+    python -m undertow.benchmarks.checkpoint_recovery --ranks 2 --result recovery.json
+
+FSDP2 training, started by torchrun, saves to host memory at every step and to disk at every fourth, and is killed
+(SIGKILL) two steps after a save to disk. Then it is started again three times: as it was; with the memory of the last
+rank taken away; and on one rank, which must put together what all had. Each start restores, compares model and
+optimizer state bit by bit with what the killed run had at that step, and reports what `restore` took on the slowest
+rank. Exit code 1 when a start goes on from another step than it should, or a bit differs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.distributed as dist
+import typer
+import xxhash
+from torch.distributed.checkpoint.state_dict import get_state_dict
+
+from undertow.benchmarks.checkpoint_job import LARGE, MEDIUM, Size
+from undertow.benchmarks.checkpoint_phases import TINY
+from undertow.benchmarks.checkpoint_ranks import Sharded
+from undertow.checkpointing import Checkpointer
+from undertow.dist.errors import UndertowError, UserError
+from undertow.dist.launch import detect, init_process_group, local_device
+
+SIZES = {size.name: size for size in (TINY, MEDIUM, LARGE)}
+ON_DISK, LAST = 4, 6  # the step of the newest save to disk, and of the newest to host memory
+MODULE = "undertow.benchmarks.checkpoint_recovery"
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start after the kill: what was lost before it, and what came of it."""
+
+    lost: str
+    ranks: int
+    expected: int
+    resumed: int | None
+    restore_s: float
+    identical: bool
+
+    @property
+    def good(self) -> bool:
+        return self.identical and self.resumed == self.expected
+
+
+def digest(job: Sharded) -> str:
+    """Of model and optimizer state by whole tensors: the same for any number of ranks. Collective.
+
+    Every 32-bit word counts with an odd weight that its position gives, modulo 2^64.
+    """
+    model, optimizer = get_state_dict(job.model, job.optimizer)
+    found = xxhash.xxh3_128()
+    for name, value in sorted(_tensors({"model": model, "optimizer": optimizer}).items()):
+        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+        words = whole.detach().reshape(-1).view(torch.int32)
+        weights = torch.arange(len(words), device=words.device).mul_(0x9E3779B97F4A7C1).mul_(2).add_(1)
+        found.update(f"{name} {tuple(value.shape)} {int(weights.mul_(words).sum())}".encode())
+    return found.hexdigest()
+
+
+def _tensors(tree: object, prefix: str = "") -> dict[str, torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return {prefix: tree}
+    parts = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
+    return {name: value for key, part in parts for name, value in _tensors(part, f"{prefix}.{key}").items()}
+
+
+def train(job: Sharded, ckpt: Checkpointer, folder: Path) -> None:
+    """Until the last step is in host memory; then wait to be killed."""
+    digests = {}
+    for step in range(LAST + 1):
+        if step in (ON_DISK, LAST):
+            digests[step] = digest(job)
+        ckpt.step(step)
+        job.train()
+    ckpt.wait()
+    if ckpt.failures or ckpt.host is None:
+        raise UndertowError(f"rank {dist.get_rank()}: a save failed: {ckpt.reports}")
+    mine = {"pid": os.getpid(), "digests": digests, "memory": str(ckpt.host.folder.root)}
+    written = folder / f"rank-{dist.get_rank()}.part"
+    written.write_text(json.dumps(mine))
+    written.rename(written.with_suffix(".json"))
+    signal.pause()
+
+
+def restart(job: Sharded, ckpt: Checkpointer, folder: Path) -> None:
+    """Restore and say from where, how soon and what."""
+    job.synchronize()
+    dist.barrier()
+    began_s = time.perf_counter()
+    step = ckpt.restore()
+    job.synchronize()
+    took = torch.tensor([time.perf_counter() - began_s])
+    dist.all_reduce(took, dist.ReduceOp.MAX)
+    mine = {"step": step, "restore_s": float(took), "digest": digest(job)}
+    job.train()
+    if dist.get_rank() == 0:
+        (folder / "restart.json").write_text(json.dumps(mine))
+
+
+def work(folder: Path, size: Size, act: str) -> None:
+    """One rank of a launch."""
+    launch = detect()
+    device = local_device(launch)
+    init_process_group(launch, device=device)
+    job = Sharded(size, device, folder)
+    ckpt = Checkpointer(folder / "run", model=job.model, optimizer=job.optimizer, every=ON_DISK, host_every=1)
+    try:
+        (train if act == "train" else restart)(job, ckpt, folder)
+    finally:
+        ckpt.close()
+        dist.destroy_process_group()
+
+
+class Torchrun:
+    """A launch of this program, its output in `log`."""
+
+    def __init__(self, act: str, ranks: int, folder: Path, size: str) -> None:
+        self.log = folder / f"{act}-{ranks}.log"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        with self.log.open("w") as stream:
+            self.process = subprocess.Popen(
+                [*command, "-m", MODULE, "--act", act, "--folder", str(folder), "--size", size],
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+            )
+
+    def wait(self, timeout_s: float) -> int:
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise UndertowError(f"{self.log.name} did not end within {timeout_s:g} s:\n{self.tail()}") from None
+
+    def tail(self) -> str:
+        return self.log.read_text()[-3000:]
+
+    def stop(self) -> None:
+        """Ends it and, as torchrun does upon SIGTERM, its ranks."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(60)
+
+
+def killed_run(ranks: int, folder: Path, size: str, timeout_s: float) -> list[dict]:
+    """Train, kill every rank; what each had written down."""
+    run = Torchrun("train", ranks, folder, size)
+    try:
+        paths, end_s = [folder / f"rank-{rank}.json" for rank in range(ranks)], time.monotonic() + timeout_s
+        while not all(path.exists() for path in paths):
+            if run.process.poll() is not None or time.monotonic() > end_s:
+                raise UndertowError(f"the run to be killed did not come to step {LAST}:\n{run.tail()}")
+            time.sleep(0.05)
+        told = [json.loads(path.read_text()) for path in paths]
+        for rank in told:
+            os.kill(rank["pid"], signal.SIGKILL)
+        run.wait(timeout_s)
+    finally:
+        run.stop()
+    return told
+
+
+def started_again(lost: str, ranks: int, told: Sequence[dict], expected: int, folder: Path, size: str) -> Start:
+    run = Torchrun("restart", ranks, folder, size)
+    try:
+        if run.wait(300):
+            raise UndertowError(f"the start on {ranks} rank(s) failed:\n{run.tail()}")
+    finally:
+        run.stop()
+    found = json.loads((folder / "restart.json").read_text())
+    same = found["digest"] == told[0]["digests"].get(str(found["step"]))
+    return Start(lost, ranks, expected, found["step"], found["restore_s"], same)
+
+
+def recover(ranks: int, folder: Path, size: str, timeout_s: float = 300.0) -> list[Start]:
+    """The kill and the three starts."""
+    told = killed_run(ranks, folder, size, timeout_s)
+    memory = Path(told[0]["memory"])
+    try:
+        found = [started_again("all processes", ranks, told, LAST, folder, size)]
+        for shard in memory.glob(f"*/__{ranks - 1}_*"):
+            shard.unlink()
+        found.append(started_again("and one rank's memory", ranks, told, ON_DISK, folder, size))
+        shutil.rmtree(memory, ignore_errors=True)  # the last start may have freed it
+        found.append(started_again("and all GPUs but one", 1, told, ON_DISK, folder, size))
+    finally:
+        shutil.rmtree(memory, ignore_errors=True)
+    return found
+
+
+def main(
+    ranks: Annotated[int, typer.Option(help="Ranks, one GPU each where there are any.")] = 2,
+    size: Annotated[str, typer.Option(help=f"The model: {', '.join(SIZES)}.")] = "",
+    result: Annotated[Path | None, typer.Option(help="Write the rows as JSON here.")] = None,
+    act: Annotated[str, typer.Option(hidden=True)] = "",
+    folder: Annotated[Path | None, typer.Option(help="A folder on the disk to measure; emptied at the end.")] = None,
+) -> None:
+    """Kill sharded training, take memory and GPUs away, and start it again."""
+    size = size or (LARGE if torch.cuda.is_available() else TINY).name
+    if size not in SIZES or ranks < 2:
+        raise UserError(f"--size '{size}' --ranks {ranks}", expected=f"2 ranks or more, one of {', '.join(SIZES)}")
+    if act:
+        assert folder is not None
+        work(folder, SIZES[size], act)
+        return
+    with tempfile.TemporaryDirectory(prefix="undertow-recovery-", dir=folder) as made:
+        rows = recover(ranks, Path(made), size)
+    from rich.console import Console
+    from rich.table import Table
+
+    from undertow.benchmarks.facts import facts
+
+    table = Table(title=f"{size} parameters, FSDP2 on {ranks} ranks, killed at step {LAST}", title_justify="left")
+    for name in ("lost", "ranks", "goes on from", "should", "restore", "bit-identical"):
+        table.add_column(name)
+    for row in rows:
+        cells = [str(row.ranks), str(row.resumed), str(row.expected), f"{row.restore_s:.2f} s"]
+        table.add_row(row.lost, *cells, "yes" if row.identical else "NO")
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    if result is not None:
+        text = {"facts": facts(()), "size": size, "ranks": ranks, "rows": [asdict(row) for row in rows]}
+        result.write_text(json.dumps(text, indent=1) + "\n")
+    if not all(row.good for row in rows):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

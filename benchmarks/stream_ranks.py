@@ -1,15 +1,18 @@
 """Streamed backpropagation on the GPUs of one host: FSDP2, and FSDP2 with the sequence spread over the ranks.
 
 Llama-3.2-1B with random weights in bfloat16, gradients only. The rival is transformers' gradient checkpointing with our
-chunked loss, without and with its offload. First, every arm's gradients at a small length are held against float32 ones
-of the same weights. Then each arm's sequence is doubled until its measured peak passes a budget that is far below the
-device's memory: a length that does not fit is seen in the count of bytes and not by an error, which would leave the
-other rank in a collective. `run_tokens` is the longest that ran within the budget, `open` 1 where time, not memory,
-ended the doubling. `fits_budget_tokens` and `fits_80GB_tokens` follow from the slope of the last two peaks for rivals,
-and are the planner's promise for ours, which fills any budget; nobody ran them. At last all arms take turns at one
-length, whatever memory they need.
+chunked loss, without and with its offload. Arms' gradients at a small length are first held against float32 ones of the
+same weights. Then four cases, the most telling first, each written when it is done: the longest sequence in a budget
+(and the time of a short one), and the time of a longer one; for FSDP2, then for a sequence that all ranks share.
 
-    torchrun --nproc-per-node 2 -m undertow bench stream_ranks --minutes 4
+The budget is far below the device's memory, so that a length that does not fit is seen in the count of bytes and not by
+an error, which would leave the other rank in a collective. Two short steps give a rival's slope, the next goes to the
+length that it promises, and to a corrected one when it was wrong; ours goes to the planner's promise. `run_tokens` is
+the longest that ran within the budget, `open` 1 where time, not memory, ended the search. `fits_budget_tokens` and
+`fits_80GB_tokens` follow from the slope of the last two peaks for rivals, and are the planner's promise for ours, which
+fills any budget; nobody ran the latter. Each step of a search is also printed as it ends.
+
+    torchrun --nproc-per-node 2 -m undertow bench stream_ranks --minutes 3.5      # `--filter longest` for half of it
 
 Without GPUs it runs a tiny model over gloo, to see that it works. Lengths are those of a rank's own sequence, or of the
 one that all ranks share.
@@ -35,7 +38,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Measured, Trial
-from undertow.benchmarks.stream_job import FREE, PLAIN, WITHIN, Job, Step, decoder
+from undertow.benchmarks.stream_job import OFFLOAD, PLAIN, TORCH, WITHIN, Job, Step, decoder
 from undertow.benchmarks.timing import Peers
 from undertow.dist.errors import UserError
 from undertow.parallel.stream.track import PeakBytes
@@ -49,41 +52,60 @@ TINY = dict(
     num_hidden_layers=2, vocab_size=256, head_dim=16, tie_word_embeddings=True,
 )  # fmt: skip
 FULL_BYTES = 80e9
-SEARCH = 0.35  # of the benchmark's time
+CLOSE = 1.03  # a longer sequence that is not this many times as long is not tried
+STEPS = 5  # of one arm's search
+Checks = dict[str, tuple[int, str]]  # by arm: wrong parameters, or why it did not run
 PATIENCE_S = 90.0  # for a rank that does not come to an agreement
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One size of the benchmark. Lengths are a rank's own; they are times the ranks where one sequence is spread."""
+    """One case. Lengths are a rank's own; they are times the ranks where one sequence is spread. `search`: the longest
+    sequence within `limit_bytes` as well, begun at `timed`."""
 
     shape: Mapping[str, Any]
     check_layers: int
     check_tokens: int
-    shortest: int
     timed: int
     limit_bytes: int
-    search_s: float
+    search: bool = False
 
 
 @dataclass
 class Found:
-    """What the doubling found: (tokens, peak bytes of the hungriest rank) of each length that ran."""
+    """What a search found: (tokens, peak bytes of the hungriest rank) of each length that ran. `promised`: the length
+    that a planner says will fit, None where only peaks tell."""
 
     limit_bytes: int
+    promised: int | None = None
     points: list[tuple[int, int]] = field(default_factory=list)
     out_of_time: bool = False
 
     @property
     def slope(self) -> float:
-        """Bytes per token, by the last two lengths."""
-        (t0, b0), (t1, b1) = self.points[-2:]
+        """Bytes per token, by the two longest sequences."""
+        (t0, b0), (t1, b1) = sorted(self.points)[-2:]
         return (b1 - b0) / (t1 - t0)
 
     def fits(self, limit: float) -> float:
         """Tokens at which the straight line through the last two peaks reaches `limit` bytes."""
-        tokens, nbytes = self.points[-1]
+        tokens, nbytes = max(self.points)
         return tokens + (limit - nbytes) / self.slope
+
+    def goal(self) -> float | None:
+        """The next length to try, None when the longest is known to `CLOSE`."""
+        longest = max(tokens for tokens, _ in self.points)
+        good = max((tokens for tokens, nbytes in self.points if nbytes <= self.limit_bytes), default=0)
+        bad = min((tokens for tokens, nbytes in self.points if nbytes > self.limit_bytes), default=math.inf)
+        if self.promised is not None:
+            quarter = self.promised / 4  # tells the time of the whole
+            goal = quarter if quarter > 2 * longest else self.promised if self.promised < bad else 0.85 * bad
+        elif len(self.points) == 1:
+            goal = 2.0 * longest if good else longest / 2
+        else:
+            goal = self.fits(self.limit_bytes) if self.slope > 0 else 2.0 * longest
+            goal = min(goal, 8.0 * longest, 0.97 * bad)
+        return goal if goal > CLOSE * good else None
 
     def extras(self) -> dict[str, float]:
         within = [tokens for tokens, nbytes in self.points if nbytes <= self.limit_bytes]
@@ -146,22 +168,26 @@ def measure(job: Job, step: Step, ids: Tensor, ranks: Ranks) -> tuple[int, float
 
 
 def search(job: Job, name: str, setting: Setting, ranks: Ranks, until_s: float, seed: int) -> Found:
-    """Double the sequence until its peak passes the budget, or until the next one would not be done by `until_s`."""
-    found = Found(setting.limit_bytes)
-    tokens = setting.shortest * (dist.get_world_size() if job.spread else 1)
-    most = 0.8 * torch.cuda.get_device_properties(job.device).total_memory if job.device.type == "cuda" else math.inf
+    """Steps towards the longest sequence whose peak is within the budget, none that would not end by `until_s`."""
+    world = dist.get_world_size() if job.spread else 1
+    tokens, grain = setting.timed * world, max(1, setting.timed // 16) * world
     with job.armed(name) as step:
-        while True:
+        found = Found(setting.limit_bytes, job.planned(setting.limit_bytes) if name == WITHIN else None)
+        for _ in range(STEPS):
             peak, seconds = measure(job, step, job.tokens(tokens, seed), ranks)
             found.points.append((tokens, peak))
-            enough = len(found.points) > 1
-            if peak > setting.limit_bytes and enough:
+            if dist.get_rank() == 0:
+                print(f"{name}: {tokens:,} tokens, peak {peak / 1e9:.2f} GB, {seconds:.2f} s", flush=True)
+            goal = found.goal()
+            if goal is None:
                 break
-            late = ranks.peers.largest(float(time.monotonic() + 4.2 * seconds > until_s)) > 0
-            if (late and enough) or 2 * peak > most:
-                found.out_of_time = late
+            left_s = -ranks.peers.largest(time.monotonic() - until_s)
+            in_time = tokens * math.sqrt(max(left_s, 0.0) / seconds)
+            found.out_of_time = in_time < goal
+            length = int(min(goal, in_time)) // grain * grain
+            if length <= 0 or any(length == tried for tried, _ in found.points) or (in_time < goal and length < tokens):
                 break
-            tokens *= 2
+            tokens = length
     job.clear()
     return found
 
@@ -179,7 +205,7 @@ def local_errors(job: Job, exact: Mapping[str, Tensor], ranks: Ranks) -> dict[st
     return dict(zip(exact, relative))
 
 
-def check(setting: Setting, device: torch.device, spread: bool, seed: int, ranks: Ranks) -> dict[str, tuple[int, str]]:
+def check(setting: Setting, device: torch.device, spread: bool, seed: int, ranks: Ranks) -> Checks:
     """By arm: parameters whose gradient is wrong at a small length, or why the arm did not run.
 
     float32: more than 1e-5 away from one process's gradients. bfloat16: more than three times as far from float32
@@ -213,7 +239,7 @@ def check(setting: Setting, device: torch.device, spread: bool, seed: int, ranks
             found = errors(step)
         return sum(not found[n] <= limits[n] for n in limits)
 
-    told: dict[str, tuple[int, str]] = {}
+    told: Checks = {}
     for name in job.names():
         if job.unavailable(name):
             continue
@@ -228,21 +254,25 @@ def _part(whole: Tensor, world: int, rank: int) -> Tensor:
     return (parts[rank] if rank < len(parts) else whole[:0]).clone()
 
 
-def trial(setting: Setting, spread: bool, seed: int) -> Trial:
+def trial(setting: Setting, spread: bool, seed: int, checked: dict[bool, Checks], until_s: float) -> Trial:
+    """The case's arms. `checked` keeps the arms' checks from case to case; a search ends by `until_s`, shared out."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     ranks = Ranks()
-    checks = check(setting, device, spread, seed, ranks)
+    if spread not in checked:
+        checked[spread] = check(setting, device, spread, seed, ranks)
+    checks = checked[spread]
     _forget()
     job = Job(decoder(dict(setting.shape), device), device, spread=spread, limit_bytes=setting.limit_bytes)
     _forget()
-    until_s = time.monotonic() + setting.search_s
     longest: dict[str, dict[str, float]] = {}
     failed = {name: why for name, (_, why) in checks.items() if why}
-    for name in job.names():
-        if job.unavailable(name) or name in failed or checks[name][0] or name == FREE:
-            continue
-        found, why = ranks.together(partial(search, job, name, setting, ranks, until_s, seed))
+    searched = [name for name in (WITHIN, PLAIN, OFFLOAD, TORCH) if name in job.names() and not job.unavailable(name)]
+    searched = [name for name in searched if name not in failed and not checks[name][0]] if setting.search else []
+    for at, name in enumerate(searched):
+        share = 0.6 if name == WITHIN else 1 / (len(searched) - at)  # ours is the longest
+        mine_s = time.monotonic() + share * (until_s - time.monotonic())
+        found, why = ranks.together(partial(search, job, name, setting, ranks, mine_s, seed))
         if why:
             failed[name] = why
         else:
@@ -285,34 +315,45 @@ def cases(context: Context) -> Sequence[Case]:
         raise UserError(
             "this benchmark needs several ranks", remedy="torchrun --nproc-per-node 2 -m undertow bench stream_ranks"
         )
-    limit_s = context.limit_s or 480.0
-    search_s = SEARCH * limit_s / 2
-    setting = Setting(TINY, 2, 48, 128, 64, 2_500_000, min(search_s, 15.0))
-    if torch.cuda.is_available():
-        setting = Setting(LLAMA, 2, 2048, 16_384, 32_768, 16_000_000_000, search_s)
+    begin_s, limit_s = time.monotonic(), context.limit_s or 240.0
+    checked: dict[bool, Checks] = {}
     found = []
-    for spread, name in ((False, "FSDP2"), (True, "FSDP2 and context parallel")):
-        mine = setting
-        if spread and torch.cuda.is_available():
-            mine = Setting(**{**vars(setting), "timed": setting.timed // 2})  # a step is four times the work otherwise
-        found.append(
-            Case(
-                f"{name}, {mine.timed * (context.world_size if spread else 1):,} tokens, {mine.limit_bytes / 1e9:g} GB",
-                partial(trial, mine, spread, context.seed),
-                plain=PLAIN,
-                ours=WITHIN,
-                group=name,
-                warm_ups=1,
+    for spread, search_ends in ((False, 0.4), (True, 0.9)):
+        name = "FSDP2 and context parallel" if spread else "FSDP2"
+        for mine in settings(spread):
+            tokens = f"{mine.timed * (context.world_size if spread else 1):,} tokens"
+            budget = f"{mine.limit_bytes / 1e9:g} GB"
+            until_s = begin_s + search_ends * limit_s if torch.cuda.is_available() else begin_s + 15
+            found.append(
+                Case(
+                    f"{name}, longest in {budget}, and {tokens}" if mine.search else f"{name}, {tokens}, {budget}",
+                    partial(trial, mine, spread, context.seed, checked, until_s),
+                    plain=PLAIN,
+                    ours=WITHIN,
+                    group=name,
+                    warm_ups=0,  # the check of the answer is one
+                )
             )
-        )
     return found
+
+
+def settings(spread: bool) -> list[Setting]:
+    """The longest sequence, then the time of one that rivals cannot hold in the budget (or all can, where spread)."""
+    if not torch.cuda.is_available():
+        return [Setting(TINY, 2, 48, 128, 2_500_000, True), Setting(TINY, 2, 48, 256, 2_500_000)]
+    if spread:
+        return [
+            Setting(LLAMA, 2, 2048, 8192, 12_000_000_000, True),
+            Setting(LLAMA, 2, 2048, 16_384, 12_000_000_000),
+        ]
+    return [Setting(LLAMA, 2, 2048, 8192, 7_500_000_000, True), Setting(LLAMA, 2, 2048, 24_576, 7_500_000_000)]
 
 
 BENCHMARK = Benchmark(
     name="stream_ranks",
     claim="streaming under FSDP2 trains sequences several times as long in the same memory, in no more time",
     cases=cases,
-    rounds=8,
+    rounds=6,
     packages=("torch", "transformers"),
     x_label="",
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -63,8 +65,8 @@ def test_a_killed_run_goes_on_from_what_is_left(tmp_path):
 
 
 def _streamed(rank, world, spread):
-    setting = stream_ranks.Setting(stream_ranks.TINY, 1, 24, 32, 16, limit_bytes=900_000, search_s=0.0)
-    trial = stream_ranks.trial(setting, spread, seed=5)
+    setting = stream_ranks.Setting(stream_ranks.TINY, 1, 24, 32, limit_bytes=900_000, search=True)
+    trial = stream_ranks.trial(setting, spread, seed=5, checked={}, until_s=time.monotonic() + 2)
     found = {arm.name: (arm.run(), (arm.reference or trial.reference)()) for arm in trial.arms if not arm.unavailable}
     ranks = stream_ranks.Ranks()
 
@@ -86,15 +88,44 @@ def test_streamed_steps_of_sharded_models_are_right(ranks, spread):
         for measured, wrong in found.values():
             assert (measured.answer, wrong) == (0, 0)
         told = found["ours, in the budget"][0].extras
-        assert told["run_tokens"] in (0, 32, 64, 128) and told["fits_80GB_tokens"] > told["fits_budget_tokens"]
+        assert told["run_tokens"] <= 900_000 / 64 and told["fits_80GB_tokens"] > told["fits_budget_tokens"]
 
 
 def test_lengths_follow_from_the_last_two_peaks():
-    found = stream_ranks.Found(1000, [(8, 300), (16, 460), (32, 940)], out_of_time=True)
+    found = stream_ranks.Found(1000, None, [(8, 300), (16, 460), (32, 940)], out_of_time=True)
     assert found.extras() == {
         "run_tokens": 32, "open": 1, "fits_budget_tokens": 34, "fits_80GB_tokens": 32 + (80e9 - 940) / 30
     }  # fmt: skip
-    assert stream_ranks.Found(1000, [(8, 1200)]).extras() == {"run_tokens": 0, "open": 0}
+    assert stream_ranks.Found(1000, None, [(8, 1200)]).extras() == {"run_tokens": 0, "open": 0}
+
+
+@pytest.mark.parametrize("fixed, slope, bend", [(100, 2.0, 0.0), (0, 7.0, 0.0), (300, 1.0, 0.002), (2000, 1.0, 0.0)])
+def test_a_search_by_peaks_comes_close_to_the_longest_in_few_steps(fixed, slope, bend):
+    """Peaks that are straight in the tokens, peaks that bend, and a first length that is too long already."""
+    found, tokens = stream_ranks.Found(2_064 if fixed > 1000 else 1000), 64
+
+    def peak(length):
+        return int(fixed + slope * length + bend * length**2)
+
+    exact = next(n for n in range(10_000, 0, -1) if peak(n) <= found.limit_bytes)
+    for _ in range(stream_ranks.STEPS):
+        found.points.append((tokens, peak(tokens)))
+        goal = found.goal()
+        if goal is None:
+            break
+        tokens = int(goal)
+    assert found.extras()["run_tokens"] >= 0.94 * exact
+
+
+def test_a_search_goes_to_what_the_planner_promises():
+    found = stream_ranks.Found(1000, promised=4000, points=[(100, 500)])
+    assert found.goal() == 1000  # whose time tells the whole's
+    found.points.append((1000, 980))
+    assert found.goal() == 4000
+    found.points.append((4000, 1001))
+    assert found.goal() == pytest.approx(3400)  # it did not fit
+    found.points.append((3400, 999))
+    assert stream_ranks.Found(1000, 4000, [(100, 500), (4000, 990)]).goal() is None
 
 
 @pytest.mark.parametrize("module", [ring_gpus, overlap_gpus, checkpoint_ranks, stream_ranks])

@@ -1,8 +1,7 @@
 """What one rank's threads know of each other while a schedule runs: which actions have finished, and the first error.
 
 A lane is a thread that waits here for the writers of what it reads. An error anywhere poisons the board, so that no
-other lane waits for ever, and the caller gets the original exception. On CUDA *finished* means that the work has been
-put on the lane's stream; the event left here orders the streams that read it.
+other lane waits for ever, and the caller gets the original exception.
 """
 
 from __future__ import annotations
@@ -22,13 +21,12 @@ class Board:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._marks: dict[int, Any] = {}
+        self._finished: set[int] = set()
         self.error: BaseException | None = None
 
-    def finish(self, node: int, mark: Any = None) -> None:
-        """The action has finished (CPU), or is ordered before `mark`, an event (CUDA)."""
+    def finish(self, node: int) -> None:
         with self._changed:
-            self._marks[node] = mark
+            self._finished.add(node)
             self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
@@ -37,15 +35,14 @@ class Board:
             self.error = self.error or error
             self._changed.notify_all()
 
-    def wait(self, nodes: Iterable[int]) -> list[Any]:
-        """Block until all `nodes` have finished; their marks. Raises `Stopped` when a lane has failed and they have
-        not: what is complete is still sent, so that other ranks miss no more than they must."""
-        needed = list(nodes)
+    def wait(self, nodes: Iterable[int]) -> None:
+        """Block until all `nodes` have finished. Raises `Stopped` when a lane has failed and they have not: what is
+        complete is still sent, so that other ranks miss no more than they must."""
+        needed = set(nodes)
         with self._changed:
-            self._changed.wait_for(lambda: self.error is not None or all(node in self._marks for node in needed))
-            if not all(node in self._marks for node in needed):
+            self._changed.wait_for(lambda: self.error is not None or needed <= self._finished)
+            if not needed <= self._finished:
                 raise Stopped
-            return [self._marks[node] for node in needed]
 
 
 class Worker:

@@ -17,7 +17,7 @@ from .actions import Compute
 from .graph import FINISH, Graph, need, order
 from .ops import Ops, table
 from .schedule import Schedule
-from .storage import Storage
+from .storage import Storage, layout_of
 
 
 class Stuck(RuntimeError):
@@ -39,7 +39,7 @@ def run(
     computes something wrong.
     """
     graph = need(schedule)
-    memory = [Storage(schedule, rank, inputs[rank], device=device) for rank in range(schedule.world)]
+    memory = [Storage(layout_of(schedule, rank), inputs[rank], device=device) for rank in range(schedule.world)]
     if seed is not None:
         for rank, values in enumerate(schedule.by_rank):
             for value in values.values():

@@ -1,9 +1,9 @@
 """Run a schedule over torch.distributed, gloo for CPU tensors and NCCL for CUDA tensors, or over MPI.
 
-Each lane is a thread (the caller's own for the first lane of operations) with a loop of four lines: wait for what the
-action reads, do it, say that it has finished. One communication thread issues all messages, because issuing costs time
-and the compute thread has none; the lanes wait for them. On CUDA each lane is also a stream, threads only put work on
-it, and edges become events. Whatever is not in the schedule is not waited for: no barrier, no device-wide synchronise.
+On the CPU each lane is a thread (the caller's own for the first lane of operations) with a loop of four lines: wait for
+what the action reads, do it, say that it has finished; one communication thread issues all messages (see `p2p_run`). On
+CUDA each lane is a stream, and the caller's thread alone queues the actions of all lanes in an order that cannot stop
+(see `queue_order`, `queue_run`). What is not in the schedule is not waited for: no barrier, no device-wide synchronise.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from .mpi_group import MpiGroup, MpiTransport
 from .ops import Ops, table
 from .p2p_run import Part, Run, part_of
 from .problems import ScheduleError
+from .queue_order import queue_order
+from .queue_run import CudaStreams, Queued, QueuedRun, Streams
 from .schedule import Schedule
 from .storage import Storage
 from .transport import Gloo, Nccl, Transport, private_store
@@ -71,9 +73,10 @@ class P2P:
                 )
             self._transport = EmulatedLink(self._transport, link)
         self._ready: dict[str, Part] = {}  # by digest, the latest used last
+        self._queued: dict[str, Queued] = {}  # likewise, where lanes are streams
         self._rehearsed: set[str] = set()  # digests
         self._workers: dict[str, Worker] = {}
-        self._streams: dict[str, Any] = {}
+        self._streams: Streams | None = CudaStreams(self.device) if self.device.type == "cuda" else None
         self._broken: list[Any] = []  # the failed run: its tensors must outlive messages on their way
 
     def prepare(self, schedule: Schedule) -> None:
@@ -84,7 +87,9 @@ class P2P:
         found = self._ready.pop(schedule.digest, None) or self._prepare(schedule)
         self._ready[schedule.digest] = found
         if len(self._ready) > _KEPT:
-            del self._ready[next(iter(self._ready))]
+            oldest = next(iter(self._ready))
+            del self._ready[oldest]
+            self._queued.pop(oldest, None)
         return found
 
     def _prepare(self, schedule: Schedule) -> Part:
@@ -95,7 +100,11 @@ class P2P:
         if not self._transport.prepost and (problems := out_of_order(graph)):
             raise ScheduleError(schedule, tuple(problems))
         self._agree(schedule)
-        return part_of(graph, self.rank, self._transport.prepare(graph), prepost=self._transport.prepost)
+        part = part_of(graph, self.rank, self._transport.prepare(graph), prepost=self._transport.prepost)
+        if self._streams is not None:
+            own = part.own[0].lane if part.own else ""
+            self._queued[schedule.digest] = Queued(queue_order(graph, self.rank, own), self._streams)
+        return part
 
     def run(
         self,
@@ -120,15 +129,22 @@ class P2P:
             )
         part = self._prepared(schedule)
         with torch.no_grad():
-            storage = Storage(schedule, self.rank, inputs, outputs=outputs, device=self.device)
-            run = Run(self, part, storage, table(schedule, ops))
-            if self.device.type != "cpu" and schedule.digest not in self._rehearsed:
-                run.rehearse()
-                self._rehearsed.add(schedule.digest)
+            storage = Storage(part.layout, inputs, outputs=outputs, device=self.device)
+            functions = table(schedule, ops)
+            if queued := self._queued.get(schedule.digest):
+                run = QueuedRun(self, part, queued, storage, functions)
+                if schedule.digest not in self._rehearsed:
+                    run.rehearse()
+                    self._rehearsed.add(schedule.digest)
+            else:
+                run = Run(self, part, storage, functions)
             try:
-                run.go()
-                if blocking:
-                    run.drain()
+                if isinstance(run, Run):
+                    run.go()
+                else:
+                    run.go(mark_all=blocking)
+                    if blocking:
+                        run.drain()
             except BaseException:
                 self._broken.append(run)
                 raise
@@ -148,14 +164,6 @@ class P2P:
         if role not in self._workers:
             self._workers[role] = Worker(f"undertow-{role}-{self.rank}")
         return self._workers[role]
-
-    def stream(self, lane: str) -> torch.cuda.Stream | None:
-        """The stream of a lane on CUDA; None on the CPU."""
-        if self.device.type == "cpu":
-            return None
-        if lane not in self._streams:
-            self._streams[lane] = torch.cuda.Stream(self.device)
-        return self._streams[lane]
 
     def close(self) -> None:
         """End the threads and, unless a run has failed, the process groups; collective."""

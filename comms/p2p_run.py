@@ -1,12 +1,12 @@
 """One run of a schedule on one rank: lanes that wait for what they read, do it, and say that it has finished.
 
-The executor (`p2p`) keeps threads, streams and channels from run to run; what is here lives for one.
+For host tensors, where a lane is a thread; `queue_run` has the form for devices with streams. The executor (`p2p`)
+keeps threads and channels from run to run; what is here lives for one.
 """
 
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from .actions import Compute, Recv, Send
 from .board import Board, Stopped
 from .graph import Graph, Node
 from .ops import Ops
-from .storage import Storage
+from .storage import Layout, Storage, layout_of
 
 if TYPE_CHECKING:
     from .p2p import P2P
@@ -33,6 +33,7 @@ class Part:
     """
 
     graph: Graph
+    layout: Layout
     addresses: Mapping[int, Any]
     lanes: list[list[Node]]
     own: list[Node]
@@ -52,7 +53,7 @@ def part_of(graph: Graph, rank: int, addresses: Mapping[int, Any], *, prepost: b
         for node in lane
         if isinstance(node.action, Recv) and all(part.value in fresh for part in node.action.writes)
     }
-    return Part(graph, addresses, lanes, own, early if prepost else {})
+    return Part(graph, layout_of(graph.schedule, rank), addresses, lanes, own, early if prepost else {})
 
 
 class Run:
@@ -62,119 +63,77 @@ class Run:
         self.owner, self.part, self.storage, self.ops = owner, part, storage, ops
         self.board = Board()
         self.posted: dict[int, list[Any]] = {}
-        self.cuda = owner.device.type == "cuda"
-
-    def rehearse(self) -> None:
-        """Do each kind of operation once, its results thrown away, before any message is posted.
-
-        The first use of a kernel loads it, and CUDA may wait for the whole device to do so. A receive that stands on
-        the device would then wait for a peer that waits likewise for this rank: neither would get to send.
-        """
-        seen = set[Any]()
-        for node in (node for lane in self.part.lanes for node in lane if isinstance(node.action, Compute)):
-            action: Any = node.action
-            reads, writes = self.storage.views(action.reads), self.storage.views(action.writes)
-            kind = action.op, action.params, tuple((x.shape, x.dtype) for x in (*reads, *writes))
-            if kind not in seen:
-                seen.add(kind)
-                self.ops[action.op](reads, [torch.empty_like(x) for x in writes], **dict(action.params))
 
     def go(self) -> None:
-        """Run all lanes: the caller's thread takes the first that computes."""
+        """Run all lanes to their end: the caller's thread takes the first that computes."""
         self.posting = self.owner.worker("communication").submit(self._post_early)
         own = self.part.own
-        start = torch.cuda.current_stream(self.owner.device).record_event() if self.cuda else None
         for lane in self.part.lanes:
             if lane is not own:
-                stream = self.owner.stream(lane[0].lane)
-                self.owner.worker(f"lane-{lane[0].lane}").submit(lambda lane=lane, s=stream: self._lane(lane, s, start))
+                self.owner.worker(f"lane-{lane[0].lane}").submit(lambda lane=lane: self._lane(lane))
         if own:
-            self._lane(own, torch.cuda.current_stream(self.owner.device) if self.cuda else None, None)
+            self._lane(own)
         try:
-            marks = self.board.wait([node.id for lane in self.part.lanes for node in lane])
+            self.board.wait([node.id for lane in self.part.lanes for node in lane])
         except BaseException as error:
             self.board.fail(error)
             assert self.board.error is not None
             raise self.board.error from None
         if self.board.error is not None:
             raise self.board.error
-        if self.cuda:
-            for mark in marks:
-                torch.cuda.current_stream(self.owner.device).wait_event(mark)
 
-    def drain(self) -> None:
-        """On CUDA, until the device has done it all; one event after the other, so that it can name a late one."""
-        for lane in self.part.lanes if self.cuda else ():
-            for node in lane:
-                (mark,) = self.board.wait([node.id])
-                deadline_s = time.monotonic() + self.owner.timeout_s
-                while not mark.query():
-                    if time.monotonic() > deadline_s:
-                        raise PeerLost(self._lost(node, "timed out on the device"))
-                    time.sleep(20e-6)
-
-    def _lane(self, lane: list[Node], stream: Any, start: Any) -> None:
+    def _lane(self, lane: list[Node]) -> None:
         """The loop that every lane is."""
         try:
-            with torch.no_grad(), torch.cuda.stream(stream):
-                if start is not None:
-                    stream.wait_event(start)
+            with torch.no_grad():
                 for node in lane:
-                    marks = self.board.wait(self.part.graph.writers[node.id])
-                    for mark in marks if self.cuda else ():
-                        stream.wait_event(mark)
+                    self.board.wait(self.part.graph.writers[node.id])
                     if self.owner.trace.enabled:
                         with self.owner.trace.span(str(node.action), lane=node.lane):
-                            self._do(node, stream)
+                            self._do(node)
                     else:
-                        self._do(node, stream)
-                    self.board.finish(node.id, stream.record_event() if self.cuda else None)
+                        self._do(node)
+                    self.board.finish(node.id)
         except Stopped:
             return
         except BaseException as error:
             self.board.fail(error)
 
-    def _do(self, node: Node, stream: Any) -> None:
+    def _do(self, node: Node) -> None:
         action = node.action
         if isinstance(action, Compute):
             reads, writes = self.storage.views(action.reads), self.storage.views(action.writes)
             self.ops[action.op](reads, writes, **dict(action.params))
         elif isinstance(action, (Send, Recv)):
-            communication = self.owner.worker("communication")
             try:
-                if self.cuda:
-                    communication.submit(lambda: self._enqueue(node.id, action, stream)).get()
-                elif node.id in self.part.early:
+                if node.id in self.part.early:
                     self.posting.get()
-                    self.owner._transport.wait(self.posted.pop(node.id), self.owner.timeout_s)
+                    works = self.posted.pop(node.id)
                 else:
-                    works = communication.submit(lambda: self._issue(node.id, action)).get()
-                    self.owner._transport.wait(works, self.owner.timeout_s)
+                    works = self.owner.worker("communication").submit(lambda: self._issue(node.id, action)).get()
+                self.owner._transport.wait(works, self.owner.timeout_s)
             except RuntimeError as error:
-                raise PeerLost(self._lost(node, str(error))) from error
+                raise PeerLost(lost(node, str(error), self.owner.timeout_s)) from error
 
     def _issue(self, node: int, action: Send | Recv) -> list[Any]:
         """Start the message. In the communication thread."""
         parts = action.reads if isinstance(action, Send) else action.writes
         return self.owner._transport.issue(self.part.addresses[node], action, self.storage.views(parts))
 
-    def _enqueue(self, node: int, action: Send | Recv, stream: Any) -> None:
-        with torch.cuda.stream(stream):
-            self.owner._transport.wait(self._issue(node, action), self.owner.timeout_s)
-
     def _post_early(self) -> None:
         for node, action in self.part.early.items():
             self.posted[node] = self._issue(node, action)
 
-    def _lost(self, node: Node, reason: str) -> str:
-        """Names rank, lane, action, value and peer of what did not happen."""
-        action, reason = node.action, re.sub(r"^\[[^\]]*\] ", "", reason).split(". ")[0]
-        if "timed out" in reason.lower():
-            why = f"within {self.owner.timeout_s:g} s"
-        else:
-            why = f"because the connection failed: that rank is probably dead ({reason})"
-        if isinstance(action, Send):
-            return f"{node}: value {action.reads[0].value} was not taken by rank {action.to} {why}"
-        if isinstance(action, Recv):
-            return f"{node}: value {action.writes[0].value} did not come from rank {action.source} {why}"
-        return f"{node} did not end {why}"
+
+def lost(node: Node, reason: str, timeout_s: float) -> str:
+    """Names rank, lane, action, value and peer of what did not happen."""
+    action, reason = node.action, re.sub(r"^\[[^\]]*\] ", "", reason).split(". ")[0]
+    if "timed out" in reason.lower():
+        why = f"within {timeout_s:g} s"
+    else:
+        why = f"because the connection failed: that rank is probably dead ({reason})"
+    if isinstance(action, Send):
+        return f"{node}: value {action.reads[0].value} was not taken by rank {action.to} {why}"
+    if isinstance(action, Recv):
+        return f"{node}: value {action.writes[0].value} did not come from rank {action.source} {why}"
+    return f"{node} did not end {why}"

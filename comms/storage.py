@@ -1,14 +1,15 @@
 """The memory of one rank while a schedule runs: its inputs, its outputs, and one buffer per slot.
 
-Slots are raw bytes that several values view in turn, so an executor's peak memory is what the schedule says, and a slot
-that is reused early really corrupts (the tests rely on it). A token value is one byte per row, because a transport
-cannot send nothing.
+Shared slots are raw bytes that several values view in turn, so an executor's peak memory is what the schedule says,
+and a slot that is reused early really corrupts (the tests rely on it). A token value is one byte per row, because a
+transport cannot send nothing.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -20,8 +21,42 @@ _DTYPES = {name: getattr(torch, name) for name in ITEM_BYTES if name != "token"}
 _DTYPES["token"] = torch.uint8
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What a run must know of the values of a rank: worked out once, used by every run.
+
+    `nbytes`: of each slot that several values share. A slot of one value needs no bytes of its own.
+    """
+
+    schedule: Schedule
+    rank: int
+    values: dict[str, Value]
+    inputs: frozenset[str]
+    outputs: tuple[str, ...]
+    shapes: dict[str, tuple[int, ...]]
+    nbytes: dict[str, int]
+
+
+def layout_of(schedule: Schedule, rank: int) -> Layout:
+    values = schedule.by_rank[rank]
+    shapes = {name: _shape(value) for name, value in values.items()}
+    sizes: dict[str, list[int]] = {}
+    for name, value in values.items():
+        if value.slot:
+            sizes.setdefault(value.slot, []).append(math.prod(shapes[name]) * _DTYPES[value.dtype].itemsize)
+    return Layout(
+        schedule,
+        rank,
+        values,
+        frozenset(name for name, value in values.items() if value.role == "input"),
+        tuple(name for name, value in values.items() if value.role == "output"),
+        shapes,
+        {slot: max(found) for slot, found in sizes.items() if len(found) > 1},
+    )
+
+
 class Storage:
-    """Tensors of all values of `rank`. Inputs are used in place (copied only when they are not contiguous).
+    """Tensors of all values of a rank. Inputs are used in place (copied only when they are not contiguous).
 
     `outputs` may give the tensors to fill; all others are allocated on `device`. `UserError` names an input that is
     missing, unknown, or of another shape or dtype than the schedule declares.
@@ -29,52 +64,51 @@ class Storage:
 
     def __init__(
         self,
-        schedule: Schedule,
-        rank: int,
+        layout: Layout,
         inputs: Mapping[str, torch.Tensor],
         *,
         outputs: Mapping[str, torch.Tensor] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        values = schedule.by_rank[rank]
-        given = {**inputs, **(outputs or {})}
-        wanted = {name for name, value in values.items() if value.role == "input"}
-        if wanted != set(inputs):
+        values, rank = layout.values, layout.rank
+        given = {**inputs, **outputs} if outputs else inputs
+        if layout.inputs != inputs.keys():
             raise UserError(
                 f"rank {rank} was given the inputs {', '.join(sorted(inputs)) or 'none'}",
-                expected=f"{', '.join(sorted(wanted)) or 'none'}, as schedule {schedule.name} declares them",
+                expected=f"{', '.join(sorted(layout.inputs)) or 'none'}, as schedule {layout.schedule.name} declares "
+                "them",
             )
+        kind = torch.device(device).type
+        self.tensors: dict[str, torch.Tensor] = {}
+        buffers: dict[str, torch.Tensor] = {}
         for name, tensor in given.items():
             if name not in values or (name not in inputs and values[name].role != "output"):
                 raise UserError(f"rank {rank} was given a tensor for {name}", expected="the name of an output")
-            if tensor.device.type != torch.device(device).type:
+            if tensor.device.type != kind:
                 raise UserError(f"{name} of rank {rank} is on {tensor.device}", expected=f"a tensor on {device}")
-        slots: dict[str, int] = {}
-        for value in values.values():
-            slots[value.slot] = max(slots.get(value.slot, 0), math.prod(_shape(value)) * _DTYPES[value.dtype].itemsize)
-        buffers = {
-            slot: torch.empty(nbytes, dtype=torch.uint8, device=device) for slot, nbytes in slots.items() if slot
-        }
-        self.tensors: dict[str, torch.Tensor] = {}
+            value = values[name]
+            self.tensors[name] = _fitting(tensor, value, layout.shapes[name], rank, name in inputs)
+            if value.slot in layout.nbytes:
+                buffers[value.slot] = _as_buffer(self.tensors[name], value, layout.nbytes[value.slot])
         for name, value in values.items():
-            if name in given:
-                self.tensors[name] = _fitting(given[name], value, rank, name in inputs)
-                if value.slot:
-                    buffers[value.slot] = _as_buffer(self.tensors[name], value, slots[value.slot])
-        for name, value in values.items():
-            shape, dtype = _shape(value), _DTYPES[value.dtype]
-            if name in given:
+            if name in self.tensors:
                 continue
-            if value.slot:
+            shape, dtype = layout.shapes[name], _DTYPES[value.dtype]
+            if value.slot in layout.nbytes:
+                if value.slot not in buffers:
+                    buffers[value.slot] = torch.empty(layout.nbytes[value.slot], dtype=torch.uint8, device=device)
                 nbytes = math.prod(shape) * dtype.itemsize
                 self.tensors[name] = buffers[value.slot][:nbytes].view(dtype).view(shape)
             else:
                 self.tensors[name] = torch.empty(shape, dtype=dtype, device=device)
-        self.outputs = {name: self.tensors[name] for name, value in values.items() if value.role == "output"}
+        self.outputs = {name: self.tensors[name] for name in layout.outputs}
 
     def rows(self, part: Slice) -> torch.Tensor:
-        """A view of the slice's rows."""
-        return self.tensors[part.value][part.start : part.stop]
+        """The slice's rows: the tensor itself where they are all of it, else a view."""
+        tensor = self.tensors[part.value]
+        if part.start == 0 and part.stop == tensor.shape[0]:
+            return tensor
+        return tensor[part.start : part.stop]
 
     def views(self, parts: tuple[Slice, ...]) -> list[torch.Tensor]:
         return [self.rows(part) for part in parts]
@@ -91,11 +125,11 @@ def _shape(value: Value) -> tuple[int, ...]:
     return tuple(int(dim) for dim in value.shape) if value.dtype != "token" else (value.rows,)
 
 
-def _fitting(tensor: torch.Tensor, value: Value, rank: int, is_input: bool) -> torch.Tensor:
-    if tuple(tensor.shape) != _shape(value) or tensor.dtype != _DTYPES[value.dtype]:
+def _fitting(tensor: torch.Tensor, value: Value, shape: tuple[int, ...], rank: int, is_input: bool) -> torch.Tensor:
+    if tensor.shape != shape or tensor.dtype != _DTYPES[value.dtype]:
         raise UserError(
             f"{value.role} {value.name} of rank {rank} is {tensor.dtype}{list(tensor.shape)}",
-            expected=f"torch.{value.dtype}{list(_shape(value))}, as the schedule declares it",
+            expected=f"torch.{value.dtype}{list(shape)}, as the schedule declares it",
         )
     if tensor.is_contiguous():
         return tensor

@@ -143,3 +143,47 @@ def make_case(seed: int) -> Callable[..., Case]:
 @pytest.fixture
 def case_names() -> list[str]:
     return list(MAKERS)
+
+
+class FakeEvent:
+    """A wait for an event that nobody has recorded would order nothing on a device; here it raises."""
+
+    def __init__(self, streams: FakeStreams) -> None:
+        self.streams, self.recorded = streams, False
+
+    def record(self, stream: str) -> None:
+        self.recorded = True
+        self.streams.log.append(("record", self, stream))
+
+    def wait(self, stream: str) -> None:
+        assert self.recorded, "a wait for an event that has not been recorded"
+        self.streams.log.append(("wait", self, stream))
+
+    def query(self) -> bool:
+        return self.recorded
+
+
+class FakeStreams:
+    """Streams that only write down what they are told; a stream is its name, the caller's is called 'caller'."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, FakeEvent, str]] = []
+        self.now = "caller"
+
+    def current(self) -> str:
+        return self.now
+
+    def use(self, stream: str) -> None:
+        self.now = stream
+
+    def lane(self, name: str) -> str:
+        return f"lane {name}"
+
+    def event(self) -> FakeEvent:
+        return FakeEvent(self)
+
+
+@pytest.fixture
+def fake_streams() -> type[FakeStreams]:
+    """What a device's streams look like to an executor that queues."""
+    return FakeStreams

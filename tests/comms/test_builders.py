@@ -12,7 +12,7 @@ from undertow.comms.builders.reduce_scatter import direct_reduce_scatter, ring_r
 from undertow.comms.builders.ring_attention import ring_attention
 from undertow.comms.check import check, find_problems
 from undertow.comms.schedule_text import parse
-from undertow.comms.storage import Storage
+from undertow.comms.storage import Storage, layout_of
 from undertow.dist.errors import UserError
 
 
@@ -100,7 +100,7 @@ def test_inputs_that_do_not_fit_are_refused_by_name():
         ({"x": torch.zeros(8, 3).double()}, "float64"),
     ):
         with pytest.raises(UserError, match=words):
-            Storage(schedule, 1, inputs)
+            Storage(layout_of(schedule, 1), inputs)
 
 
 def test_a_missing_operation_is_named(make_case):

@@ -17,12 +17,14 @@ import torch
 import torch.distributed as dist
 
 from undertow.comms import local
+from undertow.comms.actions import Send
 from undertow.comms.builders.all_gather import ring_all_gather
 from undertow.comms.builders.gemm_reduce_scatter import gemm_reduce_scatter
 from undertow.comms.builders.reduce_scatter import direct_reduce_scatter, ring_reduce_scatter
 from undertow.comms.ops import gemm, table
 from undertow.comms.p2p import P2P
-from undertow.comms.p2p_run import Run
+from undertow.comms.queue_order import queue_order
+from undertow.comms.queue_run import Queued, QueuedRun
 from undertow.comms.schedule_text import parse
 from undertow.comms.storage import Storage
 from undertow.comms.transport import Nccl, private_store
@@ -59,25 +61,38 @@ class _Pairwise(Nccl):
         store = dist.PrefixStore(str(channel), self.store)
         return dist.ProcessGroupGloo(store, 0 if sending else 1, 2, timedelta(seconds=self.timeout_s))
 
+    def issue(self, address, action, rows):
+        if isinstance(action, Send):
+            self.sent_bytes = getattr(self, "sent_bytes", 0) + sum(part.nbytes for part in rows)
+        return super().issue(address, action, rows)
+
     def wait(self, works, timeout_s):
         for work in works:
             work.wait(timedelta(seconds=timeout_s))
 
 
-def _execute_pairwise(rank, world, cases):
+def _execute_pairwise(rank, world, cases, streams):
     with P2P(timeout_s=240) as executor:
         transport = _Pairwise(private_store(None), list(range(world)), rank, torch.device("cpu"), 240)
         executor._transport = transport
+        executor._streams = streams and streams()
         runs = [[executor.run(c.schedule, c.inputs[rank], c.ops) for c in cases] for _ in range(2)]
     assert len(set(transport.opened)) == len(transport.opened)
+    sends = [(c.schedule, a) for c in cases for r, _, _, a in c.schedule.actions() if r == rank and a.kind == "send"]
+    tokens = sum(s.rows for c, a in sends for s in a.reads if c.value(s.value, rank).dtype == "token")
+    assert transport.sent_bytes == 2 * (sum(c.nbytes(rank, *a.reads) for c, a in sends) + tokens)
     return [[{name: tensor.numpy() for name, tensor in outputs.items()} for outputs in run] for run in runs]
 
 
+@pytest.mark.parametrize("queued", [False, True])
 @pytest.mark.parametrize("world", [2, 4])
-def test_one_channel_for_each_pair_of_lanes_needs_no_tags(world, ranks, make_case, case_names):
-    """What NCCL gets: a channel per pair of lanes, opened in one order by both ends, and messages in that order."""
+def test_one_channel_for_each_pair_of_lanes_needs_no_tags(world, queued, ranks, make_case, case_names, fake_streams):
+    """What NCCL gets: a channel per pair of lanes, opened in one order by both ends, and messages in that order.
+
+    Queued, one thread does everything of a rank and waits for each message: nothing may stand in the way of another.
+    """
     cases = [make_case(name, world) for name in case_names]
-    results = ranks(world, _execute_pairwise, cases)
+    results = ranks(world, _execute_pairwise, cases, fake_streams if queued else None)
     for at, case in enumerate(cases):
         outputs = [{k: torch.from_numpy(v) for k, v in results[rank][1][at].items()} for rank in range(world)]
         assert case.matches(outputs), case.schedule.name
@@ -283,7 +298,7 @@ def test_two_executors_over_two_groups(ranks):
     assert [again for _, _, again in results] == [[3], [6], [7], [14]]
 
 
-def _rehearsing(rank, world, schedule):
+def _rehearsing(rank, world, schedule, streams):
     """Each kind of operation once, on memory of its own: on a GPU, kernels are loaded before any message stands."""
     with P2P(timeout_s=240) as executor:
         x, w = torch.randn(sum_of_rows(schedule, rank), 6), torch.randn(6, 5)
@@ -298,9 +313,10 @@ def _rehearsing(rank, world, schedule):
             return call
 
         part = executor._prepared(schedule)
+        queued = Queued(queue_order(part.graph, rank, part.own[0].lane), streams())
         ops = {name: counted(name, op) for name, op in table(schedule, None).items()}
-        storage = Storage(schedule, rank, {"x": x, "w": w})
-        run = Run(executor, part, storage, ops)
+        storage = Storage(part.layout, {"x": x, "w": w})
+        run = QueuedRun(executor, part, queued, storage, ops)
         before = {name: tensor.clone() for name, tensor in storage.tensors.items()}
         run.rehearse()
         same = all(torch.equal(before[name], tensor) for name, tensor in storage.tensors.items() if name in ("x", "w"))
@@ -314,8 +330,8 @@ def sum_of_rows(schedule, rank):
     return schedule.value("x", rank).rows
 
 
-def test_a_rehearsal_does_each_kind_of_operation_once_and_sends_nothing(ranks):
+def test_a_rehearsal_does_each_kind_of_operation_once_and_sends_nothing(ranks, fake_streams):
     schedule = gemm_reduce_scatter(2, 4, 6, 5, algorithm="ring", subchunks=2)
-    for same, rehearsed, kinds, right in ranks(2, _rehearsing, schedule):
+    for same, rehearsed, kinds, right in ranks(2, _rehearsing, schedule, fake_streams):
         assert same and right
         assert sorted(rehearsed) == kinds and len(kinds) >= 2

@@ -6,7 +6,8 @@ Random-init models of real shapes with fewer layers (time and memory are linear 
 bfloat16, gradients only, all arms in one process on the same weights and tokens. Gradients are checked first: against
 float32 gradients of the same weights, ours may not be further away than Hugging Face's own bfloat16 gradients. Rivals
 get our chunked loss, which makes them faster than with their own, and `@cudnn` arms the faster attention kernel. Cells
-are run from short to long until the time is used up; an arm that ran out of memory is not tried at longer sequences.
+are run in the order of `--tokens` until the time is used up; an arm that ran out of memory is not tried at longer
+sequences.
 `hf+mask` is the baseline of the StreamBP paper: a padding mask, which keeps Hugging Face from causal flash attention.
 `python benchmarks/stream_report.py JSON…` turns the files of `--json` into a table and a plot.
 With `--streambp FOLDER` the published StreamBP runs in processes of its own (`stream_rival.py` says how to fill
@@ -59,6 +60,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 RIVALS = ("hf", "hf+mask", "hf+ce", "hf+ce@cudnn", "hf+ce+offload", "alst")
+LONG = 32768  # tokens, from which an eighth of them is enough to warm up
 OURS = {
     "ours": {"offload": False, "stash": False},
     "ours+stash": {"offload": False, "stash": True},
@@ -159,8 +161,9 @@ def forget(model: nn.Module, device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def measure(arm: str, model: Any, tokens: Tensor, chunk: int | None, repeats: int, warm: bool) -> dict[str, Any]:
-    """Median seconds, peak bytes above weights and gradients, loss and gradient norm of one cell."""
+def measure(arm: str, model: Any, tokens: Tensor, chunk: int | None, repeats: int, warm: str) -> dict[str, Any]:
+    """Median seconds, peak bytes above weights and gradients, loss and gradient norm of one cell. `warm`: 'whole' for
+    an untimed step first, 'part' for one over an eighth of the tokens."""
     device = tokens.device
     on_cuda = device.type == "cuda"
     synchronize = torch.cuda.synchronize if on_cuda else (lambda: None)
@@ -169,16 +172,19 @@ def measure(arm: str, model: Any, tokens: Tensor, chunk: int | None, repeats: in
     try:
         with armed(arm, model, chunk) as step:
             forget(model, device)  # what the arm before cached; between repeats the allocator keeps its blocks
-            for turn in range(repeats + warm):
+            for turn in range(-1 if warm else 0, repeats):
                 for parameter in model.parameters():
                     parameter.grad = None
+                if turn < 0 and warm == "part":
+                    step(tokens[:, : tokens.shape[1] // 8])
+                    continue
                 if on_cuda:
                     torch.cuda.reset_peak_memory_stats()
                 synchronize()
                 start = time.perf_counter()
                 loss, plan = step(tokens)
                 synchronize()
-                if turn >= warm:
+                if turn >= 0:
                     seconds.append(time.perf_counter() - start)
     except torch.OutOfMemoryError:
         forget(model, device)
@@ -288,6 +294,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=500.0, help="no new cell starts after this")
     parser.add_argument("--check-tokens", type=int, default=8192, help="0 leaves the correctness check out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--gigabytes", type=float, help="of device memory for all arms, where there is more")
     parser.add_argument("--json", type=Path, help="where to write all rows")
     options = parser.parse_args(argv)
     begin, device = time.perf_counter(), torch.device(options.device)
@@ -296,6 +303,9 @@ def main(argv: list[str] | None = None) -> int:
         "facts": facts(["transformers"]),
     }
     print(result["facts"], flush=True)
+    if options.gigabytes and device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, options.gigabytes * 1e9 / there))
 
     def save() -> None:
         if options.json:
@@ -315,27 +325,30 @@ def main(argv: list[str] | None = None) -> int:
     model: Any = build(options.model, options.layers, device, dtype)
     rows: list[dict[str, Any]] = []
     result["rows"] = rows
-    shape, dead, last = shape_of(model), set[str](), dict[str, tuple[int, float]]()
+    shape, dead, last = shape_of(model), dict[str, int](), dict[str, tuple[int, float]]()
     lengths, batches = ([int(n) for n in given.split(",")] for given in (options.tokens, options.batches))
     for batch, count in itertools.product(batches, lengths):
         if count == lengths[0]:
-            dead, last = set(), {}
+            dead, last = {}, {}
         torch.manual_seed(2)
         ids = torch.randint(0, model.config.vocab_size, (batch, count), device=device)
         for arm in options.arms.split(","):
             if "@" in arm and device.type != "cuda":
                 continue
-            before, seconds = last.get(arm, (count, 1.0))
-            expected = seconds * (count / before) ** 1.8
+            tried = [point for name, point in last.items() if name.startswith("ours") == arm.startswith("ours")]
+            before, seconds = last.get(arm) or (tried or [(count, 1.0)])[-1]  # an arm of its kind tells about its time
+            expected = seconds * (count / before) ** (1.8 if count > before else 1)
             left = options.seconds - (time.perf_counter() - begin)
-            if arm in dead or expected * 2 > left:
+            if count >= dead.get(arm, count + 1) or expected * 1.4 > left:
                 print(f"skipped: {arm} at {batch} x {count}", flush=True)
                 continue
             repeats = max(1, min(options.repeats, int(30 / max(expected, 1e-3))))
-            row = measure(arm, model, ids, options.chunk, repeats, warm=expected * 3 < left)
+            whole = expected * (repeats + 1) < left / 4 and count * batch <= LONG
+            row = measure(arm, model, ids, options.chunk, repeats, "whole" if whole else "part")
             rows.append(row)
-            dead |= {arm} if row.get("oom") else set()
-            if not row.get("oom"):
+            if row.get("oom"):
+                dead[arm] = count
+            else:
                 last[arm] = (count, row["seconds"])
             print(show([row]).splitlines()[1], flush=True)
             save()

@@ -80,6 +80,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     colours = dict(zip(arms, plt.get_cmap("tab20").colors))  # type: ignore[attr-defined]
     for arm in arms:
         rows = [row for row in run["rows"] if row["arm"] == arm and not row.get("oom") and row["batch"] == 1]
+        rows.sort(key=lambda row: row["tokens"])
         lengths = [row["tokens"] / 1024 for row in rows]
         style = "-" if arm.startswith("ours") else "--"
         look: dict[str, Any] = {"linestyle": style, "marker": ".", "label": arm, "color": colours[arm]}

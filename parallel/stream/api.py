@@ -169,7 +169,10 @@ def _free_bytes(model: nn.Module, device: torch.device) -> int:
     if device.type != "cuda":
         return int(psutil.virtual_memory().available * HOST_SHARE) // detect().local_world_size
     free, _ = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    total, reserved = torch.cuda.get_device_properties(device).total_memory, torch.cuda.memory_reserved(device)
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    free = min(free, max(0, allowed - reserved))
+    cached = reserved - torch.cuda.memory_allocated(device)
     missing = [p for p in model.parameters() if p.requires_grad and p.grad is None]
     return free + cached - sum(getattr(p, "_local_tensor", p).numel() * p.element_size() for p in missing)
 

@@ -1,8 +1,10 @@
 """Ring attention between the GPUs of one host over NCCL: every schedule beside torch's context parallel and the ideal.
 
-All arms get the same sequence in the same zigzag layout. `ring_kv` is what ring-flash-attention's zigzag form does, in
-this package's executor; torch's context parallel is the real one, its buffers sharded outside of the time. `of_ideal`
-is the time of the same kernel's monolithic call on one GPU, divided by the ranks and by the arm's time. With
+All arms get the same sequence in the same zigzag layout. `zigzag ring` is what ring-flash-attention's zigzag form does
+(whole shards, merges between blocks), in this package's executor, because the package itself needs flash-attn; torch's
+context parallel is the real one, its buffers sharded outside of the time. `of_ideal` is the time of the same kernel's
+monolithic call on one GPU, divided by the ranks and by the arm's time. `host_us` is how long the calling thread took to
+queue the call, before the device had ended: where it is longer than the device's work, the host is what is timed. With
 ``--machine`` (from `undertow probe` on these GPUs) the model's prediction stands beside each schedule.
 
     torchrun --nproc-per-node 2 -m undertow bench ring_gpus --minutes 8
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from undertow.benchmarks.attention_modelled import PEERS, schedule_of
 from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Measured, Trial
 from undertow.comms.builders.attention_shape import Heads
 from undertow.dist.errors import UserError
@@ -29,11 +32,12 @@ from undertow.parallel import token_ring_attention
 from undertow.parallel.blocks.select import choose as choose_block
 from undertow.parallel.masks import Mask
 from undertow.parallel.partition import positions_of
-from undertow.parallel.token_ring.executors import forget
+from undertow.parallel.token_ring.block_ops import ops
+from undertow.parallel.token_ring.executors import forget, home
 from undertow.parallel.token_ring.planner import Rates, predict
 from undertow.parallel.token_ring.problem import SCHEDULES, Problem
 
-PLAIN, TORCH = "ring_kv", "torch context_parallel"
+PLAIN, TORCH, PEER = "ring_kv", "torch context_parallel", "zigzag ring (ring-flash-attention)"
 GATE_CALLS = 31  # enough for the gate to have decided
 LENGTHS = (32_768, 65_536, 131_072, 262_144)
 HEADS = ((32, 32), (32, 4))
@@ -65,22 +69,24 @@ class Side:
             if backward:
                 block.backward(dout, q, k, v, out, lse, **options)
 
-        times = sorted(self.seconds(monolithic) for _ in range(3))
+        times = sorted(self.seconds(monolithic)[0] for _ in range(3))
         self.ideal_s = times[1] / problem.world
 
-    def seconds(self, call: Callable[[], object]) -> float:
-        """Of one call, on the device where there is one."""
+    def seconds(self, call: Callable[[], object]) -> tuple[float, float]:
+        """Of one call: on the device where there is one, and until the calling thread had it back."""
         if self.device.type != "cuda":
             start_s = time.perf_counter()
             call()
-            return time.perf_counter() - start_s
+            return (time.perf_counter() - start_s,) * 2
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         begin.record()
+        start_s = time.perf_counter()
         call()
+        host_s = time.perf_counter() - start_s
         end.record()
         torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return begin.elapsed_time(end) / 1e3, host_s
 
     def ours(self, schedule: str) -> Measured:
         leaves = [x.detach().requires_grad_(self.backward) for x in self.shards[:3]]
@@ -94,7 +100,32 @@ class Side:
             grads = torch.autograd.grad(out, leaves, self.shards[3]) if self.backward else ()
             found.extend((out.detach(), *grads))
 
-        return self._measured(found, self.seconds(call))
+        return self._measured(found, *self.seconds(call))
+
+    def peer(self) -> Measured:
+        """The schedule of another package, by this one's executor and kernels."""
+        problem, found = self.problem, []
+        where = home(None, self.device)
+        assert where.executor is not None
+        executor, scale = where.executor, problem.heads.head_dim**-0.5
+        plans = [plan for phase in (False, True) if (plan := schedule_of(PEERS[PEER], problem, phase, goals=True))]
+        table = ops(problem, 1, scale)
+        q, k, v, dout = (x.transpose(0, 1).contiguous() for x in self.shards)
+        blocking = self.device.type == "cpu"
+
+        def call() -> None:
+            with torch.no_grad():
+                got = executor.run(plans[0], {"q": q, "k": k, "v": v}, table, blocking=blocking)
+                out = got["out"].to(q.dtype)
+                found.append(out)
+                if self.backward:
+                    delta = (dout.float() * out.float()).sum(-1)
+                    given = {"q": q, "k": k, "v": v, "dout": dout, "lse": got["lse"], "delta": delta}
+                    grads = executor.run(plans[1], given, table, blocking=blocking)
+                    found.extend(grads[name].to(q.dtype) for name in ("dq", "dk", "dv"))
+
+        measured = self.seconds(call)
+        return self._measured([x.transpose(0, 1) for x in found], *measured)
 
     def torch_context_parallel(self) -> Measured:
         """Its zigzag ring, heads of keys repeated where its ring does not take grouped heads (as its users do)."""
@@ -113,12 +144,12 @@ class Side:
                 grads = torch.autograd.grad(out, leaves, buffers[3]) if self.backward else ()
                 found.extend((out.detach(), *grads))
 
-            seconds = self.seconds(call)
+            measured = self.seconds(call)
         if copies > 1 and self.backward:
             found[2:] = [x.unflatten(1, (-1, copies)).sum(2) for x in found[2:]]
-        return self._measured([x.transpose(1, 2) for x in found], seconds)
+        return self._measured([x.transpose(1, 2) for x in found], *measured)
 
-    def _measured(self, found: Sequence[torch.Tensor], seconds: float) -> Measured:
+    def _measured(self, found: Sequence[torch.Tensor], seconds: float, host_s: float) -> Measured:
         """Right when no number is further from the monolithic kernel's than rounding in bf16 can take it.
 
         2^-5 of the largest: an output is rounded once (2^-9), its partial results and the probabilities beside them are
@@ -129,7 +160,8 @@ class Side:
             float((x.float() - y.float()).abs().max() / y.float().abs().max()) for x, y in zip(found, self.wanted)
         ]
         right = len(found) == len(self.wanted) and max(errors) < limit
-        return Measured(right, seconds, {"of_ideal": self.ideal_s / seconds, "error": max(errors)})
+        extras = {"of_ideal": self.ideal_s / seconds, "host_us": 1e6 * host_s, "error": max(errors)}
+        return Measured(right, seconds, extras)
 
 
 def trial(problem: Problem, backward: bool, seed: int, machine: Machine | None) -> Trial:
@@ -150,6 +182,7 @@ def trial(problem: Problem, backward: bool, seed: int, machine: Machine | None) 
 
     arms = [Arm(name, partial(side.ours, name), predicted_s=predicted(name)) for name in names]
     arms.append(Arm("auto", partial(side.ours, "auto")))
+    arms.append(Arm(PEER, side.peer))
     if cuda:
         arms.append(Arm(TORCH, side.torch_context_parallel))
     else:

@@ -19,7 +19,6 @@ same call of the library on host arrays. Microseconds of the slowest rank, media
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from undertow.benchmarks import facts
+from undertow.benchmarks import facts, mpi_gpu_pages
 from undertow.benchmarks.intervals import median_interval
 from undertow.benchmarks.mpi_gpu_rivals import Layout
 from undertow.benchmarks.mpi_gpu_rooms import IPC, PRELOAD, RIVALS, Batch, Buffer, Preload, Room, room, timed
@@ -207,6 +206,7 @@ def measure(mpi: Any, world: Any, where: Room, exchange: Exchange, preload: Prel
         if way == IPC and world.allreduce(preload.counted("slabs") - slabs):
             ways.remove(IPC)  # through host memory after all: some rank cannot open another's memory
     times = timed(world, mpi, where, ways, once, preload.take, repeats)
+    row["samples"] = times
     spreads = {way: median_interval(values) for way, values in times.items()}
     row["us"] = {way: [spread.median, spread.low, spread.high] for way, spread in spreads.items()}
     preload.take("auto")
@@ -268,6 +268,10 @@ def main(argv: list[str] | None = None) -> int:
     node.Free()
     cards = world.gather(where.card)
     library = MPI.Get_library_version().splitlines()[0].rstrip("\0")
+    about = [library, *(f"rank {rank}: {card}" for rank, card in enumerate(cards or ()))]
+    data = mpi_gpu_pages.begun(
+        "mpi_gpu_collectives", "undertow mpi run -- mpirun --oversubscribe -n 2 ", options.repeats, about
+    )
     if cards is not None:
         sys.stdout.write(f"{facts.hardware()}; {library[:60]}\n")
         sys.stdout.write("".join(f"rank {rank}: {card}\n" for rank, card in enumerate(cards)))
@@ -275,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
     cases = [(halo, n) for n in options.cells]
     cases += [(make, n) for make, sizes in ((pencil, options.pencils), (transpose, options.transposes)) for n in sizes]
-    began, rows = time.monotonic(), []
+    began, rows = time.monotonic(), data["rows"]
     for make, n in cases:
         if (make is not halo and n % world.size) or world.bcast(time.monotonic() - began > options.seconds):
             continue
@@ -283,10 +287,10 @@ def main(argv: list[str] | None = None) -> int:
         if world.rank == 0:
             sys.stdout.write(line(rows[-1]) + "\n")
             sys.stdout.flush()
-    if cards is not None and options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        data = {"cards": cards, "mpi": library, "hardware": facts.hardware(), "rows": rows}
-        (options.output / "mpi_gpu_collectives.json").write_text(json.dumps(data, indent=1) + "\n")
+            if options.output:
+                mpi_gpu_pages.save(data, options.output / "mpi_gpu_collectives.json")
+    if cards is not None and options.output and rows:
+        mpi_gpu_pages.write(data, options.output / "mpi_gpu_collectives.json")
     return 1 if any(any(row["wrong"].values()) or row["different from the CPU"] for row in rows) else 0
 
 

@@ -11,7 +11,6 @@ slower rank. Rank r of a host works on card r mod count, so that both share the 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from undertow.benchmarks import facts
+from undertow.benchmarks import facts, mpi_gpu_pages
 from undertow.benchmarks.intervals import median_interval
 from undertow.benchmarks.mpi_gpu_rivals import Layout
 from undertow.benchmarks.mpi_gpu_rooms import PRELOAD, RIVALS, Batch, Preload, Room, room, timed
@@ -49,9 +48,10 @@ class Setting:
             self.preload.take(way)
             row["wrong"][way] = self.world.allreduce(wrong(way))
         times = timed(self.world, self.mpi, self.where, ways, once, self.preload.take, self.repeats)
-        for way, values in times.items():
+        row["samples"] = {way: [share * us for us in values] for way, values in times.items()}
+        for way, values in row["samples"].items():
             spread = median_interval(values)
-            row["us"][way] = [share * us for us in (spread.median, spread.low, spread.high)]
+            row["us"][way] = [spread.median, spread.low, spread.high]
         self.preload.take("auto")
         return row
 
@@ -195,8 +195,13 @@ def main(argv: list[str] | None = None) -> int:
     if world.size != 2 or (options.device != "cpu" and not Preload().present):
         sys.stderr.write("mpi_gpu_messages needs two ranks under the preload: undertow mpi run -- mpirun -n 2 …\n")
         return 2
-    setting, rows, began = Setting(MPI, options.device, options.repeats), [], time.monotonic()
+    setting, began = Setting(MPI, options.device, options.repeats), time.monotonic()
     cards, library = world.gather(setting.where.card), MPI.Get_library_version().splitlines()[0].rstrip("\0")
+    about = [library, *(f"rank {rank}: {card}" for rank, card in enumerate(cards or ()))]
+    data = mpi_gpu_pages.begun(
+        "mpi_gpu_messages", "undertow mpi run -- mpirun --oversubscribe -n 2 ", options.repeats, about
+    )
+    rows = data["rows"]
     if cards is not None:
         sys.stdout.write(f"{facts.hardware()}; {library[:60]}\n")
         sys.stdout.write("".join(f"rank {rank}: {card}\n" for rank, card in enumerate(cards)))
@@ -211,10 +216,10 @@ def main(argv: list[str] | None = None) -> int:
         if world.rank == 0:
             sys.stdout.write(line(rows[-1]) + "\n")
             sys.stdout.flush()
-    if cards is not None and options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        data = {"cards": cards, "mpi": library, "hardware": facts.hardware(), "rows": rows}
-        (options.output / "mpi_gpu_messages.json").write_text(json.dumps(data, indent=1) + "\n")
+            if options.output:
+                mpi_gpu_pages.save(data, options.output / "mpi_gpu_messages.json")
+    if cards is not None and options.output and rows:
+        mpi_gpu_pages.write(data, options.output / "mpi_gpu_messages.json")
     return 1 if any(any(row["wrong"].values()) for row in rows) else 0
 
 

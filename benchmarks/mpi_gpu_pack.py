@@ -6,31 +6,37 @@ Device time: each arm's calls are captured into a CUDA graph (as many as fill ab
 call from Python is measured; arms are interleaved, every answer is compared first. The columns are the median time per
 call, the ratio rival/ours (above 1: ours is faster) of the fastest rival with its 95 % interval, the A/A ratio (ours
 twice), and the share of the device-copy rate at the same size, which is the ceiling. Sources of up to some 50 MB stay
-in the second-level cache between calls, for all arms alike. `sync us` is one pack that waits, as MPI_Pack does.
+in the second-level cache between calls, for all arms alike. `sync us` is one pack that waits, as MPI_Pack does, beside
+`floor`, an empty kernel that is waited for, and `blocks`, one asynchronous copy per contiguous block and one wait, as
+Open MPI's CUDA support packs (of more than 8,192 blocks so many are copied, and the time is scaled). FOLDER gets the
+JSON, a page and a plot (see mpi_gpu_pages); the JSON is written after each cell.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import itertools
-import json
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from undertow.benchmarks import facts
+from undertow.benchmarks import facts, mpi_gpu_pages
 from undertow.benchmarks.intervals import median_interval, ratio_interval
 from undertow.benchmarks.mpi_gpu_rivals import Driver, Layout, kind_of, make
+from undertow.benchmarks.mpi_gpu_rooms import blocks_library
 from undertow.mpi_interpose import gpu
 
 KIB, MIB = 1 << 10, 1 << 20
 SAMPLE_S = 4e-3
 SAMPLES = 9
+MOST_BLOCKS = 1 << 13  # single copies that are timed
 PATIENCE_S = 0.1  # an arm whose single call takes longer is reported once and not repeated
 
 
@@ -155,13 +161,14 @@ def measure(layout: Layout, packing: bool, driver: Driver, stream: torch.cuda.St
         turn.shuffle(names)
         for name in names:
             samples[name].append(graphs[name].sample())
-    row["seconds"] = {}
+    row["seconds"], row["samples"] = {}, samples
     for name, values in samples.items():
         spread = median_interval(values)
         row["seconds"][name] = [spread.median, spread.low, spread.high]
     ratios = {name: ratio_interval(values, samples["ours"]) for name, values in samples.items() if name != "ours"}
     row["ratio"] = {name: [ratio.median, ratio.low, ratio.high] for name, ratio in ratios.items()}
-    row["sync us"] = synchronous(layout, user, packed, packing)
+    row.update(waiting(layout, user, packed, packing, driver, arms["torch"]))
+    row["sync us"] = statistics.median(row["waits"]["ours"]) * 1e6
     return row
 
 
@@ -174,17 +181,74 @@ def once(arm: Callable[[], object], stream: torch.cuda.Stream) -> float:
         return time.perf_counter() - began
 
 
-def synchronous(layout: Layout, user: torch.Tensor, packed: torch.Tensor, packing: bool) -> float:
-    """Microseconds of a call that waits for its end (median of 30), the host's work included."""
+def waiting(
+    layout: Layout,
+    user: torch.Tensor,
+    packed: torch.Tensor,
+    packing: bool,
+    driver: Driver,
+    rival: Callable[[], object],
+) -> dict:
+    """`waits`: seconds of calls that return when their target may be read, in turn, the host's work included."""
     plan = gpu.GpuPlan(layout.ir(), layout.span)
+    a, b, stream = user.data_ptr(), packed.data_ptr(), torch.cuda.current_stream()
     gpu.use_kernels()
-    a, b = user.data_ptr(), packed.data_ptr()
-    times = []
-    for _ in range(35):
-        start = time.perf_counter()
-        plan.pack(1, a, b) if packing else plan.unpack(1, b, a)
-        times.append(time.perf_counter() - start)
-    return sorted(times[5:])[15] * 1e6
+
+    def then_wait(action: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            action()
+            stream.synchronize()
+
+        return run
+
+    calls: dict[str, Callable[[], object]] = {
+        "ours": lambda: plan.pack(1, a, b) if packing else plan.unpack(1, b, a), "torch": then_wait(rival)
+    }  # fmt: skip
+    empty = driver.paper(Layout("", 1, ((1, 1),)), a, b, packing)
+    if empty:
+        calls["launch floor"] = then_wait(empty)
+    n = layout.size // layout.block
+    scale, single = single_copies(layout, a, b, packing, driver, stream.cuda_stream)
+    if single:
+        calls["one copy per block"] = then_wait(single)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(SAMPLES + 2):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            took = time.perf_counter() - start
+            if turn >= 2:
+                times[name].append(took * (scale if name == "one copy per block" else 1))
+    return {"waits": times, "blocks": n, "blocks timed": round(n / scale) if single else 0}
+
+
+def single_copies(
+    layout: Layout, user: int, packed: int, packing: bool, driver: Driver, stream: int
+) -> tuple[float, Callable[[], object] | None]:
+    """(all blocks / those copied, a call that queues one copy for each of the latter); None beyond two loops."""
+    if layout.offsets or not 1 <= len(layout.dims) <= 2:
+        return 1.0, None
+    (n1, s1), (n2, s2) = layout.dims[-1], layout.dims[0] if len(layout.dims) == 2 else (1, 0)
+    all_of = n1 * n2
+    n1 = min(n1, MOST_BLOCKS)
+    n2 = max(1, min(n2, MOST_BLOCKS // n1))
+    queue = _blocks().blocks
+
+    def run() -> None:
+        driver.must(
+            queue(
+                driver.cuda.cuMemcpyAsync, ctypes.c_uint64(user), ctypes.c_uint64(packed), int(packing),
+                ctypes.c_long(layout.block), ctypes.c_long(n2), ctypes.c_long(s2), ctypes.c_long(n1),
+                ctypes.c_long(s1), ctypes.c_void_p(stream),
+            )
+        )  # fmt: skip
+
+    return all_of / (n1 * n2), run
+
+
+@lru_cache(maxsize=1)
+def _blocks() -> ctypes.CDLL:
+    return blocks_library()
 
 
 RIVALS = ("memcpy", "torch", "cupy", "paper")
@@ -197,10 +261,13 @@ def line(row: dict) -> str:
     best = min(rivals, key=lambda name: us[name]) if rivals else ""
     median, low, high = row["ratio"][best] if best else (float("nan"),) * 3
     cells = [f"{us[name]:>9.1f}" if name in us else f"{'-':>9}" for name in ("ours", "older", *RIVALS, "copy")]
+    waits = {name: statistics.median(times) * 1e6 for name, times in row["waits"].items()}
+    asked = ("launch floor", "one copy per block")
+    others = " ".join(f"{waits[name]:>9.1f}" if name in waits else f"{'-':>9}" for name in asked)
     share = us["copy"] / us["ours"]
     return (
         f"{row['way']:<6} {row['name']:<22} {row['size'] / KIB:>7.0f} {' '.join(cells)} {row['sync us']:>7.1f} "
-        f"{row['ratio']['again'][0]:>5.2f} {share:>5.0%} {best:>7} {median:>6.2f} [{low:.2f}, {high:.2f}]"
+        f"{others} {row['ratio']['again'][0]:>5.2f} {share:>5.0%} {best:>7} {median:>6.2f} [{low:.2f}, {high:.2f}]"
         f"{' WRONG ' + ','.join(row['wrong']) if row['wrong'] else ''}"
     )
 
@@ -208,7 +275,7 @@ def line(row: dict) -> str:
 HEAD = (
     f"{'way':<6} {'layout':<22} {'KiB':>7} "
     + " ".join(f"{name:>9}" for name in ("ours us", "older", *RIVALS, "copy"))
-    + f" {'sync us':>7} {'A/A':>5} {'rate':>5} {'fastest':>7} {'ratio':>6} [95 %]"
+    + f" {'sync us':>7} {'floor':>9} {'blocks':>9} {'A/A':>5} {'rate':>5} {'fastest':>7} {'ratio':>6} [95 %]"
 )
 
 
@@ -249,7 +316,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     torch.cuda.init()
     driver, stream = Driver(), torch.cuda.Stream()
-    rows, began = [], time.monotonic()
+    data, began = mpi_gpu_pages.begun("mpi_gpu_pack", "", SAMPLES), time.monotonic()
+    rows = data["rows"]
     sys.stdout.write(f"{facts.hardware()}, {torch.cuda.get_device_name()}, torch {torch.__version__}\n{HEAD}\n")
     for layout in layouts(options.short):
         for way in options.ways:
@@ -258,14 +326,16 @@ def main(argv: list[str] | None = None) -> int:
             if options.only not in layout.name or time.monotonic() - began > options.seconds:
                 continue
             rows.append(measure(layout, way == "pack", driver, stream, options.alone))
+            if options.output:
+                mpi_gpu_pages.save(data, options.output / "mpi_gpu_pack.json")
             sys.stdout.write(line(rows[-1]) + "\n")
             sys.stdout.flush()
     decided = verdicts(rows)
     sys.stdout.write("".join(f"{said}\n" for said in decided))
-    if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        data = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "kernels": decided, "rows": rows}
-        (options.output / "mpi_gpu_pack.json").write_text(json.dumps(data, indent=1) + "\n")
+    if options.output and rows:
+        data["remarks"] = decided
+        mpi_gpu_pages.save(data, options.output / "mpi_gpu_pack.json")
+        mpi_gpu_pages.write(data, options.output / "mpi_gpu_pack.json")
     return 1 if any(row["wrong"] for row in rows) else 0
 
 

@@ -13,7 +13,6 @@ mpi_interpose/csrc/policy/gpu.txt. How good it is says a fit on half of the samp
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from undertow.benchmarks import facts
+from undertow.benchmarks import facts, mpi_gpu_pages
 from undertow.mpi_interpose import gpu
 
 BLOCKS = (4, 8, 32, 256, 4096)
@@ -123,13 +122,17 @@ def text(rows: Iterable[tuple[str, int, int]], about: Iterable[str]) -> str:
     return "".join(f"# {line}\n" for line in head) + "".join(f"{way} {block} {most}\n" for way, block, most in rows)
 
 
+def path(model: str, key: str, cell: dict) -> str:
+    """What the model chooses for a cell: 'direct' or 'staged'."""
+    return "direct" if cell["size"] <= gpu.direct_up_to(model, key == "to_host", cell["block"]) else "staged"
+
+
 def judge(cells: list[dict], model: str, part: slice = slice(None)) -> tuple[float, float]:
     """(share of cells where the model's path is the better one or within 3 % of it, mean regret) by these samples."""
     right, regrets = 0, []
     for cell in cells:
         for key, way in DIRECTIONS.items():
-            limit = gpu.direct_up_to(model, key == "to_host", cell["block"])
-            chosen = cost(cell, way, "direct" if cell["size"] <= limit else "staged", part)
+            chosen = cost(cell, way, path(model, key, cell), part)
             best = min(cost(cell, way, how, part) for how in ("direct", "staged"))
             regrets.append(chosen / best - 1)
             right += regrets[-1] <= 0.03
@@ -158,16 +161,20 @@ def main(argv: list[str] | None = None) -> int:
         numbers = " ".join(f"{cells[-1][name]:>16.1f}" for name in columns)
         out.append(f"{block:>6} {size:>10} {numbers}{' WRONG' if cells[-1]['wrong'] else ''}")
     gpu.host_path("auto")
-    share, regret = judge(cells, text(fit(cells, slice(0, None, 2)), []), slice(1, None, 2))
+    half = text(fit(cells, slice(0, None, 2)), [])
+    share, regret = judge(cells, half, slice(1, None, 2))
+    for cell in cells:
+        cell["chosen"] = {way: path(half, key, cell) for key, way in DIRECTIONS.items()}
     quality = f"by held-out samples the fitted path is right in {share:.0%} of the cells, mean regret {regret:.1%}"
     model = text(fit(cells), [f"{card}; {facts.hardware()}; {time.strftime('%Y-%m-%d')}", quality])
     sys.stdout.write("\n".join([*out, model]))
     if options.output:
         suffix = f".{rank()}" if rank() else ""
         options.output.mkdir(parents=True, exist_ok=True)
-        data = {"card": card, "quality": quality, "cells": cells}
-        (options.output / f"mpi_gpu_paths{suffix}.json").write_text(json.dumps(data) + "\n")
         (options.output / f"gpu{suffix}.txt").write_text(model)
+        data = {**mpi_gpu_pages.begun("mpi_gpu_paths", "", REPEATS, [card, quality]), "rows": cells}
+        mpi_gpu_pages.save(data, options.output / f"mpi_gpu_paths{suffix}.json")
+        mpi_gpu_pages.write(data, options.output / f"mpi_gpu_paths{suffix}.json")
     return 1 if any(cell["wrong"] for cell in cells) else 0
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from undertow.benchmarks import mpi_gpu_pack, mpi_gpu_paths
+from undertow.benchmarks import mpi_gpu_pack, mpi_gpu_pages, mpi_gpu_paths
 from undertow.mpi_interpose import gpu
 from undertow.mpi_interpose.compile import CSRC
 from undertow.mpi_interpose.errors import InterposeError
@@ -53,3 +55,69 @@ def test_a_newer_kernel_stays_only_where_no_cell_loses() -> None:
     assert kept.endswith("keep") and "1.20 over 1 cells" in kept
     assert lost.endswith("reconsider (bad)") and "least 0.90 [0.85, 0.95]" in lost
     assert mpi_gpu_pack.verdicts([row("x", [2.0, 2.0, 2.0], "")]) == []
+
+
+def pack_cell(name: str, block: int, size: int, ours: float, **others: float) -> dict:
+    """A cell of mpi_gpu_pack with the medians given, in seconds; a wait is 10 us more, a copy per block 2 us."""
+    spread = [1 + 0.01 * k for k in range(-4, 5)]
+    medians = {"ours": ours, "again": ours, "torch": ours, "copy": ours, **others}
+    samples = {arm: [median * factor for factor in spread] for arm, median in medians.items()}
+    n = size // block
+    waits = {
+        "ours": ours + 1e-5,
+        "torch": medians["torch"] + 1e-5,
+        "launch floor": 1e-5,
+        "one copy per block": 2e-6 * n,
+    }
+    return {
+        "name": name, "block": block, "size": size, "way": "pack", "wrong": [], "samples": samples, "blocks": n,
+        "blocks timed": min(n, 8192), "waits": {arm: [v * f for f in spread] for arm, v in waits.items()},
+    }  # fmt: skip
+
+
+def test_a_page_names_the_goals_that_were_missed(tmp_path: Path) -> None:
+    mib = 1 << 20
+    cells = [
+        pack_cell("1-D 4 B", 4, mib, 1e-5, paper=1.4e-5),
+        pack_cell("1-D 64 B", 64, 16 * mib, 2e-5, paper=2.8e-5, copy=1.6e-5),
+        pack_cell("1-D 4096 B", 4096, 16 * mib, 1e-5, torch=8e-6, copy=9e-6),
+        pack_cell("indexed 4 B, random", 4, 4096, 1e-5),
+    ]
+    data = {**mpi_gpu_pages.begun("mpi_gpu_pack", "", 9, ["a remark"]), "rows": cells}
+    path = tmp_path / "mpi_gpu_pack.json"
+    mpi_gpu_pages.save(data, path)
+    mpi_gpu_pages.main([str(path)])
+    text = path.with_suffix(".md").read_text()
+    assert "| 1 of 2 cells; least 80% (pack 1-D 64 B, 16 MiB) | no |" in text
+    assert "| 1 of 4 cells; the most 0.80 (pack 1-D 4096 B, 16 MiB: torch) | no |" in text
+    assert "| geometric mean 1.40, 1.40 to 1.40 in 2 cells | yes |" in text
+    assert "26,214 (pack 1-D 4 B, 1 MiB, 262,144 blocks)" in text and "| 10.0 to 10.0 us more | " in text
+    assert "- a remark" in text and "**ours**" in text and "ours (A/A)" in text
+    assert path.with_suffix(".png").exists() == ("mpi_gpu_pack.png" in text)
+
+
+def test_pages_of_exchanges_and_paths(tmp_path: Path) -> None:
+    def exchange(name: str, **us: float) -> dict:
+        samples = {way.replace("_", " "): [median + 0.01 * k for k in range(9)] for way, median in us.items()}
+        return {"name": name, "size": 4096, "blocks": 512, "wrong": {"staged": 3}, "samples": samples}
+
+    rows = [
+        exchange("halo 32^3", auto=50, direct=60, staged=50, by_hand=100, per_block=5000),
+        exchange("8 B blocks, 4 KiB", auto=50, by_hand=40),
+    ]
+    data = {**mpi_gpu_pages.begun("mpi_gpu_messages", "", 9), "rows": rows}
+    text = mpi_gpu_pages.page(data)
+    assert (
+        "100 to 100 (halo 32^3, 512 blocks)" in text and "geometric mean 1.26; lost: 8 B blocks, 4 KiB | no |" in text
+    )
+    assert "| halo 32^3 | staged | 4.0 KiB | not timed |" in text  # three wrong bytes
+    found = cells({"to host": lambda block: block << 12, "from host": lambda block: 1 << 16})
+    half = mpi_gpu_paths.text(mpi_gpu_paths.fit(found, slice(0, None, 2)), [])
+    for cell in found:
+        cell["chosen"] = {way: mpi_gpu_paths.path(half, key, cell) for key, way in mpi_gpu_paths.DIRECTIONS.items()}
+        cell["wrong"] = 0
+        for way in cell["chosen"]:
+            cell["samples"][f"{way} copy"] = [5.0] * 16
+    shown = mpi_gpu_pages.report({**mpi_gpu_pages.begun("mpi_gpu_paths", "", 16), "rows": found})
+    ours = [row for row in shown.rows if row.role == "ours"]
+    assert len(ours) == 2 * len(found) and all(row.ratio and row.ratio.low > 0.97 for row in ours)

@@ -334,7 +334,7 @@ def test_the_shipped_kernels_belong_to_their_source(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-def test_the_benchmarks_of_messages_and_collectives_are_right_by_every_way(stand_in: Path) -> None:
+def test_the_benchmarks_of_messages_and_collectives_are_right_by_every_way(stand_in: Path, tmp_path: Path) -> None:
     """The programs that the GPU machine runs, on the stand-in (all paths forced) and on host memory (torch's arm)."""
     install = need("mpich-wheel")
     small = {
@@ -352,6 +352,8 @@ def test_the_benchmarks_of_messages_and_collectives_are_right_by_every_way(stand
                 "6",
                 "--device",
                 device,
+                "--output",
+                str(tmp_path / device),
             ]
             out = start(install, 2, command, "auto", LD_LIBRARY_PATH=str(stand_in))
             rows = [line.split() for line in out.splitlines() if line.startswith(("halo", "pencil", "8 B"))]
@@ -359,3 +361,5 @@ def test_the_benchmarks_of_messages_and_collectives_are_right_by_every_way(stand
             column = -4 if way == "by hand" else -6 if name == "mpi_gpu_collectives" else -5
             assert rows and all(float(row[column]) > 0 for row in rows), out
             assert "WRONG" not in out and "DIFFERENT" not in out
+            page = (tmp_path / device / f"{name}.md").read_text()
+            assert "one copy per block / ours" in page and page.count("**auto**") >= len(rows), page

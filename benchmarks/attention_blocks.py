@@ -284,7 +284,7 @@ def main(argv: Sequence[str]) -> int:
                     whole = whole or whole_ms(problem, kernels, clock)
                     label = "causal zigzag" if causal else "full"
                     for wire in options.wires:
-                        narrow = replace(problem, heads=replace(heads, wire="" if wire == heads.partial else wire))
+                        narrow = replace(problem, heads=replace(heads, wire=wire))
                         operations = Operations(narrow, kernels, clock)
                         rows += cells(narrow, label, options.schedules, whole, operations)
                         if causal and length == min(options.lengths) and ranks == max(options.ranks):

@@ -255,7 +255,9 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=8192, help="of each rank")
     parser.add_argument("--topologies", type=lambda t: t.split(","), default=["nvswitch", "two_level"],
                         help=f"of {', '.join(PRESETS)}")  # fmt: skip
-    parser.add_argument("--wire", default="", help="dtype of partial results; default float32")
+    parser.add_argument(
+        "--wire", default="", help="dtype of partial results; default: 16 bits where nothing is lost by it"
+    )
     parser.add_argument("--blocks", default="", help="JSON of benchmarks/attention_blocks.py")
     parser.add_argument("--seconds", type=float, default=420.0, help="no new cell is begun after this")
     parser.add_argument("--output", default="", help="writes OUTPUT.json, .txt and .png")

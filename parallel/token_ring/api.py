@@ -85,8 +85,8 @@ def token_ring_attention(
     times the first calls of each shape (see `gate`), 'predicted' trusts the model. With
     `return_lse` also the log-sum-exp [B, L, H], which has a gradient. Sums are formed in float32 (float64 for float64)
     in a fixed order. q, k and v share a dtype; under torch.autocast they are cast to its, as by torch's own attention.
-    `wire_dtype`: what partial results and gradients are sent in; None keeps that of the sums, the dtype of a 16-bit q
-    halves them (its kernels round to it anyway; see docs/token-ring.md).
+    `wire_dtype`: what partial results and gradients are kept and sent in; None takes that of q where nothing is lost by
+    it (each block is one kernel call, which rounds to it anyway), else that of the sums; see docs/token-ring.md.
     """
     refused = {"dropout": dropout or None, "softcap": softcap, "alibi_slopes": alibi_slopes}
     for name, value in refused.items():
@@ -155,7 +155,7 @@ def _prepare(
     partial = "float64" if dtype == torch.float64 else "float32"
     if wire not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise UserError(f"wire_dtype {wire}", expected="None, or a float type of 16 bits or more")
-    sent = "" if wire is None or str(wire) == f"torch.{partial}" else str(wire).removeprefix("torch.")
+    sent = "" if wire is None else str(wire).removeprefix("torch.")
     heads = Heads(q[0], q[2], k[2], q[3], v[3], name, partial, sent)
     problem = Problem(where.world, *lengths, heads, Mask(causal, window, prefix, cu_q, cu_k), layout)
     for what, rows, spans in (("queries", q[1], problem.q_spans), ("keys", k[1], problem.k_spans)):

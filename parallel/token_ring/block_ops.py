@@ -21,7 +21,7 @@ from torch import Tensor
 from ...comms.ops import Ops
 from ..blocks.select import choose
 from ..blocks.types import Backend
-from ..kernels.merge_rows import merge_into
+from ..kernels.merge_rows import merge_to
 from ..masks import BACKWARDS, FULL, Tile
 from ..merge import merge
 from .problem import Problem
@@ -147,19 +147,11 @@ def _standing_in(dout: Tensor, delta: Tensor, v: Tensor, column: bool) -> tuple[
 def _merge_lse(reads: Tensors, writes: Tensors) -> None:
     """out, lse of two parts [N, B, H, E], [N, B, H] to those of their union; may write over the first.
 
-    A merge knows nothing of rows and heads, so on CUDA the whole is one column of rows for one kernel, in place.
+    A merge knows nothing of rows and heads, so the whole is one column of rows (on CUDA for one kernel).
     """
-    if not writes[0].is_cuda:
-        out, lse = merge(reads[0].to(writes[0].dtype), *reads[1:])
-        writes[0].copy_(out)
-        writes[1].copy_(lse)
-        return
-    for read, write in zip(reads, writes):
-        if read.data_ptr() != write.data_ptr():
-            write.copy_(read)
-    wide = [t.reshape(1, 1, -1, t.shape[-1]) for t in (writes[0], reads[2])]
-    flat = [t.reshape(1, 1, -1) for t in (writes[1], reads[3])]
-    merge_into(wide[0], flat[0], wide[1], flat[1])
+    wide = [t.reshape(1, 1, -1, t.shape[-1]) for t in (writes[0], reads[0], reads[2])]
+    flat = [t.reshape(1, 1, -1) for t in (writes[1], reads[1], reads[3])]
+    merge_to(wide[0], flat[0], wide[1], flat[1], wide[2], flat[2])
 
 
 def _add(reads: Tensors, writes: Tensors) -> None:

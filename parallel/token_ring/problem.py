@@ -7,10 +7,11 @@ rectangle of rows that each pair of ranks needs, and with a name the whole `Sche
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
+from ...comms.actions import ITEM_BYTES
 from ...comms.builders.attention import attention
 from ...comms.builders.attention_named import BOOKENDED, HALVES, SCHEDULES, best_routes, moves_of
 from ...comms.builders.attention_shape import Heads, Need, Shape
@@ -128,14 +129,28 @@ def shape_of(problem: Problem, name: str) -> Shape:
 
 @lru_cache(maxsize=256)
 def _shape_of_teams(problem: Problem, inner: int, copies: int, halves: str) -> Shape:
-    size = problem.world // inner
+    size, h = problem.world // inner, problem.heads
+    needs = {(i, j): found for i in range(size) for j in range(size) if (found := _needs(problem, inner, i, j, halves))}
     return Shape(
         tuple(map(rows_of, problem.q_spans)),
         tuple(map(rows_of, problem.k_spans)),
-        replace(problem.heads, kv_heads=problem.heads.kv_heads * copies),
-        {(i, j): found for i in range(size) for j in range(size) if (found := _needs(problem, inner, i, j, halves))},
+        replace(h, kv_heads=h.kv_heads * copies, wire=h.wire or _lossless(problem, inner, needs)),
+        needs,
         inner,
     )
+
+
+def _lossless(problem: Problem, inner: int, needs: Mapping[tuple[int, int], tuple[Need, ...]]) -> str:
+    """The narrowest dtype that keeps all bits of every block's results; '' for that of the sums.
+
+    A kernel rounds to the dtype of its inputs. Where each block is one kernel call, its results are that already.
+    """
+    if ITEM_BYTES[problem.heads.dtype] >= ITEM_BYTES[problem.heads.partial] or inner > 1:
+        return ""
+    calls = (
+        len(problem.tiles(i, j, inner, (n.q0, n.q1), (n.k0, n.k1))) for (i, j), found in needs.items() for n in found
+    )
+    return problem.heads.dtype if all(count <= 1 for count in calls) else ""
 
 
 def _needs(problem: Problem, inner: int, i: int, j: int, halves: str) -> tuple[Need, ...]:

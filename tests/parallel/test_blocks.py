@@ -132,7 +132,7 @@ def test_split_keys_and_merged_backward_are_exact(device, seed):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merge_in_place_equals_merge_and_keeps_empty_rows(dtype, device, seed):
-    from undertow.parallel.kernels.merge_rows import merge_into
+    from undertow.parallel.kernels.merge_rows import merge_into, merge_to
 
     # [B, T, H, D] memory seen as [B, H, T, D]: the layout of a layer's attention output
     out, part = (torch.randn(2, 33, 3, 40, device=device).to(dtype).transpose(1, 2) for _ in range(2))
@@ -144,6 +144,10 @@ def test_merge_in_place_equals_merge_and_keeps_empty_rows(dtype, device, seed):
     assert (expected[:, :, 6:8] == 0).all() and torch.isneginf(expected_lse[:, :, 6:8]).all()
     torch.testing.assert_close(expected[:, :, 4:6], part[:, :, 4:6])
     torch.testing.assert_close(expected[:, :, 8:12], out[:, :, 8:12])
+    apart, apart_lse = torch.empty_like(out, dtype=torch.float32), torch.empty_like(lse)
+    merge_to(apart, apart_lse, out, lse, part, part_lse)
+    torch.testing.assert_close(apart.to(dtype), expected)
+    torch.testing.assert_close(apart_lse, expected_lse)
     merge_into(out, lse, part, part_lse)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse, expected_lse)

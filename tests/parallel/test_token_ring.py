@@ -406,36 +406,41 @@ def test_the_clock_decides_alike_on_all_ranks(ranks):
 
 
 def _wired(rank, world):
-    """bfloat16 inputs over a bfloat16 wire: (error, error without) of out and gradients, every kind of movement."""
+    """bfloat16 inputs, by schedule, layout and wire: error and bits of out and gradients, every kind of movement."""
     torch.manual_seed(0)
     whole = [torch.randn(1, 64, h, 16).bfloat16() for h in (4, 2, 2, 4)]
     exact = [x.double().transpose(1, 2).requires_grad_() for x in whole]
     wanted = torch.nn.functional.scaled_dot_product_attention(*exact[:3], is_causal=True, enable_gqa=True)
     wanted = [wanted, *torch.autograd.grad(wanted, exact[:3], exact[3].detach())]
     found = {}
-    for name in ("ring_kv", "token_ring", "ulysses"):
-        for wire in (None, torch.bfloat16):
-            q, k, v = (shard_sequence(x).requires_grad_() for x in whole[:3])
-            options: Any = dict(schedule=name, backward_schedule=name, wire_dtype=wire, lengths=(64, 64))
-            out = token_ring_attention(q, k, v, causal=True, **options)
-            got = [out, *torch.autograd.grad(out, (q, k, v), shard_sequence(whole[3]))]
-            error = [
-                float((x.double() - shard_sequence(y.detach().transpose(1, 2))).abs().mean())
-                for x, y in zip(got, wanted)
-            ]
-            found[name, wire] = error
+    for name in ("ring_kv", "token_ring_bookended", "ulysses"):
+        for layout in ("zigzag", "striped"):
+            for wire in (None, torch.float32, torch.bfloat16):
+                q, k, v = (shard_sequence(x, layout=layout).requires_grad_() for x in whole[:3])
+                options: Any = dict(schedule=name, backward_schedule=name, wire_dtype=wire, lengths=(64, 64))
+                out = token_ring_attention(q, k, v, causal=True, layout=layout, **options)
+                got = [out, *torch.autograd.grad(out, (q, k, v), shard_sequence(whole[3], layout=layout))]
+                rows = [shard_sequence(y.detach().transpose(1, 2), layout=layout) for y in wanted]
+                error = [float((x.double() - y).abs().mean()) for x, y in zip(got, rows)]
+                found[name, layout, wire] = error, [x.detach().float().numpy().tobytes() for x in got]
     return found
 
 
 def test_a_16_bit_wire_halves_what_comes_home_and_keeps_sums_wide(ranks):
     for found in ranks(2, _wired):
-        for name in ("ring_kv", "token_ring", "ulysses"):
-            for narrow, wide in zip(found[name, torch.bfloat16], found[name, None]):
-                assert narrow < 1.25 * wide + 1e-9, (name, found)  # one more rounding of parts that were rounded
-    heads = Heads(1, 8, 8, 16, 16, "bfloat16", "float32", "bfloat16")
-    for backward, wanted in ((False, 2 + 2 / 16), (True, 3 + 4 / 16)):  # q and out; q, dout, dq; lse, delta float32
-        costs = rank_costs(Problem(2, 64, 64, heads).schedule("token_ring", backward=backward))
-        assert costs[0].sent_bytes == wanted * 32 * 8 * 16 * 2
+        for name, layout in {key[:2] for key in found}:
+            wide, narrow = (found[name, layout, wire] for wire in (torch.float32, torch.bfloat16))
+            assert found[name, layout, None][1] == wide[1]  # what is chosen costs no bit
+            for small, large in zip(narrow[0], wide[0]):
+                assert small < 1.25 * large + 1e-9, (name, found)  # one more rounding of parts that were rounded
+    for wire in ("bfloat16", ""):
+        heads = Heads(1, 8, 8, 16, 16, "bfloat16", "float32", wire)
+        for backward, wanted in ((False, 2 + 2 / 16), (True, 3 + 4 / 16)):  # q and out; q, dout, dq; lse, delta float32
+            costs = rank_costs(Problem(2, 64, 64, heads).schedule("token_ring", backward=backward))
+            assert costs[0].sent_bytes == wanted * 32 * 8 * 16 * 2
+    several = Problem(2, 64, 64, heads, Mask(causal=True, window=9))  # blocks of several kernel calls: nothing is saved
+    assert shape_of(several, "token_ring").heads.wire == ""
+    assert shape_of(Problem(2, 64, 64, heads, Mask(True), "striped"), "token_ring").heads.wire == "bfloat16"
 
 
 @pytest.mark.parametrize("name", ["ring_kv", "all_gather_kv", "token_ring"])

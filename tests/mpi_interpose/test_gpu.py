@@ -156,6 +156,28 @@ def test_messages_on_a_gpu(pympi: Install) -> None:
     assert "ok 14 on a GPU" in start(pympi, 2, program, "auto")
 
 
+def test_memory_of_the_driver_between_two_ranks(stand_in: Path) -> None:
+    out = start(need("mpich-wheel"), 2, [sys.executable, str(PROGRAMS / "device_libraries.py"), "driver"], "auto",
+                LD_LIBRARY_PATH=str(stand_in))  # fmt: skip
+    assert "kept by memory of driver" in out, out[-2000:]
+
+
+@pytest.mark.gpu
+@NO_GPU
+def test_memory_of_torch_cupy_and_the_runtime_on_a_gpu() -> None:
+    """With torch's memory as cudaMalloc gives it, and mapped piece by piece (expandable segments)."""
+    program = [sys.executable, str(PROGRAMS / "device_libraries.py"), "driver", "torch", "cudaMalloc"]
+    try:
+        import cupy  # noqa: F401
+    except ImportError:
+        pass
+    else:
+        program += ["cupy", "managed"]
+    for segments in ("False", "True"):
+        out = start(need("mpich-wheel"), 2, program, "auto", PYTORCH_CUDA_ALLOC_CONF=f"expandable_segments:{segments}")
+        assert "kept by memory of driver, torch" in out, out[-2000:]
+
+
 def test_nothing_happens_before_the_program_has_loaded_cuda(stand_in: Path) -> None:
     code = """
 import ctypes, zlib

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -81,6 +81,7 @@ class Team:
         elif detect().disabled:
             fixed, why = 0, "UNDERTOW_DISABLE"
         self.gate = Gate(arms, self._gather, fixed=fixed, why=why)
+        self._settled: dict[Hashable, tuple[ChunkPlan, Arm]] = {}  # what the gate has decided, for good
         self._mesh: DeviceMesh | None = None
 
     @property
@@ -125,19 +126,27 @@ class Team:
     ) -> Tensor:
         y = a.new_empty(a.shape[0], b.shape[1])
         product = rows_of(a, b, y)
-        tracked = tracked_product(a, b, y) if self.device.type == "cuda" else None
+
+        def tracked() -> Any:
+            return tracked_product(a, b, y) if self.device.type == "cuda" else None
 
         def call(plan: ChunkPlan, arm: Arm) -> Tensor:
-            more = {"tracked": tracked} if arm.tracked else {}
+            more = {"tracked": tracked()} if arm.tracked else {}
             return pattern(plan, product, y, overlap=arm.overlap, **more)
 
-        return self._run(kind, a.shape[1], b.shape[1], row_numbers, sizes, y.dtype, call, tracked is not None)
+        def can(arm: Arm) -> bool:
+            return not arm.tracked or tracked() is not None
+
+        return self._run(kind, a.shape[1], b.shape[1], row_numbers, sizes, y.dtype, call, can)
 
     def _run(
         self, kind: str, k: int, n: int, row_numbers: int, sizes: tuple[int, ...], dtype: torch.dtype,
-        call: Callable[[ChunkPlan, Arm], Any], tracked: bool = False,
+        call: Callable[[ChunkPlan, Arm], Any], can: Callable[[Arm], bool] = lambda arm: not arm.tracked,
     ) -> Any:  # fmt: skip
-        """`row_numbers`: how many numbers of each row travel. `tracked`: whether a tracked arm can run it."""
+        """`row_numbers`: how many numbers of each row travel. `can`: whether an arm can run it."""
+        case = kind, k, n, sizes, dtype
+        if (settled := self._settled.get(case)) is not None:  # a device may wait for this host
+            return call(*settled)
         if len(sizes) != self.world:
             raise UserError(f"rows for {len(sizes)} ranks", expected=f"one number for each of {self.world}")
         name = str(dtype).removeprefix("torch.")
@@ -146,10 +155,11 @@ class Team:
         nbytes = sum(sizes) * row_numbers * dtype.itemsize * (self.world - 1) / self.world
         flops = 2.0 * sum(sizes) * n * k
         predict = None if rates is None else lambda arm: rates.seconds(arm, self.world, flops, nbytes)
-        chosen = self.gate.choose(key, predict, lambda arm: tracked or not arm.tracked)
+        chosen = self.gate.choose(key, predict, can)
         arm: Arm = self.gate.arms[chosen]
         plan = self.engine.plan(sizes, arm.subchunks)
         if not self.gate.measuring(key):
+            self._settled[case] = plan, arm
             return call(plan, arm)
         began_s = self._now()
         found = call(plan, arm)

@@ -55,6 +55,21 @@ def layout_of(schedule: Schedule, rank: int) -> Layout:
     )
 
 
+class _Views(dict[str, torch.Tensor]):
+    """Tensors by name; views of shared slots are made when they are first asked for, not before the first message."""
+
+    def __init__(self, layout: Layout, buffers: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.layout, self.buffers = layout, buffers
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        value, shape = self.layout.values[name], self.layout.shapes[name]
+        dtype = _DTYPES[value.dtype]
+        view = self.buffers[value.slot][: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        self[name] = view
+        return view
+
+
 class Storage:
     """Tensors of all values of a rank. Inputs are used in place (copied only when they are not contiguous).
 
@@ -79,8 +94,8 @@ class Storage:
                 "them",
             )
         kind = torch.device(device).type
-        self.tensors: dict[str, torch.Tensor] = {}
         buffers: dict[str, torch.Tensor] = {}
+        self.tensors = _Views(layout, buffers)
         for name, tensor in given.items():
             if name not in values or (name not in inputs and values[name].role != "output"):
                 raise UserError(f"rank {rank} was given a tensor for {name}", expected="the name of an output")
@@ -93,14 +108,10 @@ class Storage:
         for name, value in values.items():
             if name in self.tensors:
                 continue
-            shape, dtype = layout.shapes[name], _DTYPES[value.dtype]
-            if value.slot in layout.nbytes:
-                if value.slot not in buffers:
-                    buffers[value.slot] = torch.empty(layout.nbytes[value.slot], dtype=torch.uint8, device=device)
-                nbytes = math.prod(shape) * dtype.itemsize
-                self.tensors[name] = buffers[value.slot][:nbytes].view(dtype).view(shape)
-            else:
-                self.tensors[name] = torch.empty(shape, dtype=dtype, device=device)
+            if value.slot not in layout.nbytes:
+                self.tensors[name] = torch.empty(layout.shapes[name], dtype=_DTYPES[value.dtype], device=device)
+            elif value.slot not in buffers:
+                buffers[value.slot] = torch.empty(layout.nbytes[value.slot], dtype=torch.uint8, device=device)
         self.outputs = {name: self.tensors[name] for name in layout.outputs}
 
     def rows(self, part: Slice) -> torch.Tensor:

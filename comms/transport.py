@@ -123,6 +123,9 @@ class Nccl:
 
     def _open(self, channel: Channel) -> Any:
         options: Any = dist.ProcessGroupNCCL.Options()
+        options.is_high_priority_stream = (
+            True  # a hop beside attention gets the first free multiprocessors, not the last
+        )
         options._timeout = timedelta(seconds=self.timeout_s)
         options.global_ranks_in_group = [self.ranks[channel[0]], self.ranks[channel[2]]]
         options.group_name = "undertow " + " ".join(map(str, channel))

@@ -39,8 +39,7 @@ def test_allocated_bytes_are_what_the_cost_model_says():
     storage = Storage(layout_of(schedule, 0), _inputs())
     own = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for n, t in storage.tensors.items()
-        if n not in ("q", "kv")
+        for t in (storage.tensors[n] for n in schedule.by_rank[0] if n not in ("q", "kv"))
     }
     tokens = sum(value.rows for value in schedule.by_rank[0].values() if value.dtype == "token")  # one byte each
     assert sum(own.values()) == buffer_bytes(schedule, 0) + tokens

@@ -101,14 +101,14 @@ class Clock:
 
 
 def backends(device: torch.device, heads: Heads) -> list[Backend]:
-    """Those that run this shape on this device; plain tiles only where nothing else does."""
+    """Those that run this shape on this device, the one that is had by name only too; plain tiles in 32 bits only."""
     dtype = getattr(torch, heads.dtype)
     q, k, v = (
         torch.empty(1, h, 256, d, device=device, dtype=dtype)
         for h, d in ((heads.q_heads, heads.head_dim), (heads.kv_heads, heads.head_dim), (heads.kv_heads, heads.v_dim))
     )
-    fitting = [b for b in ORDER if b.supports(q, k, v, causal=True, window=None)]
-    return [b for b in fitting if b.NAME != "tiled"] or fitting
+    fitting = [b for b in (*ORDER, backend("efficient")) if b.supports(q, k, v, causal=True, window=None)]
+    return [b for b in fitting if b.NAME != "tiled" or (q.is_cuda and dtype == torch.float32)] or fitting
 
 
 def whole_ms(problem: Problem, kernels: Sequence[Backend], clock: Clock) -> dict[tuple[str, bool], float]:

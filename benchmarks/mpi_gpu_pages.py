@@ -108,11 +108,12 @@ def exchange_rows(row: dict[str, Any]) -> list[Row]:
 
 def path_rows(cell: dict[str, Any]) -> list[Row]:
     """A cell of mpi_gpu_paths: what the model chooses, by its samples that the fit did not see."""
-    roles = {"staged": "plain", "auto": "ours", "direct": "rival", "copy": "hardware"}
+    roles = {"staged": "plain", "auto": "ours", "direct": "rival", "whole": "rival", "copy": "hardware"}
     made = []
     for way, chosen in cell["chosen"].items():
         samples = {
-            how: [us * 1e-6 for us in cell["samples"][f"{way} {how}"][1::2]] for how in ("direct", "staged", "copy")
+            how: [us * 1e-6 for us in cell["samples"][f"{way} {how}"][1::2]]
+            for how in ("direct", "staged", "whole", "copy")
         }
         samples["auto"] = samples[chosen]
         group, case = f"{way}, {cell['block']} B blocks", f"{way}, {cell['block']} B, {_size(cell['size'])}"

@@ -4,8 +4,9 @@
     mpirun -n 2 python -m undertow.benchmarks.mpi_gpu_paths --output FOLDER     every rank on its own, at the same time
 
 Each cell is one whole step of a message (pack and wait, or unpack and wait), the median of 16, both ways in turn; the
-last column of each direction is a plain copy of as many bytes. Every result is compared first. From the cells follows
-the machine's model: for each direction and block the number of bytes up to which the kernel should go directly, written
+last column of each direction is a plain copy of as many bytes, `whole` the staged way without the ring of two
+halves that messages of more than 8 MiB go through. Every result is compared first. From the cells follows the machine's
+model: for each direction and block the number of bytes up to which the kernel should go directly, written
 to FOLDER/gpu.txt. It is used at once with UNDERTOW_MPI_GPU_PATHS=FOLDER/gpu.txt, and shipped as
 mpi_interpose/csrc/policy/gpu.txt. How good it is says a fit on half of the samples, judged by the other half.
 """
@@ -29,6 +30,8 @@ from undertow.mpi_interpose import gpu
 BLOCKS = (4, 8, 32, 256, 4096)
 SIZES = tuple(1 << k for k in (10, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 24, 26))
 REPEATS = 16
+RING = 4 << 20  # half of what messages of more than twice as much go through; as shipped
+WAYS = ("direct", "staged", "whole")
 DIRECTIONS = {"to_host": "to host", "from_host": "from host"}
 LAUNCHED = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 
@@ -50,9 +53,10 @@ def in_turn(actions: list[Callable[[], None]]) -> list[list[float]]:
     return times
 
 
-def through(path: str, action: Callable[[], None]) -> Callable[[], None]:
+def through(how: str, action: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
-        gpu.host_path(path)
+        gpu.ring(0 if how == "whole" else RING)
+        gpu.host_path("staged" if how == "whole" else how)
         action()
 
     return run
@@ -72,8 +76,8 @@ def measure(block: int, size: int) -> dict:
         "from host": (lambda: plan.unpack(1, slab, at), lambda: plain.unpack(1, slab, at)),
     }
     for way, (typed, dense) in pairs.items():
-        times = in_turn([through("direct", typed), through("staged", typed), dense])
-        for how, took in zip(("direct", "staged", "copy"), times):
+        times = in_turn([*(through(how, typed) for how in WAYS), dense])
+        for how, took in zip((*WAYS, "copy"), times):
             cell[f"{way} {how}"] = statistics.median(took)
             cell["samples"][f"{way} {how}"] = [round(us, 2) for us in took]
     gpu.load().undertow_gpu_slab_put(slab, size)
@@ -151,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.cuda.set_device(place)
     torch.zeros(1, device="cuda")
     card = f"{place} {torch.cuda.get_device_name(place)}"
-    columns = [f"{way} {how}" for way in DIRECTIONS.values() for how in ("direct", "staged", "copy")]
+    columns = [f"{way} {how}" for way in DIRECTIONS.values() for how in (*WAYS, "copy")]
     out, began, cells = [f"rank {rank()}: {card}"], time.monotonic(), []
     out.append(f"{'block':>6} {'bytes':>10} " + " ".join(f"{name:>16}" for name in columns) + "  (us)")
     for size, block in ((size, block) for size in SIZES for block in BLOCKS):

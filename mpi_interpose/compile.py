@@ -26,7 +26,7 @@ from .errors import InterposeError
 CSRC = Path(__file__).parent / "csrc"
 PREBUILT = Path(__file__).parent / "prebuilt"
 INCLUDE = tuple(CSRC / room for room in ("core", "abi", "gpu"))
-GPU = ("driver", "lower", "paths", "context", "device", "slab")
+GPU = ("driver", "lower", "paths", "context", "device", "ring", "slab")
 CORE = ("ir", "passes", "walk", "plan", "exec")
 BASE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-g1", "-fvisibility=hidden", "-Wall", "-Wextra")
 ISA_FLAGS = {

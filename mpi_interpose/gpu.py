@@ -41,6 +41,7 @@ def load() -> ctypes.CDLL:
         ("gpu_possible", small, []),
         ("gpu_memory", small, [pointer]),
         ("gpu_host_path", None, [small]),
+        ("gpu_ring", None, [integer]),
         ("gpu_use_kernels", None, [small, small]),
         ("gpu_pack", text, [pointer, integer, pointer, pointer]),
         ("gpu_unpack", text, [pointer, integer, pointer, pointer, integer]),
@@ -67,6 +68,11 @@ def memory(address: int) -> str:
 def host_path(name: str) -> None:
     """How kernels reach pinned memory from now on: 'direct', 'staged', or 'auto' (direct for small messages)."""
     load().undertow_gpu_host_path(PATHS.index(name))
+
+
+def ring(half_bytes: int) -> None:
+    """Staged messages of more than two halves go through a ring of two halves of device scratch; 0: never."""
+    load().undertow_gpu_ring(half_bytes)
 
 
 def use_kernels(single: bool = True, wide_tiles: bool = True) -> None:

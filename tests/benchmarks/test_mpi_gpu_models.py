@@ -117,7 +117,7 @@ def test_pages_of_exchanges_and_paths(tmp_path: Path) -> None:
         cell["chosen"] = {way: mpi_gpu_paths.path(half, key, cell) for key, way in mpi_gpu_paths.DIRECTIONS.items()}
         cell["wrong"] = 0
         for way in cell["chosen"]:
-            cell["samples"][f"{way} copy"] = [5.0] * 16
+            cell["samples"] |= {f"{way} copy": [5.0] * 16, f"{way} whole": [31.0] * 16}
     shown = mpi_gpu_pages.report({**mpi_gpu_pages.begun("mpi_gpu_paths", "", 16), "rows": found})
     ours = [row for row in shown.rows if row.role == "ours"]
     assert len(ours) == 2 * len(found) and all(row.ratio and row.ratio.low > 0.97 for row in ours)

@@ -1,7 +1,8 @@
 // A libcuda.so.1 without a GPU, for tests. "Device" memory is a file mapped twice: the address that the program gets
 // has no access rights, so that any touch by the host is a fault; the driver's functions work on the other mapping. A
 // launch runs the arithmetic that the kernel shares with the host, and ends the program when a word is unaligned or
-// lies in memory that a kernel could not reach.
+// lies in memory that a kernel could not reach. What is queued on a stream runs when something waits for it, and streams
+// run in an order that is drawn anew each time, so that a missing wait between two of them is a wrong answer.
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -9,10 +10,14 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "pieces.hh"
 
@@ -123,6 +128,60 @@ void run(const Piece& given, bool packing) {
   }
 }
 
+struct Event {
+  long asked = 0, reached = 0;  // records queued, and run
+};
+struct Work {
+  std::function<void()> run;       // empty: a wait until `event` has reached `number`
+  Event* event = nullptr;
+  long number = 0;
+};
+struct Stream {
+  void* context;
+  std::deque<Work> queue;
+};
+std::vector<std::unique_ptr<Stream>> g_streams;
+std::vector<std::unique_ptr<Event>> g_events;
+
+Stream* stream_of(void* handle) {
+  for (auto& s : g_streams)
+    if (s.get() == handle) return handle ? s.get() : nullptr;
+  return nullptr;
+}
+
+// Runs queued work of all streams, the next one by chance, until `s` is empty; all of them without `s`.
+void drain(Stream* s) {
+  static uint64_t chance = 88172645463325252ull;
+  for (;;) {
+    std::vector<Stream*> ready;
+    bool busy = false;
+    for (auto& each : g_streams) {
+      if (each->queue.empty()) continue;
+      busy = busy || !s || each.get() == s;
+      const Work& next = each->queue.front();
+      if (next.run || next.event->reached >= next.number) ready.push_back(each.get());
+    }
+    if (!busy) return;
+    if (ready.empty()) die("streams wait for each other", 0);
+    chance ^= chance << 13, chance ^= chance >> 7, chance ^= chance << 17;
+    Stream* chosen = ready[chance % ready.size()];
+    const Work work = chosen->queue.front();
+    chosen->queue.pop_front();
+    if (!work.run) continue;
+    void* const before = g_current;
+    g_current = chosen->context;
+    work.run();
+    g_current = before;
+  }
+}
+// On the null stream, or one that is not ours: now, after all that was queued before.
+void enqueue(void* handle, std::function<void()> run) {
+  Stream* s = stream_of(handle);
+  if (s) return s->queue.push_back({std::move(run)});
+  drain(nullptr);
+  run();
+}
+
 }  // namespace
 
 extern "C" {
@@ -167,7 +226,11 @@ int cuCtxPopCurrent_v2(void** c) {
   g_current = g_stack[--g_depth];
   return 0;
 }
-int cuCtxSynchronize() { return g_current ? 0 : kInvalidContext; }
+int cuCtxSynchronize() {
+  std::lock_guard<std::mutex> guard(g_lock);
+  drain(nullptr);
+  return g_current ? 0 : kInvalidContext;
+}
 int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, ordinal < cards() ? 0 : kInvalid; }
 int cuDeviceGetCount(int* n) { return *n = cards(), 0; }
 int cuDeviceGetName(char* name, int n, int) { return std::snprintf(name, n, "no GPU"), 0; }
@@ -188,24 +251,53 @@ int cuModuleGetFunction(void** f, void* module, const char* name) {
   g_ones[*f] = {log, unroll};
   return 0;
 }
-int cuStreamCreate(void** s, unsigned) { return *s = g_current, g_current ? 0 : kInvalidContext; }
-int cuStreamSynchronize(void*) { return g_current ? 0 : kInvalidContext; }
-int cuLaunchKernel(void* f, unsigned grid, unsigned, unsigned, unsigned threads, unsigned, unsigned, unsigned, void*,
+int cuStreamCreate(void** s, unsigned) {
+  std::lock_guard<std::mutex> guard(g_lock);
+  g_streams.push_back(std::make_unique<Stream>(Stream{g_current, {}}));
+  return *s = g_streams.back().get(), g_current ? 0 : kInvalidContext;
+}
+int cuStreamSynchronize(void* s) {
+  std::lock_guard<std::mutex> guard(g_lock);
+  drain(stream_of(s));
+  return g_current ? 0 : kInvalidContext;
+}
+int cuEventCreate(void** e, unsigned) {
+  std::lock_guard<std::mutex> guard(g_lock);
+  g_events.push_back(std::make_unique<Event>());
+  return *e = g_events.back().get(), g_current ? 0 : kInvalidContext;
+}
+int cuEventRecord(void* e, void* s) {
+  if (!stream_of(s)) return kInvalid;
+  std::lock_guard<std::mutex> guard(g_lock);
+  Event* event = static_cast<Event*>(e);
+  const long number = ++event->asked;
+  enqueue(s, [event, number] { event->reached = number; });
+  return 0;
+}
+int cuStreamWaitEvent(void* s, void* e, unsigned) {
+  std::lock_guard<std::mutex> guard(g_lock);
+  Event* event = static_cast<Event*>(e);
+  if (Stream* waits = stream_of(s)) waits->queue.push_back({nullptr, event, event->asked});
+  return stream_of(s) ? 0 : kInvalid;
+}
+int cuLaunchKernel(void* f, unsigned grid, unsigned, unsigned, unsigned threads, unsigned, unsigned, unsigned, void* stream,
                    void** arguments, void**) {
   if (!g_current || !grid || threads != undertow::gpu::kThreads || failing("cuLaunchKernel")) return kInvalid;
   std::lock_guard<std::mutex> guard(g_lock);
   ++g_launches;
   if (const auto found = g_ones.find(f); found != g_ones.end()) {
-    const One& one = *static_cast<const One*>(arguments[0]);
+    const One one = *static_cast<const One*>(arguments[0]);
     const Piece& p = one.piece;
     const uint32_t per_tile = undertow::gpu::kThreads * p.unroll;
     if (found->second != std::make_pair(int(p.word_log2), int(p.unroll))) die("a kernel for other words", p.word_log2);
     if (grid != (p.words + per_tile - 1) / per_tile || p.kind == undertow::gpu::kCrossed) die("a grid of another size", grid);
-    run(p, one.packing);
+    enqueue(stream, [one] { run(one.piece, one.packing); });
     return 0;
   }
-  const Batch& batch = *static_cast<const Batch*>(arguments[0]);
-  for (uint32_t i = 0; i < batch.n; ++i) run(batch.pieces[i], batch.packing);
+  const Batch batch = *static_cast<const Batch*>(arguments[0]);
+  enqueue(stream, [batch] {
+    for (uint32_t i = 0; i < batch.n; ++i) run(batch.pieces[i], batch.packing);
+  });
   return 0;
 }
 int cuMemAlloc_v2(unsigned long long* address, size_t n) {
@@ -236,6 +328,7 @@ int cuMemAllocManaged(unsigned long long* address, size_t n, unsigned) {  // the
 }
 int cuMemFree_v2(unsigned long long address) {
   std::lock_guard<std::mutex> guard(g_lock);
+  drain(nullptr);
   if (g_managed.erase(address)) return std::free(reinterpret_cast<void*>(address)), 0;
   const auto it = g_live.find(address);
   if (it == g_live.end()) return kInvalid;
@@ -294,15 +387,25 @@ int cuMemFreeHost(void* address) {
   std::free(address);
   return 0;
 }
-int cuMemcpyAsync(unsigned long long to, unsigned long long from, size_t n, void*) {
+int cuMemcpyAsync(unsigned long long to, unsigned long long from, size_t n, void* stream) {
   if (!g_current || failing("cuMemcpyAsync")) return kInvalidContext;
   std::lock_guard<std::mutex> guard(g_lock);
-  for (unsigned long long a : {to, from})
-    if (is_device(a) && !in(g_live, a, n)) die("a copy leaves its allocation", a);
-  std::memmove(real(to), real(from), n);
+  auto move = [to, from, n] {
+    for (unsigned long long a : {to, from})
+      if (is_device(a) && !in(g_live, a, n)) die("a copy leaves its allocation", a);
+    std::memmove(real(to), real(from), n);
+  };
+  bool later = true;  // a copy from or to plain host memory is done on return
+  for (unsigned long long a : {to, from}) later = later && (is_device(a) || in(g_pinned, a, n));
+  if (Stream* s = stream_of(stream); s && !later) drain(s);
+  if (later) enqueue(stream, move);
+  else move();
   return 0;
 }
-int cuMemcpy(unsigned long long to, unsigned long long from, size_t n) { return cuMemcpyAsync(to, from, n, nullptr); }
+int cuMemcpy(unsigned long long to, unsigned long long from, size_t n) {
+  cuCtxSynchronize();
+  return cuMemcpyAsync(to, from, n, nullptr);
+}
 long fake_cuda_launches() { return g_launches; }
 unsigned fake_cuda_divide(unsigned n, unsigned d) {
   uint32_t magic, shift;

@@ -75,6 +75,14 @@ def test_messages_on_a_library_that_is_not_cuda_aware(pympi: Install, stand_in: 
     assert "ok 14 on the stand-in" in out, out[-2000:]
 
 
+def test_messages_through_a_small_ring(stand_in: Path) -> None:
+    rules = ["order_is_kept", "contiguous_buffers", "short_receives", "completion_calls"]
+    program = [sys.executable, str(PROGRAMS / "device_messages.py"), *rules]
+    values: dict[str, Any] = {"UNDERTOW_MPI_GPU": "staged", "UNDERTOW_MPI_GPU_RING_KB": "1"}
+    out = start(need("mpich-wheel"), 2, program, "auto", LD_LIBRARY_PATH=str(stand_in), **values)
+    assert all(f"kept {rule}" in out for rule in rules), out[-2000:]
+
+
 @pytest.mark.slow
 def test_collectives_of_three_ranks_and_without_pinned_memory(pympi: Install, stand_in: Path) -> None:
     program = [str(pympi.python), str(PROGRAMS / "device_messages.py")]
@@ -241,6 +249,53 @@ for path, middle in (("auto", packed.address), ("direct", slab), ("staged", slab
     print(path, gpu.counters()["launches"] - before, right)
 """
     assert child(code, stand_in) == "auto 4 True\ndirect 4 True\nstaged 4 True\n"
+
+
+RING = """
+import random, sys
+sys.path.insert(0, PROGRAMS)
+import numpy as np
+from device_memory import Device
+from undertow.mpi_interpose import gpu
+device, rng = Device(), random.Random(SEED)
+types = {  # text, extent: loops, a transpose, a table of equal blocks, structs with gaps, and a table of mixed lengths
+    "(loop 100 40 (loop 3 8 (bytes 4)))": 4000, "(loop 20 4 (loop 60 200 (bytes 4)))": 12000, "(bytes 12)": 16,
+    "(runs 0 8 24 8 64 8 40 8)": 80, "(loop 50 24 (seq 0 (bytes 4) 8 (bytes 12)))": 1200,
+    "(runs" + "".join(f" {at} {4 + at % 3}" for at in range(0, 1000, 7)) + ")": 1004,
+}
+gpu.host_path("staged")
+for text, extent in types.items():
+    plan = gpu.GpuPlan(text, extent)
+    for half in (256, 1024):
+        count = rng.randint(2 * half // plan.size + 1, 9 * half // plan.size + 2)
+        values = np.frombuffer(rng.randbytes(count * extent + 64), "u1")
+        user, back, size = device.array(values), device.empty(values.nbytes), count * plan.size
+        slab, seen = gpu.load().undertow_gpu_slab_get(size, user.address), []
+        host = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(slab))
+        for ring in (0, half):
+            gpu.ring(ring)
+            host[:] = 0
+            back.write(np.full(values.nbytes, 9, "u1"))
+            before = gpu.counters()["copies"]
+            plan.pack(count, user.address, slab)
+            packs = gpu.counters()["copies"] - before
+            seen.append(host.tobytes())
+            with gpu.group():  # twice: the second goes through the halves while the first may still be in them
+                plan.unpack(count, slab, user.address)
+                plan.unpack(count, slab, back.address)
+            seen.append(back.read().tobytes())
+            assert user.read().tobytes() == values.tobytes()
+        assert seen[0] == seen[2] and seen[1] == seen[3], (text, half)
+        gpu.load().undertow_gpu_slab_put(slab, size)
+        print(text[:40], "in one" if packs == 1 else "in chunks" if packs == -(-size // half) else "by turns")
+"""
+
+
+def test_large_messages_go_through_a_ring(stand_in: Path, seed: int) -> None:
+    """The same bytes as by whole scratch, with streams that run in any order that their waits allow."""
+    code = f"import ctypes\nPROGRAMS, SEED = {str(PROGRAMS)!r}, {seed}\n{RING}"
+    out = child(code, stand_in)
+    assert out.count("in chunks") == 10 and out.count("by turns") == out.count("in one") == 1, out
 
 
 def test_the_paths_are_those_of_the_named_file(stand_in: Path, tmp_path: Path) -> None:

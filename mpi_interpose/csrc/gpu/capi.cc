@@ -30,6 +30,7 @@ EXPORT int undertow_gpu_memory(const void* address) { return static_cast<int>(gp
 EXPORT void undertow_gpu_use_kernels(int single, int wide_tiles) {
   gpu::kernels = gpu::Kernels{single != 0, wide_tiles != 0};
 }
+EXPORT void undertow_gpu_ring(int64_t half) { gpu::ring_half = half / 256 * 256; }
 EXPORT void undertow_gpu_host_path(int path) { gpu::host_path = static_cast<gpu::HostPath>(path); }
 
 // What `text` says: the most bytes that go directly; -1 when it is no such text (undertow_gpu_error says why).

@@ -85,6 +85,42 @@ void Context::launch(const std::vector<Piece>& pieces, bool packing, Handle on) 
   }
 }
 
+void Context::relay(const std::vector<Chunk>& chunks, char* halves, int64_t half, char* host, bool packing) {
+  {
+    constexpr unsigned kNonBlocking = 1, kNoTiming = 2;
+    std::lock_guard<std::mutex> guard(lock_);
+    for (Handle* event : {worked_, worked_ + 1, moved_, moved_ + 1})
+      if (!*event) must(cuda.cuEventCreate(event, kNoTiming), "cuEventCreate");
+    if (!carrier_) must(cuda.cuStreamCreate(&carrier_, kNonBlocking), "cuStreamCreate");
+  }
+  // Threads share these: a later record of the same event lies behind ours in its stream, so waiting for it serves too.
+  auto after = [](Handle waits, Handle event) { must(cuda.cuStreamWaitEvent(waits, event, 0), "cuStreamWaitEvent"); };
+  auto mark = [](Handle event, Handle on) { must(cuda.cuEventRecord(event, on), "cuEventRecord"); };
+  for (size_t k = 0; k < chunks.size(); ++k) {
+    const int h = k % 2;
+    const Chunk& chunk = chunks[k];
+    char* const at = halves + h * half;
+    std::vector<Piece> pieces = chunk.pieces;
+    for (Piece& p : pieces) p.packed += static_cast<uint64_t>(h * half);
+    if (packing) {
+      if (k >= 2) after(stream, moved_[h]);
+      launch(pieces, true, stream);
+      mark(worked_[h], stream);
+      after(carrier_, worked_[h]);
+      copy(host + chunk.from, at, chunk.bytes, carrier_);
+      mark(moved_[h], carrier_);
+    } else {
+      if (k >= 2) after(carrier_, worked_[h]);
+      copy(at, host + chunk.from, chunk.bytes, carrier_);
+      mark(moved_[h], carrier_);
+      after(stream, moved_[h]);
+      launch(pieces, false, stream);
+      mark(worked_[h], stream);
+    }
+  }
+  for (size_t k = 0; packing && k < std::min<size_t>(chunks.size(), 2); ++k) after(stream, moved_[k]);
+}
+
 void Context::copy(void* to, const void* from, int64_t bytes, Handle on) {
   must(cuda.cuMemcpyAsync(reinterpret_cast<Address>(to), reinterpret_cast<Address>(from), static_cast<size_t>(bytes), on),
        "cuMemcpyAsync");

@@ -9,6 +9,7 @@
 #include "driver.hh"
 #include "lower.hh"
 #include "pool.hh"
+#include "ring.hh"
 
 namespace undertow::gpu {
 
@@ -28,6 +29,9 @@ class Context {
   };
 
   void launch(const std::vector<Piece>& pieces, bool packing, Handle on);
+  // Queues a message between the pieces' user side and `host`, by two halves of device scratch; `stream` is at its end
+  // when all is done.
+  void relay(const std::vector<Chunk>& chunks, char* halves, int64_t half, char* host, bool packing);
   void copy(void* to, const void* from, int64_t bytes, Handle on);
   void wait(Handle on) { must(cuda.cuStreamSynchronize(on), "cuStreamSynchronize"); }
   std::vector<Piece> pieces(const Plan& plan, int64_t count, uint64_t user, uint64_t packed);
@@ -52,6 +56,7 @@ class Context {
   void drop(Kept& kept);
 
   Handle module_ = nullptr, kernel_ = nullptr;
+  Handle carrier_ = nullptr, worked_[2] = {}, moved_[2] = {};  // a stream for copies, and per half what it waits for
   Handle ones_[5][2] = {};  // for a launch of one piece: log2 of its word, whether a thread takes several
   std::mutex lock_;
   std::unordered_map<const Node*, std::unique_ptr<Kept>> tables_;

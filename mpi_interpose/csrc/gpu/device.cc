@@ -20,6 +20,12 @@ HostPath host_path = [] {
   return HostPath::Auto;
 }();
 
+std::atomic<int64_t> ring_half{[] {
+  const char* wish = std::getenv("UNDERTOW_MPI_GPU_RING_KB");
+  const int64_t kib = wish && *wish ? std::strtoll(wish, nullptr, 10) : 4096;
+  return kib > 0 ? kib << 10 : int64_t{0};
+}()};
+
 namespace {
 
 constexpr int64_t kKeepPinned = 512ll << 20;
@@ -121,6 +127,19 @@ void on_host(Context& c, const Plan& plan, int64_t count, char* user, char* pack
   }
 }
 
+// Queues a large message chunk by chunk; false when it is small, is to go directly, or cannot be cut.
+bool by_ring(Queue& q, Context& c, const Plan& plan, int64_t count, char* user, char* packed, bool packing) {
+  const int64_t bytes = count * plan.size, half = ring_half;
+  if (half <= 0 || bytes <= 2 * half || direct(Memory::Pinned, bytes, plan.form(count).block, packing)) return false;
+  auto halves = std::make_unique<Scratch>(c, 2 * half);
+  const uint64_t base = number(halves->at);
+  const std::vector<Chunk> chunks = chunks_of(c.pieces(plan, count, number(user), base), base, bytes, half);
+  if (chunks.empty()) return false;
+  c.relay(chunks, halves->at, half, packed, packing);
+  q.scratch.push_back(std::move(halves));
+  return true;
+}
+
 void queue(const Plan& plan, int64_t count, char* user, char* packed, bool packing) {
   const int64_t bytes = count * plan.size;
   if (bytes <= 0) return;
@@ -137,6 +156,7 @@ void queue(const Plan& plan, int64_t count, char* user, char* packed, bool packi
   }
   if (u.memory != Memory::Device) return on_host(c, plan, count, user, packed, packing);
   q.join(c, packing);
+  if (k.memory == Memory::Pinned && by_ring(q, c, plan, count, user, packed, packing)) return;
   char* reached = packed;
   if (!direct(k.memory, bytes, plan.form(count).block, packing)) {
     q.scratch.push_back(std::make_unique<Scratch>(c, bytes));

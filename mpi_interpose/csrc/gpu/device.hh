@@ -48,6 +48,10 @@ void release_all();  // before the driver goes
 enum class HostPath : int { Auto, Direct, Staged };  // how a kernel's packed bytes reach host memory
 extern HostPath host_path;
 
+// Messages of more than two of these go through a ring of two halves of scratch of so many bytes (see ring.hh); 0: never.
+// UNDERTOW_MPI_GPU_RING_KB at first.
+extern std::atomic<int64_t> ring_half;
+
 struct Counters {
   std::atomic<int64_t> launches{0}, pieces{0}, copies{0}, bytes{0}, slabs{0};
 };

@@ -38,6 +38,9 @@ struct Failure : std::runtime_error {
   X(cuModuleGetFunction, (Handle*, Handle, const char*))                                                            \
   X(cuStreamCreate, (Handle*, unsigned))                                                                            \
   X(cuStreamSynchronize, (Handle))                                                                                  \
+  X(cuStreamWaitEvent, (Handle, Handle, unsigned))                                                                  \
+  X(cuEventCreate, (Handle*, unsigned))                                                                             \
+  X(cuEventRecord, (Handle, Handle))                                                                                \
   X(cuLaunchKernel, (Handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Handle, void**,  \
                      void**))                                                                                       \
   X(cuMemAlloc_v2, (Address*, size_t))                                                                              \

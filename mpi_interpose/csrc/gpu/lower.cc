@@ -102,8 +102,7 @@ struct Maker {
       dense *= d.n;
     }
     if (p.kind == kNest && crossed(p)) p.kind = kCrossed;
-    const bool flat = p.dense && (p.kind == kNest || p.kind == kTable) && p.words >= kWave;
-    p.unroll = flat ? kUnroll : 1;
+    p.unroll = words_per_thread(p);
     out.push_back(p);
   }
 
@@ -170,6 +169,10 @@ void lower_whole(Maker& maker, const Plan& plan, int64_t count, uint64_t user, u
 }
 
 }  // namespace
+
+uint8_t words_per_thread(const Piece& p) {
+  return p.dense && (p.kind == kNest || p.kind == kTable) && p.words >= kWave ? kUnroll : 1;
+}
 
 Blocks blocks_of(const Node& ir) {
   Blocks blocks;

@@ -44,6 +44,8 @@ struct Kernels {
 };
 extern Kernels kernels;
 
+uint8_t words_per_thread(const Piece& piece);
+
 // A plan without gaps: one plain copy of count * size bytes at `off`.
 bool contiguous(const Plan& plan, int64_t count, int64_t* off);
 

@@ -36,9 +36,8 @@ class Footprint:
         """FLOPs of all ranks that share a row, by kind."""
         if self.streamed is None:
             return plain_flops(job.shape, job.batch, job.tokens)
-        kept, derived = kept_derived(self.streamed)
         chunks = len(self.streamed.bounds)
-        return step_flops(job.shape, job.batch, job.tokens, attention_kept=kept, derived=derived, chunks=chunks)
+        return step_flops(job.shape, job.batch, job.tokens, chunks=chunks, **self.streamed.fractions)
 
     def traffic_bytes(self, job: Job) -> float:
         """Reads and writes of a rank's memory outside products: element-wise operations, clipping, the optimizer."""
@@ -57,8 +56,7 @@ def kept_derived(made: StreamPlan | None) -> tuple[float, float]:
     """Fractions of the layers whose attention output is kept, and whose input is computed again."""
     if made is None:
         return 1.0, 0.0
-    kept = sum(place != "none" for place in made.attention) / len(made.attention)
-    return kept, made.inputs.count("derived") / len(made.inputs)
+    return made.fractions["attention_kept"] + made.fractions["graphs"], made.fractions["derived"]
 
 
 def footprint(job: Job) -> Footprint:

@@ -135,9 +135,11 @@ def moments(
     inputs_on_host: int,
     attention_on_device: int,
     derived: int = 0,
+    graphs: int = 0,
     kernel: bool = True,
 ) -> Moments:
-    """Peak bytes for `rows` = batch * tokens. `inputs_on_device` counts layers, likewise `attention_on_device`."""
+    """Peak bytes for `rows` = batch * tokens. `inputs_on_device` counts layers, likewise `attention_on_device` and
+    `graphs`, the last layers, of which everything is kept: gone when the layers below them are differentiated."""
     e, d, kv = shape.element_size, shape.width, shape.kv
     chunks = -(-rows // chunk)
     chunk = min(chunk, rows)
@@ -155,6 +157,12 @@ def moments(
     at_the_end = shape.layer_parameters * e if chunks > 1 else 0
     backward = kept + row + fetched + buffers + gradients + sums + max(in_mlp, in_attention, at_the_end)
     loss = kept + 2 * row + loss_bytes(shape, loss_rows, kernel)
+    if graphs:
+        saved = graphs * saved_bytes(shape, rows)
+        in_graph = kept + saved + rows * e * (2 * d + shape.hidden) + shape.layer_parameters * e
+        only = graphs == shape.layers
+        forward, backward = (0 if only else forward), max(0 if only else backward, in_graph)
+        loss += saved
     return Moments(int(forward), int(backward), int(loss))
 
 
@@ -199,13 +207,20 @@ def plain_flops(shape: DecoderShape, batch: int, tokens: int) -> dict[str, float
 
 
 def step_flops(
-    shape: DecoderShape, batch: int, tokens: int, *, attention_kept: float, derived: float = 0.0, chunks: int = 1
+    shape: DecoderShape,
+    batch: int,
+    tokens: int,
+    *,
+    attention_kept: float,
+    derived: float = 0.0,
+    graphs: float = 0.0,
+    chunks: int = 1,
 ) -> dict[str, float]:
     """FLOPs of one forward and backward by kind: 'gemm', 'attention_forward', 'attention_backward'.
 
-    `attention_kept` and `derived` are fractions of the layers. Attention counts visible pairs only (causal: half).
-    With several chunks, backward projects keys and values of all but the last chunk once more (queries too, which a
-    layer cannot leave out).
+    `attention_kept`, `derived` and `graphs` are fractions of the layers. Attention counts visible pairs only (causal:
+    half). With several chunks, backward projects keys and values of all but the last chunk once more (queries too,
+    which a layer cannot leave out).
     """
     rows = batch * tokens
     forward = 2.0 * rows * shape.layers * shape.active_parameters
@@ -213,8 +228,8 @@ def step_flops(
     attention = 2.0 * batch * tokens * tokens * shape.q * shape.layers
     keys = 2.0 * rows * shape.layers * shape.width * (shape.q + 2 * shape.kv) * (1 - 1 / chunks)
     return {
-        "gemm": forward * (4 + derived) + head + keys,
-        "attention_forward": attention * (2 - attention_kept + derived),
+        "gemm": forward * (4 + derived - graphs) + head + keys,
+        "attention_forward": attention * (2 - attention_kept + derived - graphs),
         "attention_backward": 2.5 * attention,
     }
 

@@ -98,9 +98,7 @@ def shape_of(model: str) -> DecoderShape:
 
 
 def _work(shape: DecoderShape, made: StreamPlan) -> dict[str, float]:
-    kept = sum(place != "none" for place in made.attention) / len(made.attention)
-    derived = made.inputs.count("derived") / len(made.inputs)
-    return step_flops(shape, made.batch, made.tokens, attention_kept=kept, derived=derived)
+    return step_flops(shape, made.batch, made.tokens, chunks=len(made.bounds), **made.fractions)
 
 
 def _seconds(machine: Machine, work: dict[str, float]) -> float:

@@ -107,6 +107,7 @@ class Engine:
         self._streamed: set[str] = set()
         self._enabled = False
         self.limit_bytes: int | None = None  # on any budget: half of what a plan promised when memory ran out after all
+        self._ooms: int | None = None  # before a pass that kept graphs, whose backward tells nobody of such an error
         self.plain = False  # run everything as without streaming, layer inputs checkpointed (`gate` compares)
 
     # Switching on and off
@@ -241,10 +242,13 @@ class Engine:
                 "undertow.parallel.stream.deepspeed_zero.prepare(model) before deepspeed.initialize"
             )
         if torch.is_grad_enabled() and (x.requires_grad or params):
-            slot = self._slot(tape, plan, call)
-            y, *extras = StreamedLayer.apply(call, slot, x, *params)  # type: ignore[misc]
-            tape.slots.append(slot)
-            tape.calls.append(call)
+            if plan.inputs[len(tape.slots) : len(tape.slots) + 1] == ("graph",):
+                y, extras = call.kept(x)
+            else:
+                slot = self._slot(tape, plan, call)
+                y, *extras = StreamedLayer.apply(call, slot, x, *params)  # type: ignore[misc]
+                tape.slots.append(slot)
+                tape.calls.append(call)
         else:
             bounds = scene.bounds
             with torch.no_grad():
@@ -258,7 +262,10 @@ class Engine:
         if x.dim() != 3:
             raise Unsupported(f"hidden states of shape {tuple(x.shape)}: [batch, tokens, channels] is needed")
         layout = self.adapter.layout(layer, x, args, kwargs)
+        if self.last_plan is not None and self._ooms is not None and _out_of_memory_errors(x) > self._ooms:
+            self.degrade(self.last_plan)
         plan = self.planner(x)
+        self._ooms = _out_of_memory_errors(x) if "graph" in plan.inputs else None
         kind = x.device.type
         run = self.adapter.runner()
 
@@ -292,3 +299,8 @@ class Engine:
             on_host = place == "host"
             return HostSlot(self.courier, plan.bounds, input_on_host=on_host, attention=attention, below=below)
         return Slot(plan.bounds, attention != "none", below)
+
+
+def _out_of_memory_errors(x: Tensor) -> int:
+    """How many the allocator has counted."""
+    return int(torch.cuda.memory_stats(x.device).get("num_ooms", 0)) if x.is_cuda else 0

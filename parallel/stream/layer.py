@@ -102,6 +102,12 @@ class LayerCall:
         assert y is not None
         return y, [self._whole(parts, shape) for parts, shape in zip(zip(*extras), self._extra_shapes)]
 
+    def kept(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The layer's output and further outputs as `forward` gives them, with the graph that autograd makes of them:
+        nothing is computed again in backward."""
+        y, extras = self._on(0, x, Answer(self.scene, "gradient", 0, None))
+        return y, list(extras)
+
     @staticmethod
     def _whole(parts: tuple[Tensor, ...], shape: tuple[int, ...]) -> Tensor:
         """Chunks [B, C, …] to [B, T, …], flattened to [B * T, …] when the layer gave it so."""

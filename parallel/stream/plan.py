@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 from ...dist.errors import UserError
 
-INPUTS = ("device", "host", "derived")
+INPUTS = ("device", "host", "derived", "graph")
 ATTENTION = ("none", "device", "host")
 
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """`inputs[l]`: where layer l's input waits ('derived': computed again from layer l - 1's). `attention[l]`: where
+    """`inputs[l]`: where layer l's input waits ('derived': computed again from layer l - 1's; 'graph': with all else
+    that autograd saves, so that nothing runs again; the last layers only, and with one chunk). `attention[l]`: where
     its attention output and log-sum-exp wait ('none': attention runs again in backward). `chunk` and `loss_rows` in
     rows (0: the loss chooses). The predicted numbers are bytes above weights and their gradients; 0 when not known.
     """
@@ -41,11 +42,28 @@ class StreamPlan:
             raise UserError("the first layer's input cannot be derived from a layer before it")
         if any(pair == ("derived", "derived") for pair in zip(self.inputs, self.inputs[1:])):
             raise UserError("two neighbouring layers with derived inputs")
+        graphs = self.inputs.count("graph")
+        if graphs and (self.inputs[-graphs:] != ("graph",) * graphs or set(self.attention[-graphs:]) != {"none"}):
+            raise UserError(
+                "a kept graph before another layer, or with its attention kept", expected="graphs of the last layers"
+            )
+        if graphs and self.tokens > self.chunk:
+            raise UserError(f"kept graphs with chunks of {self.chunk} rows", expected=f"one chunk of {self.tokens}")
 
     @property
     def bounds(self) -> tuple[tuple[int, int], ...]:
         """Chunks [start, stop) in order; the last may be shorter."""
         return tuple((a, min(a + self.chunk, self.tokens)) for a in range(0, self.tokens, self.chunk))
+
+    @property
+    def fractions(self) -> dict[str, float]:
+        """What `memory_model.step_flops` asks of a plan, as fractions of the layers."""
+        layers = max(1, len(self.inputs))
+        return {
+            "attention_kept": sum(place != "none" for place in self.attention) / layers,
+            "derived": self.inputs.count("derived") / layers,
+            "graphs": self.inputs.count("graph") / layers,
+        }
 
     @classmethod
     def simple(cls, batch: int, tokens: int, layers: int, chunk: int) -> StreamPlan:
@@ -60,7 +78,7 @@ class StreamPlan:
             ("chunks", f"{len(self.bounds)} of {self.chunk} rows"),
             ("loss rows", str(self.loss_rows) if self.loss_rows else "by vocabulary"),
             ("layer inputs", _counted(self.inputs)),
-            ("attention kept", _counted(self.attention)),
+            ("attention kept", _counted(self.attention[: len(self.inputs) - self.inputs.count("graph")])),
         ]
         if self.device_bytes:
             rows.append(("predicted", f"{format_bytes(self.device_bytes)} on the device above weights and gradients"))
@@ -73,4 +91,4 @@ class StreamPlan:
 
 
 def _counted(places: tuple[str, ...]) -> str:
-    return ", ".join(f"{places.count(place)} {place}" for place in dict.fromkeys(places))
+    return ", ".join(f"{places.count(place)} {place}" for place in dict.fromkeys(places)) or "with the graphs"

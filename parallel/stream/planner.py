@@ -3,7 +3,8 @@
 The whole sequence and chunk lengths from `LONGEST_CHUNK` down to `SMALLEST` rows are tried, each with layer inputs
 where they fit: on the device (the last layers first, because their backward comes first), the rest on the host, every
 second one not kept at all when the host is full too. What room remains goes to attention outputs, which saves their
-recomputation. Of what fits, the plan with the least predicted work wins: one chunk is plain checkpointing of whole
+recomputation; and where one chunk fits, to the whole graphs of the last layers, which then compute nothing twice. Of
+what fits, the plan with the least predicted work wins: one chunk is plain checkpointing of whole
 layers with a chunked loss, so chunking is chosen only where it does not fit, or where the room that it frees saves more
 attention than chunks cost. When nothing fits, the tightest plan is returned with a reason, so that a run degrades
 instead of failing here.
@@ -11,6 +12,7 @@ instead of failing here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from ..memory_model import DecoderShape, Moments, loss_bytes, moments, step_flops, sum_bytes
@@ -23,6 +25,7 @@ SMALLEST = 512  # shorter chunks, and fewer rows of the loss than it likes, are 
 # were slower: on an H100, one Llama-3-8B layer at 256K tokens took 7.10 s in 2 chunks of 128K and 6.33 s in 32 of 8K.
 LONGEST_CHUNK = 32768
 MARGIN = 0.06  # of the budget, for the allocator
+GRAPH_MARGIN = 0.08  # of the rest, where graphs are kept: what autograd saves depends on how a layer is written
 # Relative speeds of an H100 (measured: 8192³ GEMM, cuDNN attention at 32K, device copy); only their ratios matter here.
 RATES = {"gemm": 787e12, "attention_forward": 641e12, "attention_backward": 545e12}
 BYTES_PER_S = 3.0e12
@@ -48,7 +51,9 @@ def plan(
 
     `budget_bytes`: device bytes above weights and gradients (None: no limit). `host_bytes`: host memory for offload.
     `chunk`, `loss_rows`, `every` (2: every second layer input), `offload` (True: all inputs, False: none) and `stash`
-    (keep attention outputs: True all, False none) fix what is otherwise chosen.
+    (keep attention outputs: True all, False none) fix what is otherwise chosen. Whole graphs are kept only where none
+    of `chunk`, `offload=True`, `stash` and `every=2` says otherwise, and not of mixtures of experts, whose graphs have
+    no formula here.
     """
     usable = None if budget_bytes is None else int(budget_bytes * (1 - MARGIN))
     rows = loss_rows or _loss_rows(shape, batch * tokens, usable, kernel)
@@ -64,6 +69,15 @@ def plan(
         ]
         if found:
             break
+    free = chunk is None and stash is None and not offload and every != 2
+    if free and shape.active_parameters == shape.layer_parameters:
+        usable = None if usable is None else int(usable * (1 - GRAPH_MARGIN))
+        found += _with_graphs(
+            lambda graphs: _place(
+                shape, batch, tokens, tokens, rows, usable, host_bytes, False, offload, stash, kernel, graphs
+            ),
+            shape.layers,
+        )
     if found:
         best = min(found, key=lambda candidate: cost(candidate, shape))
         return replace(best, reason=_reason(best, found, tried, shape), loss_rows=loss_rows or best.loss_rows)
@@ -75,16 +89,7 @@ def plan(
 
 def cost(plan: StreamPlan, shape: DecoderShape) -> float:
     """Seconds of one forward and backward on a machine of `RATES`: for comparing plans, not for promising."""
-    chunks, layers = len(plan.bounds), len(plan.inputs)
-    kept = (layers - plan.attention.count("none")) / layers
-    work = step_flops(
-        shape,
-        plan.batch,
-        plan.tokens,
-        attention_kept=kept,
-        derived=plan.inputs.count("derived") / layers,
-        chunks=chunks,
-    )
+    work = step_flops(shape, plan.batch, plan.tokens, chunks=len(plan.bounds), **plan.fractions)
     copies = HOST_SEEN * 2 * plan.host_bytes / HOST_BYTES_PER_S
     sums = sum_bytes(shape, plan.batch * plan.tokens, plan.batch * plan.chunk) / BYTES_PER_S
     return sum(amount / RATES[kind] for kind, amount in work.items()) + sums + copies
@@ -93,6 +98,11 @@ def cost(plan: StreamPlan, shape: DecoderShape) -> float:
 def _reason(best: StreamPlan, found: list[StreamPlan], tried: list[int], shape: DecoderShape) -> str:
     if len(tried) == 1:
         return ""
+    graphs = best.inputs.count("graph")
+    if graphs == len(best.inputs):
+        return "one chunk fits, and all that autograd saves: nothing is computed twice"
+    if graphs:
+        return f"one chunk fits, and all that autograd saves of {graphs} layers; the others are checkpointed whole"
     if len(best.bounds) == 1:
         return "one chunk fits: plain checkpointing of whole layers, with a chunked loss"
     longest = max(found, key=lambda candidate: candidate.chunk)
@@ -126,6 +136,16 @@ def _spacings(every: int | None) -> list[bool]:
     return [False, True] if every is None else [every == 2]
 
 
+def _with_graphs(place: Callable[[int], StreamPlan | None], layers: int) -> list[StreamPlan]:
+    """Plans that keep the graphs of as many layers as fit, and of some fewer: more room for attention outputs."""
+    low, high = 0, layers
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if place(middle) else (low, middle - 1)
+    counts = {low, low - 1, 3 * low // 4, low // 2} - {0, -1}
+    return [placed for count in sorted(counts) if (placed := place(count))]
+
+
 def _place(
     shape: DecoderShape,
     batch: int,
@@ -138,9 +158,10 @@ def _place(
     offload: bool | None,
     stash: bool | None,
     kernel: bool,
+    graphs: int = 0,
 ) -> StreamPlan | None:
     """The best placement with these chunks, or None when none fits."""
-    layers = shape.layers
+    layers, tail = shape.layers - graphs, ("graph",) * graphs
     row_bytes = batch * tokens * shape.width * shape.element_size
     attention_bytes = batch * tokens * (shape.q * shape.element_size + 4 * shape.heads)
     kept = [layer for layer in range(layers) if not (derive and layer % 2)]
@@ -150,7 +171,8 @@ def _place(
         inputs = tuple(
             "derived" if layer not in kept else "host" if layer in away else "device" for layer in range(layers)
         )
-        draft = StreamPlan(batch, tokens, min(chunk, tokens), inputs, attention, loss_rows)
+        attention = attention + ("none",) * graphs
+        draft = StreamPlan(batch, tokens, min(chunk, tokens), inputs + tail, attention, loss_rows)
         return _predicted(draft, shape, kernel)
 
     def fits(candidate: StreamPlan) -> bool:
@@ -191,6 +213,7 @@ def _moments(plan: StreamPlan, shape: DecoderShape, kernel: bool) -> Moments:
         inputs_on_host=plan.inputs.count("host"),
         attention_on_device=plan.attention.count("device"),
         derived=plan.inputs.count("derived"),
+        graphs=plan.inputs.count("graph"),
         kernel=kernel,
     )
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from undertow.parallel.stream import stream_backprop
+from undertow.parallel.stream import StreamPlan, stream_backprop
+from undertow.parallel.stream.planner import _predicted
 from undertow.parallel.stream.track import PeakBytes
 
 CHUNK = 256
@@ -50,6 +51,31 @@ def test_peak_follows_the_formula_and_is_linear(dtype, options, shortest, seed):
         assert memory.largest < tokens * tokens * dtype.itemsize, "something of T x T"
     low, middle, high = (peaks[tokens] for tokens in lengths)
     assert abs(high - 2 * middle + low) <= 0.01 * high, f"not linear: {peaks}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("graphs", [1, 3])
+def test_peak_of_kept_graphs_follows_the_formula(graphs, dtype, seed):
+    """Within 10 %, as for chunks."""
+    model, ids = llama(dtype), torch.randint(0, 512, (1, 1024))
+    inputs = ("device",) * (3 - graphs) + ("graph",) * graphs
+    found = []
+    for tokens in (512, 1024):
+        shape = stream_shape(model)
+        own = StreamPlan(1, tokens, tokens, inputs, ("none",) * 3, 128)
+        with stream_backprop(model, plan=own):
+            model(input_ids=ids[:, :tokens], labels=ids[:, :tokens]).loss.backward()
+            with PeakBytes() as memory:
+                model(input_ids=ids[:, :tokens], labels=ids[:, :tokens]).loss.backward()
+        found.append(memory.peak / _predicted(own, shape, False).device_bytes)
+    assert all(0.9 <= ratio <= 1.1 for ratio in found), found
+
+
+def stream_shape(model):
+    from undertow.parallel.stream.api import adapter_for
+
+    return adapter_for(model).shape(torch.empty(1, 1, 64, dtype=model.dtype))
 
 
 def test_less_memory_than_checkpointing(seed):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from undertow.dist.errors import UserError
-from undertow.parallel.memory_model import DecoderShape, checkpointing_bytes, step_flops, sum_bytes
+from undertow.parallel.memory_model import DecoderShape, checkpointing_bytes, saved_bytes, step_flops, sum_bytes
 from undertow.parallel.stream.plan import StreamPlan
 from undertow.parallel.stream.planner import LONGEST_CHUNK, MARGIN, cost, plan
 
@@ -39,16 +39,16 @@ def test_one_chunk_wherever_it_fits_and_the_longest_that_pays_elsewhere():
         for chunk in (2048, 8192, 32768, tokens):
             other = plan(LLAMA, 1, tokens, budget_bytes=45 * GiB, host_bytes=100 * GiB, chunk=chunk)
             assert "exceeds" in other.reason or cost(made, LLAMA) <= cost(other, LLAMA) * 1.001
-    whole = plan(LLAMA, 1, 32768)
+    whole = plan(LLAMA, 1, 32768, stash=False)
     assert cost(replace(whole, chunk=8192), LLAMA) > cost(whole, LLAMA), "chunks cost something"
 
 
 def test_a_sequence_that_does_not_fit_whole_is_not_cut_in_two():
     """One layer at 256K tokens on 80 GB, where 2 chunks of 128K were measured to be slower than 32 of 8K."""
     one = replace(LLAMA, layers=1)
-    made = plan(one, 1, 1 << 18, budget_bytes=70 * GiB, host_bytes=100 * GiB)
+    made = plan(one, 1, 1 << 18, budget_bytes=50 * GiB, host_bytes=100 * GiB)
     assert 8192 <= made.chunk <= LONGEST_CHUNK and str(LONGEST_CHUNK) in made.reason
-    assert plan(one, 4, 1 << 16, budget_bytes=70 * GiB).chunk * 4 <= LONGEST_CHUNK, "rows of all sequences count"
+    assert plan(one, 4, 1 << 16, budget_bytes=50 * GiB).chunk * 4 <= LONGEST_CHUNK, "rows of all sequences count"
     assert plan(one, 1, 1 << 18, chunk=1 << 17).chunk == 1 << 17, "what is asked for is done"
     assert len(plan(one, 1, 1 << 18).bounds) == 1, "and one chunk, which adds nothing up, may be as long as it likes"
 
@@ -66,6 +66,26 @@ def test_more_room_is_used_for_attention_outputs():
     assert plan(LLAMA, 1, 65536, budget_bytes=60 * GiB, stash=False).attention == ("none",) * 32
     with_host = plan(LLAMA, 1, 262144, budget_bytes=30 * GiB, host_bytes=200 * GiB)
     assert "host" in with_host.inputs and "host" in with_host.attention
+
+
+def test_graphs_are_kept_where_there_is_room_and_nothing_else_was_asked_for(seed):
+    """Of the last layers; with less predicted work than every plan without them, and none where it does not fit."""
+    everything = plan(LLAMA, 1, 8192)
+    assert set(everything.inputs) == {"graph"} and "twice" in everything.reason and "with the graphs" in str(everything)
+    assert everything.device_bytes > 32 * saved_bytes(LLAMA, 8192)
+    last = 33
+    for budget in (100, 60, 45, 30, 20):
+        made = plan(LLAMA, 1, 8192, budget_bytes=budget * GiB)
+        graphs = made.inputs.count("graph")
+        assert 0 < graphs <= last and made.inputs[-graphs:] == ("graph",) * graphs
+        assert made.device_bytes <= budget * GiB * (1 - MARGIN) and f"{graphs} layers" in made.reason + "32 layers"
+        assert cost(made, LLAMA) < cost(plan(LLAMA, 1, 8192, budget_bytes=budget * GiB, every=2), LLAMA)
+        last = graphs
+    assert plan(LLAMA, 1, 1 << 19, budget_bytes=40 * GiB, host_bytes=100 * GiB).inputs.count("graph") == 0
+    for asked in (dict(chunk=8192), dict(stash=True), dict(offload=True), dict(every=2)):
+        assert "graph" not in plan(LLAMA, 1, 8192, **asked).inputs
+    mixture = replace(LLAMA, layer_parameters=2 * LLAMA.layer_parameters)
+    assert "graph" not in plan(mixture, 1, 8192).inputs, "experts, of whose graphs no formula tells"
 
 
 def test_the_host_limit_leads_to_every_second_input():
@@ -137,6 +157,11 @@ def test_flops_by_hand():
     assert work["gemm"] == 8 * 1000 * 32 * 218_112_000 + 6 * 1000 * 128256 * 4096
     assert work["attention_forward"] == 2 * 2 * 1000 * 1000 * 4096 * 32
     assert step_flops(LLAMA, 1, 1000, attention_kept=1.0)["attention_forward"] == work["attention_forward"] / 2
+    assert step_flops(LLAMA, 1, 1000, attention_kept=0.0, graphs=1.0) == {
+        "gemm": work["gemm"] - 2 * 1000 * 32 * 218_112_000,
+        "attention_forward": work["attention_forward"] / 2,
+        "attention_backward": work["attention_backward"],
+    }
 
 
 @pytest.mark.parametrize(
@@ -146,6 +171,9 @@ def test_flops_by_hand():
         dict(inputs=("device", "derived", "derived"), attention=("none",) * 3),
         dict(inputs=("moon", "device")),
         dict(attention=("none",)),
+        dict(inputs=("device", "graph")),  # with several chunks
+        dict(inputs=("graph", "device"), chunk=10),
+        dict(inputs=("device", "graph"), attention=("none", "device"), chunk=10),
         dict(chunk=0),
     ],
 )

@@ -8,7 +8,7 @@ float32 gradients of the same weights, ours may not be further away than Hugging
 get our chunked loss, which makes them faster than with their own, and `@cudnn` arms the faster attention kernel. Cells
 are run in the order of `--tokens` until the time is used up; an arm that ran out of memory is not tried at longer
 sequences.
-`hf+mask` is the baseline of the StreamBP paper: a padding mask, which keeps Hugging Face from causal flash attention.
+`plain+ce` keeps everything and computes nothing twice, where that fits. `hf+mask` is the baseline of the StreamBP paper: a padding mask, which keeps Hugging Face from causal flash attention.
 `python benchmarks/stream_report.py JSON…` turns the files of `--json` into a table and a plot.
 With `--streambp FOLDER` the published StreamBP runs in processes of its own (`stream_rival.py` says how to fill
 FOLDER), after our model has left the device. `--batches 1,2,4` repeats everything for each batch size; an arm like
@@ -38,7 +38,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from undertow.benchmarks.facts import facts
-from undertow.parallel.memory_model import DecoderShape, checkpointing_bytes
+from undertow.parallel.memory_model import DecoderShape, checkpointing_bytes, loss_bytes, saved_bytes
 from undertow.parallel.stream import causal_loss, rows_of, stream_backprop
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -59,7 +59,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         num_hidden_layers=4, vocab_size=4096, head_dim=16,
     ),
 }  # fmt: skip
-RIVALS = ("hf", "hf+mask", "hf+ce", "hf+ce@cudnn", "hf+ce+offload", "alst")
+RIVALS = ("plain+ce", "hf", "hf+mask", "hf+ce", "hf+ce@cudnn", "hf+ce+offload", "alst")
 LONG = 32768  # tokens, from which an eighth of them is enough to warm up
 OURS = {
     "ours": {"offload": False, "stash": False},
@@ -130,9 +130,10 @@ def armed(arm: str, model: Any, chunk: int | None) -> Iterator[Callable[[Tensor]
             yield ours
         return
     on_cuda = next(model.parameters()).is_cuda  # transformers' offload pins memory, which a CPU build cannot
-    model.gradient_checkpointing_enable(
-        {"use_reentrant": False}, offload=on_cuda and ("offload" in arm or arm == "alst")
-    )
+    if arm != "plain+ce":
+        model.gradient_checkpointing_enable(
+            {"use_reentrant": False}, offload=on_cuda and ("offload" in arm or arm == "alst")
+        )
     kernel = sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if "@cudnn" in arm else contextlib.nullcontext()
     tiled = tiled_mlps(model, 16384) if arm == "alst" else contextlib.nullcontext()
 
@@ -150,7 +151,8 @@ def armed(arm: str, model: Any, chunk: int | None) -> Iterator[Callable[[Tensor]
         with kernel, tiled:
             yield rival
     finally:
-        model.gradient_checkpointing_disable()
+        if arm != "plain+ce":
+            model.gradient_checkpointing_disable()
 
 
 def forget(model: nn.Module, device: torch.device) -> None:
@@ -203,6 +205,8 @@ def measure(arm: str, model: Any, tokens: Tensor, chunk: int | None, repeats: in
         predicted = checkpointing_bytes(
             shape, rows, chunked_loss=arm not in ("hf", "hf+mask"), offload="offload" in arm or arm == "alst"
         )
+        if arm == "plain+ce":
+            predicted = shape.layers * saved_bytes(shape, rows) + loss_bytes(shape, 1024, True)
         row["predicted_bytes"] = predicted + resident
     return row
 

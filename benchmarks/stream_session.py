@@ -25,7 +25,7 @@ from pathlib import Path
 from undertow.benchmarks import stream_report
 
 HERE = Path(__file__).parent
-FEW = "ours auto,hf+ce,hf+ce+offload,alst,ours+offload+stash"  # the most telling first
+FEW = "ours auto,hf+ce,hf+ce+offload,alst,ours+offload+stash,plain+ce"  # the most telling first
 CURVE = f"{FEW},ours+stash,ours+offload,ours"
 SWEEP = "ours auto,ours+offload+stash," + ",".join(f"ours+stash#{rows}" for rows in (8192, 16384, 32768))
 

@@ -7,8 +7,8 @@ bfloat16, gradients only, all arms in one process on the same weights and tokens
 float32 gradients of the same weights, ours may not be further away than Hugging Face's own bfloat16 gradients. Rivals
 get our chunked loss, which makes them faster than with their own, and `@cudnn` arms the faster attention kernel. Cells
 are run in the order of `--tokens` until the time is used up; an arm that ran out of memory is not tried at longer
-sequences.
-`plain+ce` keeps everything and computes nothing twice, where that fits. `hf+mask` is the baseline of the StreamBP paper: a padding mask, which keeps Hugging Face from causal flash attention.
+sequences. `plain+ce` keeps everything and computes nothing twice, where that fits; `hf+mask` is the baseline of the
+StreamBP paper: a padding mask, which keeps Hugging Face from causal flash attention.
 `python benchmarks/stream_report.py JSON…` turns the files of `--json` into a table and a plot.
 With `--streambp FOLDER` the published StreamBP runs in processes of its own (`stream_rival.py` says how to fill
 FOLDER), after our model has left the device. `--batches 1,2,4` repeats everything for each batch size; an arm like
@@ -260,7 +260,8 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 
 def longest(rows: list[dict[str, Any]], layers: int, full: int, shape: DecoderShape, limits: list[float]) -> str:
-    """Maximum tokens by the slope of measured peaks, at this depth and at full depth (with its weights, gradients)."""
+    """Maximum tokens by the slope of measured peaks, at this depth and at full depth (with its weights, gradients). Not
+    for arms whose peaks have no slope to go by: a plan fills what it is given."""
     lines = [
         f"{'arm':<22}{'bytes/token':>12}" + "".join(f"{f'{limit:.0f} GB':>12}{'full depth':>12}" for limit in limits)
     ]
@@ -268,7 +269,7 @@ def longest(rows: list[dict[str, Any]], layers: int, full: int, shape: DecoderSh
         points = sorted(
             (r["tokens"] * r["batch"], r["peak_bytes"]) for r in rows if r["arm"] == arm and "peak_bytes" in r
         )
-        if len(points) < 2 or points[-1][0] == points[0][0]:
+        if len(points) < 2 or points[-1][0] == points[0][0] or arm in ("ours auto", "plain+ce"):
             continue
         (t0, b0), (t1, b1) = points[-2], points[-1]
         slope = (b1 - b0) / (t1 - t0)

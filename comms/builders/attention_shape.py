@@ -31,7 +31,8 @@ class Need:
 @dataclass(frozen=True)
 class Heads:
     """Sizes of one row: `batch` × `q_heads` × `head_dim` of q, `kv_heads` of k, `v_dim` of v. `partial`: the dtype
-    that partial results are summed in; `wire`: the one that they are computed and sent in ('' for the same)."""
+    that partial results are summed in; `wire`: the one that they are computed and sent in ('' for the same); `result`:
+    the one that the last sum of each row is rounded to ('' for the same), where no heads are exchanged."""
 
     batch: int
     q_heads: int
@@ -41,6 +42,7 @@ class Heads:
     dtype: str = "float32"
     partial: str = "float32"
     wire: str = ""
+    result: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,11 @@ class Shape:
         """The same for a block's contribution to a result, before it is summed."""
         _, row, dtype = self.field(name, share)
         return name, row, self.heads.wire if self.heads.wire and name != "lse" else dtype
+
+    def whole(self, name: str) -> Field:
+        """The same for a result when all has been summed."""
+        _, row, dtype = self.field(name)
+        return name, row, self.heads.result if self.heads.result and name != "lse" else dtype
 
     def team_rows(self, name: str, team: int) -> int:
         return sum(self.rows(name, team * self.inner + member) for member in range(self.inner))

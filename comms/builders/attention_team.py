@@ -89,7 +89,8 @@ class Team:
             role = "scratch" if self.suffix else "output"
             op, kind = ("merge_lse", "merge") if group[0] == "out" else ("add", "reduce")
             rows = shape.team_rows(group[0], team)
-            self.running[team, group[0]] = Running(self.draft, rank, fields, rows, op, kind, role)
+            ends = fields if self.suffix else [shape.whole(name) for name in group]
+            self.running[team, group[0]] = Running(self.draft, rank, fields, rows, op, kind, role, ends)
 
     def exchange(self, team: int, name: str, shift: int) -> None:
         """Take this share of the heads from the member `shift` before this one."""

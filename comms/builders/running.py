@@ -30,14 +30,18 @@ class _Segment:
 class Running:
     """One result of `fields` on `rank`, combined by the operation `op` of `kind` ('merge' or 'reduce').
 
+    `ends`: the fields as they are in the end, where the last sum is rounded; the output then has memory of its own.
+
     `expect` every contribution first, then `add` them in order, then `finish`. A contribution that is the first of its
     rows must stay in memory of its own until it has been combined.
     """
 
     def __init__(
-        self, draft: Draft, rank: int, fields: Sequence[Field], rows: int, op: str, kind: str, role: str
-    ) -> None:
+        self, draft: Draft, rank: int, fields: Sequence[Field], rows: int, op: str, kind: str, role: str,
+        ends: Sequence[Field] | None = None,
+    ) -> None:  # fmt: skip
         self.draft, self.rank, self.fields, self.rows = draft, rank, list(fields), rows
+        self.ends = list(ends or fields)
         self.op, self.kind, self.role = op, kind, role
         self.expected: list[tuple[int, int]] = []
         self._segments: list[_Segment] = []
@@ -105,7 +109,7 @@ class Running:
         return [Slice(name, low, high) for name in names]
 
     def finish(self) -> None:
-        """Declare the output, the last owner of the slot."""
-        for name, row, dtype in self.fields:
-            slot = f"running.{name}" if self._versions else ""
+        """Declare the output: the last owner of the slot, unless it is rounded to another dtype."""
+        for (name, row, dtype), (_, _, summed) in zip(self.ends, self.fields):
+            slot = f"running.{name}" if self._versions and dtype == summed else ""
             self.draft.value(self.rank, name, dtype, self.rows, row, self.role, slot)

@@ -158,8 +158,8 @@ def _add(reads: Tensors, writes: Tensors) -> None:
     """Sums of as many groups as there are writes; may write over the first group."""
     width = len(writes)
     for at, write in enumerate(writes):
-        if reads[at].dtype == write.dtype:
-            torch.add(reads[at], reads[width + at], out=write)
+        if torch.promote_types(reads[at].dtype, reads[width + at].dtype).itemsize >= write.element_size():
+            torch.add(reads[at], reads[width + at], out=write)  # 16 bits are added in 32 and rounded once
         else:  # two parts in the type of the wire, to be summed in a wider one
             write.copy_(reads[at]).add_(reads[width + at])
 

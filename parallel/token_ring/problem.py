@@ -134,7 +134,12 @@ def _shape_of_teams(problem: Problem, inner: int, copies: int, halves: str) -> S
     return Shape(
         tuple(map(rows_of, problem.q_spans)),
         tuple(map(rows_of, problem.k_spans)),
-        replace(h, kv_heads=h.kv_heads * copies, wire=h.wire or _lossless(problem, inner, needs)),
+        replace(
+            h,
+            kv_heads=h.kv_heads * copies,
+            wire=h.wire or _lossless(problem, inner, needs),
+            result=h.result or (h.dtype if inner == 1 else ""),
+        ),
         needs,
         inner,
     )

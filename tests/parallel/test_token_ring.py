@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -441,6 +443,31 @@ def test_a_16_bit_wire_halves_what_comes_home_and_keeps_sums_wide(ranks):
     several = Problem(2, 64, 64, heads, Mask(causal=True, window=9))  # blocks of several kernel calls: nothing is saved
     assert shape_of(several, "token_ring").heads.wire == ""
     assert shape_of(Problem(2, 64, 64, heads, Mask(True), "striped"), "token_ring").heads.wire == "bfloat16"
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_16_bit_blocks_and_results_have_the_bits_of_wide_ones_that_are_rounded_last(world, seed):
+    """Every schedule and phase, in a random legal order, over blocks of one kernel call and of several."""
+    for mask, layout in ((Mask(True), "zigzag"), (Mask(True, window=11), "striped")):
+        heads = Heads(1, 4, 4, 8, 8, "bfloat16")
+        wide = Problem(world, 45, 45, replace(heads, wire="float32", result="float32"), mask, layout)
+        narrow = replace(wide, heads=heads)
+        whole = {n: torch.randn(1, 45, 4, 8).bfloat16() for n in ("q", "k", "v", "dout")}
+        whole |= {n: torch.randn(1, 45, 4) for n in ("lse", "delta")}
+        for name, backward in itertools.product(SCHEDULES, (False, True)):
+            if narrow.possible(name):
+                continue
+            names = ("q", "k", "v", *(("dout", "lse", "delta") if backward else ()))
+            found = []
+            for problem in (wide, narrow):
+                inputs = [local_inputs(problem, name, r, **{n: whole[n] for n in names}) for r in range(world)]
+                plan = problem.schedule(name, backward=backward)
+                check(plan, rendezvous=True)
+                found.append(local.run(plan, inputs, ops(problem, problem.inner(name), 0.3), seed=seed))
+            for one, other in zip(*found):
+                for n, x in one.items():
+                    assert n == "lse" or problem.inner(name) > 1 or other[n].dtype == torch.bfloat16
+                    assert torch.equal(x.to(other[n].dtype), other[n]), (name, backward, n)
 
 
 @pytest.mark.parametrize("name", ["ring_kv", "all_gather_kv", "token_ring"])

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import build as building
-from . import core, gpu_doctor, launch, measure, signatures, spec, toolchain
+from . import core, gpu_doctor, gpu_pairs, launch, measure, signatures, spec, toolchain
 from .errors import InterposeError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="The MPI datatype interposer.")
@@ -57,7 +57,13 @@ def doctor(
     mpicc: Mpicc = None,
     abi: Abi = False,
 ) -> None:
-    """Say which MPI is found, which flavour serves it, what is intercepted and what will happen."""
+    """Say which MPI is found, which flavour serves it, what is intercepted and what will happen.
+
+    Started on several ranks (mpirun -n 4 undertow mpi doctor): which way device buffers take between each two of them.
+    """
+    if gpu_pairs.started():
+        gpu_pairs.main()
+        return
     mpi = launch.mpi_of([mpirun] if shutil.which(mpirun) else [], mpicc, abi)
     have = [symbol for symbol in toolchain.SYMBOLS if symbol in mpi.symbols]
     large = sum(symbol.endswith("_c") for symbol in have)

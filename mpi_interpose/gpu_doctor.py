@@ -1,7 +1,7 @@
 """What `undertow mpi doctor` says of device buffers: is the MPI CUDA-aware, is there a device, which path is taken.
 
 Asked from outside the program: the library's own answer (MPIX_Query_cuda_support, which needs no MPI_Init) and the
-driver's list of devices. No context is created.
+driver's list of devices. No context is created. What holds for each pair of ranks takes the ranks: see gpu_pairs.
 """
 
 from __future__ import annotations
@@ -22,8 +22,13 @@ print(library.MPIX_Query_cuda_support() if hasattr(library, "MPIX_Query_cuda_sup
 
 def cuda_aware(mpi: Mpi) -> bool | None:
     """The library's own answer; None when it has none. Asked in a child, because the library is loaded for it."""
+    return answer_of(mpi.library)
+
+
+def answer_of(library: str) -> bool | None:
+    """The answer of the MPI library at this path."""
     done = subprocess.run(
-        [sys.executable, "-c", _ASK, mpi.library], capture_output=True, text=True, check=False, env=environment()
+        [sys.executable, "-c", _ASK, library], capture_output=True, text=True, check=False, env=environment()
     )
     answer = done.stdout.strip()
     return {"0": False, "1": True}.get(answer) if done.returncode == 0 else None
@@ -66,4 +71,5 @@ def rows(mpi: Mpi) -> list[tuple[str, str]]:
         path = f"packed on {', '.join(sorted(set(found)))}; between every pair of ranks through {how}"
         if os.environ.get("UNDERTOW_MPI_IPC", "0") not in ("", "0"):
             path += "; blocks of the w collectives through the sender's device memory where all ranks can open it"
-    return [("GPU buffers", path), ("CUDA-aware", library)]
+    found_rows = [("GPU buffers", path), ("CUDA-aware", library)]
+    return [*found_rows, ("pairs of ranks", "mpirun -n 2 undertow mpi doctor")] if found else found_rows

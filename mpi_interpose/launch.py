@@ -72,8 +72,9 @@ def environment(library: Path, mode: str, report: str | None) -> dict[str, str]:
     values = {"LD_PRELOAD": f"{library} {before}".strip(), "UNDERTOW_MPI_MODE": mode}
     # Reordering the ranks of a graph takes messages among all ranks: here all of them get the preload.
     values["UNDERTOW_MPI_REORDER"] = os.environ.get("UNDERTOW_MPI_REORDER", "1")
-    if "UNDERTOW_MPI_IPC" in os.environ:  # so does memory of other ranks, and the switch must stand alike on all
-        values["UNDERTOW_MPI_IPC"] = os.environ["UNDERTOW_MPI_IPC"]
+    # So does memory of other ranks, and the switch must stand alike on all, also on other hosts; as must the paths.
+    device = ("UNDERTOW_MPI_GPU", "UNDERTOW_MPI_IPC", "UNDERTOW_MPI_CUDA_AWARE")
+    values |= {name: value for name, value in os.environ.items() if name.startswith(device)}
     if report:
         values["UNDERTOW_MPI_REPORT"] = report
     return values

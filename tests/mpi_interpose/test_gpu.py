@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import ctypes
 
 from mpis import PROGRAMS, Install, need, start
 
-from undertow.mpi_interpose import gpu, gpu_kernels
+from undertow.mpi_interpose import gpu, gpu_kernels, gpu_pairs
 from undertow.mpi_interpose.compile import CSRC, cache_folder, compiler
 
 HERE = Path(__file__).parent
@@ -112,6 +113,36 @@ print(rows["GPU buffers"], "|", rows["CUDA-aware"])
     assert "device memory" in child(code, stand_in, UNDERTOW_MPI_IPC="1")
     assert "device scratch" in child(code, stand_in, UNDERTOW_MPI_GPU="staged")
     assert "as they are" in child(code, stand_in, UNDERTOW_MPI_GPU="off")
+
+
+def test_the_doctor_shows_each_pair_of_ranks(stand_in: Path) -> None:
+    """As found by trying, on two ranks and two cards; then one rank cannot open the other's memory."""
+    install, program = need("mpich-wheel"), [sys.executable, "-m", "undertow", "mpi", "doctor"]
+    stand: dict[str, Any] = {"LD_LIBRARY_PATH": str(stand_in), "FAKE_CUDA_CARDS": "2"}
+    out = start(install, 2, program, None, **stand)
+    assert "rank 1: " in out and "card 1, no GPU" in out and "\n0           .   ipc\n1         ipc     .\n" in out, out
+    second = '[ "$PMI_RANK" = 0 ] || export FAKE_CUDA_FAIL=cuIpcOpenMemHandle; exec "$0" "$@"'
+    out = start(install, 2, ["sh", "-c", second, *program], None, UNDERTOW_MPI_IPC="1", **stand)
+    assert "\n0           .   pin\n1         ipc     .\n" in out and "rank 1 cannot read that of rank 0" in out, out
+    assert "\n0           .  host\n" in start(install, 2, program, None, LD_LIBRARY_PATH="")
+
+
+def test_the_way_between_two_ranks_follows_from_what_they_can_do() -> None:
+    def ways(**of_first: Any) -> list[str]:
+        ranks = [
+            gpu_pairs.Rank("a", "card", ipc_on=True, opened=frozenset({1})),
+            gpu_pairs.Rank("a", "card", ipc_on=True),
+        ]
+        ranks[0] = replace(ranks[0], **of_first)
+        ranks[1] = replace(ranks[1], opened=frozenset({0}))
+        return [gpu_pairs.way(ranks, 0, 1), gpu_pairs.way(ranks, 1, 0)]
+
+    assert ways() == ["IPC", "IPC"] and ways(ipc_on=False) == ["ipc", "ipc"]
+    assert ways(off=True) == ["off", "off"] and ways(opened=frozenset()) == ["ipc", "pin"]
+    assert ways(card="", opened=frozenset()) == ["ipc", "pin"] and ways(aware=True) == ["IPC", "IPC"]
+    ranks = [gpu_pairs.Rank("a", "card", aware=True), gpu_pairs.Rank("b", "card", aware=True)]
+    assert gpu_pairs.way(ranks, 0, 1) == "lib" and "on another host" in gpu_pairs.text(ranks)
+    assert gpu_pairs.way([gpu_pairs.Rank("a"), gpu_pairs.Rank("b")], 0, 1) == "host"
 
 
 @pytest.mark.slow

@@ -161,10 +161,16 @@ class Team:
         if not self.gate.measuring(key):
             self._settled[case] = plan, arm
             return call(plan, arm)
-        began_s = self._now()
+        began_s = self._start()
         found = call(plan, arm)
         self.gate.took(key, chosen, self._now() - began_s)
         return found
+
+    def _start(self) -> float:
+        """When all ranks begin a measured call: else it would wait for what made another rank late before, and an arm
+        would pay for the one that came before it."""
+        dist.all_reduce(torch.zeros((), device=self.device), group=self.group)
+        return self._now()
 
     def _now(self) -> float:
         if self.device.type == "cuda":

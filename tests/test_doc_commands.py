@@ -67,6 +67,7 @@ CLAIMS = {
     "undertow mpi explain": "tests/mpi_interpose/test_cli.py",
     "undertow mpi measure": "tests/mpi_interpose/test_policy.py",
     "undertow mpi build": "tests/mpi_interpose/test_cli.py",
+    "mpirun -n 4 undertow mpi doctor": "tests/mpi_interpose/test_gpu.py",
     "mpirun -n 4 ./app": READER,
     "python -m undertow.mpi_interpose.gpu_kernels": "tests/mpi_interpose/test_gpu.py",
     "torchrun program.py": "tests/comms/test_docs.py",

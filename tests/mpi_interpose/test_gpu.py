@@ -116,7 +116,7 @@ print(rows["GPU buffers"], "|", rows["CUDA-aware"])
 
 
 def test_the_doctor_shows_each_pair_of_ranks(stand_in: Path) -> None:
-    """As found by trying, on two ranks and two cards; then one rank cannot open the other's memory."""
+    """As found by trying, under mpirun on two cards; then one rank cannot open the other's memory."""
     install, program = need("mpich-wheel"), [sys.executable, "-m", "undertow", "mpi", "doctor"]
     stand: dict[str, Any] = {"LD_LIBRARY_PATH": str(stand_in), "FAKE_CUDA_CARDS": "2"}
     out = start(install, 2, program, None, **stand)

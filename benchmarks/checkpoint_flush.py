@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,7 +84,9 @@ def _flush(job: Job, method: Method) -> Measured:
     return Measured(float(wrong), seconds, {"save_s": seconds / SAVES})
 
 
-def _trial(size: Size, device: torch.device, base: Path, machine: Machine | None = None) -> Trial:
+def _trial(
+    size: Size, device: torch.device, base: Path, machine: Machine | None = None, *, rivals: bool = True
+) -> Trial:
     job = Job(size, device, Path(tempfile.mkdtemp(prefix="undertow-bench-", dir=base)))
     keep_open(job)
     raw = Raw(job.folder, SAVES * job.state_bytes)
@@ -99,13 +102,14 @@ def _trial(size: Size, device: torch.device, base: Path, machine: Machine | None
 
         return Arm(name, run, prepare=os.sync, predicted_s=predicted_s)
 
-    arms = [
-        Arm("raw O_DIRECT", raw.run, prepare=os.sync),
-        arm("dcp.save (fsync)", lambda: Dcp(job, "dcp")),
-        arm("dcp.async_save, reused stager (fsync)", lambda: DcpAsync(job, "dcp-stager", reused=True)),
-        arm("torch.save", lambda: TorchSave(job, "torch")),
-        arm("undertow disk (fsync)", lambda: Undertow(job, "disk"), _predicted_s(job, machine)),
-    ]
+    arms = [Arm("raw O_DIRECT", raw.run, prepare=os.sync)]
+    if rivals:
+        arms += [
+            arm("dcp.save (fsync)", lambda: Dcp(job, "dcp")),
+            arm("dcp.async_save, reused stager (fsync)", lambda: DcpAsync(job, "dcp-stager", reused=True)),
+            arm("torch.save", lambda: TorchSave(job, "torch")),
+        ]
+    arms.append(arm("undertow disk (fsync)", lambda: Undertow(job, "disk"), _predicted_s(job, machine)))
     return Trial(arms, lambda: 0.0)
 
 
@@ -124,12 +128,16 @@ def _cases(context: Context) -> Sequence[Case]:
     cases = []
     for size in sizes:
 
-        def build(size: Size = size) -> Trial:
-            return _trial(size, device, base, context.machine)
+        def build(size: Size = size, rivals: bool = True) -> Trial:
+            return _trial(size, device, base, context.machine, rivals=rivals)
 
         nbytes = SAVES * 12 * _parameters(size)  # parameter and two moments in fp32
         options = {"nbytes": nbytes, "hardware": "raw O_DIRECT", "group": "flush", "warm_ups": 0}
         cases.append(Case(f"{size.name}, {SAVES} saves", build, "dcp.save (fsync)", "undertow disk (fsync)", **options))
+        if cuda:  # a quarter of the time
+            alone = partial(build, rivals=False)
+            name = f"{size.name}, {SAVES} saves beside the raw disk"
+            cases.append(Case(name, alone, "raw O_DIRECT", "undertow disk (fsync)", **options))
     return cases
 
 

@@ -42,6 +42,7 @@ from undertow.benchmarks.checkpoint_ours import Undertow
 from undertow.benchmarks.checkpoint_rivals import DcpAsync, TorchSave, rivals
 from undertow.dist.launch import detect, init_process_group
 
+ASYNC = ("dcp.async_save, reused stager (fsync)", "torch_checkpointing", "NVRx async")  # the rivals of `stall`
 ENDS = (1, 5, 10, 50)  # steps between checkpoints in the cases `end to end`
 
 
@@ -149,7 +150,9 @@ def _trial(size: Size, device: torch.device, folder: Path, every: int, kinds: st
             name = f"undertow disk, arena {share}"
             arms.append(arm(name, lambda share=share: Undertow(job, f"arena{share}", arena=share)))
         return Trial(arms, lambda: 0.0)
-    for name, make in rivals(job, few=kinds == "many").items():
+    for name, make in rivals(job, few=kinds != "disk").items():
+        if kinds == "stall" and name not in ASYNC:
+            continue
         if kinds == "many" and ("stager" in name or "process" in name) and handles < 3 * MANY:
             make = f"needs a handle for each of {MANY:,} tensors, and this user may hold {handles:,}"
         arms.append(Arm.missing(name, make) if isinstance(make, str) else arm(name, make))
@@ -170,6 +173,7 @@ def _cases(context: Context) -> Sequence[Case]:
             ("host", 1, "undertow host"),
             ("disk", size.interval, "undertow disk (fsync)"),
             ("arena", size.interval, "undertow disk (fsync)"),
+            *([("stall", size.interval, "undertow disk (fsync)")] if cuda else []),
             *(("end to end", every, "undertow disk (fsync)") for every in intervals),
         ):
 

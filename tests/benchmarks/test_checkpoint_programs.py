@@ -32,7 +32,7 @@ def measured(arm) -> Measured:
     return found
 
 
-@pytest.mark.parametrize("kinds", ["disk", "end to end", "host"])
+@pytest.mark.parametrize("kinds", ["disk", "end to end", "host", "stall"])
 def test_every_arm_reads_back_and_is_seen_durable(tmp_path, kinds):
     trial = checkpoint_stall._trial(TINY, torch.device("cpu"), tmp_path, 2, kinds)
     for arm in trial.arms:

@@ -36,7 +36,9 @@ from undertow.benchmarks.checkpoint_ranks import Sharded
 from undertow.checkpointing import Checkpointer
 from undertow.dist.errors import UndertowError, UserError
 from undertow.dist.launch import detect, init_process_group, local_device
+from undertow.dist.log import get_logger
 
+log = get_logger(__name__)
 SIZES = {size.name: size for size in (TINY, MEDIUM, LARGE)}
 ON_DISK, LAST = 4, 6  # the step of the newest save to disk, and of the newest to host memory
 MODULE = "undertow.benchmarks.checkpoint_recovery"
@@ -175,6 +177,7 @@ def killed_run(ranks: int, folder: Path, size: str, timeout_s: float) -> list[di
 
 
 def started_again(lost: str, ranks: int, told: Sequence[dict], expected: int, folder: Path, size: str) -> Start:
+    log.info("lost: %s; starting %d rank(s)", lost, ranks)
     run = Torchrun("restart", ranks, folder, size)
     try:
         if run.wait(300):
@@ -188,6 +191,7 @@ def started_again(lost: str, ranks: int, told: Sequence[dict], expected: int, fo
 
 def recover(ranks: int, folder: Path, size: str, timeout_s: float = 300.0) -> list[Start]:
     """The kill and the three starts."""
+    log.info("training %s parameters on %d ranks, to be killed at step %d", size, ranks, LAST)
     told = killed_run(ranks, folder, size, timeout_s)
     memory = Path(told[0]["memory"])
     try:

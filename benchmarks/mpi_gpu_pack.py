@@ -11,9 +11,9 @@ in the second-level cache between calls, for all arms alike. `sync us` is one pa
 Open MPI's CUDA support packs (of more than 8,192 blocks so many are copied, and the time is scaled). FOLDER gets the
 JSON, a page and a plot (see mpi_gpu_pages); the JSON is written after each cell.
 
-`--fetch 32` asks the device for the least that its second-level cache reads at a time (a setting of the whole process, so
-the interposer leaves it alone). With 64, blocks of 32 bytes with gaps as large move 64 bytes for 32: no kernel could pass
-two thirds of the copy rate. That is the explanation that the option puts to the test.
+`--fetch 32` asks the device for the least that its second-level cache reads at a time (a setting of the whole process,
+so the interposer leaves it alone). With 64, blocks of 32 bytes with gaps as large move 64 bytes for 32: no kernel could
+pass two thirds of the copy rate. That is the explanation that the option puts to the test.
 """
 
 from __future__ import annotations

@@ -102,8 +102,7 @@ class P2P:
         self._agree(schedule)
         part = part_of(graph, self.rank, self._transport.prepare(graph), prepost=self._transport.prepost)
         if self._streams is not None:
-            own = part.own[0].lane if part.own else ""
-            self._queued[schedule.digest] = Queued(queue_order(graph, self.rank, own), self._streams)
+            self._queued[schedule.digest] = Queued(queue_order(graph, self.rank), self._streams)
         return part
 
     def run(

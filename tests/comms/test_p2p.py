@@ -313,7 +313,7 @@ def _rehearsing(rank, world, schedule, streams):
             return call
 
         part = executor._prepared(schedule)
-        queued = Queued(queue_order(part.graph, rank, part.own[0].lane), streams())
+        queued = Queued(queue_order(part.graph, rank), streams())
         ops = {name: counted(name, op) for name, op in table(schedule, None).items()}
         storage = Storage(part.layout, {"x": x, "w": w})
         run = QueuedRun(executor, part, queued, storage, ops)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from undertow.comms.actions import Compute, Recv, Send
+from undertow.comms.actions import Recv, Send
 from undertow.comms.builders.all_gather import ring_all_gather
 from undertow.comms.builders.attention_shape import Heads
 from undertow.comms.builders.gemm_reduce_scatter import gemm_reduce_scatter
@@ -28,12 +28,8 @@ from undertow.parallel.token_ring.problem import SCHEDULES, Problem
 HEADS = Heads(1, 60, 12, 8, 8)  # dealt evenly to 1 to 5 ranks
 
 
-def _own(graph: Graph, rank: int) -> str:
-    return next((n.lane for n in graph.nodes if n.rank == rank and isinstance(n.action, Compute)), "")
-
-
 def _orders(graph: Graph) -> list[QueueOrder]:
-    return [queue_order(graph, rank, _own(graph, rank)) for rank in range(graph.schedule.world)]
+    return [queue_order(graph, rank) for rank in range(graph.schedule.world)]
 
 
 def _covered(graph: Graph, order: QueueOrder) -> None:
@@ -130,6 +126,25 @@ def test_messages_come_before_what_need_not_be_done_first():
     assert kinds[:3] == ["send", "recv", "compute"] and set(kinds[3:]) <= {"compute", "copy", "merge"}
 
 
+@pytest.mark.parametrize("name", ["ring_kv", "token_ring", "token_ring_bookended"])
+def test_a_receive_does_not_stand_on_the_device_while_its_sender_still_computes(name):
+    """What comes home is received after as many blocks as its sender computes for it, and no sooner or later."""
+    graph = build(Problem(3, 63, 63, HEADS).schedule(name, backward=True, goals=False))
+    for order in _orders(graph):
+        blocks, behind = 0, dict[int, int]()  # blocks of the own lane up to each step
+        for index, step in enumerate(order.steps):
+            blocks += step.node.lane == order.own
+            behind[index] = blocks
+        for step in order.steps:
+            if isinstance(step.node.action, Recv) and step.node.lane.startswith("back"):
+                sender = graph.nodes[graph.partner[step.node.id]]
+                blocks_there = [n.id for n in graph.nodes if n.rank == sender.rank and n.lane == "compute"]
+                needed = max(blocks_there.index(w) + 1 for w in graph.writers[sender.id])
+                lane = [s for s in order.steps if s.node.lane == step.node.lane and s.node.index <= step.node.index]
+                waited = max(behind[i] for s in lane for i in s.waits if order.steps[i].node.lane == order.own)
+                assert waited == needed
+
+
 def test_no_order_where_sends_that_wait_would_stop():
     text = """schedule both
 world 2
@@ -138,7 +153,7 @@ value y float32[1] output
 
 """
     each = "rank {0}\nlane a\n  send -> {1} m.{0} (x[0:1])\nlane b\n  recv <- {1} m.{1} => y[0:1]\n"
-    assert len(global_order(build(parse(text + each.format(0, 1) + "\n" + each.format(1, 0))))) == 4
+    assert len(global_order(build(parse(text + each.format(0, 1) + "\n" + each.format(1, 0))))[0]) == 4
     cross = "rank {0}\nlane a\n  wait (y[0:1])\n  send -> {1} m.{0} (x[0:1])\nlane b\n  recv <- {1} m.{1} => y[0:1]\n"
     with pytest.raises(ValueError, match="stops for ever"):
         global_order(build(parse(text + cross.format(0, 1) + "\n" + cross.format(1, 0))))
@@ -163,7 +178,7 @@ def _queued(schedule, inputs, ops, streams, good: int) -> QueuedRun:
     graph = build(schedule)
     addresses = dict.fromkeys(range(len(graph.nodes)))
     part = part_of(graph, 0, addresses, prepost=False)
-    queued = Queued(queue_order(graph, 0, _own(graph, 0)), streams)
+    queued = Queued(queue_order(graph, 0), streams)
     owner = SimpleNamespace(_transport=_Lossy(good), trace=Trace(None), timeout_s=0.5)
     return QueuedRun(owner, part, queued, Storage(part.layout, inputs), table(schedule, ops))  # type: ignore
 

@@ -31,7 +31,7 @@ from .layout import Layout
 from .offload import Courier, HostSlot
 from .plan import StreamPlan
 from .protocol import Attend, Unsupported
-from .scene import Answer, Scene
+from .scene import Answer, Scene, out_of_memory_errors
 from .store import Derived, Slot
 
 
@@ -103,6 +103,7 @@ class Engine:
         self.tape: Tape | None = None
         self.last_plan: StreamPlan | None = None
         self.reasons: dict[str, str] = {}
+        self.unread: dict[int, frozenset[str]] = {}
         self._names = {id(layer): f"layer {i}" for i, layer in enumerate(adapter.layers)}
         self._streamed: set[str] = set()
         self._enabled = False
@@ -262,10 +263,10 @@ class Engine:
         if x.dim() != 3:
             raise Unsupported(f"hidden states of shape {tuple(x.shape)}: [batch, tokens, channels] is needed")
         layout = self.adapter.layout(layer, x, args, kwargs)
-        if self.last_plan is not None and self._ooms is not None and _out_of_memory_errors(x) > self._ooms:
+        if self.last_plan is not None and self._ooms is not None and out_of_memory_errors(x) > self._ooms:
             self.degrade(self.last_plan)
         plan = self.planner(x)
-        self._ooms = _out_of_memory_errors(x) if "graph" in plan.inputs else None
+        self._ooms = out_of_memory_errors(x) if "graph" in plan.inputs else None
         kind = x.device.type
         run = self.adapter.runner()
 
@@ -282,6 +283,7 @@ class Engine:
             any(self.adapter.wants_random_replay(layer) for layer in self.adapter.layers),
             (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
             lambda: self.degrade(plan),
+            self.unread,
             self.attend,
         )
         if self.courier is None and "host" in (*plan.inputs, *plan.attention):
@@ -299,8 +301,3 @@ class Engine:
             on_host = place == "host"
             return HostSlot(self.courier, plan.bounds, input_on_host=on_host, attention=attention, below=below)
         return Slot(plan.bounds, attention != "none", below)
-
-
-def _out_of_memory_errors(x: Tensor) -> int:
-    """How many the allocator has counted."""
-    return int(torch.cuda.memory_stats(x.device).get("num_ooms", 0)) if x.is_cuda else 0

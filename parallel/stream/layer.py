@@ -31,6 +31,7 @@ from .protocol import Unsupported
 from .scene import Answer, KeysReady, Scene
 from .store import Slot
 from .sums import WeightSums
+from .unread import may_leave_out, unread
 
 
 class NoAttention(Unsupported):
@@ -149,9 +150,7 @@ class LayerCall:
     ) -> None:
         start, stop = self.scene.bounds[chunk]
         x = slot.rows(chunk).detach().requires_grad_(dx is not None)
-        self._restore_random(chunk, x.device)
-        with torch.enable_grad(), total.taking_over(self.scene.autocast[0]):
-            y, extras = self._on(chunk, x, Answer(self.scene, "gradient", chunk, keys, slot))
+        y, extras = self._again(chunk, x, keys, slot, total)
         outputs, gradients = [y], [dy[:, start:stop]]
         for extra, dextra in zip(extras, dextras):
             if dextra is not None and extra.requires_grad:
@@ -166,6 +165,27 @@ class LayerCall:
             dx[:, start:stop] = 0 if grads[0] is None else grads[0]
             grads = grads[1:]
         total.add(grads)
+
+    def _again(
+        self, chunk: int, x: Tensor, keys: KeyValues | None, slot: Slot, total: WeightSums
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The chunk with its graph, less the products that no gradient reads; the first time, finds out which."""
+        known, names = self.scene.unread.get(id(self.layer)), dict[int, str]()
+        if (known is None or known) and (self.scene.autocast[0] or not may_leave_out(self.layer)):
+            known = frozenset()  # this time
+        if known is None or known:
+            names = {id(weight): name for name, weight in self.layer.named_parameters()}
+        while True:
+            left_out = {each for each, name in names.items() if known and name in known}
+            self._restore_random(chunk, x.device)
+            with torch.enable_grad(), total.taking_over(self.scene.autocast[0], left_out or names, left_out):
+                y, extras = self._on(chunk, x, Answer(self.scene, "gradient", chunk, keys, slot))
+            found = unread(y, extras) if names else set()
+            if known is None:
+                self.scene.unread[id(self.layer)] = frozenset(names[each] for each in found if each in names)
+            if left_out <= found:
+                return y, extras
+            known = self.scene.unread[id(self.layer)] = frozenset()  # another graph than before: all of it, then
 
     def _restore_random(self, chunk: int, device: torch.device) -> None:
         if self.scene.replay_random:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ class Scene:
     replay_random: bool = False
     autocast: tuple[bool, torch.dtype] = (False, torch.bfloat16)
     out_of_memory: Callable[[], None] = lambda: None  # told before the error of a backward goes on
+    unread: dict[int, frozenset[str]] = field(default_factory=dict)  # by id of a layer: see `unread`, kept over passes
     attend: Attend | None = None  # in place of attention here, with one chunk only: ring attention, for one
 
     def precision(self, device: torch.device) -> contextlib.AbstractContextManager:
@@ -108,3 +109,8 @@ class Answer:
         if self.slot is not None and self.slot.keeps_attention:
             self.slot.keep_attention(self.chunk, out, lse)
         return out
+
+
+def out_of_memory_errors(x: Tensor) -> int:
+    """How many the allocator has counted."""
+    return int(torch.cuda.memory_stats(x.device).get("num_ooms", 0)) if x.is_cuda else 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
+
+from .unread import Product, zeros
 
 LOW = (torch.bfloat16, torch.float16)
 BLOCK_ROWS = 512  # rows that a CPU converts to float32 at a time
@@ -60,9 +62,13 @@ class WeightSums:
         self._index = {id(p): i for i, p in enumerate(params)}
         self._low = any(p.dtype in LOW for p in params)
 
-    def taking_over(self, autocast: bool = False) -> contextlib.AbstractContextManager:
-        """While a chunk runs forward: linear maps and scales add to the sums in their backward."""
-        return _TakeOver(self) if self._low and not self._once and not autocast else contextlib.nullcontext()
+    def taking_over(
+        self, autocast: bool = False, marked: Collection[int] = (), unread: Collection[int] = ()
+    ) -> contextlib.AbstractContextManager:
+        """While a chunk runs forward: linear maps and scales add to the sums in their backward. Of weights with the ids
+        `marked`, products are known again in the graph, and those of `unread` ones are zeros (see `unread`)."""
+        add = self._low and not self._once
+        return _TakeOver(self, add, marked, unread) if (add or marked) and not autocast else contextlib.nullcontext()
 
     def holds(self, weight: Any, dim: int) -> bool:
         """Whether `weight` is one of `params`, of low precision and of `dim` dimensions."""
@@ -106,18 +112,20 @@ _PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 
 
 class _TakeOver(TorchFunctionMode):
-    def __init__(self, sums: WeightSums) -> None:
+    def __init__(self, sums: WeightSums, add: bool, marked: Collection[int], unread: Collection[int]) -> None:
         super().__init__()
-        self._sums = sums
+        self._sums, self._add, self._marked, self._unread = sums, add, marked, unread
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             if func is F.linear:
                 x, weight, bias = _of_linear(*args, **kwargs)
-                if self._sums.holds(weight, 2) and x.dtype == weight.dtype:
-                    return _Linear.apply(x, weight, bias, self._sums)
-            elif func in _PRODUCTS and len(args) == 2 and not kwargs:
+                if self._add and self._sums.holds(weight, 2) and x.dtype == weight.dtype:
+                    return _Linear.apply(x, weight, bias, self._sums, id(weight) in self._unread)
+                if id(weight) in self._marked and weight.dim() == 2 and x.dtype == weight.dtype:
+                    return Product.apply(x, weight, bias, id(weight) in self._unread)
+            elif self._add and func in _PRODUCTS and len(args) == 2 and not kwargs:
                 weight, x = args if self._sums.holds(args[0], 1) else reversed(args)
                 if self._sums.holds(weight, 1) and _scales(weight, x):
                     return _Scale.apply(x, weight, self._sums)
@@ -137,10 +145,10 @@ class _Linear(torch.autograd.Function):
     """F.linear whose gradients of weight and bias go to the sums instead of to autograd."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sums: WeightSums) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sums: WeightSums, unread: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.sums, ctx.bias = sums, bias
-        return F.linear(x, weight, bias)
+        ctx.sums, ctx.bias, ctx.weight_id = sums, bias, id(weight)
+        return zeros(x, weight) if unread else F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -154,7 +162,7 @@ class _Linear(torch.autograd.Function):
             total += rows.sum(0, dtype=total.dtype)
         elif ctx.needs_input_grad[2]:
             dbias = rows.sum(0)
-        return dx, None, dbias, None
+        return dx, None, dbias, None, None
 
 
 class _Scale(torch.autograd.Function):

@@ -7,6 +7,7 @@ Every rank's memory is on its own card (rank r of the host on card r mod count).
     auto, direct, staged   the program's own call on device memory; the preload takes the path named, or chooses
     ipc                    the same with UNDERTOW_MPI_IPC: receivers read the senders' device memory
     by hand                torch packs into device scratch, a pinned buffer goes through the same collective as bytes
+    kernels                the same with a kernel of one's own for each part, where nvcc is at hand
     per block              one cuMemcpyAsync per contiguous block to and from that buffer
 
 The halo is Neighbor_alltoallw of six subarray faces (examples/halo3d's types); `pencil` turns an array that is split
@@ -234,7 +235,7 @@ COLUMNS = (*PRELOAD, IPC, *RIVALS)
 def line(row: dict) -> str:
     us = {way: values[0] for way, values in row["us"].items()}
     cells = " ".join(f"{us[way]:>10.1f}" if way in us else f"{'-':>10}" for way in COLUMNS)
-    ratios = " ".join(f"{us[way] / us['auto']:>8.2f}" if way in us else f"{'-':>8}" for way in COLUMNS[-2:])
+    ratios = " ".join(f"{us[way] / us['auto']:>8.2f}" if way in us else f"{'-':>8}" for way in RIVALS)
     bad = [way for way, wrong in row["wrong"].items() if wrong]
     other = " DIFFERENT FROM THE CPU" if row["different from the CPU"] else ""
     return f"{row['name']:<16} {row['size'] / 1024:>9.0f} {row['blocks']:>8} {cells} {ratios}" + (
@@ -275,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     if cards is not None:
         sys.stdout.write(f"{facts.hardware()}; {library[:60]}\n")
         sys.stdout.write("".join(f"rank {rank}: {card}\n" for rank, card in enumerate(cards)))
-        sys.stdout.write(f"{HEAD}   (us)  hand/auto block/auto\n")
+        sys.stdout.write(f"{HEAD}   (us)  hand/auto kern/auto block/auto\n")
         sys.stdout.flush()
     cases = [(halo, n) for n in options.cells]
     cases += [(make, n) for make, sizes in ((pencil, options.pencils), (transpose, options.transposes)) for n in sizes]

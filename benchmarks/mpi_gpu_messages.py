@@ -4,8 +4,9 @@
 
 The ways of benchmarks/mpi_gpu_collectives to the same bytes, in one run, in turn, each checked first: MPI_Send and
 MPI_Recv of the device buffer with its datatype by each path of the preload (auto, direct, staged), what a user writes
-without it (by hand), and a copy per contiguous block. Ping-pong halves and exchanges of six faces, medians of the
-slower rank. Rank r of a host works on card r mod count, so that both share the only card of a machine with one.
+without it (by hand with torch, and with kernels of one's own), and a copy per contiguous block. Ping-pong halves and
+exchanges of six faces, medians of the slower rank. Rank r of a host works on card r mod count, so that both share the
+only card of a machine with one.
 """
 
 from __future__ import annotations
@@ -206,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(f"{facts.hardware()}; {library[:60]}\n")
         sys.stdout.write("".join(f"rank {rank}: {card}\n" for rank, card in enumerate(cards)))
         titles = " ".join(f"{way:>10}" for way in WAYS)
-        sys.stdout.write(f"{'case':<26} {'blocks':>8} {titles}   (us)  hand/auto block/auto\n")
+        sys.stdout.write(f"{'case':<26} {'blocks':>8} {titles}   (us)  hand/auto kern/auto block/auto\n")
     cases: list[Callable[[], dict]] = [lambda n=n: halo(setting, n) for n in options.cells]
     cases += [lambda x=x: ping_pong(setting, x) for x in layouts() if x.size <= options.most]
     for case in cases:

@@ -6,6 +6,7 @@ which the tests' stand-in for libcuda serves too. A `Batch` is what one exchange
 a buffer, with a pinned buffer that holds them densely, one after the other. Its rivals' ways to fill that buffer are
 
     by hand     torch packs every layout into device scratch, one copy goes to pinned memory, one wait
+    kernels     the same with a kernel of the user's own for each layout (mpi_gpu_rivals' strided copies), given nvcc
     per block   one cuMemcpyAsync for each contiguous block, as Open MPI's CUDA support does it, one wait
 """
 
@@ -24,15 +25,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from undertow.benchmarks.mpi_gpu_rivals import Layout, views
-from undertow.mpi_interpose import gpu
+from undertow.benchmarks.mpi_gpu_rivals import Driver, Layout, views
+from undertow.mpi_interpose import gpu, gpu_kernels
 from undertow.mpi_interpose.compile import compiler
 
 MOST_BLOCKS = 1 << 17  # more single copies than this take seconds
 ALIGN = 64
 PRELOAD = ("auto", "direct", "staged")
 IPC = "ipc"  # of the w collectives only: the switch UNDERTOW_MPI_IPC, otherwise off
-RIVALS = ("by hand", "per block")
+RIVALS = ("by hand", "kernels", "per block")
 
 BLOCKS = r"""
 #include <string.h>
@@ -84,7 +85,8 @@ class Buffer:
 class Room:
     """Memory of one rank by torch, on `device` 'cuda' or 'cpu'. `card` says where it is."""
 
-    rivals = RIVALS
+    rivals: tuple[str, ...] = ("by hand", "per block")
+    driver: Driver | None = None
 
     def __init__(self, rank: int, device: str) -> None:
         self.lib = blocks_library()
@@ -95,6 +97,8 @@ class Room:
             self.place = torch.device("cuda", rank % torch.cuda.device_count())
             torch.cuda.set_device(self.place)
             about = torch.cuda.get_device_properties(self.place)
+            if gpu_kernels.find_nvcc():
+                self.driver, self.rivals = Driver(), RIVALS
             self.card = f"cuda:{self.place.index} {about.name} {getattr(about, 'uuid', '')}".strip()
 
     def empty(self, nbytes: int) -> Buffer:
@@ -213,6 +217,21 @@ class Batch:
                 views(layout, whole[start : start + layout.span], self.scratch[place : place + layout.size])
                 for (layout, start), place in zip(parts, self.places)
             ]
+        self.kernels = {packing: self._kernels(packing) for packing in (True, False)} if where.driver else {}
+
+    def _kernels(self, packing: bool) -> list[Callable[[], object]]:
+        """A launch for each layout between the buffer and the scratch."""
+        made, driver = [], self.room.driver
+        for (layout, start), place in zip(self.parts, self.places):
+            run = (
+                driver.paper(layout, self.buffer.address + start, self.scratch.data_ptr() + place, packing)
+                if driver
+                else None
+            )
+            if run is None:
+                raise ValueError(f"no strided kernel for {layout.name}: {len(layout.dims)} loops, expected one or two")
+            made.append(run)
+        return made
 
     def ways(self) -> list[str]:
         return [way for way in self.room.rivals if way != "per block" or self.blocks <= MOST_BLOCKS]
@@ -222,8 +241,7 @@ class Batch:
         if way == "per block":
             self._each(True)
         else:
-            for view, dense in self.views:
-                dense.copy_(view)
+            self._move(way, True)
             self.pinned.copy_(self.scratch, non_blocking=True)
         self.room.settle()
 
@@ -232,9 +250,17 @@ class Batch:
             self._each(False)
         else:
             self.scratch.copy_(self.pinned, non_blocking=True)
-            for view, dense in self.views:
-                view.copy_(dense)
+            self._move(way, False)
         self.room.settle()
+
+    def _move(self, way: str, packing: bool) -> None:
+        """Between the buffer and the device scratch, queued."""
+        if way == "kernels":
+            for launch in self.kernels[packing]:
+                launch()
+            return
+        for view, dense in self.views:
+            dense.copy_(view) if packing else view.copy_(dense)
 
     def _each(self, packing: bool) -> None:
         for (layout, start), place in zip(self.parts, self.places):

@@ -465,8 +465,8 @@ def test_the_benchmarks_of_messages_and_collectives_are_right_by_every_way(stand
             ]
             out = start(install, 2, command, "auto", LD_LIBRARY_PATH=str(stand_in))
             rows = [line.split() for line in out.splitlines() if line.startswith(("halo", "pencil", "8 B"))]
-            # … auto direct staged [ipc] hand block hand/auto block/auto
-            column = -4 if way == "by hand" else -6 if name == "mpi_gpu_collectives" else -5
+            # … auto direct staged [ipc] hand kernels block and three ratios
+            column = -6 if way == "by hand" else -8 if name == "mpi_gpu_collectives" else -7
             assert rows and all(float(row[column]) > 0 for row in rows), out
             assert "WRONG" not in out and "DIFFERENT" not in out
             page = (tmp_path / device / f"{name}.md").read_text()

@@ -26,6 +26,7 @@ PLACES = {
     "host+stash": {"offload": True, "stash": True},
     "every2": {"every": 2, "offload": True},
     "auto": {},
+    "graphs": {"chunk": None},
 }
 
 
@@ -81,10 +82,11 @@ def test_bfloat16_is_as_close_to_float32_as_hugging_face(kind, shape, backend, s
     model.bfloat16()
     _, plain = errors(model, exact, **inputs)
     for place, options in PLACES.items():
-        with stream_backprop(model, chunk=400, loss_rows=256, attention_backend=backend, **options) as engine:
+        with stream_backprop(model, **{"chunk": 400, **options}, loss_rows=256, attention_backend=backend) as engine:
             for _ in range(2):  # the second step reuses host blocks
                 low_loss, found = errors(model, exact, **inputs)
         assert set(engine.report().values()) == {"streamed"}
+        assert (place == "graphs") == ("graph" in engine.last_plan.inputs)
         assert abs(low_loss - loss) < 2e-2
         # One parameter's ratio is a random number (see test_stream_bfloat16); their geometric mean hardly is.
         ratio = math.exp(sum(math.log(found[n] / plain[n]) for n in found) / len(found))

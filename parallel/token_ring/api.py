@@ -23,6 +23,7 @@ from ...comms import local
 from ...comms.builders.attention_shape import Heads
 from ...comms.ops import Ops
 from ...dist.errors import UserError
+from ..kernels.row_products import row_dot
 from ..masks import Mask
 from ..merge import lse_dtype
 from ..partition import Group, as_list, rows_of
@@ -246,9 +247,11 @@ def _(q: Tensor, k: Tensor, v: Tensor, number: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("undertow::token_ring_attention_backward", mutates_args=())
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, number: int
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor, number: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = _calls[number]
+    delta = row_dot(dout, out, lse.dtype) - dlse.to(lse.dtype).masked_fill(torch.isneginf(lse), 0)
+    dout = dout.to(q.dtype)
     inputs = {"q": q, "k": k, "v": v, "dout": dout, "lse": lse, "delta": delta}
     found = _run(call, True, {name: _rows_first(x) for name, x in inputs.items()})
     dq, dk, dv = (found[name].to(x.dtype).transpose(0, 1).contiguous() for name, x in (("dq", q), ("dk", k), ("dv", v)))
@@ -257,7 +260,7 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, number: int
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor, number: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -269,10 +272,8 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _gradient(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse = ctx.saved_tensors
-    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-    if dlse is not None:
-        delta = delta - torch.where(torch.isneginf(lse), torch.zeros_like(lse), dlse.to(lse.dtype))
-    found = torch.ops.undertow.token_ring_attention_backward(dout.to(q.dtype), q, k, v, lse, delta, ctx.number)
+    dlse = torch.zeros_like(lse) if dlse is None else dlse
+    found = torch.ops.undertow.token_ring_attention_backward(dout, q, k, v, out, lse, dlse, ctx.number)
     return (*(g if wanted else None for g, wanted in zip(found, ctx.needs_input_grad)), None)
 
 

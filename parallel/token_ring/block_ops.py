@@ -22,6 +22,7 @@ from ...comms.ops import Ops
 from ..blocks.select import choose
 from ..blocks.types import Backend
 from ..kernels.merge_rows import merge_to
+from ..kernels.row_products import standing_out
 from ..masks import BACKWARDS, FULL, Tile
 from ..merge import merge
 from .problem import Problem
@@ -138,10 +139,8 @@ def _standing_in(dout: Tensor, delta: Tensor, v: Tensor, column: bool) -> tuple[
         out[..., -1] = delta.to(out.dtype)
         wide_dout[..., -1] = 1
         return out, wide_v, wide_dout
-    norm = torch.linalg.vector_norm(dout, dim=-1, dtype=torch.float64).square_()  # float32 squares could vanish
-    factor = torch.where(norm == 0, torch.zeros_like(norm), delta / norm).to(delta.dtype)
-    out = torch.mul(dout, factor.unsqueeze(-1), out=torch.empty_like(dout))
-    return out, v, dout
+    rows = standing_out(dout.permute(2, 0, 1, 3), delta.permute(2, 0, 1))  # as they lie in memory
+    return _heads_first(rows), v, dout
 
 
 def _merge_lse(reads: Tensors, writes: Tensors) -> None:

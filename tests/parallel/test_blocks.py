@@ -158,3 +158,23 @@ def test_unknown_backend_is_a_user_error():
 
     with pytest.raises(UserError, match="no attention backend"):
         select.backend("fast")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_row_products_equal_the_formulas(dtype, device, seed):
+    """Also for rows whose squares vanish in float32, rows of zeros, and widths that no power of two is."""
+    from undertow.parallel.kernels.row_products import row_dot, standing_out
+
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    dout, out = (torch.randn(37, 2, 3, 40, dtype=torch.float64).to(dtype).to(device) for _ in range(2))
+    dout[3], dout[4] = 0, dout[4] * 1e-25
+    delta = row_dot(dout, out, wide)
+    exact = (dout.double() * out.double()).sum(-1)
+    assert delta.dtype == wide and relative(delta, exact) < 1e-6
+    stand = standing_out(dout, delta)
+    assert stand.dtype == dtype and (stand[3] == 0).all() and stand.isfinite().all()
+    # each entry is rounded once, to 2^-9 of itself in bfloat16: so the sum is off by less than 2^-8 of its terms' sizes
+    terms = (dout.double() * stand.double()).abs().sum(-1)
+    assert ((dout.double() * stand.double()).sum(-1) - delta.double()).abs().le(2**-8 * terms + 1e-300).all()
+    assert ((exact[4] / exact[4].abs().clamp_min(1e-60)).abs() > 0.5).all()

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from undertow.benchmarks.attention_modelled import PEERS, schedule_of
+from undertow.benchmarks.attention_modelled import PEERS, Peer, schedule_of
 from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Measured, Trial
 from undertow.comms.builders.attention_shape import Heads
 from undertow.dist.errors import UserError
@@ -38,6 +38,7 @@ from undertow.parallel.token_ring.planner import Rates, predict
 from undertow.parallel.token_ring.problem import SCHEDULES, Problem
 
 PLAIN, TORCH, PEER = "ring_kv", "torch context_parallel", "zigzag ring (ring-flash-attention)"
+BETWEEN = "ring_kv, merges between blocks"
 GATE_CALLS = 31  # enough for the gate to have decided
 LENGTHS = (32_768, 65_536, 131_072, 262_144)
 HEADS = ((32, 32), (32, 4))
@@ -102,13 +103,13 @@ class Side:
 
         return self._measured(found, *self.seconds(call))
 
-    def peer(self) -> Measured:
-        """The schedule of another package, by this one's executor and kernels."""
+    def between(self, peer: Peer) -> Measured:
+        """A schedule that merges between blocks, not beside them, by this package's executor and kernels."""
         problem, found = self.problem, []
         where = home(None, self.device)
         assert where.executor is not None
         executor, scale = where.executor, problem.heads.head_dim**-0.5
-        plans = [plan for phase in (False, True) if (plan := schedule_of(PEERS[PEER], problem, phase, goals=True))]
+        plans = [plan for phase in (False, True) if (plan := schedule_of(peer, problem, phase, goals=True))]
         table = ops(problem, 1, scale)
         q, k, v, dout = (x.transpose(0, 1).contiguous() for x in self.shards)
         blocking = self.device.type == "cpu"
@@ -182,7 +183,8 @@ def trial(problem: Problem, backward: bool, seed: int, machine: Machine | None) 
 
     arms = [Arm(name, partial(side.ours, name), predicted_s=predicted(name)) for name in names]
     arms.append(Arm("auto", partial(side.ours, "auto")))
-    arms.append(Arm(PEER, side.peer))
+    arms.append(Arm(PEER, partial(side.between, PEERS[PEER])))
+    arms.append(Arm(BETWEEN, partial(side.between, Peer(("ring_kv", "ring_kv")))))
     if cuda:
         arms.append(Arm(TORCH, side.torch_context_parallel))
     else:

@@ -2,7 +2,8 @@
 
 Two ranks on a GPU under the preload. Every kind of memory that is at hand here is sent to its own kind and to the host,
 and received from the host, with a datatype that has gaps, at an offset inside the allocation; what arrives is compared
-with numpy. Managed memory is among them. Prints the kinds that were tried.
+with numpy. Managed memory is among them. With torch, also what is queued on the default stream around a message. Prints
+the kinds that were tried.
 
 usage: device_libraries.py [KIND …]      kinds that must be at hand
 """
@@ -114,6 +115,32 @@ def exchange(source: str, target: str) -> None:
     datatype.Free()
 
 
+def behind_the_default_stream() -> None:
+    """What torch has queued there is done before a message is packed, and an earlier reader before one is unpacked."""
+    import torch
+
+    place = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(place)
+    datatype = MPI.INT.Create_vector(N // 5, 3, 5).Commit()
+    inside = torch.arange(N, device=place) % 5 < 3
+    slow = torch.ones(4096, 4096, device=place)
+    for turn in range(3):
+        mine, got = (torch.full((N,), -7, dtype=torch.int32, device=place) for _ in range(2))
+        torch.cuda.synchronize(place)
+        for _ in range(20):
+            torch.mm(slow, slow)
+        before = got.clone()  # reads the target, still to come when the message arrives
+        mine.copy_(torch.arange(N, device=place) * 3 + rank + turn)
+        sent, received = (MPI.buffer.fromaddress(x.data_ptr(), 4 * N) for x in (mine, got))
+        comm.Sendrecv([sent, 1, datatype], peer, 6, [received, 1, datatype], peer, 6)
+        other = torch.cuda.Stream(place)
+        with torch.cuda.stream(other):  # the data are there for every stream
+            want = torch.where(inside, torch.arange(N, device=place) * 3 + peer + turn, -7).to(torch.int32)
+            right = torch.equal(got, want)
+        assert right and bool((before == -7).all()), turn
+    datatype.Free()
+
+
 def main(needed: list[str]) -> None:
     tried = []
     for kind, make in KINDS.items():
@@ -127,6 +154,8 @@ def main(needed: list[str]) -> None:
         for source, target in ((kind, kind), (kind, "host"), ("host", kind)):
             exchange(source, target)
         tried.append(kind)
+    if "torch" in tried:
+        behind_the_default_stream()
     missing = [kind for kind in needed if kind not in tried]
     if missing:
         raise SystemExit(f"device_libraries: no memory of {', '.join(missing)} here")

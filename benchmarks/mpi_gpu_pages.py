@@ -230,7 +230,10 @@ def _met(yes: bool) -> str:
 KINDS: dict[str, tuple[str, Callable[[dict], list[Row]], tuple[str, ...], Callable[[list], list[Goal]]]] = {
     "mpi_gpu_pack": (
         "packing datatypes on a GPU", pack_rows,
-        ("pack of 16 MiB in blocks", "unpack of 16 MiB in blocks", "pack of 256 MiB in blocks", "pack of 64 KiB in blocks"),
+        (
+            "pack of 16 MiB in blocks", "unpack of 16 MiB in blocks", "pack of 256 MiB in blocks",
+            "pack of 64 KiB in blocks",
+        ),
         pack_goals,
     ),
     "mpi_gpu_messages": (

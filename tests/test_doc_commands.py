@@ -57,6 +57,7 @@ CLAIMS = {
     "python -m undertow.benchmarks.kill_resume": "tests/benchmarks/test_commands.py",
     "python -m undertow.benchmarks.overlap_timeline": "tests/benchmarks/test_commands.py",
     "python -m undertow.benchmarks.mpi_gpu_paths": ".ci/gpu",
+    "python -m undertow.benchmarks.mpi_gpu_pages": "tests/benchmarks/test_mpi_gpu_models.py",
     "python benchmarks/attention_blocks": "tests/benchmarks/test_attention_programs.py",
     "python benchmarks/attention_modelled": "tests/benchmarks/test_attention_programs.py",
     "python benchmarks/attention_choice": "tests/benchmarks/test_attention_programs.py",

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..dist import launch
-from ..dist.errors import UserError
-from ..dist.log import get_logger
+from ..dist.errors import PeerLost, UserError
 from ..dist.machine import Machine
 from ..dist.trace import Trace
 from .budget import Budget
@@ -28,8 +27,7 @@ from .due import Due
 from .explain import explain
 from .fences import Fences
 from .files import FileOps
-from .fit import Fit
-from .foreign import Names, open_on_all
+from .foreign import Names
 from .frequency import Frequency
 from .hooks import attach
 from .layout import CHUNK_BYTES
@@ -38,17 +36,14 @@ from .mirror import Mirror
 from .observe import Observer
 from .pipeline import Pipeline
 from .preemption import Preempter, Preemption
-from .recover import choose
-from .reports import Reports
-from .restore import load, load_from
+from .reports import Reports, dropped
+from .restorer import Restorer
 from .retention import Retention
 from .save import Save, SaveReport
 from .slowdown import StepClock
 from .snapshot import Snapshot
 from .state import AppState
 from .tiers import Tiers
-
-log = get_logger(__name__)
 
 
 class Checkpointer:
@@ -94,9 +89,9 @@ class Checkpointer:
             )
         if not objects:
             raise UserError("nothing to checkpoint was given", remedy="pass model=…, optimizer=… by name")
-        self.host_every, self.timeout_s = host_every, timeout_s
+        self.host_every = host_every
         self.preempted = False
-        self._budget, self._allow = Budget(arena_bytes), tuple(allow_types)
+        self._budget = Budget(arena_bytes)
         self._trace = trace or Trace(None)
         self._off = launch.detect().disabled
         # before the ranks meet: one that refuses its objects would leave the others waiting for it
@@ -113,6 +108,9 @@ class Checkpointer:
             trace=self._trace,
         )
         self.folder, self.host = self._tiers.folder, self._tiers.host
+        self._restorer = Restorer(
+            self.state, self._tiers, self._coordinator, allow_types, timeout_s=timeout_s, trace=self._trace
+        )
         self._due = Due(every, self._coordinator, timeout_s=timeout_s)
         self._pipeline = Pipeline(self._tiers.committers, writers=writers, trace=self._trace)
         self._pickles: dict[str, tuple[str, bytes]] = {}
@@ -151,13 +149,19 @@ class Checkpointer:
         self, step: int, *, disk: bool = True, host: bool = False, metrics: Mapping[str, float] | None = None
     ) -> bool:
         """Begin to save the state as it is now under the number `step`, on disk and, where there is such a tier, in
-        host memory; False when nothing was begun: checkpoints are switched off, or all generations are in use."""
+        host memory; False when nothing was begun: checkpoints are switched off, all generations are in use, or a rank
+        did not come to plan it, which is reported as a failure."""
         if self._off:
             return False
         began_s = time.monotonic()
         with self._trace.span("snapshot", step=step):
             self.fence()
-            begun = self._begin(step, began_s, disk, host and self.host is not None, metrics or {})
+            try:
+                begun = self._begin(step, began_s, disk, host and self.host is not None, metrics or {})
+            except PeerLost as error:  # on all ranks: all try again at the next interval
+                tier = "disk" if disk else "host"
+                self._reports.take([dropped(step, tier, error, call_s=time.monotonic() - began_s)])
+                begun = False
         self._saved_step = step
         if disk:
             self._due.saved(step, self.reports)
@@ -203,19 +207,9 @@ class Checkpointer:
         """Load the newest checkpoint that verifies on all ranks (or exactly `step`); its step, or None if none."""
         self.fence()
         self._pipeline.drain()
-        with self._trace.span("restore"):
-            found = choose(self._tiers.folders, self._coordinator, step=step, timeout_s=self.timeout_s)
-            if found is None:
-                return None
-            folder, number, manifest = found
-            path = folder.final(number)
-            load(self.state, path, manifest, self._allow, self._exchange)
-            if self._coordinator.rank == 0 and (starts := self.folder.count_start(number)) > 1:
-                log.warning("start %d from step %d without a newer checkpoint in between", starts, number)
-            if step is not None:
-                self._tiers.roll_back(number)
-        self._saved_step = number
-        log.info("restored step %d from %s", number, path)
+        number = self._restorer.newest(step)
+        if number is not None:
+            self._saved_step = number
         return number
 
     def restore_from(self, path: Path | str, *, names: Names | None = None, verify: bool = True) -> None:
@@ -228,20 +222,8 @@ class Checkpointer:
         """
         self.fence()
         self._pipeline.drain()
-        names = names or {}
-        with self._trace.span("restore"):
-            reader = open_on_all(
-                Path(path), self.state, names, self._coordinator, self._allow, verify=verify, timeout_s=self.timeout_s
-            )
-            untouched = [label for label in names if names[label] is None]
-            load_from(self.state, reader, self._allow, untouched, self._exchange)
+        self._restorer.foreign(Path(path), names or {}, verify=verify)
         self._saved_step = None
-
-    def _exchange(self, mine: Fit) -> list[Fit]:
-        self._coordinator.round += 1
-        name = f"restore/{self._coordinator.round}/fit"
-        self._coordinator.say(name, mine)
-        return self._coordinator.hear_all(name, timeout_s=self.timeout_s)
 
     # -- ending ---------------------------------------------------------------------------------------------------
 

@@ -2,8 +2,9 @@
 
 A vote that is late or missing must cost one checkpoint, not the job, so nothing here is a collective: rank 0 hosts a
 `TCPStore`, the others write their word into it, and every wait has a time-out that names the ranks that are missing,
-and ends at once when the `Lifeline` says that such a rank is dead. The store is used from background threads; the
-training threads never wait in it.
+and ends at once when the `Lifeline` says that such a rank is dead. Where a rank that has waited in vain must not go
+another way than one that comes late, the first word written is everyone's (`decide`). Votes are cast in background
+threads; a training thread waits in the store when a plan is made, and for rank 0's choice of a generation or interval.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ import pickle
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
 from ..dist import launch
 from ..dist.errors import PeerLost
 from .lifeline import Lifeline
+
+T = TypeVar("T")
 
 
 def current_rank() -> int:
@@ -74,15 +78,48 @@ class Coordinator:
         """Publish this rank's word for `name`."""
         self._mine.set(f"{name}/{self.rank}", cast(str, pickle.dumps(value)))  # it takes bytes; its stub says str
 
-    def hear(self, name: str, rank: int, *, deadline_s: float) -> Any:
-        """The word of `rank`; waits until the monotonic time `deadline_s`, or until `rank` is known to be dead, then
-        raises `PeerLost`."""
+    def decide(self, name: str, value: Any) -> Any:
+        """Every rank's verdict on `name`: the `value` of whoever came first. `hear(name, 0)` reads it too. Raises
+        `PeerLost` when the store is gone."""
+        mine = pickle.dumps(value)
+        try:
+            return pickle.loads(self._mine.compare_set(f"{name}/0", "", cast(str, mine)))
+        except (RuntimeError, dist.DistError) as error:
+            raise PeerLost(f"rank 0 is gone, so '{name}' has no verdict ({str(error).splitlines()[0]})") from error
+
+    def lead(self, name: str, value: Any, *, otherwise: Any, timeout_s: float) -> Any:
+        """Rank 0's `value` on all ranks; or `otherwise` on all, where one has waited `timeout_s` for it in vain. Raises
+        `PeerLost` when rank 0 is gone."""
+        if self.rank == 0:
+            return self.decide(name, value)
+        try:
+            return self.hear(name, 0, deadline_s=time.monotonic() + timeout_s)
+        except PeerLost:
+            return self.decide(name, otherwise)
+
+    def together(self, name: str, work: Callable[[], T], *, timeout_s: float) -> T:
+        """`work()`, in which the ranks exchange words; done on all of them, or `PeerLost` on all, also on one that
+        comes too late. Waits inside it name f"{name}/verdict" as `unless`. Other errors are for `work` to spread."""
+        try:
+            done, problem = work(), ""
+        except PeerLost as error:
+            raise PeerLost(self.decide(f"{name}/verdict", str(error)) or str(error)) from error
+        late = f"rank {self.rank} waited in vain for '{name}'"
+        if problem := self.lead(f"{name}/verdict", problem, otherwise=late, timeout_s=timeout_s):
+            raise PeerLost(problem)
+        return done
+
+    def hear(self, name: str, rank: int, *, deadline_s: float, unless: str = "") -> Any:
+        """The word of `rank`; waits until the monotonic time `deadline_s`, or until `rank` is known to be dead, or a
+        verdict on `unless` says why nobody will answer, then raises `PeerLost`."""
         key, pause_s = f"{name}/{rank}", 0.001
         while True:
             dead = rank in self.lifeline.gone  # asked before its last word is looked for
             try:  # `wait` would do, but every time-out of it prints a warning
                 if self._mine.check([key]):
                     return pickle.loads(self._mine.get(key))
+                if unless and self._mine.check([f"{unless}/0"]):
+                    raise PeerLost(pickle.loads(self._mine.get(f"{unless}/0")))
             except (RuntimeError, dist.DistError) as error:
                 raise PeerLost(f"rank 0 is gone, so '{name}' has no answer ({str(error).splitlines()[0]})") from error
             if dead:
@@ -92,10 +129,10 @@ class Coordinator:
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 0.05)
 
-    def hear_all(self, name: str, *, timeout_s: float) -> list[Any]:
+    def hear_all(self, name: str, *, timeout_s: float, unless: str = "") -> list[Any]:
         """Every rank's word, in rank order."""
         deadline_s = time.monotonic() + timeout_s
-        return [self.hear(name, rank, deadline_s=deadline_s) for rank in range(self.world)]
+        return [self.hear(name, rank, deadline_s=deadline_s, unless=unless) for rank in range(self.world)]
 
     def part(self, *, timeout_s: float = 60.0) -> None:
         """Leave. Rank 0, whose process hosts the store, first waits until the others have read its last words; one that

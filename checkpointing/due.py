@@ -1,7 +1,7 @@
 """Which steps are due: a fixed number of steps apart, or as often as `Frequency` says from what was measured.
 
 All ranks must save the same steps, and only rank 0's clock counts: at each save, which all ranks begin in the same
-step, it says when the next one is due, and the others read that.
+step, it says when the next one is due, and the others read that; where one waits for it in vain, all keep the interval.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
+from ..dist.errors import PeerLost
+from ..dist.log import get_logger
 from .coordinate import Coordinator
 from .frequency import Frequency
 from .save import SaveReport
+
+log = get_logger(__name__)
 
 
 class Due:
@@ -46,14 +50,16 @@ class Due:
             return
         self._saves += 1
         name = f"due/{self._saves}"
+        before = self.interval or self._every.first
+        mine = before
         if self._coordinator.rank == 0:
-            self.interval = self._choose(self._every, [r for r in reports if r.ok and r.tier == "disk"][-8:])
-            self._coordinator.say(name, self.interval)
-        else:
-            deadline_s = time.monotonic() + self._timeout_s
-            self.interval = self._coordinator.hear(name, 0, deadline_s=deadline_s)
-        assert self.interval is not None
-        self._next = step + self.interval
+            mine = self._choose(self._every, [r for r in reports if r.ok and r.tier == "disk"][-8:])
+        try:
+            self.interval = self._coordinator.lead(name, mine, otherwise=before, timeout_s=self._timeout_s)
+        except PeerLost as error:  # the saves will fail, each reported; training ends when its own collectives do
+            log.warning("saving every %d steps as before: %s", before, error)
+            self.interval = before
+        self._next = step + (self.interval or before)
 
     def _choose(self, policy: Frequency, ended: Sequence[SaveReport]) -> int:
         if not ended or not self._step_s:  # nothing measured yet

@@ -17,6 +17,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from .plan import SavePlan
 
 log = get_logger(__name__)
 SHARED_MEMORY = Path("/dev/shm")
+WAIT_S = 300.0  # for ranks that make their generations
 ROOT_FILE = "ROOT.part"  # names the checkpoint folder that a memory folder belongs to
 
 
@@ -162,24 +164,29 @@ class HostTier:
             raise UserError(f"{root} is not this user's folder", remedy="remove it, or pass host_every=0")
 
     def prepare(self, plan: SavePlan, *, pinned: bool) -> None:
-        """Make the generations for `plan`. All ranks; whatever is valid in memory stays so until a newer save is."""
+        """Make the generations for `plan`. All ranks, `PeerLost` on all where one is late; whatever is valid in memory
+        stays so until a newer save is."""
         self._claims += 1
         name = f"host/prepare/{self._claims}"
+        self.coordinator.together(name, partial(self._prepare, name, plan, pinned), timeout_s=WAIT_S)
+
+    def _prepare(self, name: str, plan: SavePlan, pinned: bool) -> None:
+        unless = f"{name}/verdict"
         self.close_maps()
         self.coordinator.say(f"{name}/size", (plan.image.size, os.uname().nodename))
         if self.coordinator.rank == 0:
             self.coordinator.say(f"{name}/folders", self._make_folders(name))
-        found = self.coordinator.hear(f"{name}/folders", 0, deadline_s=time.monotonic() + 300)
+        found = self.coordinator.hear(f"{name}/folders", 0, deadline_s=time.monotonic() + WAIT_S, unless=unless)
         if isinstance(found, str):
             raise UserError(found, remedy="pass host_every=0, or fewer host_generations")
         self._mine = [Generation(folder / plan.shard_name, plan, pinned=pinned) for folder in found]
         self._slots = [_Slot(folder) for folder in found]
         self.coordinator.say(f"{name}/open", True)
         if self.coordinator.rank == 0:  # whose first claim renames a folder
-            self.coordinator.hear_all(f"{name}/open", timeout_s=300)
+            self.coordinator.hear_all(f"{name}/open", timeout_s=WAIT_S, unless=unless)
 
     def _make_folders(self, name: str) -> list[Path] | str:
-        words = self.coordinator.hear_all(f"{name}/size", timeout_s=300)
+        words = self.coordinator.hear_all(f"{name}/size", timeout_s=WAIT_S, unless=f"{name}/verdict")
         hosts = sorted({host for _, host in words})
         if len(hosts) > 1:
             return f"the host-memory tier needs all ranks on one host; these are on {', '.join(hosts)}"
@@ -207,11 +214,14 @@ class HostTier:
         `flush`: another tier will read it too, and it is not claimed again before `done` has been called for that.
         """
         self._claims += 1
-        name = f"host/claim/{self._claims}"
+        name, mine = f"host/claim/{self._claims}", None
         if self.coordinator.rank == 0:
             self.forget_after(step)
-            self.coordinator.say(name, self._choose(step, flush))
-        chosen = self.coordinator.hear(name, 0, deadline_s=time.monotonic() + 60)
+            mine = self._choose(step, flush)
+        chosen = self.coordinator.lead(name, mine, otherwise=None, timeout_s=60)  # a late claim costs this save only
+        if mine is not None and chosen is None:
+            with self._changed:
+                self._slots[mine[0]].users = set()
         if self.coordinator.rank == 0 and self._claims > 8:  # ranks are never that many steps apart
             self.coordinator.forget(f"host/claim/{self._claims - 8}")
         self.skipped += chosen is None

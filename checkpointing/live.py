@@ -48,7 +48,8 @@ class LiveState:
 
     def values(self, before_planning: Callable[[], None], after_planning: Callable[[], None]) -> Mapping[str, Any]:
         """Every value to save by key, tensors as this rank's part. Collective when the shape has changed; then the two
-        functions are called, before the old plan goes and when the new one is there."""
+        functions are called, before the old plan goes and when the new one is there. `PeerLost` on all ranks when one
+        is late: the next call plans again."""
         if self._watch is not None and self._watch.unchanged():
             fresh = self.state.fresh_leaves(self._names)
             if signature(fresh) == self._fresh_key:
@@ -60,6 +61,7 @@ class LiveState:
         key = signature(leaves)
         if key != self._plan_key:
             before_planning()
+            self._plan_key = self._watch = None  # until all ranks have the new plan and its memory
             self._replan(leaves)
             after_planning()
             self._plan_key = key

@@ -12,6 +12,7 @@ import time
 from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,7 +123,35 @@ def is_lazy(leaf: Leaf) -> bool:
 def make_plan(
     leaves: Sequence[Leaf], coordinator: Coordinator, name: str, *, timeout_s: float, chunk_bytes: int = CHUNK_BYTES
 ) -> SavePlan:
-    """This rank's plan. All ranks call it with the same `name`; raises `PeerLost` when one does not."""
+    """This rank's plan. All ranks call it with the same `name`. Where one is late or dead every other raises
+    `PeerLost`, and so does the late one when it comes: nobody has a plan that another lacks."""
+    talk = Talk(coordinator, name, timeout_s)
+    return coordinator.together(name, partial(_make_plan, leaves, talk, chunk_bytes), timeout_s=timeout_s)
+
+
+@dataclass(frozen=True)
+class Talk:
+    """What ranks tell each other while they make the plan `name`; waiting ends with a verdict against it."""
+
+    coordinator: Coordinator
+    name: str
+    timeout_s: float
+
+    def say(self, part: str, value: Any) -> None:
+        self.coordinator.say(f"{self.name}/{part}", value)
+
+    def first(self, part: str) -> Any:
+        """Rank 0's word."""
+        deadline_s = time.monotonic() + self.timeout_s
+        return self.coordinator.hear(f"{self.name}/{part}", 0, deadline_s=deadline_s, unless=f"{self.name}/verdict")
+
+    def all(self, part: str) -> list[Any]:
+        name, unless = f"{self.name}/{part}", f"{self.name}/verdict"
+        return self.coordinator.hear_all(name, timeout_s=self.timeout_s, unless=unless)
+
+
+def _make_plan(leaves: Sequence[Leaf], talk: Talk, chunk_bytes: int) -> SavePlan:
+    coordinator = talk.coordinator
     flat: dict[str, Any] = {}
     for leaf in leaves:
         if leaf.key in flat:
@@ -130,43 +159,42 @@ def make_plan(
                 f"two values of the state have the name '{leaf.key}'", remedy="rename one of the checkpointed objects"
             )
         flat[leaf.key] = leaf.value
-    tied = _agreed_aliases(aliases(leaves), coordinator, name, timeout_s)
+    tied = _agreed_aliases(aliases(leaves), talk)
     once = {key: value for key, value in flat.items() if key not in tied}
     local = create_default_local_save_plan(once, coordinator.rank == 0)
     local = dataclasses.replace(local, planner_data={leaf.key: leaf.path for leaf in leaves})
-    coordinator.say(f"{name}/local", local)
+    talk.say("local", local)
     metadata = None
     if coordinator.rank == 0:
         try:
-            plans, metadata = _agree(coordinator.hear_all(f"{name}/local", timeout_s=timeout_s))
+            plans, metadata = _agree(talk.all("local"))
         except UserError as error:  # the others wait for an answer
-            coordinator.say(f"{name}/global", str(error))
+            talk.say("global", str(error))
             raise
         metadata.state_dict_metadata.update({key: metadata.state_dict_metadata[one] for key, one in tied.items()})
-        coordinator.say(f"{name}/global", plans)
+        talk.say("global", plans)
     else:
-        plans = coordinator.hear(f"{name}/global", 0, deadline_s=time.monotonic() + timeout_s)
+        plans = talk.first("global")
         if isinstance(plans, str):
             raise UserError(plans)
     plan = _lay_out(plans[coordinator.rank], leaves, coordinator, metadata, chunk_bytes)
     placed = zip((*plan.eager, *plan.lazy), (*plan.image.eager, *plan.image.lazy))
     word = [(index, plan.shard_name, at.start, at.frame.size, at.payload) for index, at in placed]
-    coordinator.say(f"{name}/placed", word)
+    talk.say("placed", word)
     if metadata is None:
         return plan
-    words = coordinator.hear_all(f"{name}/placed", timeout_s=timeout_s)
-    tensors = _tensor_records(metadata, words, tied)
+    tensors = _tensor_records(metadata, talk.all("placed"), tied)
     return dataclasses.replace(plan, tensors=tensors, rendered=render(tensors, metadata.planner_data))
 
 
-def _agreed_aliases(mine: dict[str, str], coordinator: Coordinator, name: str, timeout_s: float) -> dict[str, str]:
+def _agreed_aliases(mine: dict[str, str], talk: Talk) -> dict[str, str]:
     """Those names that every rank finds to be a tensor's second: one that ties nothing keeps all apart."""
-    coordinator.say(f"{name}/tied", mine)
-    if coordinator.rank == 0:
-        words = coordinator.hear_all(f"{name}/tied", timeout_s=timeout_s)
+    talk.say("tied", mine)
+    if talk.coordinator.rank == 0:
+        words = talk.all("tied")
         common = {key: one for key, one in mine.items() if all(word.get(key) == one for word in words)}
-        coordinator.say(f"{name}/tied/all", common)
-    return coordinator.hear(f"{name}/tied/all", 0, deadline_s=time.monotonic() + timeout_s)
+        talk.say("tied/all", common)
+    return talk.first("tied/all")
 
 
 def _tensor_records(metadata: Metadata, words: list[list[tuple]], tied: dict[str, str]) -> dict[str, TensorRecord]:

@@ -17,6 +17,11 @@ from .slowdown import StepClock
 log = get_logger(__name__)
 
 
+def dropped(step: int, tier: str, error: Exception, *, call_s: float) -> SaveReport:
+    """The report of a save that ended before it began to copy anything."""
+    return SaveReport(step, tier, False, f"{type(error).__name__}: {error}", 0, call_s, 0.0, 0.0, call_s)
+
+
 class Reports:
     """The `ended` saves, oldest first, and how many of them were `failures`. `peak_bytes` asks the arena."""
 

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from ckpt_job import CHUNK_BYTES, Job, same
 
 from undertow.checkpointing import Checkpointer, plan
+from undertow.checkpointing.coordinate import Coordinator
 from undertow.checkpointing.files import FileOps
 from undertow.checkpointing.folder import read_manifest
 from undertow.checkpointing.spread import own_part
@@ -327,6 +328,60 @@ def test_a_rank_that_is_late_costs_one_save(ranks, tmp_path):
     assert "rank 1 did not answer" in first[1][1]
     with Job(seed=9, layers=1).checkpointer(tmp_path) as ckpt:
         assert ckpt.restore() == 3
+
+
+def one_rank_is_late_to_the_plan(rank: int, world: int, root: str, late: int) -> list[tuple[int, bool, str]]:
+    """At step 0 `late` comes when the other has given up; at step 2 a tensor is new, and all come."""
+    job, given_up, extra = Job(layers=1), Path(f"{root}.given-up"), nn.ParameterList()
+    with job.checkpointer(Path(root), extra=extra, host_every=1) as ckpt:
+        patient_s = ckpt._live._timeout_s
+        for step in range(4):
+            if step == 2:
+                extra.append(nn.Parameter(torch.ones(3)))
+            if step == 0 and rank == late:
+                deadline_s = time.monotonic() + 240
+                while not given_up.exists():
+                    assert time.monotonic() < deadline_s, "nobody gave up"
+                    time.sleep(0.01)
+            ckpt._live._timeout_s = 1.0 if step == 0 and rank != late else patient_s
+            begun = ckpt.save(step)
+            if step == 0:
+                given_up.touch()
+                assert not begun and ckpt.failures == 1
+            job.advance(step)
+            ckpt.wait()
+        return [(report.step, report.ok, report.reason) for report in ckpt.reports]
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_rank_that_is_late_to_the_plan_costs_one_save_on_all(ranks, tmp_path, late):
+    first, second = ranks(2, one_rank_is_late_to_the_plan, str(tmp_path / "root"), late)
+    assert first == second
+    assert [(step, ok) for step, ok, _ in first] == [(0, False), (1, True), (2, True), (3, True)]
+    assert f"rank {late} did not answer" in first[0][2]
+    job = Job(seed=9, layers=1)
+    with job.checkpointer(tmp_path / "root", extra=nn.ParameterList([nn.Parameter(torch.zeros(3))])) as ckpt:
+        assert ckpt.restore() == 3
+
+
+def one_waits_in_vain(rank: int, world: int, root: str) -> list[Any]:
+    """Rank 0 says the first word in time; it says the second when rank 1 has decided without it."""
+    coordinator, decided = Coordinator.from_default_group(timeout_s=240), Path(root, "decided")
+    found = [coordinator.lead("in time", 5, otherwise=7, timeout_s=240)]
+    if rank == 0:
+        deadline_s = time.monotonic() + 240
+        while not decided.exists():
+            assert time.monotonic() < deadline_s, "rank 1 never decided"
+            time.sleep(0.01)
+    found.append(coordinator.lead("late", 5, otherwise=7, timeout_s=0.1))
+    decided.touch()
+    coordinator.part()
+    return found
+
+
+def test_a_word_of_rank_0_that_is_waited_for_in_vain_is_replaced_on_all(ranks, tmp_path):
+    """What an interval of `Frequency` and a generation of host memory are agreed by."""
+    assert ranks(2, one_waits_in_vain, str(tmp_path)) == [[5, 7], [5, 7]]
 
 
 def unpicklable(rank: int, world: int, root: str) -> list[bool]:

@@ -1,0 +1,71 @@
+"""Bringing the state of a `Checkpointer` back: from its own tiers, or from a folder that stock DCP wrote.
+
+All ranks call the same method. What is loaded is chosen, verified and compared with the state on all of them before
+anything is written into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..dist.log import get_logger
+from ..dist.trace import Trace
+from .coordinate import Coordinator
+from .fit import Fit
+from .foreign import Names, open_on_all
+from .recover import choose
+from .restore import load, load_from
+from .state import AppState
+from .tiers import Tiers
+
+log = get_logger(__name__)
+
+
+class Restorer:
+    """Loads into `state`. Nothing may be in flight. `allow`: classes that stored objects may unpickle to."""
+
+    def __init__(
+        self,
+        state: AppState,
+        tiers: Tiers,
+        coordinator: Coordinator,
+        allow: Sequence[type],
+        *,
+        timeout_s: float,
+        trace: Trace,
+    ) -> None:
+        self._state, self._tiers, self._coordinator, self._allow = state, tiers, coordinator, tuple(allow)
+        self._timeout_s, self._trace = timeout_s, trace
+
+    def newest(self, step: int | None) -> int | None:
+        """Load the newest checkpoint that verifies on all ranks, or exactly `step` and set later ones aside; its step,
+        or None if there is none."""
+        with self._trace.span("restore"):
+            found = choose(self._tiers.folders, self._coordinator, step=step, timeout_s=self._timeout_s)
+            if found is None:
+                return None
+            folder, number, manifest = found
+            path = folder.final(number)
+            load(self._state, path, manifest, self._allow, self._exchange)
+            if self._coordinator.rank == 0 and (starts := self._tiers.folder.count_start(number)) > 1:
+                log.warning("start %d from step %d without a newer checkpoint in between", starts, number)
+            if step is not None:
+                self._tiers.roll_back(number)
+        log.info("restored step %d from %s", number, path)
+        return number
+
+    def foreign(self, path: Path, names: Names, *, verify: bool) -> None:
+        """Load what stock DCP wrote to `path`; objects that `names` maps to None stay as they are."""
+        with self._trace.span("restore"):
+            reader = open_on_all(
+                path, self._state, names, self._coordinator, self._allow, verify=verify, timeout_s=self._timeout_s
+            )
+            untouched = [label for label in names if names[label] is None]
+            load_from(self._state, reader, self._allow, untouched, self._exchange)
+
+    def _exchange(self, mine: Fit) -> list[Fit]:
+        self._coordinator.round += 1
+        name = f"restore/{self._coordinator.round}/fit"
+        self._coordinator.say(name, mine)
+        return self._coordinator.hear_all(name, timeout_s=self._timeout_s)

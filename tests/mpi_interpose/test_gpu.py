@@ -55,7 +55,8 @@ def child(code: str, folder: Path, **extra: str) -> str:
 
 def types_on(seed: int, rounds: int, env: dict[str, str]) -> str:
     command = [sys.executable, str(PROGRAMS / "device_types.py"), str(seed), str(rounds)]
-    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=280)
+    env = {**os.environ, "UNDERTOW_MPI_GPU_RING_KB": "1", **env}  # so that many go through the ring
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

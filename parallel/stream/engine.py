@@ -26,12 +26,12 @@ from ...dist.units import format_bytes
 from ..memory_model import DecoderShape
 from . import overrides
 from .deepspeed_zero import are_here, is_partitioned
-from .layer import LayerCall, NoAttention, StreamedLayer
+from .layer import KeptLayer, LayerCall, NoAttention, StreamedLayer
 from .layout import Layout
 from .offload import Courier, HostSlot
 from .plan import StreamPlan
 from .protocol import Attend, Unsupported
-from .scene import Answer, Scene, out_of_memory_errors
+from .scene import Answer, Scene
 from .store import Derived, Slot
 
 
@@ -108,7 +108,6 @@ class Engine:
         self._streamed: set[str] = set()
         self._enabled = False
         self.limit_bytes: int | None = None  # on any budget: half of what a plan promised when memory ran out after all
-        self._ooms: int | None = None  # before a pass that kept graphs, whose backward tells nobody of such an error
         self.plain = False  # run everything as without streaming, layer inputs checkpointed (`gate` compares)
 
     # Switching on and off
@@ -244,7 +243,7 @@ class Engine:
             )
         if torch.is_grad_enabled() and (x.requires_grad or params):
             if plan.inputs[len(tape.slots) : len(tape.slots) + 1] == ("graph",):
-                y, extras = call.kept(x)
+                y, *extras = KeptLayer.apply(call, x, *params)  # type: ignore[misc]
             else:
                 slot = self._slot(tape, plan, call)
                 y, *extras = StreamedLayer.apply(call, slot, x, *params)  # type: ignore[misc]
@@ -263,10 +262,7 @@ class Engine:
         if x.dim() != 3:
             raise Unsupported(f"hidden states of shape {tuple(x.shape)}: [batch, tokens, channels] is needed")
         layout = self.adapter.layout(layer, x, args, kwargs)
-        if self.last_plan is not None and self._ooms is not None and out_of_memory_errors(x) > self._ooms:
-            self.degrade(self.last_plan)
         plan = self.planner(x)
-        self._ooms = out_of_memory_errors(x) if "graph" in plan.inputs else None
         kind = x.device.type
         run = self.adapter.runner()
 

@@ -103,11 +103,9 @@ class LayerCall:
         assert y is not None
         return y, [self._whole(parts, shape) for parts, shape in zip(zip(*extras), self._extra_shapes)]
 
-    def kept(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The layer's output and further outputs as `forward` gives them, with the graph that autograd makes of them:
-        nothing is computed again in backward."""
-        y, extras = self._on(0, x, Answer(self.scene, "gradient", 0, None))
-        return y, list(extras)
+    def whole(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The layer's output and further outputs as the layer gives them, with their graph where gradients are on."""
+        return self._on(0, x, Answer(self.scene, "gradient", 0, None))
 
     @staticmethod
     def _whole(parts: tuple[Tensor, ...], shape: tuple[int, ...]) -> Tensor:
@@ -261,3 +259,35 @@ class StreamedLayer(torch.autograd.Function):
             raise
         ctx.call = ctx.slot = None
         return None, None, dx, *grads
+
+
+class KeptLayer(torch.autograd.Function):
+    """(y, *extras) of a `LayerCall` whose whole graph is kept. It is walked here and not by the backward around it, so
+    that weights get their gradients at once and in the order of `StreamedLayer`, whatever the plans of other ranks:
+    ZeRO 2 fills its buckets by order of arrival."""
+
+    @staticmethod
+    def forward(ctx: Any, call: LayerCall, x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        inner = x.detach().requires_grad_(x.requires_grad)
+        with torch.enable_grad():
+            y, extras = call.whole(inner)
+        ctx.call, ctx.kept = call, (inner, params, [y, *extras])
+        return y.detach(), *(extra.detach() for extra in extras)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.kept is None:
+            raise RuntimeError("a streamed layer was differentiated twice; retain_graph=True is not supported")
+        inner, params, outputs = ctx.kept
+        ctx.kept = None
+        found = [(out, g) for out, g in zip(outputs, gradients) if g is not None and out.requires_grad]
+        wanted = [inner, *params] if inner.requires_grad else list(params)
+        del outputs
+        try:
+            grads = torch.autograd.grad([out for out, _ in found], wanted, [g for _, g in found], allow_unused=True)
+        except torch.OutOfMemoryError:
+            ctx.call.scene.out_of_memory()
+            raise
+        return None, *(grads if inner.requires_grad else (None, *grads))

@@ -109,8 +109,3 @@ class Answer:
         if self.slot is not None and self.slot.keeps_attention:
             self.slot.keep_attention(self.chunk, out, lse)
         return out
-
-
-def out_of_memory_errors(x: Tensor) -> int:
-    """How many the allocator has counted."""
-    return int(torch.cuda.memory_stats(x.device).get("num_ooms", 0)) if x.is_cuda else 0

@@ -42,6 +42,30 @@ def test_a_forward_that_runs_out_is_planned_again_in_half(family, gradients_of, 
     assert_same_gradients(mine, exact)
 
 
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_a_kept_graph_that_runs_out_is_planned_smaller(
+    when, family, gradients_of, assert_same_gradients, monkeypatch, seed
+):
+    model = family("llama", max_position_embeddings=TOKENS)
+    _, exact = gradients_of(model, **inputs())
+    if when == "forward":
+        run_out_in(model.model.layers[1], 1, when=True)
+    with stream_backprop(model, budget_bytes=1 << 30) as engine, pytest.warns(UserWarning, match="stay below"):
+        if when == "backward":
+            with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+                loss = model(**inputs()).loss
+                assert engine.last_plan.inputs == ("graph", "graph")
+                patch.setattr(torch.autograd, "grad", raise_out_of_memory)
+                loss.backward()
+        _, mine = gradients_of(model, **inputs())
+        assert engine.last_plan.inputs != ("graph", "graph")
+    assert_same_gradients(mine, exact)
+
+
+def raise_out_of_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("planted")
+
+
 def test_a_backward_that_runs_out_raises_and_the_next_plan_is_smaller(family, gradients_of, seed):
     model = family("llama", max_position_embeddings=TOKENS)
     with stream_backprop(model, budget_bytes=4_000_000, stash=False) as engine:

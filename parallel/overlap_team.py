@@ -29,6 +29,7 @@ from ..dist.launch_env import detect
 from ..dist.log import get_logger
 from ..dist.machine import Machine
 from ..dist.trace import Trace
+from . import overlap_plain
 from .kernels.tracked_matmul import tracked_product
 from .overlap_gate import ARMS, CUDA_ARMS, Arm, Gate, Rates
 
@@ -82,6 +83,7 @@ class Team:
             fixed, why = 0, "UNDERTOW_DISABLE"
         self.gate = Gate(arms, self._gather, fixed=fixed, why=why)
         self._settled: dict[Hashable, tuple[ChunkPlan, Arm]] = {}  # what the gate has decided, for good
+        self._plain: set[Hashable] = set()  # of these, what `overlap_plain` does
         self._mesh: DeviceMesh | None = None
 
     @property
@@ -94,11 +96,17 @@ class Team:
 
     def reduce_scatter(self, a_MK: Tensor, b_KN: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """This rank's rows of the sum of all a @ b; `sizes`: rows of each rank."""
-        return self._scatter("matmul_reduce_scatter", self.engine.reduce_scatter, a_MK, b_KN, b_KN.shape[1], sizes)
+        kind, n = "matmul_reduce_scatter", b_KN.shape[1]
+        if (kind, a_MK.shape[1], n, sizes, a_MK.dtype) in self._plain:
+            return overlap_plain.reduce_scatter(a_MK, b_KN, sizes[0], self.group)
+        return self._scatter(kind, self.engine.reduce_scatter, a_MK, b_KN, n, sizes)
 
     def all_reduce(self, a_MK: Tensor, b_KN: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """The sum of all a @ b, the same bits on all ranks; `sizes`: rows that each rank adds up."""
-        return self._scatter("matmul_all_reduce", self.engine.all_reduce, a_MK, b_KN, 2 * b_KN.shape[1], sizes)
+        kind, n = "matmul_all_reduce", b_KN.shape[1]
+        if (kind, a_MK.shape[1], n, sizes, a_MK.dtype) in self._plain:
+            return overlap_plain.all_reduce(a_MK, b_KN, self.group)
+        return self._scatter(kind, self.engine.all_reduce, a_MK, b_KN, 2 * n, sizes)
 
     def all_gather(self, a_rK: Tensor, bs: Sequence[Tensor], sizes: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
         """(all ranks' rows of a [M, K], its product with each b); `sizes`: rows of each rank."""
@@ -107,7 +115,10 @@ class Team:
                 f"rank {self.rank} has {a_rK.shape[0]} of {sum(sizes)} rows",
                 expected=f"{sizes[self.rank]} (cut as torch.chunk does)",
             )
-        whole = a_rK.new_empty(sum(sizes), a_rK.shape[1])
+        kind, k, n = "all_gather_matmul", a_rK.shape[1], sum(b.shape[1] for b in bs)
+        if (kind, k, n, sizes, a_rK.dtype) in self._plain:
+            return overlap_plain.all_gather(a_rK, bs, sum(sizes), self.group)
+        whole = a_rK.new_empty(sum(sizes), k)
         outs = [a_rK.new_empty(sum(sizes), b.shape[1]) for b in bs]
         products = [rows_of(whole, b, out) for b, out in zip(bs, outs)]
 
@@ -116,7 +127,7 @@ class Team:
                 product(low, high)
 
         self._run(
-            "all_gather_matmul", a_rK.shape[1], sum(b.shape[1] for b in bs), a_rK.shape[1], sizes, a_rK.dtype,
+            kind, k, n, k, sizes, a_rK.dtype,
             lambda plan, arm: self.engine.all_gather(plan, a_rK, whole, use, overlap=arm.overlap),
         )  # fmt: skip
         return whole, outs
@@ -160,6 +171,8 @@ class Team:
         plan = self.engine.plan(sizes, arm.subchunks)
         if not self.gate.measuring(key):
             self._settled[case] = plan, arm
+            if self.device.type == "cuda" and self.world > 1 and not arm.overlap and len(set(sizes)) == 1:
+                self._plain.add(case)
             return call(plan, arm)
         began_s = self._start()
         found = call(plan, arm)

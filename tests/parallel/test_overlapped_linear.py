@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import pytest
@@ -10,7 +11,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric
 
 from undertow.dist.errors import UserError
-from undertow.parallel import all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter
+from undertow.parallel import all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter, overlap_plain
 from undertow.parallel.overlap_gate import ARMS
 from undertow.parallel.overlap_team import Team, close_teams, team_of
 
@@ -125,3 +126,23 @@ def _disabled(rank: int, world: int) -> str:
 def test_the_switch_turns_overlap_off_and_says_so(ranks):
     assert set(ranks(2, _disabled)) == {"matmul_reduce_scatter M=4 N=2 K=2 float32: sequential (UNDERTOW_DISABLE)"}
     assert ARMS[0].overlap is False
+
+
+def _plainly(rank: int, world: int, seed: int) -> None:
+    """Zeros and ones: every order of sums gives the same bits."""
+    generator = torch.Generator().manual_seed(seed + rank)
+    a, b = (
+        _bits(6 * world, 5, dtype=torch.float32, generator=generator),
+        _bits(5, 3, dtype=torch.float32, generator=generator),
+    )
+    with contextlib.closing(Team(overlap="off")) as team:
+        sizes = (6,) * world
+        assert torch.equal(overlap_plain.reduce_scatter(a, b, 6, None), team.reduce_scatter(a, b, sizes))
+        assert torch.equal(overlap_plain.all_reduce(a, b, None), team.all_reduce(a, b, sizes))
+        whole, outs = overlap_plain.all_gather(a[:6], [b, b], 6 * world, None)
+        wanted, wants = team.all_gather(a[:6], [b, b], sizes)
+        assert torch.equal(whole, wanted) and all(map(torch.equal, outs, wants))
+
+
+def test_what_has_settled_on_the_collective_is_the_same_bits(ranks, seed):
+    ranks(2, _plainly, seed)

@@ -38,8 +38,12 @@ class Undertow(Method):
             raise RuntimeError(self.ckpt.reports[-1].reason)
 
     def written_sign(self) -> Callable[[], bool]:
-        commit = self.path / "COMMIT.json"
-        return commit.exists
+        commit, step = self.path / "COMMIT.json", self.job.step
+
+        def ended() -> bool:  # retention may have removed it, once a later one is committed
+            return commit.exists() or max(self.files.committed(), default=-1) >= step
+
+        return ended
 
     def clear(self) -> None:
         """Nothing: retention holds one save."""

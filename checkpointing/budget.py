@@ -1,7 +1,6 @@
 """How much host memory the bytes of a save may take on their way to the disk, and the arena made of it.
 
-The arena is made when a save first needs it, since with a host-memory tier most runs never do, and anew when the
-state has got another shape.
+The arena is made with a plan; with a host-memory tier, when a save first needs it, since most runs never do.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class Checkpointer:
             )
         if not objects:
             raise UserError("nothing to checkpoint was given", remedy="pass model=…, optimizer=… by name")
-        self.host_every = host_every
+        self.host_every, self._timeout_s = host_every, timeout_s
         self.preempted = False
         self._budget = Budget(arena_bytes)
         self._trace = trace or Trace(None)
@@ -150,7 +150,7 @@ class Checkpointer:
     ) -> bool:
         """Begin to save the state as it is now under the number `step`, on disk and, where there is such a tier, in
         host memory; False when nothing was begun: checkpoints are switched off, all generations are in use, or a rank
-        did not come to plan it, which is reported as a failure."""
+        did not come to plan it or has no memory for it, which is reported as a failure."""
         if self._off:
             return False
         began_s = time.monotonic()
@@ -168,10 +168,14 @@ class Checkpointer:
         return begun
 
     def _resize(self) -> None:
-        """Fit the memory to a new plan."""
+        """Fit the memory to a new plan, on all ranks or none."""
+        plan, pinned = self._live.plan, self._live.pinned
         if self.host is not None:
-            self.host.prepare(self._live.plan, pinned=self._live.pinned)
+            self.host.prepare(plan, pinned=pinned)
         self._budget.drop()
+        if self.host is None:
+            name, make = f"arena/{self._live.plans}", partial(self._budget.arena, plan.image, pinned=pinned)
+            self._coordinator.together(name, make, timeout_s=self._timeout_s)
 
     def _begin(self, step: int, began_s: float, disk: bool, host: bool, metrics: Mapping[str, float]) -> bool:
         values = self._live.values(self._pipeline.drain, self._resize)

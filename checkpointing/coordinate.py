@@ -99,13 +99,18 @@ class Coordinator:
 
     def together(self, name: str, work: Callable[[], T], *, timeout_s: float) -> T:
         """`work()`, in which the ranks exchange words; done on all of them, or `PeerLost` on all, also on one that
-        comes too late. Waits inside it name f"{name}/verdict" as `unless`. Other errors are for `work` to spread."""
+        comes too late, and where one runs out of memory or space. Waits inside it name f"{name}/verdict" as `unless`.
+        Other errors are for `work` to spread."""
         try:
-            done, problem = work(), ""
-        except PeerLost as error:
-            raise PeerLost(self.decide(f"{name}/verdict", str(error)) or str(error)) from error
+            done, verdict = work(), f"{name}/verdict"
+            self.say(f"{name}/done", True)
+            if self.rank == 0:  # whose verdict must not come before another's failure
+                self.hear_all(f"{name}/done", timeout_s=timeout_s, unless=verdict)
+        except (PeerLost, MemoryError, OSError, RuntimeError) as error:
+            lost = str(error) if isinstance(error, PeerLost) else f"rank {self.rank}: {type(error).__name__}: {error}"
+            raise PeerLost(self.decide(f"{name}/verdict", lost) or lost) from error
         late = f"rank {self.rank} waited in vain for '{name}'"
-        if problem := self.lead(f"{name}/verdict", problem, otherwise=late, timeout_s=timeout_s):
+        if problem := self.lead(verdict, "", otherwise=late, timeout_s=timeout_s):
             raise PeerLost(problem)
         return done
 

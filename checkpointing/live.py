@@ -27,7 +27,8 @@ PARTS = 8  # of the lazy tensors at most, fenced one after the other as optimize
 
 
 class LiveState:
-    """`state` on this rank. `plan`, `copier` and `staging` are there after the first `values`."""
+    """`state` on this rank. `plan`, `copier` and `staging` are there after the first `values`; `plans` have been
+    made or tried."""
 
     plan: SavePlan
     addresses: np.ndarray  # of the lazy tensors, in plan order
@@ -39,7 +40,7 @@ class LiveState:
         self._fresh_key: tuple = ()
         self._names: dict[int, str] = {}
         self._watch: Watch | None = None
-        self._plans = 0
+        self.plans = 0
         self._sources: list[torch.Tensor] = []
         self._watched: list[Watched] = []
         self._ends: dict[int, list[int]] = {}
@@ -89,8 +90,8 @@ class LiveState:
         self._sources = sources
 
     def _replan(self, leaves: Sequence[Leaf]) -> None:
-        self._plans += 1
-        name = f"plan/{self._plans}"
+        self.plans += 1
+        name = f"plan/{self.plans}"
         self.plan = make_plan(leaves, self._coordinator, name, timeout_s=self._timeout_s, chunk_bytes=self._chunk_bytes)
         self.copier = copier_for([local_tensor(leaf.value) for leaf in leaves if isinstance(leaf.value, torch.Tensor)])
         self.staging = Staging(self.plan, self.copier.device)

@@ -19,7 +19,7 @@ log = get_logger(__name__)
 
 def dropped(step: int, tier: str, error: Exception, *, call_s: float) -> SaveReport:
     """The report of a save that ended before it began to copy anything."""
-    return SaveReport(step, tier, False, f"{type(error).__name__}: {error}", 0, call_s, 0.0, 0.0, call_s)
+    return SaveReport(step, tier, False, str(error), 0, call_s, 0.0, 0.0, call_s)
 
 
 class Reports:

@@ -364,6 +364,38 @@ def test_a_rank_that_is_late_to_the_plan_costs_one_save_on_all(ranks, tmp_path, 
         assert ckpt.restore() == 3
 
 
+def one_rank_has_no_memory(rank: int, world: int, root: str, host: bool) -> list[tuple[int, bool, str]]:
+    job, made = Job(layers=1), []
+
+    def short(make: Any) -> Any:
+        def tried(*what: Any, **named: Any) -> Any:
+            made.append(what)
+            if rank == 1 and len(made) == 1:
+                raise MemoryError("none left")
+            return make(*what, **named)
+
+        return tried
+
+    with job.checkpointer(Path(root), host_every=int(host)) as ckpt:
+        ckpt._budget.arena = short(ckpt._budget.arena)
+        if ckpt.host is not None:
+            ckpt.host.close_maps = short(ckpt.host.close_maps)
+        for step in range(3):
+            ckpt.save(step, disk=not host, host=host)
+            job.advance(step)
+            ckpt.wait()
+        assert ckpt.restore() == 2
+        return [(report.step, report.ok, report.reason) for report in ckpt.reports]
+
+
+@pytest.mark.parametrize("host", [False, True])
+def test_a_rank_without_memory_costs_one_save_on_all(ranks, tmp_path, host):
+    first, second = ranks(2, one_rank_has_no_memory, str(tmp_path / "root"), host)
+    assert first == second
+    assert [(step, ok) for step, ok, _ in first] == [(0, False), (1, True), (2, True)]
+    assert "rank 1: MemoryError: none left" in first[0][2]
+
+
 def one_waits_in_vain(rank: int, world: int, root: str) -> list[Any]:
     """Rank 0 says the first word in time; it says the second when rank 1 has decided without it."""
     coordinator, decided = Coordinator.from_default_group(timeout_s=240), Path(root, "decided")

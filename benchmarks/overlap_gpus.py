@@ -109,6 +109,12 @@ def _team(overlap: str, device: torch.device, transport: str = "auto") -> Team:
     return _teams[key]
 
 
+def close_teams() -> None:
+    """Collective; before the process groups are destroyed."""
+    while _teams:
+        _teams.popitem()[1].close()
+
+
 def trial(pattern: str, shape: tuple[int, int, int], world: int, seed: int) -> Trial:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")

@@ -33,7 +33,7 @@ def _wrong(rank, world):
                 out = arm.run()
                 found[case.name, arm.name] = case.wrong(out, right)
                 assert case.wrong(out + 1, right) == 1
-    overlap_gpus._open.pop().close()
+    overlap_gpus.close_teams()
     return found
 
 
@@ -60,8 +60,8 @@ def test_every_save_of_sharded_training_reads_back(ranks):
 @pytest.mark.slow
 def test_a_killed_run_goes_on_from_what_is_left(tmp_path):
     rows = checkpoint_recovery.recover(2, tmp_path, checkpoint_recovery.TINY.name)
-    assert [(row.ranks, row.resumed) for row in rows] == [(2, 6), (2, 4), (1, 4)]
-    assert all(row.good for row in rows)
+    assert [row.ranks for row in rows] == [2, 2, 1] and all(row.good for row in rows)
+    assert rows[0].resumed in (5, 6) and [row.resumed for row in rows[1:]] == [4, 4]
 
 
 def _streamed(rank, world, spread):

@@ -6,8 +6,8 @@ It runs itself under `ncu`, one range for each way: sequential, cuBLAS pieces, a
 tiles. A range counts all of the device's memory traffic while it lasts, copy engines included; the rank is that of
 `bench overlap_cuda`, one of eight, with pinned host memory as the link. `least` is what the operands, the product, the
 copies and the sum must move if every byte moves once. T3's hardware saves on the scatter: sums form in memory, so what
-arrives and what leaves is neither written nor read again. Software cannot, and should stay at the sequential's bytes. The
-last two rows are what the simulator's algebra gives for a ring on T3's machine, beside its own sequential.
+arrives and what leaves is neither written nor read again. Software cannot, and should stay at the sequential's bytes.
+The last two rows are what the simulator's algebra gives for a ring on T3's machine, beside its own sequential.
 """
 
 from __future__ import annotations

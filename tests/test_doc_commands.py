@@ -56,6 +56,8 @@ CLAIMS = {
     "python -m undertow.benchmarks.halo3d": "tests/benchmarks/test_commands.py",
     "python -m undertow.benchmarks.kill_resume": "tests/benchmarks/test_commands.py",
     "python -m undertow.benchmarks.overlap_timeline": "tests/benchmarks/test_commands.py",
+    "python -m undertow.benchmarks.overlap_choice": "tests/benchmarks/test_overlap_choice.py",
+    "python -m undertow.benchmarks.overlap_traffic": ".ci/gpu",
     "python -m undertow.benchmarks.mpi_gpu_paths": ".ci/gpu",
     "python -m undertow.benchmarks.mpi_gpu_pages": "tests/benchmarks/test_mpi_gpu_models.py",
     "python benchmarks/attention_blocks": "tests/benchmarks/test_attention_programs.py",

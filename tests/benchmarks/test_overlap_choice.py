@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from undertow.benchmarks.overlap_choice import SEEN, markdown, replay, replay_all
+from undertow.benchmarks.overlap_choice import SEEN, main, markdown, replay, replay_all
 
 UNSEEN = 9
 
@@ -37,7 +39,7 @@ def test_a_cell_with_too_few_rounds_or_arms_is_not_judged():
     assert "no cell has" in markdown("x", [])
 
 
-def test_the_report_counts_by_arm():
+def test_the_report_counts_by_arm(tmp_path, capsys):
     def row(case, arm, samples):
         return {"case": case, "arm": arm, "seconds": {"median": samples[0]}, "samples_s": samples}
 
@@ -47,3 +49,6 @@ def test_the_report_counts_by_arm():
     assert "x: right in 1 of 2 cells, mean regret 50.0%" in text and "missed" in text
     assert "| sequential | 0% | 50% |" in text and "| overlap, 2 pieces | 100% | 50% |" in text
     assert "- b: chose overlap, 2 pieces, sequential was best (+100.0%)" in text
+    (tmp_path / "x.json").write_text(json.dumps({"rows": rows}))
+    assert main([str(tmp_path / "x.json")]) == 0
+    assert capsys.readouterr().out == text + "\n"

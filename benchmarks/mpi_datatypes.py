@@ -295,7 +295,10 @@ def ship(files: Sequence[Path]) -> None:
         )
     for flavour, majors in tables.items():
         merged = {major: policy.least_gains(runs) for major, runs in majors.items()}
-        note = [f"Shipped with every build: gains that are not clearly above {policy.SHIPPED} are written as 1.", *about[flavour]]
+        note = [
+            f"Shipped with every build: gains that are not clearly above {policy.SHIPPED} are written as 1.",
+            *about[flavour],
+        ]
         (build.POLICY / f"{flavour}.txt").write_text(policy.sections(merged, note))
         for major, rows in merged.items():
             taken = sum(row.ratio >= policy.GAIN for row in rows)

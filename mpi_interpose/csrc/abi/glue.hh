@@ -28,7 +28,7 @@ extern Own own;
 
 struct Constants {
   MPI_Datatype byte, packed, type_null;
-  MPI_Comm comm_null, self;
+  MPI_Comm comm_null, self, world;
   MPI_Request request_null;
 };
 extern Constants constants;  // filled by MPI_Init

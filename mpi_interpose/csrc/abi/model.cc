@@ -21,6 +21,7 @@ namespace undertow {
 namespace {
 
 Policy g_policy;
+bool g_messages = false;  // the table has rows of messages
 
 int log2_of(int64_t v) { return v <= 1 ? 0 : 63 - __builtin_clzll(static_cast<uint64_t>(v)); }
 
@@ -78,8 +79,9 @@ int64_t now_ns() {
   return t.tv_sec * 1000000000ll + t.tv_nsec;
 }
 
-void model_init() {
-  peers_init();
+namespace {
+
+void load_policy() {
   if (const char* named = std::getenv("UNDERTOW_MPI_MODEL"); named && *named) {
     if (g_policy.load(read_file(named).c_str(), undertow_built_for) == 0) say("the model %s has no usable row; nothing is taken", named);
     return;
@@ -88,6 +90,14 @@ void model_init() {
   beside = beside.substr(0, beside.find_last_of('/') + 1) + "model.txt";
   if (g_policy.load(read_file(beside).c_str(), undertow_built_for) == 0)
     g_policy.load(undertow_builtin_model, undertow_built_for);
+}
+
+}  // namespace
+
+void model_init() {
+  peers_init();
+  load_policy();
+  g_messages = g_policy.knows_messages();
 }
 
 double model_ratio(Record& r, Use use, int link, int64_t bytes) {
@@ -154,7 +164,7 @@ bool in_round(Record& r, Use use, int link, int64_t bytes) {
 
 // A message in auto mode: the table must see `gain` for every link the peer may have, and no samples may speak against.
 bool wins(Record& r, Use use, int64_t bytes, const Peer& peer, double gain, Timed timed, Stopwatch* watch) {
-  if (g_policy.knows_messages() == 0) return false;
+  if (!g_messages) return false;
   const LinkSet links = links_of(peer);
   if (links & kNobody) return false;
   int last = 0;

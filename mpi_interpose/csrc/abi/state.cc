@@ -92,6 +92,7 @@ void start() {
   constants.type_null = MPI_DATATYPE_NULL;
   constants.comm_null = MPI_COMM_NULL;
   constants.self = MPI_COMM_SELF;
+  constants.world = MPI_COMM_WORLD;
   constants.request_null = MPI_REQUEST_NULL;
   own.Comm_rank(MPI_COMM_WORLD, &g_rank);
   char version[MPI_MAX_LIBRARY_VERSION_STRING] = "";

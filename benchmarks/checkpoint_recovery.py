@@ -30,6 +30,7 @@ import torch.distributed as dist
 import typer
 import xxhash
 from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.tensor import DTensor
 
 from undertow.benchmarks.checkpoint_job import LARGE, MEDIUM, Size
 from undertow.benchmarks.checkpoint_phases import TINY
@@ -69,7 +70,7 @@ def digest(job: Sharded) -> str:
     model, optimizer = get_state_dict(job.model, job.optimizer)
     found = xxhash.xxh3_128()
     for name, value in sorted(_tensors({"model": model, "optimizer": optimizer}).items()):
-        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
         words = whole.detach().reshape(-1).view(torch.int32)
         weights = torch.arange(len(words), device=words.device).mul_(0x9E3779B97F4A7C1).mul_(2).add_(1)
         found.update(f"{name} {tuple(value.shape)} {int(weights.mul_(words).sum())}".encode())

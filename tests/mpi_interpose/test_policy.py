@@ -59,7 +59,7 @@ def test_the_promise_names_the_cells_that_lose(auto_ns: float, breaks: bool) -> 
 
 
 def test_only_a_clear_gain_enters_the_table() -> None:
-    clear, slight, held = cell(forced=5e4), cell(forced=9e4, size=4096), cell(forced=5e4, held=True, size=1024)
+    clear, slight, held = cell(forced=5e4), cell(forced=9.5e4, size=4096), cell(forced=5e4, held=True, size=1024)
     found = policy.rows([clear, slight, held], least=policy.SHIPPED)
     assert [row.size for row in found] == [65536, 4096]
     assert found[0].ratio > 1.9 and found[1].ratio == 1

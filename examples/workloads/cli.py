@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
-import torch.distributed as dist
 import typer
 from rich.console import Console
 
 from ...dist import launch
 from ...dist.errors import UserError
-from ...dist.launch import Launch
 from ...dist.progress import Progress
 from . import report
 from .contract import PRESETS, Place, Workload
 from .faults import killed_and_whole
+from .job import folder_for, job
 from .journal import JOURNAL, Journal
 from .judge import Verdict, judge
+from .keeper import saved_step
 from .loop import Outcome, run
 from .plots import plot
 from .registry import MODULES, all_workloads, get
+from .series import Budget, Series, everything
 from .switches import Switches
 
 app = typer.Typer(
@@ -43,6 +42,9 @@ Stream = Annotated[bool, typer.Option("--stream", help="Streamed backpropagation
 Chunk = Annotated[int | None, typer.Option("--stream-chunk", help="Rows of a chunk (default: planned).")]
 Context = Annotated[int, typer.Option("--context-parallel", help="Ranks that share each sequence.")]
 Overlap = Annotated[str, typer.Option("--overlap", help="auto, on or off: overlapped tensor parallelism.")]
+Minutes = Annotated[float | None, typer.Option(help="Stop in an orderly way after that long; see --resume.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Take over what has ended in --out, and go on.")]
+Variants = Annotated[list[str] | None, typer.Option("--variant", help="Only this one (several: repeat it).")]
 Tracked = Annotated[str, typer.Option("--gradients", help="whole, or tracked: entries leave when complete.")]
 Halo = Annotated[str, typer.Option("--halo", help="off, gloo, or mpi (under `undertow mpi run -- mpirun`).")]
 
@@ -80,7 +82,8 @@ def train(
     with job(device) as (here, where):
         folder_for(out, here, {"workload": name, "variant": variant, "preset": preset, **asdict(config)}, resume)
         place = Place(here, out, out / "shared", switches, where)
-        bar = Progress(config.steps, f"{name}: {variant}", enabled=here.rank == 0)
+        began = min(saved_step(out), config.steps) if resume else 0
+        bar = Progress(config.steps, f"{name}: {variant}", enabled=here.rank == 0, initial=began)
         with bar, Journal(out / JOURNAL if here.rank == 0 else None) as note:
             outcome = run(workload, variant, preset, config, place, resume=resume, tell=bar.update, note=note)
         if here.rank == 0:
@@ -102,11 +105,18 @@ def claim(
     out: Annotated[Path | None, typer.Option(help="Folder (default runs/workloads/claims).")] = None,
     device: Device = "cpu",
     checkpoint: Lazy = "lazy",
+    minutes: Minutes = None,
+    resume: Resume = False,
+    variant: Variants = None,
 ) -> None:
-    """Check one workload's claims; exit status 1 when one fails that is expected to hold."""
-    verdicts = comparison([name], preset, seeds, out or Path("runs/workloads/claims"), device, checkpoint)
-    if any(not verdict.holds and verdict.claim.expected for verdict in verdicts):
+    """Check one workload's claims; exit status 1 when one fails that is expected to hold, 3 when one is open."""
+    out = out or Path("runs/workloads/claims")
+    series = Series(known(preset), seeds, out, Switches(checkpoint), tuple(variant or ()), resume)
+    due = [verdict for verdict in comparison([name], series, device, minutes) if verdict.claim.expected]
+    if any(not verdict.holds and not verdict.open for verdict in due):
         raise typer.Exit(1)
+    if any(verdict.open for verdict in due):
+        raise typer.Exit(3)
 
 
 @app.command()
@@ -117,9 +127,14 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Folder (default runs/workloads/PRESET).")] = None,
     device: Device = "cpu",
     checkpoint: Lazy = "lazy",
+    minutes: Minutes = None,
+    resume: Resume = False,
+    variant: Variants = None,
 ) -> None:
     """Run every variant of every workload over seeds; print the table of claims, what failed shown as failed."""
-    comparison(names or list(MODULES), preset, seeds, out or Path("runs/workloads") / preset, device, checkpoint)
+    out = out or Path("runs/workloads") / known(preset)
+    series = Series(preset, seeds, out, Switches(checkpoint), tuple(variant or ()), resume)
+    comparison(names or list(MODULES), series, device, minutes)
 
 
 @app.command()
@@ -128,15 +143,16 @@ def table(
     out: Annotated[Path, typer.Option(help="Folder for table.md, result.json and the plots.")],
 ) -> None:
     """One table of comparisons that were run one by one."""
-    presets, runs = zip(*(report.read(folder) for folder in folders))
+    presets, runs, asked = zip(*(report.read(folder) for folder in folders))
     if len(set(presets)) > 1:
         raise UserError(f"comparisons at presets {', '.join(presets)}", expected="one preset")
     outcomes = [outcome for part in runs for outcome in part]
     known = [workload for workload in all_workloads() if any(o.workload == workload.name for o in outcomes)]
     done = [(workload, [o for o in outcomes if o.workload == workload.name]) for workload in known]
-    verdicts = [verdict for workload, own in done for verdict in judge(workload, presets[0], own)]
+    seeds = sorted({seed for part in asked for seed in part})
+    verdicts = [verdict for workload, own in done for verdict in judge(workload, presets[0], own, seeds)]
     folder_for(out, launch.detect(), {"tables": [str(folder) for folder in folders]}, False)
-    report.write(out, presets[0], done, verdicts)
+    report.write(out, presets[0], done, verdicts, seeds)
     report.show(report.CLAIM_HEAD, report.claim_rows(verdicts), f"claims at preset {presets[0]}")
 
 
@@ -171,100 +187,50 @@ def kill(
         raise typer.Exit(1)
 
 
-def comparison(names: Sequence[str], preset: str, seeds: int, out: Path, device: str, checkpoint: str) -> list[Verdict]:
-    """All variants and seeds of `names`, reported on the terminal and under `out`."""
-    if seeds < 1:
-        raise UserError(f"--seeds {seeds}", expected="at least 1")
-    known(preset)
-    workloads, switches = [get(name) for name in names], Switches(checkpoint)
-    done: list[tuple[Workload, list[Outcome]]] = []
-    verdicts: list[Verdict] = []
+def comparison(names: Sequence[str], series: Series, device: str, minutes: float | None) -> list[Verdict]:
+    """All variants and seeds of `names`, or as many as `minutes` allow, reported on the terminal and under its folder.
+
+    The table is written after every run, the plots after every workload.
+    """
+    if series.seeds < 1:
+        raise UserError(f"--seeds {series.seeds}", expected="at least 1")
+    workloads, seeds, out, preset = [get(name) for name in names], range(series.seeds), series.out, series.preset
+    done: dict[str, list[Outcome]] = {workload.name: [] for workload in workloads}
+    for workload in workloads:
+        series.of(workload)
+
+    def verdicts() -> list[Verdict]:
+        return [verdict for workload in workloads for verdict in judge(workload, preset, done[workload.name], seeds)]
+
+    def written(workload: Workload, outcomes: list[Outcome], plots: bool = False) -> None:
+        done[workload.name] = outcomes
+        pairs = [(workload, done[workload.name]) for workload in workloads]
+        report.write(out, preset, pairs, verdicts(), seeds, plots=plots)
+
     with job(device) as (here, where):
-        folder_for(out, here, {"workloads": list(names), "preset": preset, "seeds": seeds}, False)
+        budget = Budget(minutes, here, where)
+        content = {"workloads": list(names), "preset": preset, "seeds": series.seeds, "variants": list(series.variants)}
+        folder_for(out, here, content, series.resume)
         for workload in workloads:
-            outcomes = everything(workload, preset, seeds, out, here, where, switches)
-            done.append((workload, outcomes))
-            verdicts += judge(workload, preset, outcomes)
+            outcomes = everything(series, workload, here, where, budget, partial(written, workload))
+            done[workload.name] = outcomes
             if here.rank == 0:
-                head, rows = report.variant_rows(workload, outcomes)
-                report.show(head, rows, workload.title)
-                report.write(out, preset, done, verdicts)
+                written(workload, outcomes, plots=True)
+                if outcomes:
+                    head, rows = report.variant_rows(workload, outcomes)
+                    report.show(head, rows, workload.title)
         if here.rank == 0:
-            report.show(report.CLAIM_HEAD, report.claim_rows(verdicts), f"claims at preset {preset}")
+            report.show(report.CLAIM_HEAD, report.claim_rows(verdicts()), f"claims at preset {preset}")
             Console(stderr=True).print(f"written: {out / 'table.md'}, {out / 'result.json'}", highlight=False)
-    return verdicts
-
-
-def everything(
-    workload: Workload, preset: str, seeds: int, out: Path, here: Launch, where: torch.device, switches: Switches
-) -> list[Outcome]:
-    outcomes = []
-    runs = [(seed, variant) for seed in range(seeds) for variant in workload.compared(preset)]
-    configs = [workload.config(preset, variant, seed=seed) for seed, variant in runs]
-    with Progress(sum(c.steps for c in configs), workload.name, enabled=here.rank == 0, unit="update") as bar:
-        for config, (seed, variant) in zip(configs, runs):
-            home = report.home(out, workload.name, seed)
-            folder = home / report.variant_name(variant)
-            place = Place(here, folder, home / "shared", switches, where)
-            bar.update(0, variant=variant, seed=seed)
-            with Journal(folder / JOURNAL if here.rank == 0 else None) as note:
-                outcome = run(workload, variant, preset, config, place, tell=bar.update, note=note)
-            if here.rank == 0:
-                outcome.dump(place)
-            outcomes.append(outcome)
-    return outcomes
+            if any(len(done[w.name]) < len(series.of(w)) or not all(o.ended for o in done[w.name]) for w in workloads):
+                typer.echo(f"stopped after --minutes {minutes:g}; the same command with --resume goes on", err=True)
+    return verdicts()
 
 
 def known(preset: str) -> str:
     if preset in PRESETS:
         return preset
     raise UserError(f"--preset {preset}", expected=f"one of {', '.join(PRESETS)}")
-
-
-@contextmanager
-def job(device: str) -> Iterator[tuple[Launch, torch.device]]:
-    """The process group of this job, if it has more than one rank."""
-    if device not in ("cpu", "cuda"):
-        raise UserError(f"--device {device}", expected="cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no CUDA device", remedy="pass --device cpu")
-    here = launch.detect()
-    where = launch.local_device(here, device)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    if device == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS's sums differ from run to run
-    torch.set_num_threads(1)  # the models are small: a second thread costs more than it does, and sums in another order
-    if here.world_size > 1:
-        launch.init_process_group(here, device=where)
-    try:
-        yield here, where
-    finally:
-        if here.world_size > 1:
-            dist.destroy_process_group()
-
-
-def folder_for(out: Path, here: Launch, content: dict[str, Any], resume: bool) -> None:
-    """Rank 0 makes the run's folder, or refuses one that holds another run; its verdict is every rank's."""
-    problem = [""]
-    if here.rank == 0:
-        path, now = out / "config.json", json.loads(json.dumps(content))
-        try:
-            if path.exists() and not resume:
-                problem = [f"{out} holds a run already; to mend it: pass another --out, or --resume (train only)"]
-            elif path.exists() and json.loads(path.read_text()) != now:
-                problem = [f"{out} holds a run of another configuration; to mend it: pass another --out"]
-            elif not path.exists() and out.exists() and any(out.iterdir()):
-                problem = [f"{out} holds other files; to mend it: pass another --out"]
-            else:
-                out.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(now, indent=2) + "\n")
-        except (OSError, ValueError) as error:
-            problem = [f"cannot use the folder {out} ({error}); to mend it: pass another --out"]
-    if here.world_size > 1:
-        dist.broadcast_object_list(problem, src=0)
-    if problem[0]:
-        raise UserError(problem[0])
 
 
 def parse(changes: Sequence[str]) -> dict[str, Any]:

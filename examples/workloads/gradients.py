@@ -23,7 +23,9 @@ class Gradients:
         trained: list[nn.Parameter] = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.shards: list[nn.Parameter] = [parameter for parameter in trained if isinstance(parameter, DTensor)]
         self.whole = [parameter for parameter in trained if not isinstance(parameter, DTensor)]
-        self._average = GradientAverage([p for p in self.whole if tracked is None or p is not tracked.vector])
+        averaged = [p for p in self.whole if tracked is None or p is not tracked.vector]
+        self._average = GradientAverage(averaged)
+        self.nbytes = sum(parameter.numel() * parameter.element_size() for parameter in averaged)  # of one average
 
     def reduce(self) -> None:
         """Make every gradient that of the whole batch. Collective."""

@@ -35,14 +35,19 @@ class Journal:
             self._file.close()
 
 
-def trajectory(path: Path) -> dict[int, float]:
-    """The loss of each step, as the last one who computed it wrote it down; without torn lines."""
-    found: dict[int, float] = {}
+def rows(path: Path) -> list[tuple[int, float]]:
+    """Step and loss of each update in the order they were made, repeated ones too; without torn lines."""
+    found: list[tuple[int, float]] = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             row = json.loads(line)
         except ValueError:
             continue  # torn by a kill: the step is repeated
         if isinstance(row, dict):
-            found[row["step"]] = row["loss"]
+            found.append((row["step"], row["loss"]))
     return found
+
+
+def trajectory(path: Path) -> dict[int, float]:
+    """The loss of each step, as the last one who computed it wrote it down."""
+    return dict(rows(path))

@@ -14,7 +14,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ...checkpointing import Checkpointer
-from ...checkpointing.folder import read_manifest
+from ...checkpointing.files import FileOps
+from ...checkpointing.folder import Folder, read_manifest
 from .contract import Place
 
 
@@ -91,6 +92,12 @@ class Checkpoints:
             bytes=sum(report.nbytes for report in done),
             chunks=chunks * len(done),
         )
+
+
+def saved_step(folder: Path) -> int:
+    """How many updates the newest checkpoint of the run in `folder` holds; 0 where there is none."""
+    root = folder / "checkpoints"
+    return max(Folder(root, FileOps()).committed(), default=0) if root.is_dir() else 0
 
 
 def keeper(place: Place, every: int, rolls_back: bool, model: nn.Module, optimizer: Optimizer, more: dict) -> Keeper:

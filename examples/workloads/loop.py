@@ -30,7 +30,10 @@ from .tensor_ranks import TensorRanks
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run: what it reached, what it cost, and the proof of which systems ran (`evidence`)."""
+    """One run: what it reached, what it cost, and the proof of which systems ran (`evidence`).
+
+    `ended`: it made all its updates, or diverged; else its claims are open, and stopped runs have no metrics.
+    """
 
     workload: str
     variant: str
@@ -45,6 +48,7 @@ class Outcome:
     ranks: int
     systems: list[str]
     evidence: dict[str, dict[str, float]] = field(default_factory=dict)
+    ended: bool = True
 
     def dump(self, place: Place) -> None:
         """Write result.json into the run's folder."""
@@ -84,13 +88,15 @@ def run(
     *,
     resume: bool = False,
     stop_at: int | None = None,
+    enough: Callable[[], bool] = lambda: False,
     tell: Callable[..., None] = lambda **fields: None,
     note: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Outcome:
     """Train and evaluate. Every rank calls it; all return the same metrics.
 
     `resume` goes on from the newest checkpoint of the run's folder; `stop_at` ends early, as a fault would, after what
-    was saved is durable. Of each update `tell` hears the loss, and `note` (see `journal`) its number too.
+    was saved is durable. `enough`, asked by all ranks before each update, ends the run early too: it is saved, to be
+    resumed, and not evaluated. Of each update `tell` hears the loss, and `note` (see `journal`) its number too.
     """
     place.switches.check(workload.name, workload.exercises, place.here.world_size)
     began_s = time.process_time()
@@ -107,11 +113,11 @@ def run(
     more = workload.state(data, model) if workload.state else {}
     keep = keeper(place, config.checkpoint_every, workload.roll_back is not None, model, optimizer, more)
     losses: list[float] = []
-    updates, step, diverged = 0, 0, False
+    updates, step, diverged, stopped = 0, 0, False, False
     try:
         step = (keep.restore() or 0) if resume else 0
         last = config.steps if stop_at is None else min(stop_at, config.steps)
-        while step < last and not diverged:
+        while step < last and not diverged and not (stopped := enough()):
             keep.step(step)
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate(step)
@@ -123,6 +129,8 @@ def run(
                 layers = sum(verdict == "streamed" for verdict in engine.report().values())
                 place.count("stream", chunks=layers * len(engine.last_plan.bounds), passes=1)
             gradients.reduce()
+            if place.here.world_size > 1 and gradients.nbytes:
+                place.count("average", passes=1, bytes=gradients.nbytes)
             if config.clip:
                 gradients.clip(config.clip)
             value = mean(loss, place)
@@ -145,7 +153,7 @@ def run(
         if tracked is not None:
             tracked.close()
     model.eval()
-    metrics = {name: float(value) for name, value in workload.evaluate(model, data, config).items()}
+    metrics = {} if stopped else {k: float(value) for k, value in workload.evaluate(model, data, config).items()}
     weights = hash_of(model.state_dict())
     if place.tensor is not None:
         place.count("overlap", **place.tensor.close())
@@ -164,6 +172,7 @@ def run(
         place.here.world_size,
         place.switches.on,
         place.evidence,
+        diverged or step >= config.steps,
     )
 
 

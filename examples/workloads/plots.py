@@ -17,6 +17,9 @@ Done = Sequence[tuple[Workload, Sequence[Outcome]]]
 
 def plot(out: Path, done: Done) -> None:
     """losses.png and scores.png, one panel for each workload; says so when matplotlib is not installed."""
+    done = [(workload, outcomes) for workload, outcomes in done if outcomes]
+    if not done:
+        return
     try:
         import matplotlib
     except ImportError:
@@ -68,13 +71,15 @@ def scores(path: Path, done: Done) -> None:
         claim = workload.claims[0]
         names = [name for name in workload.variants if any(o.variant == name for o in outcomes)][::-1]
         for row, name in enumerate(names):
-            values = [o.metrics[claim.metric] for o in outcomes if o.variant == name and not o.diverged]
+            own = [o for o in outcomes if o.variant == name]
+            values = [o.metrics[claim.metric] for o in own if o.metrics and not o.diverged]
             finite = [value for value in values if math.isfinite(value)]
             panel.plot(finite, [row] * len(finite), "o", color="tab:blue", alpha=0.5, markersize=5)
             if finite:
                 panel.plot([fmean(finite)], [row], "|", color="black", markersize=14)
             else:
-                panel.text(0.02, row, "diverged", transform=panel.get_yaxis_transform(), va="center", fontsize=8)
+                why = "diverged" if any(o.diverged for o in own) else "stopped"
+                panel.text(0.02, row, why, transform=panel.get_yaxis_transform(), va="center", fontsize=8)
         panel.set_yticks(range(len(names)), names, fontsize=8)
         panel.set(
             title=workload.name, xlabel=f"{claim.metric} ({'more' if claim.relation == '>=' else 'less'} is better)"

@@ -27,7 +27,7 @@ def _spread(values: Sequence[float]) -> str:
     """Mean ± standard deviation over the seeds that ended with a number."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
-        return "nan"
+        return "nan" if values else "–"
     shown = f"{fmean(finite):.3f}" + (f" ± {stdev(finite):.3f}" if len(finite) > 1 else "")
     return shown if len(finite) == len(values) else f"{shown} ({len(finite)} of {len(values)})"
 
@@ -36,14 +36,17 @@ def claim_rows(verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
     rows = []
     for verdict in verdicts:
         claim = verdict.claim
-        against = claim.baseline or "a fixed value"
-        sign = "≥" if claim.relation == ">=" else "≤"
+        asked = "≥ " if claim.relation == ">=" else "≤ "
+        if claim.baseline is None:
+            asked += f"{claim.margin:g} (fixed)"
+        else:
+            asked += f"{_spread(verdict.references)} ({claim.baseline}, {claim.margin:+g})"
         rows.append(
             (
                 verdict.workload,
                 claim.text,
                 f"{claim.metric}: {claim.variant} {_spread(verdict.values)}",
-                f"{sign} {_spread(verdict.references)} ({against}, {claim.margin:+g})",
+                asked,
                 f"{sum(verdict.each)}/{len(verdict.seeds)}",
                 verdict.word,
             )
@@ -63,8 +66,10 @@ def variant_rows(workload: Workload, outcomes: Sequence[Outcome]) -> tuple[tuple
         own = [outcome for outcome in outcomes if outcome.variant == name]
         if own:
             diverged = sum(outcome.diverged for outcome in own)
-            cells = [_spread([outcome.metrics.get(metric, float("nan")) for outcome in own]) for metric in names]
+            ended = [outcome for outcome in own if outcome.metrics]
+            cells = [_spread([outcome.metrics.get(metric, float("nan")) for outcome in ended]) for metric in names]
             note = variant.note + (f" (diverged {diverged}/{len(own)})" if diverged else "")
+            note += f" (stopped before its end {len(own) - len(ended)}/{len(own)})" if len(ended) < len(own) else ""
             updates = str(round(fmean(outcome.updates for outcome in own)))
             rows.append((name, note, *cells, updates, f"{fmean(outcome.cpu_s for outcome in own):.1f}"))
     return head, rows
@@ -117,16 +122,22 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write(
-    out: Path, preset: str, done: Sequence[tuple[Workload, Sequence[Outcome]]], verdicts: Sequence[Verdict]
+    out: Path,
+    preset: str,
+    done: Sequence[tuple[Workload, Sequence[Outcome]]],
+    verdicts: Sequence[Verdict],
+    seeds: Sequence[int],
+    *,
+    plots: bool = True,
 ) -> None:
-    """table.md, result.json and the plots."""
-    seeds = sorted({outcome.seed for _, outcomes in done for outcome in outcomes})
+    """table.md, result.json and the plots. `seeds`: those asked for, whether or not their runs have ended."""
+    done = [(workload, outcomes) for workload, outcomes in done if outcomes]
     systems = sorted({system for _, outcomes in done for outcome in outcomes for system in outcome.systems})
     parts = [
         f"# Claims at preset `{preset}`, seeds {', '.join(map(str, seeds))}\n",
         f"{platform.machine()}, torch {torch.__version__}, systems on: {', '.join(systems) or 'none'}. "
         "± is the standard deviation over seeds. A claim holds when it holds on the mean and in more than half of the "
-        "seeds.\n",
+        "seeds, and is open while one of its runs has not ended.\n",
         markdown(CLAIM_HEAD, claim_rows(verdicts)),
     ]
     for workload, outcomes in done:
@@ -136,15 +147,17 @@ def write(
     content = {
         "preset": preset,
         "torch": torch.__version__,
+        "seeds": list(seeds),
         "runs": [{**asdict(o), "losses": len(o.losses)} for _, outcomes in done for o in outcomes],
         "claims": [{**asdict(v), "each": v.each, "holds": v.holds, "verdict": v.word} for v in verdicts],
     }
     (out / "result.json").write_text(json.dumps(content, indent=1) + "\n")
-    plot(out, done)
+    if plots:
+        plot(out, done)
 
 
-def read(folder: Path) -> tuple[str, list[Outcome]]:
-    """The preset and the runs of a comparison that `write` left in `folder`, with their losses."""
+def read(folder: Path) -> tuple[str, list[Outcome], list[int]]:
+    """The preset, runs (with their losses) and seeds asked for of a comparison that `write` left in `folder`."""
     try:
         content = json.loads((folder / "result.json").read_text())
         runs = [Outcome(**{**run, "losses": []}) for run in content["runs"]]
@@ -154,7 +167,7 @@ def read(folder: Path) -> tuple[str, list[Outcome]]:
     for run in runs:
         path = home(folder, run.workload, run.seed) / variant_name(run.variant) / JOURNAL
         run.losses.extend(trajectory(path).values())
-    return content["preset"], runs
+    return content["preset"], runs, content.get("seeds") or sorted({run.seed for run in runs})
 
 
 def home(out: Path, workload: str, seed: int) -> Path:

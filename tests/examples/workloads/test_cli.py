@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
 
 from undertow.__main__ import main
+from undertow.examples.workloads import series
 from undertow.examples.workloads.contract import PRESETS
+from undertow.examples.workloads.journal import trajectory
 from undertow.examples.workloads.registry import MODULES, get
 
 QUICK = ["--set", "steps=6", "--set", "checkpoint_every=2"]
@@ -44,6 +47,8 @@ def test_a_run_leaves_its_result_and_can_be_resumed(tmp_path, capsys):
         (["train", "stable-rps", "--set", "steps"], "--set steps"),
         (["train", "stable-rps", "--stream", "--out", "run"], "stable-rps does not use streamed"),
         (["claim", "stable-rps", "--seeds", "0"], "--seeds 0"),
+        (["claim", "stable-rps", "--minutes", "0"], "--minutes 0"),
+        (["claim", "thoughts", "--variant", "trained"], "no variant 'trained' of thoughts at preset ci"),
         (["compare", "--preset", "y"], "--preset y"),
     ],
 )
@@ -86,3 +91,56 @@ def test_a_comparison_writes_table_and_result(tmp_path, capsys):
     assert joined["claims"] == result["claims"] and joined["runs"] == result["runs"]
     assert main(["workloads", "table", str(tmp_path), "--out", str(tmp_path / "none")]) == 2
     assert "holds no comparison" in capsys.readouterr().err
+
+
+def spent_after(asked: int):
+    """A clock whose time is up when it has been looked at `asked` times."""
+
+    count = itertools.count(1)
+    return lambda budget: next(count) > asked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [130, 301, 302])  # in the first run, before the second, before its first update
+def test_a_comparison_stops_in_time_and_goes_on_where_it_was(asked, tmp_path, capsys, monkeypatch):
+    """Bit-identical to one that was not stopped; till then its claims are open, in the table and by exit status."""
+    words = ["workloads", "claim", "stable-rps", "--variant", "full", "--variant", "stable x1", "--out"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main([*words, str(whole)]) == 3  # the rivals that were not asked for
+    with monkeypatch.context() as patch:
+        patch.setattr(series.Budget, "up", spent_after(asked))
+        assert main([*words, str(cut), "--minutes", "5"]) == 3
+    printed = capsys.readouterr()
+    assert "stopped after --minutes 5; the same command with --resume goes on" in printed.err
+    continuity = json.loads((cut / "result.json").read_text())["claims"][0]
+    assert continuity["holds"] is False and continuity["verdict"].startswith("open: waits for stable x1 (seed 0)")
+    assert continuity["verdict"] in (cut / "table.md").read_text()
+    assert main([*words, str(cut)]) == 2  # holds a run already
+    assert main([*words, str(cut), "--resume"]) == 3
+    runs = [json.loads((folder / "result.json").read_text())["runs"] for folder in (cut, whole)]
+    for mine, peace in zip(*runs):
+        assert mine["ended"] and mine["updates"] == mine["losses"] == 300
+        assert all(mine[part] == peace[part] for part in ("variant", "weights", "metrics", "updates"))
+        assert mine["evidence"]["checkpoint"]["commits"] >= peace["evidence"]["checkpoint"]["commits"]
+    for name in ("full", "stable-x1"):
+        paths = [folder / "stable-rps" / "seed-0" / name / "metrics.jsonl" for folder in (cut, whole)]
+        assert trajectory(paths[0]) == trajectory(paths[1])
+
+
+def test_two_parts_of_a_comparison_make_one_table(tmp_path, capsys):
+    """As they are made on two machines, or in two calls of a machine that is lent for minutes."""
+    parts = []
+    for name in ("constructed", "one path"):
+        parts.append(str(tmp_path / name))
+        assert (
+            main(
+                ["workloads", "compare", "thoughts", "--preset", "ci", "--seeds", "1", "--variant", name]
+                + ["--out", parts[-1]]
+            )
+            == 0
+        )
+    path = json.loads((tmp_path / "one path" / "result.json").read_text())["claims"]
+    assert all(claim["verdict"].startswith("open: waits for constructed") for claim in path)
+    assert main(["workloads", "table", *parts, "--out", str(tmp_path / "both")]) == 0
+    both = json.loads((tmp_path / "both" / "result.json").read_text())["claims"]
+    assert [claim["verdict"] for claim in both] == ["holds", "holds"]

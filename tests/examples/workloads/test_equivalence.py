@@ -7,6 +7,7 @@ below what a lost or doubled gradient would do (its first update alone moves the
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -72,9 +73,19 @@ def on_ranks(rank: int, world: int, name: str, folder: str, switches: Switches) 
 @pytest.mark.parametrize("name", MODULES)
 def test_two_ranks_are_one(name, tmp_path, ranks):
     one = short(name, tmp_path / "one")
-    (losses, weights, _), (other, same, _) = ranks(2, on_ranks, name, str(tmp_path / "two"), LAZY)
+    (losses, weights, evidence), (other, same, _) = ranks(2, on_ranks, name, str(tmp_path / "two"), LAZY)
     assert losses == other and weights == same
+    assert evidence["average"]["passes"] == 14 and evidence["average"]["bytes"] > 0
     assert losses == pytest.approx(one.losses, rel=2e-4, abs=2e-4)
+
+
+def test_what_a_shared_vector_costs_is_its_own_size(tmp_path, ranks):
+    """m = 7,648 // 50 floats are averaged in an update, and m weights and m momenta are in a checkpoint."""
+    (_, _, evidence), _ = ranks(2, on_ranks, "stable-rps", str(tmp_path / "run"), LAZY)
+    assert evidence["average"] == {"passes": 14, "bytes": 14 * 4 * 152}
+    manifest = read_manifest(tmp_path / "run" / "checkpoints" / "step-000000014")
+    sizes = [math.prod(record.shape) for record in manifest.tensors.values()]
+    assert sorted(sizes)[-2:] == [152, 152] and sum(sizes) < 2 * 152 + 8
 
 
 ROLLING = {"tolerance": -2.0}  # each later task counts as harmful: back to its start, and again with replay

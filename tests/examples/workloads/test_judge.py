@@ -71,6 +71,22 @@ def test_seeds_that_diverged_are_left_out_of_the_mean_and_counted():
     assert theirs[2] == "nan" and "(diverged 3/3)" in theirs[1]
 
 
+def test_a_claim_without_all_its_runs_is_open():
+    """Whatever the runs say that there are: neither held nor failed, and what is missing has its name."""
+    stopped = replace(outcome("theirs", 1, 0.0), ended=False, metrics={})
+    runs = [outcome("ours", 0, 0.9), outcome("theirs", 0, 0.4), outcome("ours", 1, 0.9), stopped]
+    (verdict,) = judge(workload(CLAIM), "ci", runs, range(3))
+    assert verdict.open and not verdict.holds
+    assert verdict.word == "open: waits for ours (seed 2), theirs (seed 1, 2)"
+    assert verdict.seeds == (0,) and verdict.values == (0.9,) and verdict.each == (True,)
+    ((_, _, measured, asked, seeds, word),) = claim_rows([verdict])
+    assert "0.900" in measured and "0.500" in asked and seeds == "1/1" and word == verdict.word
+    (nothing,) = judge(workload(CLAIM), "ci", [], [0])
+    assert nothing.open and claim_rows([nothing])[0][4] == "0/0"
+    head, rows = variant_rows(workload(CLAIM), runs)
+    assert rows[1][head.index("score")] == "0.400" and "stopped before its end 1/2" in rows[1][1]
+
+
 def test_a_claim_of_another_preset_is_not_judged():
     runs = [outcome("ours", 0, 0.1), outcome("theirs", 0, 0.4)]
     assert judge(workload(replace(CLAIM, presets=("gpu",))), "ci", runs) == []

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from undertow.checkpointing.folder import read_manifest
 from undertow.dist.launch import detect
 from undertow.examples.workloads.contract import Place
 from undertow.examples.workloads.loop import Outcome, run
@@ -83,6 +84,18 @@ def test_streaming_changes_nothing_but_rounding(chunk, tmp_path):
     streamed = short(tmp_path / "streamed", Switches(checkpoint="off", stream=True, stream_chunk=chunk))
     assert streamed.losses == pytest.approx(plain.losses, rel=1e-4)
     assert streamed.evidence["stream"] == {"chunks": 6 * 5 * -(-24 // chunk), "passes": 6}  # five layers, all streamed
+
+
+def test_a_checkpoint_holds_the_shared_block_once(tmp_path):
+    """Under its name in each of the recursions, at one place of one file."""
+    short(tmp_path / "run", Switches(checkpoint="lazy"))
+    tensors = read_manifest(tmp_path / "run" / "checkpoints" / "step-000000006").tensors
+    names = [name for name in tensors if name.startswith("model.stream_layers.1.block.")]
+    assert len(names) == 9
+    for name in names:
+        places = [tensors[name.replace("layers.1", f"layers.{layer}")].shards for layer in (1, 2, 3)]
+        assert places[0] == places[1] == places[2]
+        assert places[0] != tensors[name.replace("layers.1.block", "layers.4")].shards
 
 
 def overlapped(rank: int, world: int, folder: str, overlap: str, variant: str, stop_at: int | None) -> Outcome:

@@ -86,8 +86,8 @@ class _Rank:
         return out
 
 
-def trial(m: int, n: int, k: int, seed: int) -> Trial:
-    """Buffers on the GPU and in pinned memory, and the arms over them."""
+def rank_of(m: int, n: int, k: int, seed: int) -> _Rank:
+    """Rank 0 of `WORLD`, its operands on the current GPU, its peers' partial sums in pinned memory."""
     if not torch.cuda.is_available():
         raise UserError("no CUDA device", remedy="run it on a machine with a GPU, or `undertow bench overlap` here")
     device = torch.device("cuda", torch.cuda.current_device())
@@ -95,16 +95,21 @@ def trial(m: int, n: int, k: int, seed: int) -> Trial:
     a = torch.randn(m, k, dtype=torch.bfloat16, device=device)
     b = torch.randn(k, n, dtype=torch.bfloat16, device=device) / k**0.5
     sizes = chunk_rows(m, WORLD)
-    theirs = torch.randn(WORLD - 1, sizes[0], n, dtype=torch.bfloat16, device=device)
-    own = a[: sizes[0]].float() @ b.float() + theirs.float().sum(0)
-    partials = theirs.cpu().pin_memory()
+    partials = torch.randn(WORLD - 1, sizes[0], n, dtype=torch.bfloat16, device=device).cpu().pin_memory()
 
     def incoming(rows: torch.Tensor, source: int) -> torch.Tensor:
         at = int(rows.storage_offset()) // n  # staged rows lie in a buffer of their own for each peer
         return partials[source - 1, at : at + rows.shape[0]]
 
     messenger = PinnedMessenger(0, WORLD, device, incoming)
-    rank = _Rank(a, b, partials, CudaOverlapEngine(device=device, messenger=messenger), messenger, sizes)
+    return _Rank(a, b, partials, CudaOverlapEngine(device=device, messenger=messenger), messenger, sizes)
+
+
+def trial(m: int, n: int, k: int, seed: int) -> Trial:
+    """Buffers on the GPU and in pinned memory, and the arms over them."""
+    rank = rank_of(m, n, k, seed)
+    a, b = rank.a, rank.b
+    own = a[: rank.sizes[0]].float() @ b.float() + rank.partials.to(a.device).float().sum(0)
     why_not = unusable(a, b)
     usable = [arm for arm in CUDA_ARMS if not (arm.tracked and why_not)]
     for arm in usable:

@@ -1,0 +1,90 @@
+"""What an overlapped product costs the host: microseconds of each kind of call that queues a piece, and of whole calls.
+
+    python -m undertow.benchmarks.overlap_host
+
+A piece is sent by a dozen such calls. Where they take the host longer than the GPU takes for the piece, the GPU waits,
+and finer pieces are slower whatever they hide. The link is pinned host memory, and the shape is small, so that the host
+is what is measured: it queues `REPEATS` calls, and the clock stops before it waits for the device.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from undertow.benchmarks.overlap_cuda import WORLD, rank_of
+from undertow.dist.errors import UserError
+from undertow.parallel.overlap_gate import CUDA_ARMS
+
+REPEATS = 20  # of a call between two waits for the device: less than what its queue holds
+ROUNDS = 15
+
+
+def microseconds(call: Callable[[], Any]) -> float:
+    """The host's time for one `call`, which queues work: the median of rounds."""
+    times = []
+    for _ in range(ROUNDS + 1):
+        torch.cuda.synchronize()
+        began_s = time.perf_counter()
+        for _ in range(REPEATS):
+            call()
+        times.append((time.perf_counter() - began_s) / REPEATS * 1e6)
+    return statistics.median(times[1:])
+
+
+def parts(device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(what, a call of it), of the kinds that a piece needs."""
+    a = torch.zeros(64, 64, dtype=torch.bfloat16, device=device)
+    y, there = torch.empty_like(a), torch.empty(64, 64, dtype=torch.bfloat16, pin_memory=True)
+    stream, current, event = torch.cuda.Stream(device), torch.cuda.current_stream(device), torch.cuda.Event()
+    event.record(current)
+
+    def inside() -> None:
+        with torch.cuda.stream(stream):
+            pass
+
+    def switched() -> None:
+        torch.cuda.set_stream(stream)
+        torch.cuda.set_stream(current)
+
+    yield "a stream's context", inside
+    yield "the stream set and set back", switched
+    yield "an event made and recorded", stream.record_event
+    yield "an event recorded again", lambda: event.record(stream)
+    yield "a wait for an event", lambda: stream.wait_event(event)
+    yield "a question to an event", event.query
+    yield "the current stream", lambda: torch.cuda.current_stream(device)
+    yield "a slice of rows", lambda: a[8:16]
+    yield "a narrow of rows", lambda: a.narrow(0, 8, 8)
+    yield "a product into rows", lambda: torch.mm(a, a, out=y)
+    yield "a copy to pinned memory by torch", lambda: there.copy_(y, non_blocking=True)
+    yield "a copy from pinned memory by torch", lambda: y.copy_(there, non_blocking=True)
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        raise UserError("no CUDA device", remedy="run it on a machine with a GPU")
+    device = torch.device("cuda", torch.cuda.current_device())
+    print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}\n")
+    print("| what | host, us |\n|---|---:|")
+    for what, call in parts(device):
+        print(f"| {what} | {microseconds(call):.1f} |")
+    print("\n| way | pieces | host, us | for each piece |\n|---|---:|---:|---:|")
+    rank = rank_of(256, 512, 512, 0)
+    for arm in CUDA_ARMS:
+        pieces = WORLD * arm.subchunks
+        took = microseconds(lambda arm=arm: rank.scatter(arm))
+        print(f"| {arm.name} | {pieces} | {took:.0f} | {took / pieces:.1f} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"overlap_host: {error}")

@@ -32,7 +32,7 @@ from statistics import mean
 
 from undertow.benchmarks.case import Benchmark
 from undertow.benchmarks.facts import facts, slug
-from undertow.mpi_interpose import build, launch, measure, policy
+from undertow.mpi_interpose import build, measure, policy, toolchain
 from undertow.mpi_interpose.samples import Cell, parse, text
 from undertow.mpi_interpose.toolchain import Mpi
 
@@ -91,7 +91,7 @@ def installed() -> list[Mpi]:
     found: dict[str, Mpi] = {}
     for place in places:
         if place and shutil.which(place):
-            mpi = launch.mpi_of([], place, False)
+            mpi = toolchain.probe(place)
             found.setdefault(label(mpi), mpi)
     return list(found.values())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -14,12 +15,17 @@ from rich.console import Console
 from rich.table import Table
 
 from . import build as building
-from . import core, gpu_doctor, gpu_pairs, launch, measure, signatures, spec, toolchain
+from . import core, gpu_doctor, gpu_pairs, launch, measure, python_mpi, signatures, spec, toolchain
+from .chosen import choose, family_of
 from .errors import InterposeError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="The MPI datatype interposer.")
-Mpicc = Annotated[
-    str | None, typer.Option(help="the MPI's compiler wrapper; default: the one beside mpirun, Python, or on PATH")
+Mpicc = Annotated[str | None, typer.Option(help="the MPI's compiler wrapper; default: the one of the launcher")]
+Mpirun = Annotated[
+    str | None,
+    typer.Option(
+        help="the launcher whose MPI is meant, with its options; default: the first mpirun or mpiexec on PATH"
+    ),
 ]
 Abi = Annotated[
     bool, typer.Option("--abi", help="the MPI-5 standard ABI flavour (found by itself for linked programs)")
@@ -46,14 +52,24 @@ def run(
 
 
 @app.command()
-def build(mpicc: Mpicc = None, abi: Abi = False) -> None:
+def build(mpirun: Mpirun = None, mpicc: Mpicc = None, abi: Abi = False) -> None:
     """Build the preload for an MPI and print its path (for LD_PRELOAD)."""
-    sys.stdout.write(f"{building.library(launch.mpi_of([], mpicc, abi))}\n")
+    choice = choose(_words(mpirun), mpicc, abi)
+    sys.stderr.write(f"for {choice}\n")
+    sys.stdout.write(f"{building.library(choice.mpi)}\n")
+
+
+def _words(mpirun: str | None) -> list[str]:
+    """`--mpirun` as the command it is; InterposeError when there is no such program."""
+    words = shlex.split(mpirun) if mpirun else []
+    if words and not shutil.which(words[0]):
+        raise InterposeError(f"--mpirun {words[0]} is not a program")
+    return words
 
 
 @app.command()
 def doctor(
-    mpirun: Annotated[str, typer.Option(help="the launcher whose MPI is meant")] = "mpirun",
+    mpirun: Mpirun = None,
     mpicc: Mpicc = None,
     abi: Abi = False,
 ) -> None:
@@ -64,16 +80,18 @@ def doctor(
     if gpu_pairs.started():
         gpu_pairs.main()
         return
-    mpi = launch.mpi_of([mpirun] if shutil.which(mpirun) else [], mpicc, abi)
+    choice = choose(_words(mpirun), mpicc, abi)
+    mpi = choice.mpi
     have = [symbol for symbol in toolchain.SYMBOLS if symbol in mpi.symbols]
     large = sum(symbol.endswith("_c") for symbol in have)
     library = building.library(mpi)
     model = measure.model_file(library)
     rows = [
         ("MPI", f"{mpi.version}, MPI {mpi.standard}"),
+        ("chosen by", choice.why),
         ("library", mpi.library),
         ("compiler wrapper", mpi.mpicc or "none that works: the preload must be a shipped one"),
-        ("launcher", shutil.which(mpirun) or f"'{mpirun}' not found"),
+        ("launcher", choice.launcher or "no mpirun or mpiexec found"),
         ("flavour", mpi.flavour),
         ("preload", f"{library} ({building.origin(mpi)})"),
         ("intercepted", f"{len(have)} functions, {large} of them large-count"),
@@ -87,9 +105,12 @@ def doctor(
         *gpu_doctor.rows(mpi),
         ("switched off", "yes, by UNDERTOW_DISABLE" if launch.disabled() else "no"),
     ]
-    mismatch = _launcher_family(mpirun)
-    if mismatch and mpi.flavour != "abi" and mismatch != mpi.flavour:
-        rows.append(("warning", f"{mpirun} belongs to {mismatch}, the compiler wrapper to {mpi.flavour}"))
+    rows += python_mpi.rows(choice, python_mpi.ask())
+    family = family_of(choice.launcher) if choice.launcher else ""
+    if family and mpi.flavour != "abi" and family != mpi.flavour:
+        rows.append(
+            ("warning", f"{choice.launcher} starts ranks of {family}, the compiler wrapper is of {mpi.flavour}")
+        )
     width = max(len(name) for name, _ in rows)
     sys.stdout.write("".join(f"{name:<{width}}  {text}\n" for name, text in rows))
 
@@ -105,21 +126,13 @@ def missing(mpi: toolchain.Mpi) -> str:
     return f"{', '.join(parts)}; not exported, the others are served" if parts else "nothing is missing"
 
 
-def _launcher_family(mpirun: str) -> str:
-    if not shutil.which(mpirun):
-        return ""
-    text = toolchain.run([mpirun, "--version"], "asking mpirun", env=toolchain.environment())
-    if "Open MPI" in text or "PRRTE" in text or "prte" in text:
-        return "openmpi"
-    return "mpich" if "HYDRA" in text.upper() else ""
-
-
 @app.command()
 def explain(
     datatype: str = typer.Argument(
         ..., help="e.g. 'vector(1024, 4, 16, float)', or an IR such as '(loop 3 16 (bytes 4))'"
     ),
     count: Annotated[int, typer.Option(min=1, help="elements per message")] = 1,
+    mpirun: Mpirun = None,
     mpicc: Mpicc = None,
     report: Annotated[
         Path | None, typer.Option(help="a report of `run --report`: what that run's timed calls said of the datatype")
@@ -136,11 +149,12 @@ def explain(
     for line in measure.corrections(_read_report(report), plan) if report else []:
         sys.stdout.write(line + "\n")
     try:
-        mpi = launch.mpi_of([], mpicc, False)
+        choice = choose(_words(mpirun), mpicc, False)
     except InterposeError as error:
         sys.stdout.write(f"model      unknown: {error}\n")
         return
-    for line in measure.predictions(mpi, plan, count):
+    sys.stdout.write(f"MPI        {choice}\n")
+    for line in measure.predictions(choice.mpi, plan, count):
         sys.stdout.write(line + "\n")
 
 
@@ -151,25 +165,24 @@ def measure_(
     ] = None,
     quick: Annotated[bool, typer.Option(help="two message sizes and fewer rounds: a look only")] = False,
     rounds: Annotated[int | None, typer.Option(min=6, max=201, help="samples per cell", show_default=False)] = None,
-    mpirun: Annotated[
-        str | None, typer.Option(help="launcher with its options; default: the one beside the compiler wrapper")
-    ] = None,
+    mpirun: Mpirun = None,
     remote: Annotated[bool, typer.Option("--remote", help="the two ranks of --mpirun are on two hosts")] = False,
     machine: Annotated[Path | None, typer.Option(help="Machine file; default: the one of `undertow probe`")] = None,
     mpicc: Mpicc = None,
 ) -> None:
     """Measure the library against our kernels on this machine and write the model's table."""
-    import shlex
-
     from . import policy
 
-    start = shlex.split(mpirun) if mpirun else []
-    mpi = launch.mpi_of(start[:1], mpicc, False)
+    start = _words(mpirun)
+    choice = choose(start, mpicc, False)
+    mpi = choice.mpi
     if not mpi.mpicc:
         raise InterposeError(f"measuring takes an mpicc and its compiler; found only the library {mpi.library}")
     library = building.library(mpi)
     wanted = rounds or (measure.QUICK_ROUNDS if quick else measure.ROUNDS)
     console = Console(stderr=True)
+    console.print(f"measuring {choice}", highlight=False)
+    start = start or measure.launcher(mpi, choice.launcher)
     with console.status(f"timing {mpi.version[:40].strip()}") as status:
         cells = measure.measure(
             mpi, library, start, rounds=wanted, quick=quick,

@@ -16,20 +16,11 @@ import threading
 from pathlib import Path
 
 from . import build
+from .chosen import choose, is_launcher, is_srun
 from .errors import InterposeError
-from .toolchain import Mpi, find_mpicc, look, probe
 
-LAUNCHERS = ("mpirun", "mpiexec", "prterun", "orterun", "srun")
 PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # batch systems send them to be saved
 MODES = ("auto", "force", "check", "off")
-
-
-def is_launcher(word: str) -> bool:
-    return Path(word).name.split(".")[0] in LAUNCHERS
-
-
-def _is_srun(word: str) -> bool:
-    return Path(word).name.split(".")[0] == "srun"
 
 
 def wants_abi(command: list[str]) -> bool:
@@ -44,24 +35,6 @@ def wants_abi(command: list[str]) -> bool:
         except OSError:
             continue
     return False
-
-
-def mpi_of(command: list[str], mpicc: str | None, abi: bool) -> Mpi:
-    """The MPI that `command` will use, as far as it can be told from outside."""
-    launcher = command[0] if command and is_launcher(command[0]) and not _is_srun(command[0]) else None
-    try:
-        # srun starts any MPI, so what lies beside it says nothing
-        wrapper = mpicc or find_mpicc(launcher)
-        if abi:
-            beside = Path(wrapper).with_name("mpicc_abi")
-            if Path(wrapper).name != "mpicc_abi" and beside.exists():
-                wrapper = str(beside)
-        return probe(wrapper)
-    except InterposeError:
-        found = None if mpicc else look(launcher, abi)  # no compiler: the shipped preloads need none
-        if found is None:
-            raise
-        return found
 
 
 def environment(library: Path, mode: str, report: str | None) -> dict[str, str]:
@@ -95,14 +68,14 @@ def run(command: list[str], mode: str, report: Path | None, mpicc: str | None = 
         raise InterposeError(f"cannot write {report}: there is no folder {report.absolute().parent}")
     if disabled() or mode == "off":
         return _status(command, {})
-    mpi = mpi_of(command, mpicc, abi or wants_abi(command))
+    mpi = choose(command, mpicc, abi or wants_abi(command)).mpi
     library = build.library(mpi)
     shared = report.absolute().parent if report else None  # ranks on other nodes see the report's folder, not /tmp
     with tempfile.TemporaryDirectory(prefix=".undertow-mpi-", dir=shared) as folder:
         parts = str(Path(folder) / "rank") if report else None
         values = environment(library, mode, parts)
         full = list(command)
-        if mpi.flavour == "openmpi" and is_launcher(command[0]) and not _is_srun(command[0]):
+        if mpi.flavour == "openmpi" and is_launcher(command[0]) and not is_srun(command[0]):
             full[1:1] = [word for name in values for word in ("-x", name)]
         status = _status(full, values)
         if report:

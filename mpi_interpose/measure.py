@@ -22,6 +22,7 @@ from pathlib import Path
 
 from . import policy
 from .build import builtin_model
+from .chosen import beside
 from .compile import CSRC, cache_folder, run
 from .errors import InterposeError
 from .launch import environment
@@ -49,10 +50,7 @@ def program(mpi: Mpi) -> Path:
 
 def launcher(mpi: Mpi, named: str | None = None) -> list[str]:
     """mpirun of this MPI with the options that let two ranks share any machine."""
-    wrapper = Path(mpi.mpicc)
-    suffix = wrapper.name.split(".", 1)[1] if "." in wrapper.name else ""
-    beside = [wrapper.with_name(f"mpirun.{suffix}"), wrapper.with_name("mpirun")]
-    found = named or next((str(path) for path in beside if path.exists()), shutil.which("mpirun"))
+    found = named or beside(mpi.mpicc) or shutil.which("mpirun")
     if not found:
         raise InterposeError(f"no mpirun beside {mpi.mpicc}; name it with --mpirun")
     return [found, *(["--oversubscribe"] if mpi.flavour == "openmpi" else [])]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -85,48 +84,6 @@ def show(mpicc: str) -> list[str]:
     raise InterposeError(f"{mpicc} answers neither -show nor --showme; expected an MPI compiler wrapper (--mpicc PATH)")
 
 
-def find_mpicc(mpirun: str | None = None) -> str:
-    """The wrapper that belongs to `mpirun`, else the one beside this Python, else the one on PATH.
-
-    MPICC overrides. Debian's alternatives keep the family as a suffix (mpirun.openmpi), which is carried over.
-    """
-    named = os.environ.get("MPICC")
-    if named:
-        found = shutil.which(named)
-        if not found:
-            raise InterposeError(f"MPICC names '{named}', which is not a program")
-        return found
-    candidates: list[Path] = []
-    if mpirun and shutil.which(mpirun):
-        path = Path(str(shutil.which(mpirun)))
-        for place in (path, path.resolve(), *_links(path)):
-            suffix = place.name.split(".", 1)[1] if "." in place.name else ""
-            if suffix in ("openmpi", "mpich"):
-                candidates.append(place.with_name(f"mpicc.{suffix}"))
-        candidates.append(path.with_name("mpicc"))
-    candidates.append(Path(sys.executable).with_name("mpicc"))
-    for candidate in candidates:
-        if candidate.exists():
-            return str(candidate)
-    found = shutil.which("mpicc")
-    if not found:
-        raise InterposeError(
-            "no mpicc found: install an MPI with its compiler (`pip install mpich`, or `apt install libopenmpi-dev`), "
-            "or name it with --mpicc PATH"
-        )
-    return found
-
-
-def _links(path: Path) -> list[Path]:
-    """Each step of a chain of symbolic links (the alternatives system's middle step carries the family)."""
-    steps = []
-    while path.is_symlink() and len(steps) < 8:
-        target = Path(os.readlink(path))
-        path = target if target.is_absolute() else path.parent / target
-        steps.append(path)
-    return steps
-
-
 def probe(mpicc: str) -> Mpi:
     """Compile and run the probe with `mpicc`; cached by the wrapper's answer and the library file's time and size."""
     command = show(mpicc)
@@ -176,15 +133,14 @@ print(text.value.decode().split(chr(10))[0])
 """
 
 
-def look(mpirun: str | None, abi: bool) -> Mpi | None:
-    """The MPI whose library lies where `mpirun` and this Python have theirs, asked without a compiler; or None."""
-    found = [Path(str(shutil.which(mpirun))).parent] if mpirun and shutil.which(mpirun) else []
-    roots = dict.fromkeys([*(place.resolve() for place in found), *found, Path(sys.executable).parent])
+def look(folders: list[Path], abi: bool) -> Mpi | None:
+    """The MPI whose library belongs to the programs in one of these folders, asked without a compiler; or None."""
+    roots = dict.fromkeys([*(place.resolve() for place in folders), *folders])
     multiarch = str(sysconfig.get_config_var("MULTIARCH") or "")
     listed = [Path(word) for word in os.environ.get("LD_LIBRARY_PATH", "").split(":") if word]
-    folders = [root.parent / lib for root in roots for lib in ("lib", "lib64", f"lib/{multiarch}")]
+    places = [root.parent / lib for root in roots for lib in ("lib", "lib64", f"lib/{multiarch}")]
     for name in ("libmpi_abi.so.1",) if abi else LIBRARIES:
-        for folder in [*folders, *listed]:
+        for folder in [*places, *listed]:
             if (folder / name).exists():
                 return _ask((folder / name).resolve())
     return None

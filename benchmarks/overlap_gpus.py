@@ -121,8 +121,10 @@ def trial(pattern: str, shape: tuple[int, int, int], world: int, seed: int) -> T
     ranks = Ranks(pattern, shape, world, device, seed)
     kind = device.type
 
+    why = ranks.teams["auto"].explain().splitlines()[-1]  # the team is that of all cases
+
     def checked(name: str, call: Callable[[], Any]) -> Arm:
-        return Arm(name, call, device=kind)
+        return Arm(name, call, device=kind, said=why if name == "auto" else "")
 
     arms = [checked(PLAIN, ranks.plain)]
     arms += [checked(name, partial(ranks.ours, name)) for name in (*ranks.names, "auto")]

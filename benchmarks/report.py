@@ -38,7 +38,8 @@ class Row:
     """One arm in one case. `role` is 'plain', 'ours', 'again' (the A/A row), 'hardware' or 'rival'.
 
     `wrong` None means that the arm did not run; then, and when wrong > 0, `seconds` and `ratio` are None and `note`
-    says why. `seconds` is per run; `predicted_s` was fixed before timing; `ratio` is plain/arm.
+    says why. `seconds` is per run; `predicted_s` was fixed before timing; `ratio` is plain/arm. `said`: see
+    `case.Arm`.
     """
 
     case: str
@@ -56,6 +57,7 @@ class Row:
     note: str = ""
     extras: dict[str, float] = field(default_factory=dict)
     samples_s: tuple[float, ...] = ()
+    said: str = ""
 
     @property
     def bad(self) -> bool:
@@ -166,6 +168,7 @@ class Report:
             *(f"- not compared: {line}" for line in self.not_compared()),
             "",
             *_extras_table(self.rows),
+            *_sayings(self.rows),
             *summary(self.rows, self.choices),
             "Time is the median over the rounds; in each round every arm runs once, in a random order. *of it* is the "
             "time over the predicted one. Ratio is "
@@ -192,6 +195,11 @@ def _extras_table(rows: tuple[Row, ...]) -> list[str]:
         return []
     body = [(r.case, r.arm, *(_extra(name, r.extras.get(name)) for name in names)) for r in rows if r.extras]
     return [*markdown_table(("case", "arm", *names), body), ""]
+
+
+def _sayings(rows: tuple[Row, ...]) -> list[str]:
+    said = [f"- {row.case}, {row.arm}: {row.said}" for row in rows if row.said]
+    return [*said, ""] if said else []
 
 
 def _extra(name: str, value: float | None) -> str:

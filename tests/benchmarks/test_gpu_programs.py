@@ -32,6 +32,9 @@ def _wrong(rank, world):
             if not arm.unavailable:
                 out = arm.run()
                 found[case.name, arm.name] = case.wrong(out, right)
+                pattern, shape = case.name.split()
+                why = f"{pattern} M={shape.split('×')[0]} N=" if arm.name == "auto" else ""
+                assert arm.said.startswith(why) and ("(measured; " in arm.said) == bool(why), arm.said
                 assert case.wrong(out + 1, right) == 1
     overlap_gpus.close_teams()
     return found

@@ -162,6 +162,11 @@ def test_an_unavailable_arm_is_listed_with_its_reason():
     assert rows[RIVAL].note == "not installed" and rows[RIVAL].wrong is None and RIVAL not in clock.log
 
 
+def test_a_row_keeps_what_its_arm_says():
+    rows = run(case(arm(PLAIN, said="plainly"), arm(OURS, said="measured")), constant(plain=0.3, ours=0.1))
+    assert [(row.arm, row.said) for row in rows] == [(PLAIN, "plainly"), (f"{PLAIN} (A/A)", ""), (OURS, "measured")]
+
+
 def test_an_arm_may_have_a_reference_of_its_own():
     rows = run(case(arm(PLAIN), arm(OURS, answer=8, reference=lambda: 8)), constant(plain=0.3, ours=0.1))
     assert [row.wrong for row in rows] == [0, 0, 0]

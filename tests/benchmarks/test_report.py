@@ -22,6 +22,7 @@ def example(**changes) -> Report:
             inner=3,
             extras={"peak_bytes": 3 * 2**20, "stall_s": 0.002},
             samples_s=(0.4e-3, 0.5e-3),
+            said="two pieces (measured)",
         ),
         Row("1 MiB", "broken", "rival", 2**20, wrong=12, note="the answer is wrong"),
         Row("1 MiB", "absent", "rival", 2**20, note="not installed"),
@@ -95,6 +96,7 @@ def test_the_page_shows_losses_and_absences():
     assert "- not compared: absent (all cases): not installed" in page and "| absent |" not in page
     assert "at most 5.0%" in page  # the noise: the A/A interval reaches down to 0.95
     assert "| 1 MiB | ours | 3.0 MiB | 2 ms |" in page  # the extras, with their units
+    assert "- 1 MiB, ours: two pieces (measured)" in page
     assert "![" not in example().markdown()
 
 

@@ -15,9 +15,10 @@ import tempfile
 from pathlib import Path
 
 from . import fortran, standard
-from .compile import CSRC, Unit, cache_folder, core_units, digest_of, gpu_units, link, shipped
+from .compile import CSRC, Unit, cache_folder, core_units, digest_of, link, shipped
 from .errors import InterposeError
 from .generate import entries, exports, reals
+from .gpu_build import gpu_units
 from .progress import units_done
 from .toolchain import Mpi
 

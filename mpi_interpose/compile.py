@@ -26,7 +26,6 @@ from .errors import InterposeError
 CSRC = Path(__file__).parent / "csrc"
 PREBUILT = Path(__file__).parent / "prebuilt"
 INCLUDE = tuple(CSRC / room for room in ("core", "abi", "gpu"))
-GPU = ("driver", "lower", "paths", "context", "device", "ring", "slab")
 CORE = ("ir", "passes", "walk", "plan", "exec")
 BASE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-g1", "-fvisibility=hidden", "-Wall", "-Wextra")
 ISA_FLAGS = {
@@ -79,15 +78,19 @@ class Unit:
     """One translation unit: a source file or generated text, with its own extra flags and folders of generated headers.
 
     `includes` are searched like -I folders; their paths are no part of the key, what a source includes from them is.
+    A unit that is `aside` is no part of what names a library; its text may be a function, called when it is compiled.
     """
 
     name: str
-    source: Path | str
+    source: Path | str | Callable[[], str]
     flags: tuple[str, ...] = ()
     includes: tuple[Path, ...] = ()
+    aside: bool = False
 
     def text(self) -> str:
-        return self.source.read_text() if isinstance(self.source, Path) else self.source
+        if isinstance(self.source, Path):
+            return self.source.read_text()
+        return self.source if isinstance(self.source, str) else self.source()
 
     def included(self) -> list[Path]:
         """Our files that the source includes, directly or not, in the order of their first mention."""
@@ -112,7 +115,8 @@ class Unit:
 
 def digest_of(units: Sequence[Unit], flags: Sequence[str] = ()) -> str:
     """Names the library made of `units`."""
-    return hashlib.sha256("".join(unit.digest(flags) for unit in units).encode()).hexdigest()[:20]
+    named = [unit.digest(flags) for unit in units if not unit.aside]
+    return hashlib.sha256("".join(named).encode()).hexdigest()[:20]
 
 
 def shipped(name: str, digest: str) -> Path | None:
@@ -134,21 +138,6 @@ def core_units(sets: tuple[str, ...] = tuple(ISA_FLAGS)) -> list[Unit]:
     return units + [Unit(f"kernels_{isa}", CSRC / "core" / f"kernels_{isa}.cc", ISA_FLAGS[isa]) for isa in sets]
 
 
-def gpu_units() -> list[Unit]:
-    """The device side without MPI: the driver's functions at run time; the kernels' PTX and the paths as strings."""
-    texts = {"kernels": CSRC / "gpu" / "kernels.ptx", "paths": CSRC / "policy" / "gpu.txt"}
-    units = [Unit(name, CSRC / "gpu" / f"{name}.cc") for name in GPU]
-    return units + [Unit(f"gpu_{name}", _constant(f"undertow_gpu_{name}", file)) for name, file in texts.items()]
-
-
-def _constant(name: str, file: Path) -> str:
-    """C++ that defines `name` as the text of `file`."""
-    lines = "\n".join(
-        '"' + line.replace("\\", "\\\\").replace('"', '\\"') + '\\n"' for line in file.read_text().splitlines()
-    )
-    return f'extern "C" {{\nextern const char {name}[];\nconst char {name}[] =\n{lines};\n}}\n'
-
-
 def compile_unit(unit: Unit, flags: tuple[str, ...], folder: Path) -> Path:
     """Object file of a unit, from the cache or compiled now."""
     cxx = compiler()
@@ -159,12 +148,11 @@ def compile_unit(unit: Unit, flags: tuple[str, ...], folder: Path) -> Path:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        source = unit.source
-        if isinstance(source, str):
-            path = Path(scratch) / f"{unit.name}.cc"
-            path.write_text(source)
+        if isinstance(unit.source, Path):
+            path = unit.source
         else:
-            path = source
+            path = Path(scratch) / f"{unit.name}.cc"
+            path.write_text(unit.text())
         output = Path(scratch) / "out.o"
         include = [f"-I{room}" for room in (*unit.includes, *INCLUDE)]
         run([cxx, *BASE_FLAGS, *flags, *include, *unit.flags, "-c", str(path), "-o", str(output)], f"compiling {path}")

@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-from .compile import CSRC, Unit, cache_folder, core_units, digest_of, gpu_units, link
+from .compile import CSRC, Unit, cache_folder, core_units, digest_of, link
 from .core import Plan
 from .errors import InterposeError
+from .gpu_build import gpu_units
 
 MEMORY = ("host", "device", "pinned", "managed")
 PATHS = ("auto", "direct", "staged")
-COUNTERS = ("launches", "pieces", "copies", "bytes", "slabs")
+COUNTERS = ("launches", "pieces", "copies", "bytes", "slabs", "code_loads", "ptx_loads", "load_us")
 
 
 @lru_cache(maxsize=1)
@@ -89,7 +90,8 @@ def direct_up_to(text: str, packing: bool, block: int) -> int:
 
 
 def counters() -> dict[str, int]:
-    """Kernel launches, pieces in them, copies, bytes packed and pinned slabs handed out so far."""
+    """So far: kernel launches, pieces in them, copies, bytes packed and pinned slabs handed out; in how many contexts
+    the kernels were loaded as machine code and as PTX, and the microseconds that took."""
     values = (ctypes.c_int64 * len(COUNTERS))()
     load().undertow_gpu_counters(values)
     return dict(zip(COUNTERS, values))

@@ -10,7 +10,10 @@ import ctypes
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+from . import gpu_build
+from .build import library as library_of
 from .toolchain import Mpi, environment
 
 _ASK = """
@@ -72,4 +75,18 @@ def rows(mpi: Mpi) -> list[tuple[str, str]]:
         if os.environ.get("UNDERTOW_MPI_IPC", "0") not in ("", "0"):
             path += "; blocks of the w collectives through the sender's device memory where all ranks can open it"
     found_rows = [("GPU buffers", path), ("CUDA-aware", library)]
-    return [*found_rows, ("pairs of ranks", "mpirun -n 2 undertow mpi doctor")] if found else found_rows
+    if not found:
+        return found_rows
+    return [
+        *found_rows,
+        ("GPU kernels", kernels(library_of(mpi))),
+        ("pairs of ranks", "mpirun -n 2 undertow mpi doctor"),
+    ]
+
+
+def kernels(preload: Path) -> str:
+    """What the preload holds for the device; the report of a run says what was loaded, and how long it took."""
+    if gpu_build.held_by(preload):
+        cards = " and ".join(f"sm_{number}" for number in gpu_build.ASSEMBLED)
+        return f"machine code for {cards}, PTX for other cards and older drivers"
+    return "PTX, which the driver translates at first use (built without a CUDA assembler: undertow[cuda-build])"

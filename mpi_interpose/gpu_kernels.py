@@ -1,9 +1,9 @@
 """Compile csrc/gpu/kernels.cu to the PTX text that is shipped: `python -m undertow.mpi_interpose.gpu_kernels`.
 
-Users need no CUDA compiler: the driver translates PTX for the device at hand and keeps the result in its own cache. The
-text is committed, so that a change of the kernels shows in review. Its first line holds a hash of the sources and the
-compiler's release; `--check` compares the hash, and the whole text where the same nvcc is at hand. nvcc is the
-machine's, or PyPI's (the extra `cuda-build`).
+Users need no CUDA compiler: the driver translates PTX for the device at hand and keeps the result in its own cache, or
+gpu_build has assembled it beforehand. The text is committed, so that a change of the kernels shows in review. Its first
+line holds a hash of the sources and the compiler's release; `--check` compares the hash, and the whole text where the
+same nvcc is at hand. nvcc is the machine's, or PyPI's (the extra `cuda-build`).
 """
 
 from __future__ import annotations
@@ -11,30 +11,24 @@ from __future__ import annotations
 import argparse
 import hashlib
 import re
-import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 from .compile import CSRC, run
 from .errors import InterposeError
+from .gpu_build import PTX as TARGET
+from .gpu_build import find_tool
 
 SOURCE = CSRC / "gpu" / "kernels.cu"
 INCLUDED = CSRC / "gpu" / "pieces.hh"
-TARGET = CSRC / "gpu" / "kernels.ptx"
 ARCHITECTURE = "compute_75"  # the oldest that CUDA 13 compiles for; the driver translates it for every newer device
 PTX_VERSION = "8.0"  # readable by drivers from R525 (CUDA 12.0) on; the kernels use nothing newer
 
 
 def find_nvcc() -> str | None:
-    """nvcc on PATH, else the one that PyPI's compiler package put beside this Python's packages."""
-    found = shutil.which("nvcc")
-    if found:
-        return found
-    for folder in map(Path, sys.path):
-        for candidate in (folder / "nvidia").glob("*/bin/nvcc"):
-            return str(candidate)
-    return None
+    """nvcc on PATH, else PyPI's."""
+    return find_tool("nvcc")
 
 
 def release(nvcc: str) -> str:

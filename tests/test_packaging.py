@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from undertow.mpi_interpose import gpu_build
+
 ROOT = Path(__file__).resolve().parents[1]
 NOT_SHIPPED = {"tests", "build", "docs", "runs"}
 
@@ -97,6 +99,8 @@ def test_the_preloads_of_fixed_abis_are_in_the_wheel_ready_made(wheel):
     assert held == {f"{name}.{suffix}" for name in names for suffix in ("so", "txt")}
     assert re.search(r"-py3-none-(manylinux_2_\d+|linux)_\w+\.whl$", wheel.filename)
     assert not any(name == "undertow/setup.py" for name in wheel.namelist())
+    if shutil.which("ptxas") and shutil.which("fatbinary"):  # the device's kernels as machine code, too
+        assert all(gpu_build.MAGIC in wheel.read(f"{folder}{name}.so") for name in names[:2])
 
 
 def test_documented_extras_exist():

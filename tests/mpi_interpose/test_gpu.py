@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,7 +23,7 @@ import ctypes
 
 from mpis import PROGRAMS, Install, need, start
 
-from undertow.mpi_interpose import gpu, gpu_kernels, gpu_pairs
+from undertow.mpi_interpose import gpu, gpu_build, gpu_kernels, gpu_pairs
 from undertow.mpi_interpose.compile import CSRC, cache_folder, compiler
 
 HERE = Path(__file__).parent
@@ -107,9 +108,10 @@ def test_the_doctor_says_what_happens_to_device_buffers(stand_in: Path) -> None:
 from undertow.mpi_interpose import gpu_doctor
 from undertow.mpi_interpose.toolchain import probe
 rows = dict(gpu_doctor.rows(probe({need("mpich-wheel").mpicc!r})))
-print(rows["GPU buffers"], "|", rows["CUDA-aware"])
+print(rows["GPU buffers"], "|", rows["CUDA-aware"], "|", rows["GPU kernels"])
 """
     out = child(code, stand_in)
+    assert ("machine code for sm_80 and sm_90" in out) == bool(gpu_build.binary()) and "PTX" in out
     assert "packed on no GPU; between every pair of ranks through pinned host memory" in out and "CUDA-aware" in out
     assert "device memory" in child(code, stand_in, UNDERTOW_MPI_IPC="1")
     assert "device scratch" in child(code, stand_in, UNDERTOW_MPI_GPU="staged")
@@ -432,6 +434,55 @@ def test_division_by_multiplication_is_exact(stand_in: Path, seed: int) -> None:
         d = rng.choice([rng.randint(2, 1 << rng.randint(2, 30)), 1 << rng.randint(1, 30)])
         n = rng.choice([rng.randint(0, top), top, d * (top // d), d * (top // d) - 1])
         assert divide(n, d) == n // d, (n, d)
+
+
+KERNELS = """
+import sys
+sys.path.insert(0, PROGRAMS)
+import numpy as np
+from device_memory import Device
+from undertow.mpi_interpose import gpu
+device = Device()
+user, packed = device.array(np.arange(512, dtype="u4")), device.empty(1024)
+gpu.GpuPlan("(loop 256 8 (bytes 4))", 2048).pack(1, user.address, packed.address)
+loads = gpu.counters()
+right = bool((packed.read("u4") == np.arange(0, 512, 2)).all())
+print(loads["code_loads"], loads["ptx_loads"], loads["load_us"] >= 0, right)
+"""
+
+
+def test_machine_code_is_loaded_where_it_was_assembled_and_ptx_where_the_driver_refuses_it(
+    stand_in: Path, tmp_path: Path
+) -> None:
+    """By the tools at hand, which a library built without them has not; a failing one is said."""
+    code = f"PROGRAMS = {str(PROGRAMS)!r}\n{KERNELS}"
+    if gpu_build.binary():
+        assert child(code, stand_in) == "1 0 True True\n"
+        assert child(code, stand_in, UNDERTOW_MPI_GPU_BINARY="0") == "0 1 True True\n"
+    assert child(code, stand_in, FAKE_CUDA_FAIL="fatbin") == "0 1 True True\n"
+    for name in ("ptxas", "fatbinary"):  # tools that write what they were asked, and then ones that fail
+        (tmp_path / name).write_text(
+            "#!/bin/sh\nfor word; do\n"
+            "case $word in --image*) ;; *.cubin) out=$word;; --create=*) out=${word#*=};; esac\ndone\n"
+            "printf '\\120\\355\\125\\272' >\"$out\"\n"
+        )
+        (tmp_path / name).chmod(0o755)
+    extra = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "UNDERTOW_MPI_CACHE": str(tmp_path / "cache")}
+    asked = "from undertow.mpi_interpose import gpu_build; print(gpu_build.held_by(gpu_build.binary()))"
+    assert child(asked, stand_in, **extra) == "True\n"
+    (tmp_path / "ptxas").write_text("#!/bin/sh\necho cannot read this PTX >&2\nexit 1\n")
+    asked = "from undertow.mpi_interpose.gpu_build import _embedded, binary; print(binary(), 'nullptr' in _embedded())"
+    assert child(asked, stand_in, **{**extra, "UNDERTOW_MPI_CACHE": str(tmp_path / "other")}) == "None True\n"
+
+
+@pytest.mark.skipif(gpu_kernels.find_nvcc() is None, reason="needs a CUDA compiler")
+def test_the_machine_code_holds_every_kernel() -> None:
+    held = gpu_build.binary()
+    assert held is not None and gpu_build.held_by(held)
+    images, ptx = held.read_bytes().split(b"\x7fELF")[1:], gpu_build.PTX.read_text()
+    entries = set(re.findall(r"\.entry (\w+)\(", ptx))
+    assert len(images) == len(gpu_build.ASSEMBLED) and len(entries) == 11
+    assert all(b"\0.text." + name.encode() + b"\0" in image for name in entries for image in images)
 
 
 def test_the_shipped_kernels_belong_to_their_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@
 #include <string>
 #include <utility>
 
+#include "device.hh"
 #include "kernels.hh"
 
 namespace undertow {
@@ -117,6 +118,12 @@ void write_json(FILE* f, int rank, int size) {
     std::fprintf(f, "%s\"%s\": {\"calls\": %lld, \"taken\": %lld}", comma, undertow_symbol_names[k], calls, taken);
     comma = ", ";
   }
+  const gpu::Counters& c = gpu::counters;
+  std::fprintf(f, "},\n \"gpu\": {\"launches\": %lld, \"copies\": %lld, \"bytes\": %lld, \"code_loads\": %lld, "
+                  "\"ptx_loads\": %lld, \"load_us\": %lld",
+               static_cast<long long>(c.launches), static_cast<long long>(c.copies), static_cast<long long>(c.bytes),
+               static_cast<long long>(c.code_loads), static_cast<long long>(c.ptx_loads),
+               static_cast<long long>(c.load_us));
   std::fprintf(f, "},\n \"refused\": {");
   comma = "";
   for (const auto& [why, n] : g_refused) {
@@ -169,6 +176,12 @@ void write_text(FILE* f, int rank) {
                        use_of(q) == kSendUse ? "sends" : "receives", link_name(link_of(q)), 1ll << 3 * k,
                        q < kQuestions ? "calls" : "rounds");
   }
+  const gpu::Counters& c = gpu::counters;
+  if (c.code_loads + c.ptx_loads > 0)
+    std::fprintf(f, "undertow:   device: %lld launches, %lld copies, %.1f MiB; kernels loaded as %s in %.1f ms\n",
+                 static_cast<long long>(c.launches), static_cast<long long>(c.copies),
+                 static_cast<double>(c.bytes) / 1048576.0, c.ptx_loads > 0 ? "PTX" : "machine code",
+                 static_cast<double>(c.load_us) / 1000.0);
   std::fprintf(f, "undertow:   time saved on this rank: %.3f ms, modelled: calls taken times what the table says of each\n",
                static_cast<double>(saved) / 1e6);
 }

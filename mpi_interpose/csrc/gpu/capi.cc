@@ -68,9 +68,9 @@ EXPORT void* undertow_gpu_slab_get(int64_t bytes, const void* device) {
   return slab;
 }
 EXPORT void undertow_gpu_slab_put(void* slab, int64_t bytes) { gpu::slab_put(slab, bytes); }
-EXPORT void undertow_gpu_counters(int64_t out[5]) {
+EXPORT void undertow_gpu_counters(int64_t out[8]) {
   const gpu::Counters& c = gpu::counters;
-  const int64_t all[] = {c.launches, c.pieces, c.copies, c.bytes, c.slabs};
+  const int64_t all[] = {c.launches, c.pieces, c.copies, c.bytes, c.slabs, c.code_loads, c.ptx_loads, c.load_us};
   std::memcpy(out, all, sizeof all);
 }
 // How a plan becomes pieces between two addresses, without a device: one line each.

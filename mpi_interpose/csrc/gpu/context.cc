@@ -2,12 +2,15 @@
 #include "context.hh"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
+#include <cstring>
 #include <string>
 
 #include "device.hh"
 
-extern "C" const char undertow_gpu_kernels[];  // PTX; see gpu_kernels.py
+extern "C" const char undertow_gpu_kernels[];       // PTX; see gpu_kernels.py
+extern "C" const char* const undertow_gpu_binary;   // a fatbin of the same, or null; see gpu_build.py
 
 namespace undertow::gpu {
 
@@ -46,14 +49,32 @@ Context::Context(Handle context, int ordinal)
   must(cuda.cuDeviceGet(&id, ordinal), "cuDeviceGet");
   must(cuda.cuDeviceGetAttribute(&processors, kProcessors, id), "cuDeviceGetAttribute");
   Use use(*this);
-  must(cuda.cuModuleLoadData(&module_, undertow_gpu_kernels), "loading the pack kernels");
-  must(cuda.cuModuleGetFunction(&kernel_, module_, "undertow_copy"), "finding the pack kernel");
+  load_kernels();
+  must(cuda.cuStreamCreate(&stream, 0), "cuStreamCreate");
+}
+
+// The driver takes machine code as it is and translates PTX, unless it has done so before and kept it. An older driver
+// or another card refuses the code, and gets the PTX. Functions belong to it: a driver may load them only when asked.
+void Context::load_kernels() {
+  const char* wish = std::getenv("UNDERTOW_MPI_GPU_BINARY");
+  const bool allowed = !wish || std::strcmp(wish, "0") != 0;
+  const auto start = std::chrono::steady_clock::now();
+  const bool code = allowed && undertow_gpu_binary && find_kernels(undertow_gpu_binary) == 0;
+  if (!code) must(find_kernels(undertow_gpu_kernels), "loading the pack kernels");
+  counters.load_us +=
+      std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - start).count();
+  ++(code ? counters.code_loads : counters.ptx_loads);
+}
+
+Result Context::find_kernels(const void* image) {
+  if (const Result failed = cuda.cuModuleLoadData(&module_, image)) return failed;
+  if (const Result failed = cuda.cuModuleGetFunction(&kernel_, module_, "undertow_copy")) return failed;
   for (int log = 0; log < 5; ++log)
     for (int many = 0; many < 2; ++many) {
       const std::string name = "undertow_one_" + std::to_string(log) + (many ? "_4" : "_1");
-      must(cuda.cuModuleGetFunction(&ones_[log][many], module_, name.c_str()), "finding a pack kernel");
+      if (const Result failed = cuda.cuModuleGetFunction(&ones_[log][many], module_, name.c_str())) return failed;
     }
-  must(cuda.cuStreamCreate(&stream, 0), "cuStreamCreate");
+  return 0;
 }
 
 // Pieces in order, as many per launch as fit its arguments; every launch is one kernel over all its pieces.

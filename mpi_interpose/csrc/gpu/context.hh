@@ -51,6 +51,8 @@ class Context {
     std::vector<Address> memory;
     int64_t bytes = 0;
   };
+  void load_kernels();
+  Result find_kernels(const void* image);
   Kept& kept(const Plan& plan);
   Address upload(Kept& kept, const void* data, size_t bytes);
   void drop(Kept& kept);

@@ -54,6 +54,7 @@ extern std::atomic<int64_t> ring_half;
 
 struct Counters {
   std::atomic<int64_t> launches{0}, pieces{0}, copies{0}, bytes{0}, slabs{0};
+  std::atomic<int64_t> code_loads{0}, ptx_loads{0}, load_us{0};  // contexts that got machine code, or PTX; the time of it
 };
 extern Counters counters;
 

@@ -262,6 +262,13 @@ def show_report(data: dict, console: Console) -> None:
     console.print(
         f"saved: {total:.2f} ms on all ranks together, modelled: calls taken times what the table says of each"
     )
+    device = data.get("gpu", {})
+    if device.get("launches") or device.get("copies"):
+        how = "PTX" if device["ptx_loads"] else "machine code"
+        console.print(
+            f"device: {device['launches']} launches, {device['copies']} copies, {device['bytes'] / 2**20:.1f} MiB; {how}"
+            f" of the kernels loaded in {device['load_us'] / 1000:.1f} ms on all ranks together"
+        )
     for why, times in data["refused"].items():
         console.print(f"passed through {times}x: {why}")
     if data["mismatches"]:

@@ -50,7 +50,7 @@ def find_tool(name: str) -> str | None:
 def binary() -> Path | None:
     """The kernels' fatbin, assembled into the cache on first use; None (said once) where that cannot be done."""
     tools = [find_tool(name) for name in ("ptxas", "fatbinary")]
-    if os.environ.get("UNDERTOW_MPI_GPU_BINARY") == "0" or not all(tools):
+    if not all(tools):
         return None
     ptxas, fatbinary = map(str, tools)
     stamps = [f"{tool} {os.stat(tool).st_size} {os.stat(tool).st_mtime_ns}" for tool in (ptxas, fatbinary)]

@@ -109,6 +109,7 @@ def merge(parts: list[Path], target: Path) -> dict:
         for name, counts in rank["functions"].items():
             _sum(functions.setdefault(name, {}), counts)
         _sum(refused, rank["refused"])
+        _sum(merged.setdefault("gpu", {}), rank["gpu"])
         for row in rank["types"]:
             names = ("plan", "layout", "class", "size", "block", "combiners")
             known = types.setdefault((row["plan"], *row["combiners"]), {key: row[key] for key in names})

@@ -5,6 +5,7 @@ run on a GPU where there is one."""
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import random
 import re
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -23,7 +25,7 @@ import ctypes
 
 from mpis import PROGRAMS, Install, need, start
 
-from undertow.mpi_interpose import gpu, gpu_build, gpu_kernels, gpu_pairs
+from undertow.mpi_interpose import cli, gpu, gpu_build, gpu_kernels, gpu_pairs, launch, signatures
 from undertow.mpi_interpose.compile import CSRC, cache_folder, compiler
 
 HERE = Path(__file__).parent
@@ -72,10 +74,29 @@ def test_random_types_on_a_gpu(seed: int) -> None:
     assert "ok 200" in types_on(seed, 200, {})
 
 
+MOVE_NOTHING = {  # of the calls that the preload sees: they have no buffer, and complete nothing
+    "Init", "Init_thread", "Finalize", "Type_commit", "Type_dup", "Start", "Startall", "Dist_graph_create_adjacent",
+}  # fmt: skip
+
+
 def test_messages_on_a_library_that_is_not_cuda_aware(pympi: Install, stand_in: Path, tmp_path: Path) -> None:
-    program = [str(pympi.python), str(PROGRAMS / "device_messages.py")]
-    out = start(pympi, 2, program, "auto", LD_LIBRARY_PATH=str(stand_in))
-    assert "ok 14 on the stand-in" in out, out[-2000:]
+    """Each call of the table of signatures is made with device memory, and is taken: no such library can read it."""
+    program, report = [str(pympi.python), str(PROGRAMS / "device_messages.py")], tmp_path / "report"
+    out = start(pympi, 2, program, "auto", report, LD_LIBRARY_PATH=str(stand_in))
+    assert "ok 19 on the stand-in" in out, out[-2000:]
+    data = launch.merge([Path(f"{report}.{rank}.json") for rank in range(2)], tmp_path / "merged.json")
+    taken = {name.removesuffix("_c") for name, counts in data["functions"].items() if counts["taken"]}
+    assert taken == {f"MPI_{row.name}" for row in signatures.TABLE if row.name not in MOVE_NOTHING}
+    assert all("b" not in row.kinds for row in signatures.TABLE if row.name in MOVE_NOTHING)
+    gpu_side = data["gpu"]
+    assert (
+        gpu_side["launches"] > 100 and gpu_side["bytes"] > 1e6 and gpu_side["code_loads"] + gpu_side["ptx_loads"] == 2
+    )
+    console = Console(record=True, width=200, file=io.StringIO())
+    cli.show_report(data, console)
+    assert re.search(
+        r"device: \d+ launches, .* (PTX|machine code) of the kernels loaded in \d+\.\d ms", console.export_text()
+    )
 
 
 def test_messages_through_a_small_ring(stand_in: Path) -> None:
@@ -195,7 +216,7 @@ def test_w_collectives_through_the_memory_of_other_ranks_on_a_gpu(pympi: Install
 @NO_GPU
 def test_messages_on_a_gpu(pympi: Install) -> None:
     program = [str(pympi.python), str(PROGRAMS / "device_messages.py")]
-    assert "ok 14 on a GPU" in start(pympi, 2, program, "auto")
+    assert "ok 19 on a GPU" in start(pympi, 2, program, "auto")
 
 
 def test_memory_of_the_driver_between_two_ranks(stand_in: Path) -> None:

@@ -266,8 +266,8 @@ def show_report(data: dict, console: Console) -> None:
     if device.get("launches") or device.get("copies"):
         how = "PTX" if device["ptx_loads"] else "machine code"
         console.print(
-            f"device: {device['launches']} launches, {device['copies']} copies, {device['bytes'] / 2**20:.1f} MiB; {how}"
-            f" of the kernels loaded in {device['load_us'] / 1000:.1f} ms on all ranks together"
+            f"device: {device['launches']} launches, {device['copies']} copies, {device['bytes'] / 2**20:.1f} MiB; "
+            f"{how} of the kernels loaded in {device['load_us'] / 1000:.1f} ms on all ranks together"
         )
     for why, times in data["refused"].items():
         console.print(f"passed through {times}x: {why}")

@@ -84,8 +84,10 @@ def pack_rows(row: dict[str, Any]) -> list[Row]:
     roles = {"torch": "plain", "ours": "ours", "again": "again", "copy": "hardware"}
     roles |= dict.fromkeys(("memcpy", "cupy", "paper"), "rival")
     line = row["name"].startswith("1-D")
-    group = f"{row['way']} of {_size(row['size'])} in blocks" if line else f"{row['way']}: faces, transposes, tables"
-    case = f"{row['way']} {row['name']}, {_size(row['size'])}"
+    group = (
+        f"{row['way']} of {size_text(row['size'])} in blocks" if line else f"{row['way']}: faces, transposes, tables"
+    )
+    case = f"{row['way']} {row['name']}, {size_text(row['size'])}"
     wrong = dict.fromkeys(row["wrong"], 1)
     made = rows_of(case, group, row["block"] if line else None, row["size"], row["samples"], roles, wrong)
     waits = {"torch": "plain", "ours": "ours", "one copy per block": "rival", "launch floor": "hardware"}
@@ -116,19 +118,19 @@ def path_rows(cell: dict[str, Any]) -> list[Row]:
             for how in ("direct", "staged", "whole", "copy")
         }
         samples["auto"] = samples[chosen]
-        group, case = f"{way}, {cell['block']} B blocks", f"{way}, {cell['block']} B, {_size(cell['size'])}"
+        group, case = f"{way}, {cell['block']} B blocks", f"{way}, {cell['block']} B, {size_text(cell['size'])}"
         made += rows_of(case, group, float(cell["size"]), cell["size"], samples, roles, {"auto": cell["wrong"]})
     return made
 
 
-def _size(nbytes: int) -> str:
+def size_text(nbytes: int) -> str:
     return f"{nbytes / MIB:g} MiB" if nbytes >= MIB else f"{nbytes / 1024:g} KiB"
 
 
 def pack_goals(rows: list[dict[str, Any]]) -> list[Goal]:
     goals = []
     shares = [
-        (_median(row, "copy") / _median(row, "ours"), f"{row['way']} {row['name']}, {_size(row['size'])}")
+        (_median(row, "copy") / _median(row, "ours"), f"{row['way']} {row['name']}, {size_text(row['size'])}")
         for row in rows
         if row["block"] >= 32 and row["size"] >= 16 * MIB and row["name"].startswith(("1-D", "3-D", "4-D"))
     ]
@@ -139,8 +141,11 @@ def pack_goals(rows: list[dict[str, Any]]) -> list[Goal]:
              f"{met} of {len(shares)} cells; least {min(shares)[0]:.0%} ({min(shares)[1]})", _met(met == len(shares)))
         )  # fmt: skip
     found = [(row, *_fastest(row)) for row in rows if _fastest(row)[0]]
-    lost = [(ratio.median, f"{row['way']} {row['name']}, {_size(row['size'])}: {name}") for row, name, ratio in found
-            if ratio.high < BEHIND]  # fmt: skip
+    lost = [
+        (ratio.median, f"{row['way']} {row['name']}, {size_text(row['size'])}: {name}")
+        for row, name, ratio in found
+        if ratio.high < BEHIND
+    ]
     worst = f"; the most {min(lost)[0]:.2f} ({min(lost)[1]})" if lost else ""
     goals.append(
         ("no cell in which a rival's whole interval is more than 5 % ahead",
@@ -163,7 +168,7 @@ def pack_goals(rows: list[dict[str, Any]]) -> list[Goal]:
     goals.append(_per_block(
         "MPI_Pack: one copy per block / ours, each call waited for (paper: up to 242,000)",
         [(ratio_interval(row["waits"]["one copy per block"], row["waits"]["ours"]).median,
-          f"{row['way']} {row['name']}, {_size(row['size'])}, {row['blocks']:,} blocks")
+          f"{row['way']} {row['name']}, {size_text(row['size'])}, {row['blocks']:,} blocks")
          for row in rows if "one copy per block" in row["waits"]],
     ))  # fmt: skip
     return goals

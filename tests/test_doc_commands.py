@@ -60,6 +60,7 @@ CLAIMS = {
     "python -m undertow.benchmarks.overlap_traffic": ".ci/gpu",
     "python -m undertow.benchmarks.mpi_gpu_paths": ".ci/gpu",
     "python -m undertow.benchmarks.mpi_gpu_pages": "tests/benchmarks/test_mpi_gpu_models.py",
+    "python -m undertow.benchmarks.mpi_gpu_record": "tests/benchmarks/test_mpi_gpu_models.py",
     "python benchmarks/attention_blocks": "tests/benchmarks/test_attention_programs.py",
     "python benchmarks/attention_modelled": "tests/benchmarks/test_attention_programs.py",
     "python benchmarks/attention_choice": "tests/benchmarks/test_attention_programs.py",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
 
-from undertow.benchmarks import mpi_gpu_pack, mpi_gpu_pages, mpi_gpu_paths
+from undertow.benchmarks import facts, mpi_gpu_pack, mpi_gpu_pages, mpi_gpu_paths, mpi_gpu_record
 from undertow.mpi_interpose import gpu
 from undertow.mpi_interpose.compile import CSRC
 from undertow.mpi_interpose.errors import InterposeError
@@ -121,3 +123,47 @@ def test_pages_of_exchanges_and_paths(tmp_path: Path) -> None:
     shown = mpi_gpu_pages.report({**mpi_gpu_pages.begun("mpi_gpu_paths", "", 16), "rows": found})
     ours = [row for row in shown.rows if row.role == "ours"]
     assert len(ours) == 2 * len(found) and all(row.ratio and row.ratio.low > 0.97 for row in ours)
+
+
+@pytest.mark.slow
+def test_a_run_is_kept_by_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the archive that a GPU machine sends: results, the guide's parts and the shipped paths; no wrong answers."""
+    root, out, mib = tmp_path / "checkout", tmp_path / "out", 1 << 20
+    for kept in (mpi_gpu_record.GUIDE, mpi_gpu_record.POLICY):
+        (root / kept).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(facts.ROOT / kept, root / kept)
+    packs = [pack_cell("1-D 4 B", 4, 16 * mib, 2e-5, paper=3e-5), pack_cell("1-D 4096 B", 4096, 256 * mib, 2e-4)]
+    samples = {
+        way: [us + 0.1 * k for k in range(9)] for way, us in (("auto", 50), ("by hand", 75), ("per block", 5000))
+    }
+    halo = {"name": "halo 32^3", "size": 4096, "blocks": 512, "wrong": dict.fromkeys(samples, 0), "samples": samples}
+    bad = {**halo, "wrong": {"auto": 1}}
+    parts = {"mpi/mpi_gpu_pack": packs, "mpi/mpi_gpu_messages": [halo], "ranks_mpi/mpi_gpu_collectives": [bad]}
+    for name, rows in {**parts, "mpi/fetch_32/mpi_gpu_pack": packs[:1]}.items():
+        data = {**mpi_gpu_pages.begun(name.split("/")[-1], "", 9), "rows": rows}
+        mpi_gpu_pages.save(data, out / f"{name}.json")
+    found = cells({"to host": lambda block: 1 << 14, "from host": lambda block: 1 << 16})
+    for cell in found:
+        cell |= {"chosen": {way: "staged" for way in ("to host", "from host")}, "wrong": 0}
+        cell["samples"] |= {f"{way} {how}": [5.0] * 16 for way in cell["chosen"] for how in ("copy", "whole")}
+    mpi_gpu_pages.save({**mpi_gpu_pages.begun("mpi_gpu_paths", "", 16), "rows": found}, out / "mpi/mpi_gpu_paths.json")
+    model = mpi_gpu_paths.text(mpi_gpu_paths.fit(found), ["a card"])
+    (out / "mpi/gpu.txt").write_text(model)
+    with tarfile.open(tmp_path / "all.tgz", "w:gz") as archive:
+        archive.add(out, "build/gpu")
+    assert mpi_gpu_record.main([str(tmp_path / "all.tgz"), "--root", str(root)]) == 1
+    said = capsys.readouterr()
+    assert "mpi_gpu_collectives.json: wrong answers in halo 32^3; nothing of it is kept" in said.err
+    assert (root / mpi_gpu_record.POLICY).read_text() == model
+    results = {path.name.split("_1")[0].split("_2")[0] for path in (root / "benchmarks/results").glob("*.md")}
+    assert len(results) == 4 and any(name.startswith("mpi_gpu_pack-fetch_32") for name in results), results
+    guide = (root / mpi_gpu_record.GUIDE).read_text()
+    assert "| 4 B blocks, stride 8 | 16 MiB | 20.0 | 20.0 |  | 30.0 |  | 20.0 |" in guide
+    assert "| halo 32^3 | 512 | 50 | 75 | 5,000 | 1.50 |" in guide and "Between two H200" in guide
+    assert "loses** 3 to 8 %" not in guide and guide.count("<!-- end -->") == 3
+    kept_messages = map(str, (root / "benchmarks/results").glob("mpi_gpu_messages*.json"))
+    assert mpi_gpu_record.main([*kept_messages, "--root", str(root)]) == 0
+    assert (root / mpi_gpu_record.GUIDE).read_text() == guide  # keeping what is kept changes nothing
+    (root / mpi_gpu_record.GUIDE).write_text("no marks")
+    assert mpi_gpu_record.main([str(out / "mpi/mpi_gpu_messages.json"), "--root", str(root)]) == 1
+    assert "expected one, ended by" in capsys.readouterr().err

@@ -1,8 +1,9 @@
-"""Which backend runs a block: the first in a fixed order of speed that accepts the call.
+"""Which backends a block may be run by, in a fixed order of speed, of which `choose` takes the first.
 
 The order is what one H100 measured (see docs/stream-backprop.md): cuDNN, FlashAttention-2, then plain tiles; on a CPU
-torch's flash kernel, then plain tiles. `backend("tiled")` asks for one by name; `efficient` (float32 on CUDA) is had by
-name only.
+torch's flash kernel, then plain tiles. `backend("tiled")` asks for one by name. `candidates` are those that are worth a
+measurement (see `measured`): also the memory-efficient kernel, which takes float32, and FlexAttention where cuDNN has
+no kernel and the block is large enough for a compilation to pay.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from typing import cast
 from torch import Tensor
 
 from ...dist.errors import UserError
-from . import cpu_flash, cudnn, efficient, flash2, reference, tiled
+from . import cpu_flash, cudnn, efficient, flash2, flex, reference, tiled
 from .types import Backend
 
 ORDER = cast(tuple[Backend, ...], (cudnn, flash2, cpu_flash, tiled))
-ALL = {module.NAME: module for module in (*ORDER, cast(Backend, efficient), cast(Backend, reference))}
+_NAMED = cast(tuple[Backend, ...], (efficient, flex, reference))
+ALL = {module.NAME: module for module in (*ORDER, *_NAMED)}
+COMPILED_PAIRS = 1 << 20  # fewest (query, key) pairs for which FlexAttention is compiled and tried
 
 
 def backend(name: str) -> Backend:
@@ -29,3 +32,16 @@ def backend(name: str) -> Backend:
 def choose(q_BHLD: Tensor, k_BGLD: Tensor, v_BGLE: Tensor, *, causal: bool, window: int | None) -> Backend:
     """The fastest backend that accepts this call; `tiled` accepts all."""
     return next(b for b in ORDER if b.supports(q_BHLD, k_BGLD, v_BGLE, causal=causal, window=window))
+
+
+def candidates(q_BHLD: Tensor, k_BGLD: Tensor, v_BGLE: Tensor, *, causal: bool, window: int | None) -> list[Backend]:
+    """All that are worth a measurement for this call; first the one that `choose` takes."""
+    how = {"causal": causal, "window": window}
+    given = q_BHLD, k_BGLD, v_BGLE
+    kernels = [cast(Backend, cudnn), cast(Backend, flash2), cast(Backend, efficient), cast(Backend, cpu_flash)]
+    found = [b for b in kernels if b.supports(*given, **how)]
+    large = q_BHLD.shape[2] * k_BGLD.shape[2] >= COMPILED_PAIRS
+    if large and not cudnn.supports(*given, **how) and flex.supports(*given, **how):
+        found.append(cast(Backend, flex))
+    first = choose(*given, **how)
+    return [first, *(b for b in found if b is not first)]

@@ -23,11 +23,12 @@ from ...comms import local
 from ...comms.builders.attention_shape import Heads
 from ...comms.ops import Ops
 from ...dist.errors import UserError
+from ..blocks import measured
 from ..kernels.row_products import row_dot
 from ..masks import Mask
 from ..merge import lse_dtype
 from ..partition import Group, as_list, rows_of
-from .block_ops import ops
+from .block_ops import ops, picker
 from .executors import Home, home, homes
 from .gate import ScheduleGate, gate_of
 from .planner import Rates, choose, resolve
@@ -44,6 +45,7 @@ class Call:
     gates: tuple[ScheduleGate | None, ScheduleGate | None]
     scale: float
     lse_gradient: bool
+    kernel: str
     home: Home
 
 
@@ -72,6 +74,7 @@ def token_ring_attention(
     backward_schedule: str = "auto",
     return_lse: bool = False,
     wire_dtype: torch.dtype | None = None,
+    kernel: str = "auto",
     dropout: float = 0.0,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
@@ -88,6 +91,8 @@ def token_ring_attention(
     in a fixed order. q, k and v share a dtype; under torch.autocast they are cast to its, as by torch's own attention.
     `wire_dtype`: what partial results and gradients are kept and sent in; None takes that of q where nothing is lost by
     it (each block is one kernel call, which rounds to it anyway), else that of the sums; see docs/token-ring.md.
+    `kernel`: what computes a block. 'auto' times those that can on CUDA (see `blocks.measured`) and takes the CPU's
+    elsewhere; a name of `blocks.select.ALL` takes that one, or raises `UserError` for a block that it cannot compute.
     """
     refused = {"dropout": dropout or None, "softcap": softcap, "alibi_slopes": alibi_slopes}
     for name, value in refused.items():
@@ -108,7 +113,7 @@ def token_ring_attention(
     number = _prepare(
         tuple(q_BLHD.shape), tuple(k_BLGD.shape), tuple(v_BLGE.shape), q_BLHD.dtype, q_BLHD.device, group,
         causal, window, prefix, _frozen(cu_seqlens), _frozen(cu_seqlens_k), layout, lengths, scale,
-        schedule, backward_schedule, return_lse, wire_dtype,
+        schedule, backward_schedule, return_lse, wire_dtype, kernel,
     )  # fmt: skip
     out, lse = torch.ops.undertow.token_ring_attention(q_BLHD, k_BLGD, v_BLGE, number)
     return (out, lse) if return_lse else out
@@ -136,7 +141,7 @@ def _prepare(
     q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], dtype: torch.dtype, device: torch.device, group: Any,
     causal: bool, window: int | None, prefix: int, cu_q: tuple[int, ...] | None, cu_k: tuple[int, ...] | None,
     layout: str, lengths: tuple[int, int] | None, scale: float | None, schedule: str, backward: str, return_lse: bool,
-    wire: torch.dtype | None,
+    wire: torch.dtype | None, kernel: str,
 ) -> int:  # fmt: skip
     """The number of the call, after everything about it has been checked."""
     if len(q) != 4 or len(k) != 4 or len(v) != 4 or k[:3] != v[:3] or (q[0], q[3]) != (k[0], k[3]):
@@ -147,11 +152,12 @@ def _prepare(
     if lengths is None:  # before the look-up: one rank's shard can be alike in two different calls
         lengths = (cu_q[-1], (cu_k or cu_q)[-1]) if cu_q is not None else _lengths(q[1], k[1], where)
     key = (q, k, v, dtype, device, id(where.executor), causal, window, prefix, cu_q, cu_k, layout, lengths, scale,
-           schedule, backward, return_lse, wire)  # fmt: skip
+           schedule, backward, return_lse, wire, kernel)  # fmt: skip
     if key in _numbers:
         return _numbers[key]
     if cu_q is not None and q[0] != 1:
         raise UserError(f"cu_seqlens with a batch of {q[0]}", expected="packed documents in a batch of 1")
+    picker(kernel)  # refuses an unknown name
     name = str(dtype).removeprefix("torch.")
     partial = "float64" if dtype == torch.float64 else "float32"
     if wire not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -176,6 +182,7 @@ def _prepare(
         (gates[0], gates[1]),
         scale if scale is not None else 1 / math.sqrt(q[3]),
         return_lse,
+        kernel,
         where,
     )
     number = _numbers[key] = next(_next)
@@ -195,8 +202,8 @@ def _lengths(rows_q: int, rows_k: int, where: Home) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=256)
-def _table(problem: Problem, inner: int, scale: float, lse_gradient: bool) -> Ops:
-    return ops(problem, inner, scale, lse_gradient=lse_gradient)
+def _table(problem: Problem, inner: int, scale: float, lse_gradient: bool, kernel: str) -> Ops:
+    return ops(problem, inner, scale, lse_gradient=lse_gradient, kernel=kernel)
 
 
 def _run(call: Call, backward: bool, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -216,7 +223,7 @@ def _run_by(call: Call, name: str, backward: bool, inputs: dict[str, Tensor]) ->
     if copies > 1:
         inputs = {n: x.repeat_interleave(copies, 2) if n in "kv" else x for n, x in inputs.items()}
     schedule = problem.schedule(name, backward=backward)
-    table = _table(problem, problem.inner(name), call.scale, call.lse_gradient)
+    table = _table(problem, problem.inner(name), call.scale, call.lse_gradient, call.kernel)
     if call.home.executor is None:
         device = inputs["q"].device
         with torch.no_grad():
@@ -286,7 +293,7 @@ def explain(
     topology: str = "ports", **mask: Any,
 ) -> None:  # fmt: skip
     """Print, for both phases, every schedule's bytes, buffers and predicted seconds, which one the model takes, and
-    what 'auto' has measured in this process.
+    what 'auto' has measured in this process: schedules for this problem, and kernels for all kinds of blocks.
 
     Needs no process group. `machine`: a `Machine` (from `undertow probe`); None assumes round figures. `mask`: the
     fields of `masks.Mask`.
@@ -303,3 +310,5 @@ def explain(
         for gate in (where.gates.get((problem, backward)) for where in homes()):
             if gate is not None:
                 print(gate)
+    for line in measured.report():
+        print(line)

@@ -1,7 +1,8 @@
 """The operations that an attention schedule names, on top of the block attention backends.
 
 A block is cut into tiles that kernels know (see `masks`), each tile is one kernel call, and the calls of a block are
-merged in the dtype of partial results, so no sum is ever kept in bfloat16. Backward kernels want the merged output
+merged in the dtype of partial results, so no sum is ever kept in bfloat16. A block of many tiles may be one call of
+FlexAttention instead (see `whole_blocks`), if that is faster. Backward kernels want the merged output
 only to form delta = rowsum(dout * out); delta is what travels, and an output with the same delta is made up here:
 dout * delta / |dout|². Where the log-sum-exp has a gradient of its own that breaks down for rows whose dout is zero,
 and one more column carries delta instead.
@@ -11,24 +12,29 @@ Legend: N rows, B batch, H query heads, G key heads, D and E head dims; blocks a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...comms.ops import Ops
-from ..blocks.select import choose
+from ...dist.errors import UserError
+from ..blocks import flex, measured
+from ..blocks.select import backend as named
 from ..blocks.types import Backend
 from ..kernels.merge_rows import merge_to
 from ..kernels.row_products import standing_out
 from ..masks import BACKWARDS, FULL, Tile
 from ..merge import merge
 from .problem import Problem
+from .whole_blocks import FEWEST_TILES, plan_of
 
 Tensors = Sequence[Tensor]
 _COLUMNS = 8  # flash kernels take head dims in multiples of 8
+_tables = itertools.count()  # blocks of different tables are measured apart
 
 
 def _heads_first(x_NBHD: Tensor) -> Tensor:
@@ -44,33 +50,92 @@ def _pick(x_BHND: Tensor, start: int, stop: int, tile: Tile) -> Tensor:
     return part.flip(2) if tile.kind == BACKWARDS else part
 
 
+def picker(kernel: str) -> Callable[..., Backend]:
+    """What chooses the backend of each tile: 'auto' measures on CUDA, a backend's name takes that one."""
+    if kernel == "auto":
+        return measured.choose
+    wanted = named(kernel)
+
+    def pick(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None) -> Backend:
+        if not wanted.supports(q, k, v, causal=causal, window=window):
+            mask = f"causal={causal}, window={window}"
+            raise UserError(
+                f"kernel={kernel!r} for a block of {q.dtype} queries {list(q.shape)} and keys {list(k.shape)} on "
+                f"{q.device}, {mask}",
+                expected="a call that this backend takes (see undertow/parallel/blocks)",
+                remedy="kernel='auto', which takes it only where it can",
+            )
+        return wanted
+
+    return pick
+
+
 def ops(
     problem: Problem,
     inner: int,
     scale: float,
     *,
     lse_gradient: bool = False,
+    kernel: str = "auto",
     pick: Callable[..., Backend] | None = None,
 ) -> Ops:
-    """The table for schedules of `problem` in which `inner` ranks exchange heads. `pick`: default `choose`."""
-    pick = pick or choose
+    """The table for schedules of `problem` in which `inner` ranks exchange heads. `kernel`: 'auto' or a backend's name.
+    `pick` replaces the choice for each tile, and then all blocks go by tiles."""
+    whole_too = pick is None and kernel in ("auto", flex.NAME)
+    pick, number = pick or picker(kernel), next(_tables)
+
+    @cache
+    def plan(device: torch.device, **block: int) -> flex.Plan:
+        return plan_of(problem, inner, block, device)
+
+    def by_way(tiled: measured.Way, whole: measured.Way, given: Tensors, phase: str, **block: int) -> None:
+        """A block by its tiles, or, if it has several, in one call."""
+        q, k, v = map(_heads_first, given)
+        count = len(tiles(**block)) if whole_too else 0
+        if count < 2 or not flex.supports(q, k, v, causal=True, window=None):
+            way = tiled
+        elif kernel == flex.NAME:
+            way = whole
+        elif count < FEWEST_TILES:
+            way = tiled
+        else:
+            ways = {"tiles": tiled, "one call": whole}
+            key = phase, number, tuple(block.items()), q.device
+            label = f"{phase} {list(q.shape)} × {list(k.shape)}, {count} tiles"
+            way = ways[measured.fastest(key, ways, q.device, label)]
+        way()
 
     @cache
     def tiles(q: int, k: int, q0: int, q1: int, k0: int, k1: int) -> tuple[Tile, ...]:
         return problem.tiles(q, k, inner, (q0, q1), (k0, k1))
 
     def attend(reads: Tensors, writes: Tensors, **block: int) -> None:
+        tiled = partial(attend_tiles, reads, writes, **block)
+        if len(reads) < 3:
+            tiled()
+        else:
+            by_way(tiled, partial(attend_whole, reads, writes, **block), reads, "attend", **block)
+
+    def attend_whole(reads: Tensors, writes: Tensors, **block: int) -> Tensors:
+        out, lse = _heads_first(writes[0]), _lse_heads_first(writes[1])
+        q, k, v = map(_heads_first, reads)
+        part, part_lse = flex.forward_planned(q, k, v, plan(q.device, **block), scale=scale)
+        out.copy_(part)
+        lse.copy_(part_lse)
+        return writes
+
+    def attend_tiles(reads: Tensors, writes: Tensors, **block: int) -> Tensors:
         todo = tiles(**block) if len(reads) == 3 else ()
         if len(todo) > 1 and writes[0].element_size() < writes[1].element_size():  # a sum needs the wider type
             wide = writes[0].to(writes[1].dtype)
-            attend(reads, (wide, writes[1]), **block)
+            attend_tiles(reads, (wide, writes[1]), **block)
             writes[0].copy_(wide)
-            return
+            return writes
         out, lse = _heads_first(writes[0]), _lse_heads_first(writes[1])
         if len(reads) < 3:
             out.zero_()
             lse.fill_(float("-inf"))
-            return
+            return writes
         q, k, v = map(_heads_first, reads)
         if len(todo) != 1 or (todo[0].q0, todo[0].q1) != (0, q.shape[2]):
             out.zero_()
@@ -89,19 +154,38 @@ def ops(
             out[:, :, rows] = part
             lse[:, :, rows] = part_lse
             done.append((tile.q0, tile.q1))
+        return writes
 
     def attend_backward(reads: Tensors, writes: Tensors, **block: int) -> None:
+        tiled = partial(attend_backward_tiles, reads, writes, **block)
+        if len(reads) < 6:
+            tiled()
+        else:
+            whole = partial(attend_backward_whole, reads, writes, **block)
+            by_way(tiled, whole, reads[:3], "attend_backward", **block)
+
+    def attend_backward_whole(reads: Tensors, writes: Tensors, **block: int) -> Tensors:
+        q, k, v, dout = map(_heads_first, reads[:4])
+        lse, delta = map(_lse_heads_first, reads[4:])
+        out, wide_v, wide_dout = _standing_in(dout, delta, v, lse_gradient)
+        found = flex.backward_planned(wide_dout, q, k, wide_v, out, lse, plan(q.device, **block), scale=scale)
+        for write, part in zip(writes, found):
+            grad = _heads_first(write)
+            grad.copy_(part[..., : grad.shape[3]])
+        return writes
+
+    def attend_backward_tiles(reads: Tensors, writes: Tensors, **block: int) -> Tensors:
         if len(reads) < 6:
             for write in writes:
                 write.zero_()
-            return
+            return writes
         todo = tiles(**block)
         if len(todo) > 1 and writes[0].element_size() < reads[4].element_size():
             wider = [write.to(reads[4].dtype) for write in writes]
-            attend_backward(reads, wider, **block)
+            attend_backward_tiles(reads, wider, **block)
             for write, wide in zip(writes, wider):
                 write.copy_(wide)
-            return
+            return writes
         q, k, v, dout = map(_heads_first, reads[:4])
         lse, delta = map(_lse_heads_first, reads[4:])
         out, wide_v, wide_dout = _standing_in(dout, delta, v, lse_gradient)
@@ -127,6 +211,7 @@ def ops(
                     grad.copy_(part)
                 else:
                     grad[:, :, slice(*ends)] += part
+        return writes
 
     return {"attend": attend, "attend_backward": attend_backward, **COMMON}
 

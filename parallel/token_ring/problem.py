@@ -51,8 +51,14 @@ class Problem:
 
     def tiles(self, q: int, k: int, inner: int, q_rows: tuple[int, int], k_rows: tuple[int, int]) -> tuple[Tile, ...]:
         """Kernel calls of rows `q_rows` of query team q against rows `k_rows` of key team k, counted from there."""
+        return tiles(*self.rows(q, k, inner, q_rows, k_rows), self.mask, self.lq, self.lk)
+
+    def rows(
+        self, q: int, k: int, inner: int, q_rows: tuple[int, int], k_rows: tuple[int, int]
+    ) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
+        """Which positions those rows of query team q and key team k are."""
         q_team, k_team = _team(self.q_spans, q, inner), _team(self.k_spans, k, inner)
-        return tiles(_rows(q_team, *q_rows), _rows(k_team, *k_rows), self.mask, self.lq, self.lk)
+        return _rows(q_team, *q_rows), _rows(k_team, *k_rows)
 
     @property
     def area(self) -> int:

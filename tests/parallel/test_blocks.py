@@ -1,11 +1,12 @@
 """Block attention: every backend against the written-out definition in float64, and the log-sum-exp merge."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 
-from undertow.parallel.blocks import reference, select
+from undertow.parallel.blocks import flex, measured, reference, select
 from undertow.parallel.blocks import tiled as tiled_module
 from undertow.parallel.merge import empty_like, merge
 
@@ -36,6 +37,7 @@ def relative(a, b):
     ("name", "dtype", "device"),
     [
         *itertools.product(["tiled", "cpu_flash"], TOLERANCE, ["cpu"]),
+        *itertools.product(["flex"], [torch.float64, torch.bfloat16], ["cpu"]),
         *(
             pytest.param(name, dtype, "cuda", marks=[pytest.mark.gpu, NO_GPU])
             for name, dtype in [
@@ -44,15 +46,20 @@ def relative(a, b):
                 ("cudnn", torch.bfloat16),
                 ("efficient", torch.float32),
                 ("efficient", torch.bfloat16),
+                ("flex", torch.float32),
+                ("flex", torch.bfloat16),
             ]
         ),
     ],
 )
-def test_backends_equal_the_definition(name, dtype, device, seed, monkeypatch):
+def test_backends_equal_the_definition(name, dtype, device, seed, monkeypatch, flex_on_cpu):
     monkeypatch.setattr(tiled_module, "ROWS", 64)
     monkeypatch.setattr(tiled_module, "TILE_SCORES", 4096)
     backend, calls = select.backend(name), 0
-    for shape, (causal, window) in itertools.product(SHAPES, [(False, None), (True, None), (True, 3), (True, 500)]):
+    if name == "flex" and device == "cpu":
+        flex_on_cpu()
+    shapes = SHAPES[1:5:3] if name == "flex" else SHAPES  # it compiles each
+    for shape, (causal, window) in itertools.product(shapes, [(False, None), (True, None), (True, 3), (True, 500)]):
         q, k, v, dout = draw(shape, dtype, device)
         if (causal and shape[3] > shape[4]) or not backend.supports(q, k, v, causal=causal, window=window):
             continue
@@ -67,6 +74,140 @@ def test_backends_equal_the_definition(name, dtype, device, seed, monkeypatch):
         for mine_t, exact_t in zip((mine, mine_lse, *mine_grads), (out, lse, *grads)):
             assert relative(mine_t, exact_t) <= TOLERANCE[dtype], (shape, how)
     assert calls, f"{name} takes no {dtype} on {device}"
+
+
+def test_flex_gives_a_blocks_share_of_a_merged_result(seed, flex_on_cpu):
+    """torch's interface takes no merged log-sum-exp; rows that see nothing here, or nothing anywhere, give zeros."""
+    flex_on_cpu()
+    q, k, v, dout = draw((1, 4, 2, 40, 200, 16, 24), torch.float64, "cpu")
+    low, high = torch.randint(0, 200, (2, 40), dtype=torch.int32)
+    at = torch.randperm(200, dtype=torch.int32)
+    high[:3] = 0
+    seen = (at >= low[:, None]) & (at < high[:, None])
+    scores = (q @ k.repeat_interleave(2, 1).mT * 0.3).masked_fill(~seen, float("-inf"))
+    other, other_lse = torch.randn(1, 4, 40, 24, dtype=torch.float64), torch.randn(1, 4, 40, dtype=torch.float64)
+    other_lse[:, :, 1] = float("-inf")
+    plan = flex.plan((low, high, at))
+    out, lse = flex.forward_planned(q, k, v, plan, scale=0.3)
+    torch.testing.assert_close(lse, scores.logsumexp(-1), atol=1e-12, rtol=0)
+    weights = torch.exp(scores - lse[..., None]).nan_to_num(0)
+    torch.testing.assert_close(out, weights @ v.repeat_interleave(2, 1), atol=1e-12, rtol=0)
+    total, total_lse = merge(out, lse, other, other_lse)
+    dq, dk, dv = flex.backward_planned(dout, q, k, v, total, total_lse, plan, scale=0.3)
+    weights = torch.exp(scores - total_lse[..., None]).nan_to_num(0)
+    delta = (dout * total).sum(-1, keepdim=True)
+    dscores = weights * (dout @ v.repeat_interleave(2, 1).mT - delta) * 0.3
+    torch.testing.assert_close(dq, dscores @ k.repeat_interleave(2, 1), atol=1e-12, rtol=0)
+    for got, part in ((dk, dscores.mT @ q), (dv, weights.mT @ dout)):
+        torch.testing.assert_close(got, part.unflatten(1, (2, 2)).sum(2), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 128, 300])
+def test_flex_never_skips_a_block_that_is_seen(rows, seed):
+    """The kernel trusts the lists: a block that is left out is not read, one that is 'whole' is not masked."""
+    generator = torch.Generator().manual_seed(seed)
+    skipped = whole_ones = 0
+    for keys in (1, 128, 256, 517):
+        for spread in (0, 40, 1000):
+            at = torch.arange(keys).roll(keys // 3).to(torch.int32)  # two runs, as a zigzag shard
+            low = torch.randint(0, spread + 1, (rows,), generator=generator).to(torch.int32)
+            high = low + torch.randint(0, 2 * keys, (rows,), generator=generator).to(torch.int32)
+            if not spread:
+                high[:] = keys
+            some, whole = flex.blocks((low, high, at))
+            seen = (
+                torch.nn.functional.pad(
+                    (at >= low[:, None]) & (at < high[:, None]), (0, -keys % flex.BLOCK, 0, -rows % flex.BLOCK)
+                )
+                .unflatten(1, (-1, flex.BLOCK))
+                .unflatten(0, (-1, flex.BLOCK))
+            )
+            assert (some >= seen.any(3).any(1)).all() and (whole <= seen.all(3).all(1)).all()
+            assert (whole <= some).all()
+            skipped, whole_ones = skipped + int((~some).sum()), whole_ones + int(whole.sum())
+            mask: Any = flex.plan((low, high, at)).mask
+            assert int(mask.kv_num_blocks.sum()) + int(mask.full_kv_num_blocks.sum()) == int(some.sum())
+    assert skipped and (whole_ones or rows < flex.BLOCK)
+
+
+def test_flex_is_refused_on_a_cpu_by_name(seed):
+    from undertow.dist.errors import UserError
+    from undertow.parallel import token_ring_attention
+
+    x = torch.randn(1, 9, 2, 16)
+    for name in ("flex", "cudnn"):
+        with pytest.raises(UserError, match=f"kernel='{name}'.*on cpu"):
+            token_ring_attention(x, x, x, kernel=name)
+    with pytest.raises(UserError, match="no attention backend"):
+        token_ring_attention(x, x, x, kernel="fast")
+    torch.testing.assert_close(*(token_ring_attention(x, x, x, causal=True, kernel=n) for n in ("tiled", "auto")))
+
+
+def test_the_fastest_way_is_measured_once_and_must_win_by_three_percent(monkeypatch):
+    seconds = {"first": 1.0, "second": 0.9, "third": 0.99, "wrong": 0.1, "broken": 0.1}
+    called: list[str] = []
+    warned: list[str] = []
+
+    def way(name):
+        def call():
+            called.append(name)
+            if name == "broken":
+                raise RuntimeError("no such kernel")
+            return [torch.tensor([1.0 + (name == "wrong"), float("-inf")])]
+
+        return call
+
+    ways = {name: way(name) for name in seconds}
+    cpu, allowed = torch.device("cpu"), False
+    monkeypatch.setattr(measured, "may_measure", lambda device: allowed)
+    monkeypatch.setattr(measured, "_found", {})
+    monkeypatch.setattr(measured, "_lines", [])
+    monkeypatch.setattr(measured, "_once", lambda call, device: call() and seconds[called[-1]])
+    monkeypatch.setattr(measured.log, "warning", lambda text, *parts: warned.append(text % parts))
+    assert measured.fastest("a", ways, cpu, "a") == "first" and not called
+    allowed = True
+    assert measured.fastest("a", ways, cpu, "a") == "second"
+    assert called.count("second") == 2 + measured.ROUNDS and called.count("wrong") == called.count("broken") == 1
+    assert ["off by 1" in warned[0], "no such kernel" in warned[1]] == [True, True] and len(warned) == 2
+    called.clear()
+    assert measured.fastest("a", ways, cpu, "a") == "second" and not called
+    seconds["second"] = 0.98
+    assert measured.fastest("b", ways, cpu, "b") == "first"
+    assert [line.split(" (")[0] for line in measured.report()] == ["a: second", "b: first"]
+    assert "second 1.11×" in measured.report()[0]
+
+
+def test_calls_go_to_the_backend_that_was_found(seed, monkeypatch):
+    """Each phase and kind of call on its own; under deterministic algorithms the first of the order."""
+    fake = {"forward": "tiled", "backward": "cpu_flash"}
+    monkeypatch.setattr(measured, "_found", {})
+    monkeypatch.setattr(measured, "_backends", {})
+    monkeypatch.setattr(
+        select, "candidates", lambda *given, **how: [select.backend("cpu_flash"), select.backend("tiled")]
+    )
+
+    def found(key, ways, device, label):
+        measured._found[key] = fake[key[0]]
+        assert set(ways) == {"cpu_flash", "tiled"} and "[1, 4, 7, 8]" in label
+        return fake[key[0]]
+
+    monkeypatch.setattr(measured, "fastest", found)
+    q, k, v, dout = draw(SHAPES[0], torch.float64, "cpu")
+    q, k, v, dout = (x[:1] for x in (q, k, v, dout))
+    both: dict[str, list[str]] = {}
+    for name in ("cpu_flash", "tiled"):
+        module = select.backend(name)
+        for phase in ("forward", "backward"):
+            plain = getattr(module, phase)
+            spy = lambda *a, _p=plain, _n=name, _f=phase, **how: both.setdefault(_f, []).append(_n) or _p(*a, **how)  # noqa: E731
+            monkeypatch.setattr(module, phase, spy)
+    how = {"scale": 0.3, "causal": True, "window": None}
+    for _ in range(2):
+        out, lse = measured._MEASURED.forward(q, k, v, **how)
+        grads = measured._MEASURED.backward(dout, q, k, v, out, lse, **how)
+    assert both == {"forward": ["tiled"] * 2, "backward": ["cpu_flash"] * 2}
+    exact = reference.backward(dout, q, k, v, out, lse, **how)
+    assert all(relative(a, b) < 1e-12 for a, b in zip(grads, exact))
 
 
 @pytest.mark.gpu

@@ -23,12 +23,14 @@ from undertow.comms.p2p import P2P
 from undertow.comms.topologies import PRESETS
 from undertow.dist.errors import UserError
 from undertow.parallel import shard_sequence, token_ring_attention, unshard_sequence
+from undertow.parallel.blocks import flex
 from undertow.parallel.masks import Mask
 from undertow.parallel.partition import LAYOUTS, positions_of
 from undertow.parallel.token_ring.block_ops import ops
 from undertow.parallel.token_ring.executors import forget, home
 from undertow.parallel.token_ring.planner import Rates, bound, choose, predict
 from undertow.parallel.token_ring.problem import SCHEDULES, Problem, shape_of
+from undertow.parallel.token_ring.whole_blocks import seen
 
 HEADS = [(4, 4), (8, 2), (4, 1), (12, 4), (10, 5)]
 
@@ -105,6 +107,68 @@ def test_exact_in_every_legal_order(forward, layout, seed, attention_reference):
             assert x.grad is not None
             wanted = x.grad.transpose(0, 1)[positions_of(spans[rank])]
             torch.testing.assert_close(mine, wanted, atol=1e-9, rtol=0, msg=f"{name} by {backward}")
+
+
+def _shown(tiles, rows, keys):
+    """[rows, keys] int: how many tiles show a pair, by what `Tile` says of its kinds."""
+    count = torch.zeros(rows, keys, dtype=torch.int64)
+    for tile in tiles:
+        n, m = tile.q1 - tile.q0, tile.k1 - tile.k0
+        query, key = torch.arange(n)[:, None], torch.arange(m)[None, :]
+        if tile.kind == "backwards":
+            query, key = n - 1 - query, m - 1 - key
+        seen = (key <= query + m - n) if tile.kind != "full" else torch.ones(n, m, dtype=torch.bool)
+        if tile.window is not None:
+            seen &= key > query + m - n - tile.window
+        count[tile.q0 : tile.q1, tile.k0 : tile.k1] += seen
+    return count
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_block_shows_the_same_pairs_by_tiles_and_in_one_call(layout, seed):
+    generator, several = random.Random(seed), 0
+    for _ in range(200):
+        problem = draw(generator, layout)
+        for q, k in itertools.product(range(problem.world), repeat=2):
+            rows, keys = (sum(s.count for s in spans) for spans in (problem.q_spans[q], problem.k_spans[k]))
+            if rows and keys:
+                cut = generator.randrange(rows), generator.randrange(keys)
+                place = q, k, 1, (cut[0], rows), (cut[1], keys)
+                low, high, at = seen(*problem.rows(*place), problem.mask, problem.lq, problem.lk)
+                wanted = _shown(problem.tiles(*place), rows - cut[0], keys - cut[1])
+                assert torch.equal(((at >= low[:, None]) & (at < high[:, None])).long(), wanted), (problem, place)
+                several += len(problem.tiles(*place)) > 1
+    assert several > 20
+
+
+@pytest.mark.parametrize("kind", ["documents", "window"])
+def test_flex_attention_takes_a_block_in_one_call(kind, seed, attention_reference, flex_on_cpu, monkeypatch):
+    """Named, on all ranks, forward and backward, with and without a gradient of the log-sum-exp."""
+    flex_on_cpu()
+    mask = Mask(True, None, 0, (0, 9, 11, 30, 37), (0, 9, 11, 30, 37)) if kind == "documents" else Mask(True, 7)
+    problem = Problem(3, 37, 37, Heads(2, 4, 2, 8, 4, "float64", "float64"), mask)
+    several = [t for i, j in itertools.product(range(3), repeat=2) if (t := problem.tiles(i, j, 1, (0, 13), (0, 13)))]
+    assert max(map(len, several)) > 1
+    tiled = []
+    plain = flex.forward
+    monkeypatch.setattr(flex, "forward", lambda *a, **how: tiled.append(how) or plain(*a, **how))
+    q, k, v = tensors(problem)
+    out, lse = attention_reference.full_attention(q, k, v, problem.mask, 0.3)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    torch.autograd.backward((out, lse), (dout, dlse))
+    given = dict(q=q, k=k, v=v, dout=dout, lse=lse, delta=(dout * out).sum(-1) - dlse)
+    for backward, names in ((False, ("q", "k", "v")), (True, tuple(given))):
+        plan = problem.schedule("ring_kv", backward=backward)
+        inputs = [local_inputs(problem, "ring_kv", r, **{n: given[n] for n in names}) for r in range(3)]
+        found = local.run(plan, inputs, ops(problem, 1, 0.3, lse_gradient=True, kernel="flex"))
+        wanted: Any = dict(out=out, lse=lse) if not backward else dict(dq=q.grad, dk=k.grad, dv=v.grad)
+        for rank, got in enumerate(found):
+            for name, x in wanted.items():
+                spans = (problem.k_spans if name in ("dk", "dv") else problem.q_spans)[rank]
+                part = x.detach().transpose(0, 1)[positions_of(spans)]
+                torch.testing.assert_close(got[name], part, atol=1e-10, rtol=0, msg=name)
+    blocks = sum(a.kind == "compute" for _, _, _, a in problem.schedule("ring_kv").actions())
+    assert len(tiled) < blocks  # only blocks of one tile go by tiles
 
 
 def units(name, *, backward, q_heads=8, kv_heads=8, causal=False, world=4):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from undertow.benchmarks.overlap_cuda import WORLD, rank_of
+from undertow.comms import cuda_driver
 from undertow.dist.errors import UserError
 from undertow.parallel.overlap_gate import CUDA_ARMS
 
@@ -64,6 +65,8 @@ def parts(device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "a product into rows", lambda: torch.mm(a, a, out=y)
     yield "a copy to pinned memory by torch", lambda: there.copy_(y, non_blocking=True)
     yield "a copy from pinned memory by torch", lambda: y.copy_(there, non_blocking=True)
+    (source, nbytes), (target, _) = cuda_driver.place(y), cuda_driver.place(there)
+    yield "a copy to pinned memory by address", lambda: cuda_driver.copy(stream, target, source, nbytes)
 
 
 def main() -> int:

@@ -3,8 +3,9 @@
 The same plans and patterns as `comms.overlap_engine`, without its threads: the host only queues work. A piece's event
 is its tracker: a stream that waits for it sends what is finished, and the product never waits. Pieces alternate between
 two streams, so that the last wave of one, which leaves processors idle, is filled by the first of the next (torch's
-async tensor parallelism does the same). What a caller gets is ordered behind its current stream. Nothing spins on a
-processor, and no stream waits for an event that is not queued before it, so one hardware queue
+async tensor parallelism does the same). Events are used again and no stream's context is entered, because a GPU with
+short pieces waits for the host (`cuda_events`). What a caller gets is ordered behind its current stream. Nothing spins
+on a processor, and no stream waits for an event that is not queued before it, so one hardware queue
 (CUDA_DEVICE_MAX_CONNECTIONS=1) costs overlap, but cannot deadlock; nor can CUDA_LAUNCH_BLOCKING.
 
 Without overlap, NCCL's own collective follows the product: what a script does, at its speed, rounded as NCCL rounds.
@@ -25,8 +26,9 @@ import torch.distributed as dist
 
 from ..dist.errors import UserError
 from .chunk_plan import ChunkPlan, Piece
+from .cuda_events import Call, Events, Run
 from .cuda_messengers import CudaMessenger, NcclMessenger, Rows
-from .cuda_watch import Watch
+from .cuda_watch import Exchange, Watch
 from .overlap_engine import Product, add_in_order
 from .stream_wait import Counted
 
@@ -64,10 +66,18 @@ class CudaOverlapEngine:
         self.rank, self.world, self.device = self.messenger.rank, self.messenger.world, device
         self._streams = [torch.cuda.Stream(device) for _ in range(2)]
         self._watch = Watch(timeout_s, end_s=None if self.messenger.capturable else END * timeout_s)
+        self._events = Events(torch.cuda.Event)
+        self._plans: dict[tuple[tuple[int, ...], int], ChunkPlan] = {}
         self._counters: dict[ChunkPlan, _Counters] = {}
 
     def plan(self, sizes: tuple[int, ...], subchunks: int = 1) -> ChunkPlan:
-        return ChunkPlan(self.rank, sizes, subchunks)
+        key = sizes, subchunks
+        found = self._plans.get(key)
+        if found is None:
+            found = self._plans[key] = ChunkPlan(self.rank, sizes, subchunks)
+            if len(self._plans) > _KEPT:
+                del self._plans[next(iter(self._plans))]
+        return found
 
     def reduce_scatter(
         self,
@@ -87,7 +97,10 @@ class CudaOverlapEngine:
             else:
                 dist.reduce_scatter(out, list(y_MN.split(plan.sizes)), group=self.messenger.group)
             return out
-        return self._scatter(plan, product, y_MN, out, overlap, tracked)
+        run = self._begin()
+        self._scatter(run, plan, product, y_MN, out, overlap, tracked)
+        self._end(run)
+        return out
 
     def all_reduce(
         self,
@@ -103,14 +116,16 @@ class CudaOverlapEngine:
             product(0, plan.rows)
             dist.all_reduce(y_MN, group=self.messenger.group)
             return y_MN
-        whole = torch.empty_like(y_MN)
-        self._scatter(plan, product, y_MN, whole[slice(*plan.own)], overlap, tracked)
-        summed = self._current().record_event()
-        events: list[Any] = []
+        whole, run = torch.empty_like(y_MN), self._begin()
+        self._scatter(run, plan, product, y_MN, whole[slice(*plan.own)], overlap, tracked)
+        summed = run.call.event(run.current)
+        left = came = None
         for part in range(plan.subchunks):
             for step in range(1, self.world):
-                events += self._exchange("sum", summed, *self._spread(plan, whole, step, part), part, pull=True)
-        self._wait(events)
+                ends = self._exchange(run, "sum", summed, *self._spread(plan, whole, step, part), part, pull=True)
+                left, came = ends[0] or left, ends[1] or came
+        _wait(run.current, left, came)
+        self._end(run)
         return whole
 
     def all_gather(
@@ -124,54 +139,70 @@ class CudaOverlapEngine:
                 dist.all_gather(list(whole.split(plan.sizes)), shard, group=self.messenger.group)
             use(0, plan.rows)
             return
+        run = self._begin()
         whole[slice(*plan.own)].copy_(shard)
-        start, arrived = self._current().record_event(), dict[Piece, list[Any]]()
+        start, arrived = run.call.event(run.current), dict[Piece, Any]()
         order, own = plan.gather_order, len(plan.chunk(self.rank))
+        left = came = None
         for step in range(1, self.world):
             source = (self.rank + step) % self.world
             for part in range(plan.subchunks):
-                events = self._exchange("rows", start, *self._spread(plan, whole, step, part), part, pull=True)
-                arrived |= {piece: events for piece in plan.chunk(source)[part : part + 1]}
+                ends = self._exchange(run, "rows", start, *self._spread(plan, whole, step, part), part, pull=True)
+                left, came = ends[0] or left, ends[1] or came
+                for piece in plan.chunk(source)[part : part + 1]:
+                    arrived[piece] = ends[1]
             if step == 1 and overlap:  # the own rows have left
                 for at, piece in enumerate(order[:own]):
-                    self._make(at, start, use, piece, [])
+                    self._make(run, at, start, use, piece)
         if not overlap or self.world == 1:
-            self._wait([event for events in arrived.values() for event in events])
+            _wait(run.current, came)
             use(0, plan.rows)
-            return
-        for at, piece in enumerate(order[own:], own):
-            self._make(at, start, use, piece, arrived[piece])
-        self._join()
-        self._wait([event for events in arrived.values() for event in events])
+        else:
+            for at, piece in enumerate(order[own:], own):
+                self._make(run, at, start, use, piece, arrived[piece])
+            self._join(run, len(order))
+        _wait(run.current, left, came)
+        self._end(run)
 
     def close(self) -> None:
         """Collective."""
         self._watch.close()
         self.messenger.close()
 
+    def _begin(self) -> Run:
+        capturing = self._capturing()  # events of a graph are not asked for, and must not be recorded elsewhere
+        call = Call(torch.cuda.Event) if capturing else self._events.begin()
+        return Run(call, torch.cuda.current_stream(self.device), capturing)
+
+    def _end(self, run: Run) -> None:
+        """The current stream waits for all that was queued."""
+        if not run.capturing:
+            self._events.end(run.call, run.current)
+
     def _scatter(
         self,
+        run: Run,
         plan: ChunkPlan,
         product: Product,
         y: torch.Tensor,
         out: torch.Tensor,
         overlap: bool,
         tracked: Tracked | None,
-    ) -> torch.Tensor:
-        current, base = self._current(), plan.own[0]
-        peers = [peer for peer in range(self.world) if peer != self.rank]
-        staged = {peer: self.messenger.landing(peer, out) for peer in peers}
+    ) -> None:
+        """This rank's rows of the sum into `out`."""
+        base, own = plan.own[0], plan.chunk(self.rank)
+        landings = self.messenger.landings(out)  # of the other ranks
         if not overlap:
             product(0, plan.rows)
-        start = current.record_event()
+        start = run.call.event(run.current)
         counted: dict[Piece, Counted] = {}
-        if overlap and tracked is not None and not self._capturing():
-            counted = self._count(plan, tracked, start)
-        arrived: dict[Piece, list[Any]] = {piece: [] for piece in plan.chunk(self.rank)}
-        leaving: list[Any] = []
-        at = 0
+        if overlap and tracked is not None and not run.capturing:
+            counted = self._count(run, plan, tracked, start)
+        arrived: dict[Piece, Any] = {}
+        left, at = None, 0
         for step in range(1, self.world):
             owner, source = (self.rank + step) % self.world, (self.rank - step) % self.world
+            landing = landings[source - (source > self.rank)]
             for part in range(plan.subchunks):
                 sends: Rows = []
                 made: Any = start
@@ -179,44 +210,43 @@ class CudaOverlapEngine:
                     if counted:
                         made = counted[piece]
                     elif overlap:
-                        made, at = self._make(at, start, product, piece, []), at + 1
-                    sends = _numbers(y[piece.low : piece.high], owner)
+                        made, at = self._make(run, at, start, product, piece), at + 1
+                    sends = _numbers(y, piece.low, piece.high, owner)
                 receives: Rows = []
-                for piece in plan.chunk(self.rank)[part : part + 1]:
-                    receives = _numbers(staged[source][piece.low - base : piece.high - base], source)
-                events = self._exchange("partial sums", made, sends, receives, part)
-                leaving += events
-                for piece in plan.chunk(self.rank)[part : part + 1]:
-                    arrived[piece] += events
-        for piece in plan.chunk(self.rank) if overlap and not counted else ():
-            self._make(at, start, product, piece, [])
+                for piece in own[part : part + 1]:
+                    receives = _numbers(landing, piece.low - base, piece.high - base, source)
+                gone, came = self._exchange(run, "partial sums", made, sends, receives, part)
+                left = gone or left
+                for piece in own[part : part + 1]:
+                    arrived[piece] = came  # the last rank's comes last
+        for piece in own if overlap and not counted else ():
+            self._make(run, at, start, product, piece)
             at += 1
-        self._join()
-        for piece, events in arrived.items():
-            self._wait(events)
-            here = slice(piece.low - base, piece.high - base)
-            parts = [y[piece.low : piece.high] if p == self.rank else staged[p][here] for p in range(self.world)]
-            add_in_order(parts, out[here])
-        self.messenger.finish(current)
-        self._wait(leaving)  # before the caller may free or change y
-        return out
+        self._join(run, at)
+        parts = [*landings[: self.rank], y[slice(*plan.own)], *landings[self.rank :]]
+        for piece in own:
+            _wait(run.current, arrived.get(piece))
+            low, rows = piece.low - base, piece.high - piece.low
+            add_in_order([rank.narrow(0, low, rows) for rank in parts], out.narrow(0, low, rows))
+        self.messenger.finish(run.current)
+        _wait(run.current, left)  # before the caller may free or change y
 
     def _spread(self, plan: ChunkPlan, whole: torch.Tensor, step: int, part: int) -> tuple[Rows, Rows]:
         """One part of the own chunk to the rank `step` before this one, one of the rank `step` after it from there."""
         to, source = (self.rank - step) % self.world, (self.rank + step) % self.world
         sends, receives = plan.chunk(self.rank)[part : part + 1], plan.chunk(source)[part : part + 1]
         return (
-            [each for piece in sends for each in _numbers(whole[piece.low : piece.high], to)],
-            [each for piece in receives for each in _numbers(whole[piece.low : piece.high], source)],
+            [each for piece in sends for each in _numbers(whole, piece.low, piece.high, to)],
+            [each for piece in receives for each in _numbers(whole, piece.low, piece.high, source)],
         )
 
-    def _count(self, plan: ChunkPlan, tracked: Tracked, start: Any) -> dict[Piece, Counted]:
+    def _count(self, run: Run, plan: ChunkPlan, tracked: Tracked, start: Any) -> dict[Piece, Counted]:
         """Queue the whole product; what each piece's reader must wait for."""
         order = plan.scatter_order
         held = self._counters.pop(plan, None)  # kept only if the product could be queued: else nobody knows its counts
         if held is None:
             held = _Counters(torch.zeros(len(order), dtype=torch.int32, device=self.device), [0] * len(order))
-            start = self._current().record_event()
+            start = run.call.event(run.current)
         tiles = tracked([(piece.low, piece.high) for piece in order], held.counts)
         held.need = [before + new for before, new in zip(held.need, tiles)]
         self._counters[plan] = held
@@ -225,36 +255,36 @@ class CudaOverlapEngine:
         return {piece: Counted(start, held.counts, at, held.need[at]) for at, piece in enumerate(order)}
 
     def _exchange(
-        self, what: str, after: Any, sends: Rows, receives: Rows, part: int, *, pull: bool = False
-    ) -> list[Any]:
-        events = self.messenger.exchange(after, sends, receives, pull=pull)
-        if events and not self._capturing():
-            ends = [f"to rank {to}" for _, to in sends] + [f"from rank {source}" for _, source in receives]
-            self._watch.expect(f"rank {self.rank}: {what}, part {part} of a chunk, {' and '.join(ends)}", events)
-        return events
+        self, run: Run, what: str, after: Any, sends: Rows, receives: Rows, part: int, *, pull: bool = False
+    ) -> tuple[Any | None, Any | None]:
+        ends = self.messenger.exchange(run.call, after, sends, receives, pull=pull)
+        events = [event for event in ends if event is not None]
+        if events and not run.capturing:
+            to, source = (rows[0][1] if rows else None for rows in (sends, receives))
+            self._watch.expect(Exchange(self.rank, what, part, to, source), events, run.call)
+        return ends
 
     def _capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def _make(self, at: int, start: Any, product: Product, piece: Piece, needed: list[Any]) -> Any:
+    def _make(self, run: Run, at: int, start: Any, product: Product, piece: Piece, needed: Any | None = None) -> Any:
         """Queue the `at`-th piece; the event behind which it is made."""
         stream = self._streams[at % len(self._streams)]
-        with torch.cuda.stream(stream):
-            for event in [start, *needed]:
-                stream.wait_event(event)
+        torch.cuda.set_stream(stream)
+        try:
+            if at < len(self._streams):  # what is queued later is behind it too
+                start.wait(stream)
+            if needed is not None:
+                needed.wait(stream)
             product(piece.low, piece.high)
-            return stream.record_event()
+            return run.call.event(stream)
+        finally:
+            torch.cuda.set_stream(run.current)
 
-    def _current(self) -> torch.cuda.Stream:
-        return torch.cuda.current_stream(self.device)
-
-    def _wait(self, events: list[Any]) -> None:
-        for event in events:
-            self._current().wait_event(event)
-
-    def _join(self) -> None:
-        for stream in self._streams:
-            self._current().wait_stream(stream)
+    def _join(self, run: Run, made: int) -> None:
+        """The current stream waits for `made` pieces."""
+        for stream in self._streams[:made]:
+            run.call.event(stream).wait(run.current)
 
     def _collectively(self, plan: ChunkPlan, overlap: bool, whole: torch.Tensor) -> bool:
         """Whether one collective of the group does it; `UserError` for a plan of other ranks."""
@@ -275,5 +305,12 @@ class CudaOverlapEngine:
             )
 
 
-def _numbers(rows: torch.Tensor, peer: int) -> list[tuple[torch.Tensor, int]]:
-    return [(rows, peer)] if rows.numel() else []
+def _wait(stream: Any, *events: Any) -> None:
+    for event in events:
+        if event is not None:
+            event.wait(stream)
+
+
+def _numbers(rows: torch.Tensor, low: int, high: int, peer: int) -> Rows:
+    """Rows [low, high) for or from a rank, unless they hold no number."""
+    return [(rows.narrow(0, low, high - low), peer)] if high > low and rows.shape[1] else []

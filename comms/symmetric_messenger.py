@@ -23,6 +23,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..dist.errors import UndertowError
+from . import cuda_driver
+from .cuda_events import Call
 from .cuda_messengers import CudaMessenger, Rows
 from .stream_wait import Counted, can_wait, wait_value, write_value
 
@@ -43,6 +46,7 @@ class Mapped:
     owner: Any = None  # what the tensors, which own nothing, look into
     wait: Callable[[Any, torch.Tensor, int, int], None] = wait_value
     write: Callable[[Any, torch.Tensor, int, int], None] = write_value
+    copy: Callable[[Any, int, int, int], None] = cuda_driver.copy
 
 
 class SymmetricMessenger(CudaMessenger):
@@ -67,7 +71,8 @@ class SymmetricMessenger(CudaMessenger):
             self.group = group or dist.group.WORLD
             rank, world, memory = dist.get_rank(group), dist.get_world_size(group), partial(_map, self.group, device)
         self.rank, self.world, self._memory = rank, world, memory
-        self._room, self._mapped = 0, Mapped([], [])
+        self._room, self._mapped, self._at = 0, Mapped([], []), list[int]()
+        self._landings: dict[Any, list[torch.Tensor]] = {}
         self._out, self._in = torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device, priority=-1)
         self._sent, self._received = [0] * world, [0] * world
 
@@ -78,59 +83,79 @@ class SymmetricMessenger(CudaMessenger):
         if nbytes > self._room:
             self._settle()  # nobody uses the old memory any more
             self._mapped = Mapped([], [])
+            self._landings.clear()
             self._room, self._mapped = nbytes, self._memory(nbytes)
+            self._at = [area.data_ptr() for area in self._mapped.areas]
             self._sent, self._received = [0] * self.world, [0] * self.world
         self._taken = list(self._sent)  # what must be taken before this call writes to the same memory
         self._waited: set[int] = set()
         self._pushed, self._pulled = [0] * self.world, [0] * self.world  # bytes
         self._shelf: dict[int, int] = {}  # where rows at an address lie on it
         self._shelved = 0
+        self._behind: list[Any] = [None, None]  # what the streams have waited for last
         return True
 
-    def landing(self, source: int, like: torch.Tensor) -> torch.Tensor:
-        nbytes = like.numel() * like.element_size()
-        return self._mapped.areas[self.rank][source, :nbytes].view(like.dtype).view(like.shape)
+    def landings(self, like: torch.Tensor) -> list[torch.Tensor]:
+        key = like.shape, like.dtype
+        if key not in self._landings:
+            nbytes = like.numel() * like.element_size()
+            rows = self._mapped.areas[self.rank][:, :nbytes].view(like.dtype).view(self.world, *like.shape)
+            self._landings[key] = [rows[peer] for peer in range(self.world) if peer != self.rank]
+        return self._landings[key]
 
     def finish(self, stream: Any) -> None:
         for source, count in enumerate(self._received):
             if count:
                 self._mapped.write(stream, self._mapped.counts[source], self.world + self.rank, count)
 
-    def exchange(self, after: Any, sends: Rows, receives: Rows, *, pull: bool = False) -> list[Any]:
+    def exchange(
+        self, call: Call, after: Any, sends: Rows, receives: Rows, *, pull: bool = False
+    ) -> tuple[Any | None, Any | None]:
         if sends:
-            after.wait(self._out)
+            self._wait(0, self._out, after)
         for rows, to in sends:
-            self._put(_bytes(rows), to, shelf=pull)
+            self._put(*cuda_driver.place(rows), to, shelf=pull)
         if receives and pull:  # their memory is free once what was queued before the product is done
-            (after.before if isinstance(after, Counted) else after).wait(self._in)
+            self._wait(1, self._in, after.before if isinstance(after, Counted) else after)
         for rows, source in receives:
-            self._take(_bytes(rows), source, pull=pull)
-        streams = ((self._out, sends), (self._in, receives))
-        return [stream.record_event() for stream, rows in streams if rows]
+            self._take(*cuda_driver.place(rows), source, pull=pull)
+        return call.event(self._out) if sends else None, call.event(self._in) if receives else None
 
-    def _put(self, rows: torch.Tensor, to: int, *, shelf: bool) -> None:
-        mapped, address = self._mapped, rows.data_ptr()
+    def _wait(self, at: int, stream: Any, after: Any) -> None:
+        """Once for each event: what is queued later on the stream is behind it too."""
+        if self._behind[at] is not after:
+            after.wait(stream)
+            self._behind[at] = after
+
+    def _put(self, address: int, nbytes: int, to: int, *, shelf: bool) -> None:
+        mapped = self._mapped
         if not shelf:
             self._wait_until_taken((to,))
             low = self._pushed[to]
-            self._pushed[to] = low + len(rows)
-            self._copy(self._out, mapped.areas[to][self.rank, low : low + len(rows)], rows)
+            self._pushed[to] = low + nbytes
+            mapped.copy(self._out, self._place(to, self.rank, low, nbytes), address, nbytes)
         elif address not in self._shelf:
             self._wait_until_taken(range(self.world))
             low = self._shelf[address] = self._shelved
-            self._shelved += len(rows)
-            self._copy(self._out, mapped.areas[self.rank][self.rank, low : low + len(rows)], rows)
+            self._shelved += nbytes
+            mapped.copy(self._out, self._place(self.rank, self.rank, low, nbytes), address, nbytes)
         self._sent[to] += 1
         mapped.write(self._out, mapped.counts[to], self.rank, self._sent[to])
 
-    def _take(self, rows: torch.Tensor, source: int, *, pull: bool) -> None:
+    def _place(self, rank: int, place: int, low: int, nbytes: int) -> int:
+        """The address of bytes [low, low + nbytes) at a place of a rank's area."""
+        if low + nbytes > self._room:
+            raise UndertowError(f"bytes {low} to {low + nbytes} of a call that gives a rank at most {self._room}")
+        return self._at[rank] + place * self._room + low
+
+    def _take(self, address: int, nbytes: int, source: int, *, pull: bool) -> None:
         mapped = self._mapped
         self._received[source] += 1
         mapped.wait(self._in, mapped.counts[self.rank], source, self._received[source])
         if pull:
             low = self._pulled[source]
-            self._pulled[source] = low + len(rows)
-            self._copy(self._in, rows, mapped.areas[source][source, low : low + len(rows)])
+            self._pulled[source] = low + nbytes
+            mapped.copy(self._in, address, self._place(source, source, low, nbytes), nbytes)
             mapped.write(self._in, mapped.counts[source], self.world + self.rank, self._received[source])
 
     def _wait_until_taken(self, peers: Any) -> None:
@@ -139,10 +164,6 @@ class SymmetricMessenger(CudaMessenger):
                 place = self.world + peer
                 self._mapped.wait(self._out, self._mapped.counts[self.rank], place, self._taken[peer])
             self._waited.add(peer)
-
-    def _copy(self, stream: Any, target: torch.Tensor, source: torch.Tensor) -> None:
-        with torch.cuda.stream(stream):
-            target.copy_(source, non_blocking=True)
 
     def _settle(self) -> None:
         if self.group is not None:
@@ -153,6 +174,7 @@ class SymmetricMessenger(CudaMessenger):
         """Collective: nobody unmaps what another still uses."""
         self._settle()
         self._mapped = Mapped([], [])
+        self._landings.clear()
 
 
 @dataclass(frozen=True)
@@ -211,10 +233,6 @@ def _refusal(group: dist.ProcessGroup | None, device: torch.device) -> str:
     except RuntimeError as error:
         return f"torch cannot map the GPUs' memory ({str(error).splitlines()[0]})"
     return ""
-
-
-def _bytes(rows: torch.Tensor) -> torch.Tensor:
-    return rows.view(-1).view(torch.uint8)
 
 
 def _map(group: dist.ProcessGroup | None, device: torch.device, nbytes: int) -> Mapped:

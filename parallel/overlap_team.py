@@ -244,7 +244,7 @@ def rows_of(a: Tensor, b: Tensor, y: Tensor) -> Product:
     """Fill rows of `y` with those of a @ b."""
 
     def product(low: int, high: int) -> None:
-        torch.mm(a[low:high], b, out=y[low:high])
+        torch.mm(a.narrow(0, low, high - low), b, out=y.narrow(0, low, high - low))
 
     return product
 

@@ -5,7 +5,7 @@ Also a program, for a machine without pytest: ``torchrun --nproc-per-node 2 test
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from undertow.comms.chunk_plan import chunk_rows
+from undertow.comms.cuda_events import Call
 from undertow.comms.cuda_messengers import CudaMessenger, PinnedMessenger
-from undertow.comms.cuda_watch import Watch
+from undertow.comms.cuda_watch import Exchange, Watch
 from undertow.comms.overlap_cuda import CudaOverlapEngine
 from undertow.comms.stream_wait import Counted, can_wait
 from undertow.comms.symmetric_messenger import Mapped, Seat, SymmetricMessenger, apart, why_not
@@ -24,26 +25,51 @@ from undertow.dist.errors import PeerLost
 
 
 class _Now:
-    def wait(self, stream: _Stream) -> None:
+    """Work is done when it is queued, so every event has happened once it is recorded; `made`: how many there are."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        type(self).made += 1
+        self.recorded = False
+
+    def record(self, stream: _Stream) -> None:
         assert isinstance(stream, _Stream)
+        self.recorded = True
+
+    def wait(self, stream: _Stream) -> None:
+        assert isinstance(stream, _Stream) and self.recorded
 
     def query(self) -> bool:
         return True
 
 
 class _Stream:
-    """Work is done when it is queued, so every event has happened once it exists."""
+    """It offers nothing that makes an event; `set` counts how often the current one was changed."""
+
+    set = 0
 
     def __init__(self, *_: Any, priority: int = 0) -> None: ...
 
-    def record_event(self) -> _Now:
-        return _Now()
+    def synchronize(self) -> None: ...
 
-    def wait_event(self, event: object) -> None:
-        assert event is not None
 
-    def wait_stream(self, stream: _Stream) -> None:
-        assert isinstance(stream, _Stream)
+def _stand_in(patch: pytest.MonkeyPatch) -> None:
+    """Streams and events of a GPU that is never late; whoever enters a stream's context fails."""
+    stream = _Stream()
+
+    def change(_: _Stream) -> None:
+        _Stream.set += 1
+
+    patch.setattr(torch.cuda, "Stream", _Stream)
+    patch.setattr(torch.cuda, "Event", _Now)
+    patch.setattr(torch.cuda, "stream", None)
+    patch.setattr(torch.cuda, "set_stream", change)
+    patch.setattr(torch.cuda, "current_stream", lambda *_: stream)
+
+
+def _copied(stream: _Stream, target: int, source: int, nbytes: int) -> None:
+    ctypes.memmove(target, source, nbytes)
 
 
 class _Eager(CudaMessenger):
@@ -53,14 +79,15 @@ class _Eager(CudaMessenger):
         self._gloo = GlooMessenger(None, 30.0)
         self.rank, self.world = self._gloo.rank, self._gloo.world
 
-    def exchange(self, after: Any, sends: Any, receives: Any, *, pull: bool = False) -> list[Any]:
+    def exchange(self, call: Any, after: Any, sends: Any, receives: Any, *, pull: bool = False) -> tuple[Any, Any]:
         if isinstance(after, Counted):
             assert after.before is not None and int(after.counters[after.at]) == after.value
         handles = [self._gloo.post_recv(rows, source, 0) for rows, source in receives]
         handles += [self._gloo.post_send(rows, to, 0) for rows, to in sends]
         for handle in handles:
             self._gloo.wait(handle, 30.0)
-        return [_Now()] if handles else []
+        done = call.event(_Stream())
+        return done if sends else None, done if receives else None
 
     def close(self) -> None:
         self._gloo.close()
@@ -112,10 +139,7 @@ def right(engine: CudaOverlapEngine, device: torch.device, rows: int, seed: int)
 
 
 def _with_stand_ins(rank: int, world: int, seed: int) -> None:
-    stream = _Stream()
-    torch.cuda.Stream = _Stream  # type: ignore[misc,assignment]
-    torch.cuda.stream = lambda _: contextlib.nullcontext()  # type: ignore[assignment]
-    torch.cuda.current_stream = lambda *_: stream  # type: ignore[assignment,return-value]
+    _stand_in(pytest.MonkeyPatch())  # a process of its own
     engine = CudaOverlapEngine(device=torch.device("cpu"), messenger=_Eager())
     for rows in (0, 1, 7, 24):
         assert right(engine, torch.device("cpu"), rows, seed), rows
@@ -153,6 +177,7 @@ class _Shared:
                     [torch.zeros(2, self.world, dtype=torch.int32) for _ in range(self.world)],
                     wait=_wait,
                     write=_write,
+                    copy=_copied,
                 )
             )
         self.barrier.wait()
@@ -162,10 +187,7 @@ class _Shared:
 @pytest.mark.parametrize("world", [2, 3])
 def test_mapped_memory_carries_every_pattern_in_one_queue(monkeypatch, seed, world):
     """Ranks are threads, and what a rank queues runs at once: an order that one hardware queue could not keep hangs."""
-    stream = _Stream()
-    monkeypatch.setattr(torch.cuda, "Stream", _Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
+    _stand_in(monkeypatch)
     monkeypatch.setattr("undertow.comms.stream_wait.wait_value", _wait)
     monkeypatch.setattr("undertow.comms.symmetric_messenger._UNIT", 16)  # so that it grows
     _failed.clear()
@@ -210,6 +232,9 @@ class _Event:
     def __init__(self) -> None:
         self.done = False
 
+    def record(self, stream: None) -> None:
+        self.done = False
+
     def query(self) -> bool:
         return self.done
 
@@ -232,6 +257,26 @@ def test_a_piece_that_does_not_come_is_named():
     watch.close()
 
 
+def test_an_event_that_is_recorded_again_says_nothing_of_the_call_before():
+    seconds, call = [0.0], Call(_Event)
+    watch = Watch(1e6, now=lambda: seconds[0])
+    event = call.event(None)
+    watch.expect("the first call", [event], call)
+    event.done = True
+    assert call.over()
+    call.again()
+    assert call.event(None) is event
+    watch.expect(Exchange(0, "rows", 1, None, 2), [event], call)
+    seconds[0] = 1.1e6
+    watch.look()
+    watch.expect("nothing is overdue", [])
+    seconds[0] = 2.2e6
+    watch.look()
+    with pytest.raises(PeerLost, match="^rank 0: rows, part 1 of a chunk, from rank 2: not complete after 1e\\+06 s"):
+        watch.expect("the third call", [event], call)
+    watch.close()
+
+
 def test_a_transport_without_a_time_out_of_its_own_ends_the_process():
     seconds, ended = [0.0], list[float]()
     watch = Watch(1e6, lambda: seconds[0], end_s=1.5e6, end=lambda: ended.append(seconds[0]))
@@ -243,10 +288,8 @@ def test_a_transport_without_a_time_out_of_its_own_ends_the_process():
 
 
 def test_a_tracked_product_that_fails_leaves_no_counts_behind():
-    stream = _Stream()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "Stream", _Stream)
-        patch.setattr(torch.cuda, "current_stream", lambda *_: stream)
+        _stand_in(patch)
         engine = CudaOverlapEngine(device=torch.device("cpu"), messenger=_Nobody())
         plan, y, mine = engine.plan((4,), 2), torch.zeros(4, 5), torch.ones(4, 5)
 
@@ -266,8 +309,40 @@ class _Nobody(CudaMessenger):
 
     rank, world = 0, 1
 
-    def exchange(self, after: Any, sends: Any, receives: Any, *, pull: bool = False) -> list[Any]:
+    def exchange(self, call: Any, after: Any, sends: Any, receives: Any, *, pull: bool = False) -> tuple[Any, Any]:
         raise AssertionError("a message, and nobody to take it")
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_only_the_first_call_makes_events_and_no_call_enters_a_stream(overlap):
+    """On pinned memory, of which every byte is looked at; a call during a late one gets events of its own."""
+    here, width = torch.device("cpu"), 5
+    theirs = torch.arange(2.0 * 4 * width).view(2, 4, width)
+
+    def incoming(rows: torch.Tensor, source: int) -> torch.Tensor:
+        return theirs.view(-1).narrow(0, int(rows.storage_offset()), rows.numel())
+
+    with pytest.MonkeyPatch.context() as patch:
+        _stand_in(patch)
+        messenger = PinnedMessenger(0, 3, here, incoming, copy=_copied, pinned=False)
+        engine = CudaOverlapEngine(device=here, messenger=messenger, timeout_s=1e6)
+        made, changed = [], []
+        for call in range(5):
+            y = torch.full((12, width), torch.nan)
+            before = _Now.made, _Stream.set
+            patch.setattr(_Now, "query", lambda _, call=call: call != 2)  # as if the calls before were on their way
+
+            def product(low: int, high: int, y: torch.Tensor = y, call: int = call) -> None:
+                y[low:high] = call
+
+            out = engine.reduce_scatter(engine.plan((4, 4, 4), 2), product, y, overlap=overlap)
+            assert torch.equal(out, call + theirs.sum(0))
+            assert bool((messenger.sent(y[4:]).view(torch.float32) == call).all())
+            made.append(_Now.made - before[0])
+            changed.append(_Stream.set - before[1])
+        assert made[0] > 0 and made == [made[0], 0, made[0], 0, 0]
+        assert changed == [2 * 6 * overlap] * 5  # to each piece's stream and back
+        engine.close()
 
 
 @pytest.mark.gpu
@@ -279,8 +354,7 @@ def test_a_late_product_reaches_the_host_whole(seed, by_counts):
     theirs = torch.randint(-9, 9, (2, 8, 256)).float().pin_memory()
 
     def incoming(rows: torch.Tensor, source: int) -> torch.Tensor:
-        at = int(rows.storage_offset()) // 256
-        return theirs[source - 1, at : at + rows.shape[0]]
+        return theirs.view(-1).narrow(0, int(rows.storage_offset()), rows.numel())
 
     messenger = PinnedMessenger(0, 3, device, incoming)
     engine = CudaOverlapEngine(device=device, messenger=messenger)
@@ -299,7 +373,7 @@ def test_a_late_product_reaches_the_host_whole(seed, by_counts):
         torch.cuda.synchronize()  # the messenger's memory is read by the host
         for piece in plan.scatter_order:
             if piece.owner != 0:
-                assert bool((messenger.slot(y[piece.low : piece.high], piece.owner) == call).all())
+                assert bool((messenger.sent(y[piece.low : piece.high]).view(torch.float32) == call).all())
 
 
 def main() -> None:

@@ -1,0 +1,63 @@
+"""Calls of the CUDA driver that torch does not offer, or that cost the host less: waits, writes and copies by address.
+
+A copy by torch sets the current stream, looks at layouts and notes the stream for the allocator of pinned memory; to
+queue one by address takes a fraction of that. Nobody keeps the memory then: it must live until the copy is done.
+Source: CUDA driver API, "Memory management" and "Stream memory operations".
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+
+from ..dist.errors import UndertowError
+
+_GEQ = 0
+
+
+@cache
+def _driver() -> Any:
+    library = ctypes.CDLL("libcuda.so.1")
+    for call in (library.cuStreamWaitValue32_v2, library.cuStreamWriteValue32_v2):
+        call.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
+    library.cuMemcpyAsync.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
+    return library
+
+
+def lacking() -> str:
+    """What the driver lacks here; '' when these calls can be made."""
+    try:
+        _driver()
+    except (OSError, AttributeError) as error:
+        return f"the CUDA driver offers no cuStreamWaitValue32 ({error})"
+    return ""
+
+
+def wait_until(stream: Any, address: int, value: int) -> None:
+    """What is queued on `stream` from now on waits until the int32 at `address` is `value` or more, cyclically."""
+    _check(_driver().cuStreamWaitValue32_v2(stream.cuda_stream, address, value % 2**32, _GEQ), "cuStreamWaitValue32")
+
+
+def write(stream: Any, address: int, value: int) -> None:
+    """Set the int32 at `address` behind what is queued on `stream`."""
+    _check(_driver().cuStreamWriteValue32_v2(stream.cuda_stream, address, value % 2**32, 0), "cuStreamWriteValue32")
+
+
+def copy(stream: Any, target: int, source: int, nbytes: int) -> None:
+    """Queue a copy between two addresses on `stream`: in this or a peer GPU's memory, or the host's pinned one."""
+    _check(_driver().cuMemcpyAsync(target, source, nbytes, stream.cuda_stream), "cuMemcpyAsync")
+
+
+def place(rows: torch.Tensor) -> tuple[int, int]:
+    """(address, bytes) of rows that lie in one piece."""
+    if not rows.is_contiguous():
+        raise UndertowError(f"rows of shape {tuple(rows.shape)} and strides {rows.stride()} do not lie in one piece")
+    return rows.data_ptr(), rows.numel() * rows.element_size()
+
+
+def _check(code: int, what: str) -> None:
+    if code:
+        raise UndertowError(f"{what} gave CUDA driver error {code}")

@@ -7,9 +7,10 @@ call from Python is measured; arms are interleaved, every answer is compared fir
 call, the ratio rival/ours (above 1: ours is faster) of the fastest rival with its 95 % interval, the A/A ratio (ours
 twice), and the share of the device-copy rate at the same size, which is the ceiling. Sources of up to some 50 MB stay
 in the second-level cache between calls, for all arms alike. `sync us` is one pack that waits, as MPI_Pack does, beside
-`floor`, an empty kernel that is waited for, and `blocks`, one asynchronous copy per contiguous block and one wait, as
-Open MPI's CUDA support packs (of more than 8,192 blocks so many are copied, and the time is scaled). FOLDER gets the
-JSON, a page and a plot (see mpi_gpu_pages); the JSON is written after each cell.
+`floor`, an empty kernel that Python launches and waits for. `blocks`, timed apart, is one asynchronous copy for each
+contiguous block and one wait, as Open MPI's CUDA support packs (of more than 8,192 blocks so many are copied, and the
+time is scaled). FOLDER gets the JSON, a page and a plot (see mpi_gpu_pages); the JSON is written after each cell.
+`python -m undertow.benchmarks.mpi_gpu_record FOLDER` puts them where results are kept, and into the guide.
 
 `--fetch 32` asks the device for the least that its second-level cache reads at a time (a setting of the whole process,
 so the interposer leaves it alone). With 64, blocks of 32 bytes with gaps as large move 64 bytes for 32: no kernel could
@@ -40,6 +41,7 @@ from undertow.mpi_interpose import gpu
 KIB, MIB = 1 << 10, 1 << 20
 SAMPLE_S = 4e-3
 SAMPLES = 9
+PER_BLOCK = "one copy per block"
 MOST_BLOCKS = 1 << 13  # single copies that are timed
 PATIENCE_S = 0.1  # an arm whose single call takes longer is reported once and not repeated
 
@@ -213,8 +215,14 @@ def waiting(
         calls["launch floor"] = then_wait(empty)
     n = layout.size // layout.block
     scale, single = single_copies(layout, a, b, packing, driver, stream.cuda_stream)
-    if single:
-        calls["one copy per block"] = then_wait(single)
+    times = in_turn(calls)
+    if single:  # apart: behind thousands of copies a short call takes several times as long
+        times |= {name: [scale * s for s in taken] for name, taken in in_turn({PER_BLOCK: then_wait(single)}).items()}
+    return {"waits": times, "waits apart": True, "blocks": n, "blocks timed": round(n / scale) if single else 0}
+
+
+def in_turn(calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Seconds of each call, SAMPLES of them after two that do not count, one of each after the other."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(SAMPLES + 2):
         for name, call in calls.items():
@@ -222,8 +230,8 @@ def waiting(
             call()
             took = time.perf_counter() - start
             if turn >= 2:
-                times[name].append(took * (scale if name == "one copy per block" else 1))
-    return {"waits": times, "blocks": n, "blocks timed": round(n / scale) if single else 0}
+                times[name].append(took)
+    return times
 
 
 def single_copies(
@@ -266,7 +274,7 @@ def line(row: dict) -> str:
     median, low, high = row["ratio"][best] if best else (float("nan"),) * 3
     cells = [f"{us[name]:>9.1f}" if name in us else f"{'-':>9}" for name in ("ours", "older", *RIVALS, "copy")]
     waits = {name: statistics.median(times) * 1e6 for name, times in row["waits"].items()}
-    asked = ("launch floor", "one copy per block")
+    asked = ("launch floor", PER_BLOCK)
     others = " ".join(f"{waits[name]:>9.1f}" if name in waits else f"{'-':>9}" for name in asked)
     share = us["copy"] / us["ours"]
     return (

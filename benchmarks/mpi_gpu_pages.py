@@ -158,7 +158,9 @@ def pack_goals(rows: list[dict[str, Any]]) -> list[Goal]:
              f"geometric mean {_mean(paper):.2f}, {min(paper):.2f} to {max(paper):.2f} in {len(paper)} cells",
              _met(min(paper) >= 1.3))
         )  # fmt: skip
-    floors = [row for row in rows if row["size"] <= 64 * 1024 and "launch floor" in row["waits"]]
+    floors = [
+        row for row in rows if row["size"] <= 64 * 1024 and "launch floor" in row["waits"] and "waits apart" in row
+    ]
     if floors:
         over = [1e6 * (_of(row["waits"]["ours"]) - _of(row["waits"]["launch floor"])) for row in floors]
         goals.append(

@@ -117,13 +117,16 @@ def block(data: dict[str, Any], page: str) -> str:
     name, rows = data["benchmark"], data["rows"]
     pack = name == "mpi_gpu_pack"
     what = "device time in µs of one pack" if pack else "µs of the slower rank"
-    said = f"{data['facts']['hardware']}, {data['facts']['date']} ({what}; [figures](../benchmarks/results/{page})):"
-    goals = mpi_gpu_pages.KINDS[name][3](rows)
-    table = pack_table(rows) if pack else exchange_table(rows)
-    picture = ["", f"![Rates of packing on a GPU](images/{PICTURE.name})"] if pack else []
-    return "\n".join(
-        [f"Measured on {said}", "", *table, *picture, "", *markdown_table(("goal", "measured", "met"), goals)]
-    )
+    machine = data["facts"]["hardware"].split(" + ")[0].replace(" x ", " × ")
+    goals = [(wanted.removeprefix("(none) "), *rest) for wanted, *rest in mpi_gpu_pages.KINDS[name][3](rows)]
+    lines = [
+        f"Measured on {machine}, {data['facts']['date']}, {what}",
+        f"([figures](../benchmarks/results/{page})):",
+        "",
+    ]
+    lines += pack_table(rows) if pack else exchange_table(rows)
+    lines += ["", f"![Rates of packing on a GPU](images/{PICTURE.name})"] if pack else []
+    return "\n".join([*lines, "", *markdown_table(("goal, or figure", "measured", "met"), goals)])
 
 
 def into_guide(guide: str, name: str, text: str) -> str:

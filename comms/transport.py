@@ -5,6 +5,9 @@ and runs everything of one communicator one after the other; with a shared one a
 one, and the two directions of a pair could even deadlock. So each (sender's lane, receiver's lane) gets a communicator
 of two ranks, which makes NCCL behave as lanes whose sends wait for their receive: what `check(rendezvous=True)` proves.
 Communicators are opened in one global order, because opening one blocks until its other end opens it too.
+
+A message of several slices (keys and values) is one NCCL group: one kernel, one event and one wait at either end, where
+a call for each slice would take as many. NCCL pairs the slices of a group in order, which both ends share.
 """
 
 from __future__ import annotations
@@ -99,6 +102,20 @@ class Gloo:
         self.group.shutdown()
 
 
+def _grouped(group: Any, rows: Sequence[torch.Tensor], *, sending: bool) -> dist.Work:
+    """All rows as one NCCL group of a communicator of two, whose sender is rank 0."""
+    group._start_coalescing()
+    try:
+        for part in rows:
+            if sending:
+                group.send([part], 1, 0)
+            else:
+                group.recv([part], 0, 0)
+    finally:  # a group that stays open would swallow every later call of this thread
+        work = group._end_coalescing()
+    return work
+
+
 class Nccl:
     """CUDA tensors over communicators of two ranks, one for each pair of lanes that exchange messages."""
 
@@ -133,14 +150,12 @@ class Nccl:
         sending = self.rank == channel[0]
         group: Any = dist.ProcessGroupNCCL(store, 0 if sending else 1, 2, options)  # the sender is rank 0 of the two
         probe = torch.zeros(1, dtype=torch.uint8, device=self.device)
-        (group.send([probe], 1, 0) if sending else group.recv([probe], 0, 0)).wait()
+        _grouped(group, [probe], sending=sending).wait()  # as messages are: torch keeps another one for lone calls
         torch.cuda.current_stream(self.device).synchronize()  # once per communicator: it is open at both ends
         return group
 
     def issue(self, address: Any, action: Send | Recv, rows: Sequence[torch.Tensor]) -> list[dist.Work]:
-        if isinstance(action, Send):
-            return [address.send([part], 1, 0) for part in rows]
-        return [address.recv([part], 0, 0) for part in rows]
+        return [_grouped(address, rows, sending=isinstance(action, Send))]
 
     def wait(self, works: list[dist.Work], timeout_s: float) -> None:
         for work in works:

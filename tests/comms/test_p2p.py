@@ -11,6 +11,7 @@ import signal
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from undertow.comms import local
 from undertow.comms.actions import Send
 from undertow.comms.builders.all_gather import ring_all_gather
+from undertow.comms.builders.attention_shape import Heads
 from undertow.comms.builders.gemm_reduce_scatter import gemm_reduce_scatter
 from undertow.comms.builders.reduce_scatter import direct_reduce_scatter, ring_reduce_scatter
 from undertow.comms.ops import gemm, table
@@ -30,6 +32,9 @@ from undertow.comms.storage import Storage
 from undertow.comms.transport import Nccl, private_store
 from undertow.dist.errors import UndertowError, UserError
 from undertow.dist.trace import Trace
+from undertow.parallel.masks import Mask
+from undertow.parallel.token_ring.block_ops import ops
+from undertow.parallel.token_ring.problem import Problem
 
 
 def _execute(rank, world, cases):
@@ -52,6 +57,32 @@ def test_same_object_gives_the_same_bits_as_local(world, ranks, make_case, case_
                     assert torch.equal(torch.from_numpy(run[at][name]), tensor), (case.schedule.name, rank, name)
 
 
+class _Grouped:
+    """A gloo group of two that offers what `Nccl` takes of torch's NCCL groups: calls between start and end are one
+    piece of work, and calls outside of them are refused (torch would open a second communicator for those)."""
+
+    def __init__(self, group):
+        self.group, self.open, self.groups, self.parts = group, None, 0, 0
+
+    def _start_coalescing(self):
+        assert self.open is None
+        self.open = []
+
+    def send(self, tensors, to, tag):
+        self.open.append(self.group.send(tensors, to, tag))
+
+    def recv(self, tensors, source, tag):
+        self.open.append(self.group.recv(tensors, source, tag))
+
+    def _end_coalescing(self):
+        works, self.open = self.open, None
+        self.groups, self.parts = self.groups + 1, self.parts + len(works)
+        return SimpleNamespace(wait=lambda timeout: [work.wait(timeout) for work in works])
+
+    def shutdown(self):
+        self.group.shutdown()
+
+
 class _Pairwise(Nccl):
     """The channels of the NCCL transport, each a gloo group of two: no tags, messages matched by order."""
 
@@ -59,7 +90,9 @@ class _Pairwise(Nccl):
         self.opened = [*getattr(self, "opened", []), channel]
         sending = self.rank == channel[0]
         store = dist.PrefixStore(str(channel), self.store)
-        return dist.ProcessGroupGloo(store, 0 if sending else 1, 2, timedelta(seconds=self.timeout_s))
+        found = dist.ProcessGroupGloo(store, 0 if sending else 1, 2, timedelta(seconds=self.timeout_s))
+        self.all = [*getattr(self, "all", []), _Grouped(found)]
+        return self.all[-1]
 
     def issue(self, address, action, rows):
         if isinstance(action, Send):
@@ -81,7 +114,29 @@ def _execute_pairwise(rank, world, cases, streams):
     sends = [(c.schedule, a) for c in cases for r, _, _, a in c.schedule.actions() if r == rank and a.kind == "send"]
     tokens = sum(s.rows for c, a in sends for s in a.reads if c.value(s.value, rank).dtype == "token")
     assert transport.sent_bytes == 2 * (sum(c.nbytes(rank, *a.reads) for c, a in sends) + tokens)
+    messages = [a for c in cases for r, _, _, a in c.schedule.actions() if r == rank and a.kind in ("send", "recv")]
+    parts = sum(len(a.reads) + (len(a.writes) if a.kind == "recv" else 0) for a in messages)
+    assert sum(g.groups for g in transport.all) == 2 * len(messages)  # one for each message, whatever its slices
+    assert sum(g.parts for g in transport.all) == 2 * parts
+    mine = [a for a in messages if a.tag.startswith("kv_0")]  # keys and values
+    assert len(mine) == 2 * (world - 1) and all(len(a.reads or a.writes) == 2 for a in mine)
     return [[{name: tensor.numpy() for name, tensor in outputs.items()} for outputs in run] for run in runs]
+
+
+def _keys_and_values(world):
+    """The backward of a ring: messages of two slices, out and home."""
+    problem = Problem(world, 6 * world, 6 * world, Heads(1, 2, 2, 8, 8), Mask(True))
+    schedule, table = problem.schedule("ring_kv", backward=True), ops(problem, 1, 0.3)
+    inputs = [
+        {n: torch.randn(v.rows, *v.shape[1:]) for n, v in values.items() if v.role == "input"}
+        for values in schedule.by_rank
+    ]
+    wanted = local.run(schedule, inputs, table)
+
+    def matches(found):
+        return all(torch.equal(a[name], b[name]) for a, b in zip(found, wanted) for name in ("dq", "dk", "dv"))
+
+    return SimpleNamespace(schedule=schedule, inputs=inputs, ops=table, matches=matches)
 
 
 @pytest.mark.parametrize("queued", [False, True])
@@ -91,11 +146,27 @@ def test_one_channel_for_each_pair_of_lanes_needs_no_tags(world, queued, ranks, 
 
     Queued, one thread does everything of a rank and waits for each message: nothing may stand in the way of another.
     """
-    cases = [make_case(name, world) for name in case_names]
+    cases = [*(make_case(name, world) for name in case_names), _keys_and_values(world)]
     results = ranks(world, _execute_pairwise, cases, fake_streams if queued else None)
     for at, case in enumerate(cases):
         outputs = [{k: torch.from_numpy(v) for k, v in results[rank][1][at].items()} for rank in range(world)]
         assert case.matches(outputs), case.schedule.name
+
+
+def test_a_group_ends_where_one_of_its_calls_fails():
+    """Otherwise NCCL would wait for its end at every later call of the thread."""
+    done: list[str] = []
+
+    def fail(tensors, peer, tag):
+        done.append("send")
+        raise RuntimeError("NCCL communicator was aborted")
+
+    group = SimpleNamespace(
+        _start_coalescing=lambda: done.append("start"), send=fail, _end_coalescing=lambda: done.append("end")
+    )
+    with pytest.raises(RuntimeError, match="aborted"):
+        Nccl.issue(None, group, Send(1, "m", ()), [torch.zeros(1)] * 2)  # type: ignore[arg-type]
+    assert done == ["start", "send", "end"]
 
 
 def _with_delays(rank, world, schedule, inputs, rounds, seed):

@@ -13,6 +13,7 @@ a buffer, with a pinned buffer that holds them densely, one after the other. Its
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 import subprocess
 import tempfile
@@ -289,7 +290,8 @@ class Preload:
         """From the next call on: 'auto', 'direct', 'staged' or 'ipc'; a rival's way leaves things as they are."""
         if self.present and way not in RIVALS:
             self.lib.undertow_measure_gpu_path(gpu.PATHS.index("auto" if way == IPC else way))
-            self.lib.undertow_measure_ipc(int(way == IPC))
+            as_run = 2 * (way == "auto" and os.environ.get("UNDERTOW_MPI_IPC") == "auto")
+            self.lib.undertow_measure_ipc(1 if way == IPC else as_run)
 
     def counted(self, what: str) -> int:
         """One of gpu.COUNTERS so far, as 'bytes' packed on the device or 'slabs' of pinned memory handed out."""

@@ -72,8 +72,8 @@ def rows(mpi: Mpi) -> list[tuple[str, str]]:
             "staged": "kernels work in device scratch, the copy engine moves it to and from pinned host memory",
         }.get(wish, "pinned host memory, by the kernel itself for small messages and by the copy engine for large ones")
         path = f"packed on {', '.join(sorted(set(found)))}; between every pair of ranks through {how}"
-        if os.environ.get("UNDERTOW_MPI_IPC", "0") not in ("", "0"):
-            path += "; blocks of the w collectives through the sender's device memory where all ranks can open it"
+        if os.environ.get("UNDERTOW_MPI_IPC", "auto") not in ("", "0"):
+            path += "; large blocks of the w collectives through the sender's device memory where all ranks can open it"
     found_rows = [("GPU buffers", path), ("CUDA-aware", library)]
     if not found:
         return found_rows

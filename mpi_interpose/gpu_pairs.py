@@ -22,8 +22,8 @@ SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 LEGEND = {
     "lib": "the library reads device memory itself; datatypes with gaps are packed by our kernel first",
     "pin": "through pinned host memory",
-    "ipc": "as pin; UNDERTOW_MPI_IPC=1 would carry the w collectives through the sender's device memory",
-    "IPC": "as pin, the w collectives through the sender's device memory",
+    "ipc": "as pin; the w collectives could go through the sender's device memory, but for UNDERTOW_MPI_IPC=0",
+    "IPC": "as pin, w collectives with blocks of 256 KiB or more through the sender's device memory, where that is fast",
     "host": "neither rank has a card: host memory, as without a GPU",
     "off": "given to the library as they are (UNDERTOW_MPI_GPU=off)",
 }
@@ -170,7 +170,7 @@ def gather() -> list[Rank]:
     aware = wish != "0" if wish else answer_of(_library()) is True
     mine = Rank(
         host, card.name if card else "", os.environ.get("UNDERTOW_MPI_GPU", "auto") in ("off", "0"),
-        os.environ.get("UNDERTOW_MPI_IPC", "0") not in ("", "0"), aware, frozenset(opened),
+        os.environ.get("UNDERTOW_MPI_IPC", "auto") not in ("", "0"), aware, frozenset(opened),
     )  # fmt: skip
     return world.allgather(mine)
 

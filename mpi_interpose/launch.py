@@ -37,20 +37,30 @@ def wants_abi(command: list[str]) -> bool:
     return False
 
 
-def environment(library: Path, mode: str, report: str | None) -> dict[str, str]:
-    """The variables that switch the preload on; an LD_PRELOAD of the user's stays behind ours."""
+def environment(library: Path, mode: str, report: str | None, *, alike: bool = True) -> dict[str, str]:
+    """The variables that switch the preload on; an LD_PRELOAD of the user's stays behind ours.
+
+    `alike`: all ranks run one program.
+    """
     if mode not in MODES:
         raise InterposeError(f"--mode {mode}; expected one of {', '.join(MODES)}")
     before = os.environ.get("LD_PRELOAD", "")
     values = {"LD_PRELOAD": f"{library} {before}".strip(), "UNDERTOW_MPI_MODE": mode}
     # Reordering the ranks of a graph takes messages among all ranks: here all of them get the preload.
     values["UNDERTOW_MPI_REORDER"] = os.environ.get("UNDERTOW_MPI_REORDER", "1")
-    # So does memory of other ranks, and the switch must stand alike on all, also on other hosts; as must the paths.
-    device = ("UNDERTOW_MPI_GPU", "UNDERTOW_MPI_IPC", "UNDERTOW_MPI_CUDA_AWARE")
+    # So does device memory of other ranks, and all must come to it through C: programs of several languages do not.
+    values["UNDERTOW_MPI_IPC"] = os.environ.get("UNDERTOW_MPI_IPC", "auto" if alike else "0")
+    device = ("UNDERTOW_MPI_GPU", "UNDERTOW_MPI_CUDA_AWARE")  # must stand alike on all ranks, also on other hosts
     values |= {name: value for name, value in os.environ.items() if name.startswith(device)}
     if report:
         values["UNDERTOW_MPI_REPORT"] = report
     return values
+
+
+def one_program(command: list[str]) -> bool:
+    """Whether a launcher's words name one program for all ranks, as far as they show it."""
+    several = {":", "--app", "-app", "--appfile", "-configfile", "--configfile", "--multi-prog"}
+    return not several & set(command)
 
 
 def disabled() -> bool:
@@ -73,7 +83,7 @@ def run(command: list[str], mode: str, report: Path | None, mpicc: str | None = 
     shared = report.absolute().parent if report else None  # ranks on other nodes see the report's folder, not /tmp
     with tempfile.TemporaryDirectory(prefix=".undertow-mpi-", dir=shared) as folder:
         parts = str(Path(folder) / "rank") if report else None
-        values = environment(library, mode, parts)
+        values = environment(library, mode, parts, alike=one_program(command))
         full = list(command)
         if mpi.flavour == "openmpi" and is_launcher(command[0]) and not is_srun(command[0]):
             full[1:1] = [word for name in values for word in ("-x", name)]

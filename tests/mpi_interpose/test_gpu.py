@@ -320,6 +320,74 @@ for path, middle in (("auto", packed.address), ("direct", slab), ("staged", slab
     assert child(code, stand_in) == "auto 4 True\ndirect 4 True\nstaged 4 True\n"
 
 
+def test_pinned_memory_is_kept_up_to_a_limit_and_given_back_when_it_is_short(stand_in: Path) -> None:
+    """512 MiB lie idle at most; a slab that cannot be had takes the place of idle ones of other sizes."""
+    code = f"""
+import ctypes, sys
+sys.path.insert(0, {str(PROGRAMS)!r})
+from device_memory import Device
+from undertow.mpi_interpose import gpu
+device, lib, mib = Device(), gpu.load(), 1 << 20
+pinned = device.cuda.fake_cuda_pinned
+pinned.restype = ctypes.c_ulong
+some = device.empty(16)
+def get(n):
+    return lib.undertow_gpu_slab_get(n * mib, some.address)
+def put(slab, n):
+    lib.undertow_gpu_slab_put(slab, n * mib)
+held = [get(n) for n in SIZES]
+print([slab is not None for slab in held], pinned() // mib)
+for slab, n in zip(held, SIZES):
+    if slab:
+        put(slab, n)
+print(pinned() // mib)
+again, seen = get(AGAIN), pinned() // mib
+print(again in held, again is not None, seen)
+put(again, AGAIN)
+print(get(AGAIN + 1) is not None, pinned() // mib)
+"""
+    nine = code.replace("SIZES", "([64] * 9)").replace("AGAIN", "64")
+    assert child(nine, stand_in) == f"{[True] * 9} 576\n512\nTrue True 512\nTrue 640\n"
+    few = code.replace("SIZES", "[64, 100]").replace("AGAIN", "64")
+    assert child(few, stand_in, FAKE_CUDA_PINNED=str(160 << 20)) == "[True, False] 64\n64\nTrue True 64\nTrue 128\n"
+
+
+def test_what_is_queued_on_the_default_stream_is_waited_for(stand_in: Path) -> None:
+    """Before a pack, which reads what is written there, and before an unpack, which writes what is read there."""
+    code = f"""
+import ctypes, sys
+sys.path.insert(0, {str(PROGRAMS)!r})
+import numpy as np
+from device_memory import Device
+from undertow.mpi_interpose import gpu
+device, lib = Device(), gpu.load()
+def pinned(values):
+    slab = lib.undertow_gpu_slab_get(values.nbytes, user.address)
+    host = np.ctypeslib.as_array((ctypes.c_uint8 * values.nbytes).from_address(slab))
+    host[:] = values
+    return host
+def queue(to, source, n):
+    device.must(device.cuda.cuMemcpyAsync(*map(ctypes.c_uint64, (to, source)), ctypes.c_size_t(n), None))
+n, plan = 1 << 14, gpu.GpuPlan("(loop 2048 8 (bytes 4))", 1 << 14)
+old, new = np.full(n, 1, "u1"), np.full(n, 2, "u1")
+for path, half in (("auto", 0), ("direct", 0), ("staged", 0), ("staged", 1024)):
+    gpu.host_path(path)
+    gpu.ring(half)
+    user = device.array(old)
+    source, seen, packed = pinned(new), pinned(old * 0), pinned(old * 0)
+    queue(user.address, source.ctypes.data, n)
+    plan.pack(1, user.address, packed.ctypes.data)
+    first = packed[: n // 2].tolist() == [2] * (n // 2)
+    queue(seen.ctypes.data, user.address, n)
+    packed[:] = 3
+    plan.unpack(1, packed.ctypes.data, user.address)
+    device.must(device.cuda.cuCtxSynchronize())
+    print(path, half, first, seen.tolist() == [2] * n, user.read().reshape(-1, 8)[0].tolist())
+"""
+    cases = ("auto 0", "direct 0", "staged 0", "staged 1024")
+    assert child(code, stand_in) == "".join(f"{case} True True [3, 3, 3, 3, 2, 2, 2, 2]\n" for case in cases)
+
+
 RING = """
 import random, sys
 sys.path.insert(0, PROGRAMS)

@@ -394,7 +394,9 @@ int all_to_all_w(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Data
                  D* rdispls, MPI_Datatype* rtypes, MPI_Comm comm, int out, int in, bool neighbours, bool holes = false) {
   std::vector<N> sends_left, receives_left;
   bool moved = false;
-  if (ipc_wanted() && (neighbours || (out > 0 && out == in)) && scounts && rcounts && stypes && rtypes) {
+  // A rank without neighbours may pass no arrays, and must take part all the same.
+  if (ipc_wanted() && (neighbours || (out > 0 && out == in)) && (!out || (scounts && stypes)) &&
+      (!in || (rcounts && rtypes))) {
     std::vector<PeerBlock> sends = peer_blocks(sbuf, scounts, sdispls, stypes, out);
     std::vector<PeerBlock> receives = peer_blocks(rbuf, rcounts, rdispls, rtypes, in);
     const int rc = ipc_exchange(comm, neighbours, sends, receives);

@@ -10,16 +10,25 @@
 namespace undertow {
 namespace {
 
-int match(dl_phdr_info* info, size_t, void* out) {
-  static const char* const names[] = {"libmpi.so", "libmpi_abi.so", "libmpich.so", "libpmpi.so"};
+template <size_t N>
+bool named(const dl_phdr_info* info, const char* const (&names)[N]) {
   const char* base = std::strrchr(info->dlpi_name, '/');
   base = base ? base + 1 : info->dlpi_name;
   for (const char* name : names)
-    if (std::strncmp(base, name, std::strlen(name)) == 0) {
-      *static_cast<std::string*>(out) = info->dlpi_name;
-      return 1;
-    }
-  return 0;
+    if (std::strncmp(base, name, std::strlen(name)) == 0) return true;
+  return false;
+}
+
+int match(dl_phdr_info* info, size_t, void* out) {
+  static const char* const names[] = {"libmpi.so", "libmpi_abi.so", "libmpich.so", "libpmpi.so"};
+  if (!named(info, names)) return 0;
+  *static_cast<std::string*>(out) = info->dlpi_name;
+  return 1;
+}
+
+int match_fortran(dl_phdr_info* info, size_t, void*) {
+  static const char* const names[] = {"libmpi_mpifh", "libmpi_usempi", "libmpifort", "libmpichfort", "libfmpi"};
+  return named(info, names);
 }
 
 const std::string& library() {
@@ -36,6 +45,11 @@ bool ours(void* address) {
 }  // namespace
 
 const char* mapped_library() { return library().c_str(); }
+
+bool fortran_mapped() {
+  static const bool mapped = dl_iterate_phdr(match_fortran, nullptr) != 0;
+  return mapped;
+}
 
 const char* own_path() {
   static Dl_info info{};

@@ -11,6 +11,7 @@ void* find_own(const char* name);            // PMPI_name, else MPI_name
 // that the library uses too (a copy relocation), and the one inside libmpi is dead.
 void* find_data(const char* symbol);
 const char* mapped_library();                // path of the mapped libmpi, "" when none
+bool fortran_mapped();                       // whether one of MPI's Fortran libraries is in the process
 const char* own_path();                      // this shared library's file
 
 }  // namespace undertow

@@ -5,12 +5,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <optional>
 
 #include "handlers_coll.hh"
+#include "resolve.hh"
 #include "slab.hh"
 
 namespace undertow {
@@ -18,6 +20,10 @@ namespace {
 
 constexpr int64_t kAlign = 256, kMark = 256;  // the halves begin behind the mark
 constexpr int kMostSlabs = 8;                 // communicators that may have one: slabs are never freed
+// With auto: on two H200 the offers of a call cost 8 µs, lost where its largest block had up to 128 KiB, and won from
+// 512 KiB on, 4 to 60 times (results/mpi_gpu_collectives).
+constexpr int64_t kWorth = 256 << 10;
+constexpr int64_t kTrial = 4 << 20;  // bytes read from others before they are relied on
 
 std::atomic<int> g_slabs{0};
 int g_keyval = MPI_KEYVAL_INVALID;
@@ -89,17 +95,56 @@ const void* first_device(const std::vector<PeerBlock>& blocks) {
   return nullptr;
 }
 
+// Whether a call with these blocks should go this way: the rank's own opinion.
+bool worth(const std::vector<PeerBlock>& sends, int rank, bool neighbours) {
+  if (g_ipc.load(std::memory_order_relaxed) == Ipc::kAll) return true;
+  for (size_t k = 0; k < sends.size(); ++k) {
+    const PeerBlock& b = sends[k];
+    const Record* r = b.count > 0 && (neighbours || static_cast<int>(k) != rank) ? record_of(b.type) : nullptr;
+    if (r && r->plan.size > 0 && b.count >= (kWorth + r->plan.size - 1) / r->plan.size) return true;
+  }
+  return false;
+}
+
+// Seconds of the fastest of a few copies.
+double seconds(gpu::Context& context, char* to, const char* from, int64_t bytes) {
+  double best = 1e9;
+  for (int k = 0; k < 5; ++k) {
+    const auto began = std::chrono::steady_clock::now();
+    context.copy(to, from, bytes, context.stream);
+    context.wait(context.stream);
+    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count());
+  }
+  return best;
+}
+
+// Whether reading the others' slabs is no slower than a copy to pinned memory and one back.
+bool fast(const Served& s) {
+  gpu::Context& context = *s.slab.context;
+  const int64_t bytes = std::min(kTrial, half_bytes());
+  char* const pinned = device_slab_get(bytes, s.slab.at);
+  if (!pinned) return false;
+  gpu::Context::Use use(context);
+  char* const own_half = s.slab.at + kMark;
+  double slowest = 0;
+  for (const char* other : s.of)
+    if (other != s.slab.at) slowest = std::max(slowest, seconds(context, own_half, other + kMark + half_bytes(), bytes));
+  const double by_host = seconds(context, pinned, own_half, bytes) + seconds(context, own_half, pinned, bytes);
+  device_slab_put(pinned, bytes);
+  return slowest <= by_host;
+}
+
 struct Introduction {
   uint64_t host, mark;
   gpu::IpcHandle handle;
 };
 
-void negotiate(Served& s, MPI_Comm comm, const void* device) {
+void negotiate(Served& s, MPI_Comm comm, const void* device, bool wish) {
   const int n = size_of(comm);
   const bool room = g_slabs.load() < kMostSlabs;
-  int facts[2] = {device == nullptr, !room}, any[2] = {1, 1};
-  if (own.Allreduce(facts, any, 2, MPI_INT, MPI_MAX, comm) != MPI_SUCCESS || any[1]) s.verdict = Served::kNo;
-  if (any[0] || any[1]) return;
+  int facts[3] = {device == nullptr, !room, wish}, any[3] = {1, 1, 0};
+  if (own.Allreduce(facts, any, 3, MPI_INT, MPI_MAX, comm) != MPI_SUCCESS || any[1]) s.verdict = Served::kNo;
+  if (any[0] || any[1] || !any[2]) return;
   s.verdict = Served::kNo;
   ++g_slabs;
   static std::atomic<uint64_t> number{0};
@@ -122,6 +167,7 @@ void negotiate(Served& s, MPI_Comm comm, const void* device) {
       else if (all[k].host == mine.host) s.of[k] = gpu::open_slab(*s.slab.context, all[k].handle, all[k].mark);
       good = s.of[k] != nullptr;
     }
+    if (good && g_ipc.load(std::memory_order_relaxed) == Ipc::kAuto) good = fast(s);
   } catch (const std::exception& error) {
     say("device memory of other ranks: %s", error.what());
     good = false;
@@ -188,12 +234,14 @@ void take(Served& s, std::vector<PeerBlock>& receives, const std::vector<Offer>&
 
 }  // namespace
 
-std::atomic<bool> g_ipc_wanted{[] {
+std::atomic<Ipc> g_ipc{[] {
   const char* v = std::getenv("UNDERTOW_MPI_IPC");
-  return v && *v && std::strcmp(v, "0") != 0;
+  if (!v || !*v || std::strcmp(v, "0") == 0) return Ipc::kOff;
+  return std::strcmp(v, "auto") == 0 ? Ipc::kAuto : Ipc::kAll;
 }()};
 
 int ipc_exchange(MPI_Comm comm, bool neighbours, std::vector<PeerBlock>& sends, std::vector<PeerBlock>& receives) {
+  if (g_ipc.load(std::memory_order_relaxed) == Ipc::kAuto && fortran_mapped()) return MPI_SUCCESS;
   Served* const found = served_by(comm);
   if (!found || found->verdict == Served::kNo) return MPI_SUCCESS;
   Served& s = *found;
@@ -201,14 +249,14 @@ int ipc_exchange(MPI_Comm comm, bool neighbours, std::vector<PeerBlock>& sends, 
     ++s.calls;
     if (s.calls & (s.calls - 1)) return MPI_SUCCESS;
     const void* device = first_device(sends);
-    negotiate(s, comm, device ? device : first_device(receives));
+    negotiate(s, comm, device ? device : first_device(receives), worth(sends, s.rank, neighbours));
     if (s.verdict != Served::kYes) return MPI_SUCCESS;
   } else if (s.neighbours != neighbours) {
     all_good(comm, true);
   }
   s.neighbours = neighbours;
   std::vector<Offer> out(sends.size(), Offer{-1, 0, 0, 0}), in(receives.size(), Offer{-1, 0, 0, 0});
-  offer(s, sends, out);
+  if (worth(sends, s.rank, neighbours)) offer(s, sends, out);
   const int rc = (neighbours ? real.MPI_Neighbor_alltoall : real.MPI_Alltoall)(
       out.data(), sizeof(Offer), constants.byte, in.data(), sizeof(Offer), constants.byte, comm);
   if (rc != MPI_SUCCESS) return rc;
@@ -220,7 +268,7 @@ int ipc_exchange(MPI_Comm comm, bool neighbours, std::vector<PeerBlock>& sends, 
 
 }  // namespace undertow
 
-// For measurements: the switch, to be turned on every rank alike, between calls.
-extern "C" __attribute__((visibility("default"))) void undertow_measure_ipc(int on) {
-  undertow::g_ipc_wanted.store(on != 0);
+// For measurements: the switch (0 off, 1 all, 2 auto), to be turned on every rank alike, between calls.
+extern "C" __attribute__((visibility("default"))) void undertow_measure_ipc(int way) {
+  undertow::g_ipc.store(static_cast<undertow::Ipc>(way));
 }

@@ -3,6 +3,8 @@
 With `unserved` in the environment (IPC_REFUSED=1) the same calls must give the same, through the library. `pinned`
 counts the slabs that messages through the library take: none is taken by a call whose blocks all go the other way.
 
+With UNDERTOW_MPI_IPC=auto the rules of AUTO hold: small blocks keep to the library.
+
 usage: device_ipc.py [NAME …]
 """
 
@@ -145,10 +147,50 @@ def more_communicators_than_slabs() -> None:
         new.Free()
 
 
+def a_rank_without_neighbours_takes_part() -> None:
+    """It has no arrays to pass."""
+    lone = comm.Create_dist_graph_adjacent([rank] * (rank > 0), [rank] * (rank > 0))
+    for turn in range(4):
+        mine, got = Mine(data(rank) + turn), Mine(blank())
+        words = ([50], [40], [MPI.INT]), ([50], [80], [MPI.INT])
+        send, receive = words if rank else (([], [], []), ([], [], []))
+        lone.Neighbor_alltoallw([mine.mpi(), *send], [got.mpi(), *receive])
+        if rank:
+            assert np.array_equal(got.read()[20:70], (data(rank) + turn)[10:60]), turn
+    lone.Free()
+
+
+def automatic_leaves_small_blocks_to_the_library() -> None:
+    out, into = squares()
+    assert all(transposed(comm, out, into, turn) > 0 for turn in range(6))
+
+
+def automatic_agrees_on_large_blocks() -> None:
+    """Served or not, as the trial of this machine found: on all ranks alike, and small blocks on the same communicator
+    stay with the library."""
+    count = (300 << 10) // 4
+    total, places = count * size, [4 * count * r for r in range(size)]
+    new, took = comm.Dup(), []
+    for turn in range(6):
+        mine, got = Mine(data(rank, total) + turn), Mine(blank(total))
+        before = pinned()
+        ends = [count] * size, places, [MPI.INT] * size
+        new.Alltoallw([mine.mpi(), *ends], [got.mpi(), *ends])
+        took.append(pinned() - before > 0)
+        want = np.concatenate([data(r, total)[count * rank : count * (rank + 1)] + turn for r in range(size)])
+        assert np.array_equal(got.read(), want), turn
+    assert len(set(took[1:])) == 1 and len(set(comm.allgather(took[1]))) == 1, took
+    out, into = squares()
+    assert transposed(new, out, into, 0) > 0
+    new.Free()
+
+
+AUTO = [automatic_leaves_small_blocks_to_the_library, automatic_agrees_on_large_blocks]
 RULES = [
     blocks_go_without_the_library, either_side_may_be_on_the_host, it_begins_when_every_rank_has_device_memory,
-    large_blocks_go_through_the_library, grids_and_graphs, more_communicators_than_slabs,
+    large_blocks_go_through_the_library, grids_and_graphs, a_rank_without_neighbours_takes_part,
+    more_communicators_than_slabs,
 ]  # fmt: skip
 
 if __name__ == "__main__":
-    keep(RULES, sys.argv[1:], "on the stand-in" if device.is_fake else "on a GPU")
+    keep(AUTO if os.environ.get("UNDERTOW_MPI_IPC") == "auto" else RULES, sys.argv[1:], "on the stand-in" if device.is_fake else "on a GPU")

@@ -72,7 +72,15 @@ def _t3(
     compute_units: Annotated[int | None, _option("--compute-units", "CUs or SMs", _GPU)] = None,
     llc_mib: Annotated[float | None, _option("--llc-MiB", "last-level cache", _GPU)] = None,
 ) -> None:
-    """Simulate the T3 paper's hardware: its own evaluation, or your model and links. Simulated, not measured."""
+    """Simulate the T3 paper's hardware: its own evaluation, or your model and links. Simulated, not measured.
+
+    \b
+    The paper's evaluation:   undertow simulate t3
+    Your model on your links: undertow simulate t3 --model config.json --tokens 8192 --tp 8 --link-GBps 450
+    On a measured machine:    undertow probe --output m.json; undertow simulate t3 --hidden 8192 --machine m.json
+
+    Whatever is not given is the paper's, and the output says what that is.
+    """
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, width=_FILE_COLUMNS)
@@ -102,6 +110,7 @@ def _t3(
         document = model_document(rows, hw, own.layers)
         console.print(table.row_table(rows, f"{own.name} on {degree} GPUs: speedups over sequential, DRAM traffic"))
         console.print(table.total_table(own, rows))
+        console.print(table.hardware_line(hw))
         console.print(
             "these are the sliced products and their all-reduce; attention and the rest of a step come on top"
         )

@@ -94,8 +94,8 @@ def from_machine(machine: Machine, base: Hardware | None = None) -> Hardware:
     """
     hw = base or Hardware()
     changes: dict[str, Any] = {}
-    link = machine.links.get("nccl") or machine.links.get("gloo")
-    if link is not None:
+    links = [machine.links[name] for name in ("nccl_ring", "nccl", "gloo_ring", "gloo") if name in machine.links]
+    for link in links[:1]:  # the rate of a ring in which all send, where it was measured
         changes |= {"link_bytes_per_s": link.bytes_per_s, "link_latency_s": link.latency_s}
     rate = machine.flops.get("gemm/bfloat16") or machine.flops.get("gemm/float16")
     if rate:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from ...dist.units import format_bytes, format_seconds
+from ...dist.units import format_bytes, format_rate, format_seconds
 from .calibrate import Fit
 from .configs import Config
-from .hardware import origins
+from .hardware import Hardware, origins
 from .paper import CLAIMS, Claim, Row
 from .workloads import BACKWARD, FORWARD, Model
 
@@ -37,6 +37,24 @@ def paper_table(rows: Sequence[Row]) -> Table:
             basis_text(claim),
         )
     return table
+
+
+def hardware_line(hw: Hardware) -> str:
+    """The GPU and links of a simulation, and which of it is the paper's."""
+    paper = Hardware()
+    parts = {
+        f"{hw.peak_flops * hw.gemm_efficiency / 1e12:.0f} TFLOP/s in a product": ("peak_flops", "gemm_efficiency"),
+        f"{hw.compute_units:g} compute units": ("compute_units",),
+        f"memory {format_rate(hw.dram_bytes_per_s)}": ("dram_bytes_per_s",),
+        f"cache {format_bytes(int(hw.llc_bytes))}": ("llc_bytes",),
+        f"link {format_rate(hw.link_bytes_per_s)}": ("link_bytes_per_s",),
+        f"latency {format_seconds(hw.link_latency_s)}": ("link_latency_s",),
+    }
+    said = [
+        text + ("*" if all(getattr(hw, name) == getattr(paper, name) for name in names) else "")
+        for text, names in parts.items()
+    ]
+    return f"on: {', '.join(said)} (* the paper's)"
 
 
 def value_text(claim: Claim, value: float) -> str:

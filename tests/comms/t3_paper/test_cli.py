@@ -39,6 +39,7 @@ def test_a_model_of_one_s_own(tmp_path, capsys):
     assert main([*arguments.split(), "--json", str(file)]) == 0
     out = capsys.readouterr().out
     assert "hidden 4096" in out and "32 layers" in out and "saved by T3-MCA" in out
+    assert "on: 576 TFLOP/s in a product, 132 compute units, memory 3 TB/s, cache 50.0 MiB, link 300 GB/s" in out
     document = json.loads(file.read_text())
     assert document["constants"]["link_bytes_per_s"]["value"] == 300e9
     assert [row["layer"] for row in document["rows"]] == ["OP", "FC-2", "FC-1", "IP"]
@@ -54,6 +55,15 @@ def test_faster_links_leave_less_to_hide(tmp_path):
         configs = [row["configs"] for row in json.loads(file.read_text())["rows"]]
         saved.append(sum(c["Sequential"]["seconds"] - c["T3-MCA"]["seconds"] for c in configs))
     assert saved[0] > saved[1] > 0
+
+
+def test_the_help_shows_how_and_the_output_whose_gpu_it_was(capsys):
+    assert main(["simulate", "t3", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "\n  Your model on your links: undertow simulate t3 --model config.json" in out
+    assert main(["simulate", "t3", "--hidden", "64", "--tokens", "64", "--tp", "2", "--link-GBps", "9"]) == 0
+    out = capsys.readouterr().out
+    assert "80 compute units*," in out and "link 9 GB/s, latency 500 ns* (* the paper's)" in out
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,8 @@ def test_a_measured_machine_replaces_what_it_measured():
     assert (hw.link_bytes_per_s, hw.link_latency_s, hw.dram_bytes_per_s) == (4e11, 3e-6, 3e12)
     assert hw.peak_flops * hw.gemm_efficiency == pytest.approx(7e14)
     assert hw.llc_bytes == Hardware().llc_bytes
+    ring = Machine("x", links={"nccl": Link(3e-6, 4e11), "nccl_ring": Link(4e-6, 2e11), "gloo": Link(1.0, 1.0)})
+    assert (from_machine(ring).link_bytes_per_s, from_machine(ring).link_latency_s) == (2e11, 4e-6)
     assert from_machine(Machine("empty")) == Hardware()
 
 

@@ -140,7 +140,7 @@ class Rig:
         self._leave_out_copies(copier)
         self._leave_out_files(host, ckpt._tiers._committers["host"])
         self.host.watch(copier, "copy_many", "copies_ms")
-        self.host.watch(ckpt, "_begin", "call_ms")
+        self.host.watch(ckpt._saver, "begin", "call_ms")
         begin, order_after = copier.begin, copier.order_after
 
         def begun() -> None:
@@ -160,9 +160,9 @@ class Rig:
     def _leave_out_files(self, host: Any, committer: Any) -> None:
         claim, commit, done, folders = host.claim, committer._commit, host.done, itertools.count()
 
-        def claimed(step: int, *, flush: bool) -> Any:
+        def claimed(name: str, step: int, *, flush: bool) -> Any:
             if "files" not in self.without:
-                return claim(step, flush=flush)
+                return claim(name, step, flush=flush)
             slots = host._slots
             index = next(folders) % len(slots)
             return index, slots[index].folder

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import psutil
 
+from ..dist.errors import UserError
 from .arena import Arena
 from .layout import Image
 
@@ -17,15 +18,28 @@ class Budget:
     def __init__(self, wanted_bytes: int | None) -> None:
         self._wanted_bytes = wanted_bytes
         self._arena: Arena | None = None
+        self._proven = False
+
+    @property
+    def made(self) -> bool:
+        """Whether the arena is there."""
+        return self._arena is not None
 
     def of(self, image: Image) -> int:
         """The bytes that an arena for `image` has."""
         return min(self._wanted_bytes or psutil.virtual_memory().available // 2, image.size)
 
     def arena(self, image: Image, *, pinned: bool) -> Arena:
-        """The arena for a save of `image` that begins now; `drop` comes before another image."""
+        """The arena for a save of `image` that begins now; `drop` comes before another image. `UserError` when the
+        first one cannot be had, `MemoryError` later, in mid-run."""
         if self._arena is None:
-            self._arena = Arena(self.of(image), image.chunk_bytes, pinned=pinned)
+            try:
+                self._arena = Arena(self.of(image), image.chunk_bytes, pinned=pinned)
+            except UserError as error:
+                if self._proven:
+                    raise MemoryError(str(error)) from error
+                raise
+            self._proven = True
         self._arena.peak = self._arena.occupied
         return self._arena
 

@@ -11,14 +11,12 @@ on; the next interval tries again.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..dist import launch
-from ..dist.errors import PeerLost, UserError
+from ..dist.errors import UserError
 from ..dist.machine import Machine
 from ..dist.trace import Trace
 from .budget import Budget
@@ -36,12 +34,12 @@ from .mirror import Mirror
 from .observe import Observer
 from .pipeline import Pipeline
 from .preemption import Preempter, Preemption
-from .reports import Reports, dropped
+from .reports import Reports
 from .restorer import Restorer
 from .retention import Retention
-from .save import Save, SaveReport
+from .save import SaveReport
+from .saver import Saver
 from .slowdown import StepClock
-from .snapshot import Snapshot
 from .state import AppState
 from .tiers import Tiers
 
@@ -89,7 +87,7 @@ class Checkpointer:
             )
         if not objects:
             raise UserError("nothing to checkpoint was given", remedy="pass model=…, optimizer=… by name")
-        self.host_every, self._timeout_s = host_every, timeout_s
+        self.host_every = host_every
         self.preempted = False
         self._budget = Budget(arena_bytes)
         self._trace = trace or Trace(None)
@@ -113,11 +111,13 @@ class Checkpointer:
         )
         self._due = Due(every, self._coordinator, timeout_s=timeout_s)
         self._pipeline = Pipeline(self._tiers.committers, writers=writers, trace=self._trace)
-        self._pickles: dict[str, tuple[str, bytes]] = {}
         self._live = LiveState(self.state, self._coordinator, chunk_bytes=chunk_bytes, timeout_s=timeout_s)
         self._clock = StepClock()
         self._reports = Reports(observers, self._clock, lambda: self._budget.peak_bytes)
         self._fences = Fences(self._live, self._trace)
+        self._saver = Saver(
+            self._live, self._tiers, self._budget, self._pipeline, self._fences, self._clock, self._reports, timeout_s
+        )
         self._saved_step: int | None = None
         self._preempter = Preempter(preemption, self._coordinator.lifeline) if preemption is not None else None
         modules, optimizers = self.state.modules.values(), self.state.optimizers.values()
@@ -150,55 +150,23 @@ class Checkpointer:
     ) -> bool:
         """Begin to save the state as it is now under the number `step`, on disk and, where there is such a tier, in
         host memory; False when nothing was begun: checkpoints are switched off, all generations are in use, or a rank
-        did not come to plan it or has no memory for it, which is reported as a failure."""
+        did not come to plan it or has no memory for it, which is reported as a failure. What a user's `state_dict()`
+        raises is raised here, on its rank alone; the save has then failed on all, and the next one works."""
         if self._off:
             return False
-        began_s = time.monotonic()
+        attempt, raised = self._tiers.attempt(step, disk=disk, host=host, metrics=metrics), None
         with self._trace.span("snapshot", step=step):
             self.fence()
             try:
-                begun = self._begin(step, began_s, disk, host and self.host is not None, metrics or {})
-            except PeerLost as error:  # on all ranks: all try again at the next interval
-                tier = "disk" if disk else "host"
-                self._reports.take([dropped(step, tier, error, call_s=time.monotonic() - began_s)])
-                begun = False
+                begun = self._saver.begin(attempt)
+            except Exception as error:
+                begun, raised = False, error
         self._saved_step = step
         if disk:
             self._due.saved(step, self.reports)
+        if raised is not None:
+            raise raised
         return begun
-
-    def _resize(self) -> None:
-        """Fit the memory to a new plan, on all ranks or none."""
-        plan, pinned = self._live.plan, self._live.pinned
-        if self.host is not None:
-            self.host.prepare(plan, pinned=pinned)
-        self._budget.drop()
-        if self.host is None:
-            name, make = f"arena/{self._live.plans}", partial(self._budget.arena, plan.image, pinned=pinned)
-            self._coordinator.together(name, make, timeout_s=self._timeout_s)
-
-    def _begin(self, step: int, began_s: float, disk: bool, host: bool, metrics: Mapping[str, float]) -> bool:
-        values = self._live.values(self._pipeline.drain, self._resize)
-        claimed = self.host.claim(step, flush=disk) if self.host is not None and host else None
-        if claimed is None and not disk:
-            return False
-        plan, staging, copier = self._live.plan, self._live.staging, self._live.copier
-        objects = {index.fqn: values[index.fqn] for index in plan.objects}
-        save = Save(step, plan, objects, began_s, self._pickles, metrics)
-        staging.fill(self._live.eager)
-        sources, seals = self._live.sources, self._live.seals()
-        copier.begin()
-        arena = partial(self._budget.arena, plan.image, pinned=self._live.pinned)
-        memory, parts, on_chunk = self._tiers.route(save, claimed, disk, arena, self._pipeline, copier)
-        save.snapshot = Snapshot(step, plan, sources, staging, copier, memory, on_chunk, seals, self._live.addresses)
-        self._fences.begun(save)
-        if copier.device.type == "cuda":  # queueing copies is cheap here, and late ones would be waited for
-            while save.snapshot.fill_next(wait=False):
-                pass
-        save.call_s = time.monotonic() - began_s
-        self._clock.began(step, len(parts))
-        self._pipeline.submit(save, parts)
-        return True
 
     def fence(self) -> None:
         """Wait until nothing that the caller does next can change the save in flight. For writers of parameters other
@@ -243,7 +211,7 @@ class Checkpointer:
         `undertow probe` wrote here), what it will cost beside what the last ones did cost. `window_s`: from the call to
         the optimizer's first write. Call it on all ranks."""
         self.fence()
-        self._live.values(self._pipeline.drain, self._resize)
+        self._saver.plan()
         plan = self._live.plan
         arena = self._budget.of(plan.image)
         return explain(

@@ -11,6 +11,7 @@ import pickle
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from .folder import Folder, read_manifest
 from .manifest import METADATA, BadCheckpoint, FileRecord, Manifest, ObjectRecord, checksums, metrics_of
 from .retention import Retention, to_remove
 from .save import Save, SaveReport
+
+WORDS = 16  # of a rank that are kept in the store: each has been heard long before so many others are said
 
 
 class TierFile(Protocol):
@@ -84,6 +87,8 @@ class Committer:
         self._metadata_key: Any = None
         self._metadata = b""
         self._metrics: dict[int, Mapping[str, float]] = {}
+        self._said: deque[str] = deque()
+        self._left: deque[tuple[int, Path]] = deque()  # of refused saves, to which other ranks may still write
         self._thread = threading.Thread(target=self._loop, name=f"undertow-commit-{tier}", daemon=True)
         self._thread.start()
 
@@ -115,22 +120,34 @@ class Committer:
         self._queue.put(None)
         self._thread.join()
 
+    def refuse(self, number: int, step: int, reason: str, scratch: Path) -> None:
+        """On the training thread of a rank that gives the save `number` up before it has a part: its vote against, and
+        on rank 0 the verdict. What others write to `scratch` is removed when they are known to have ended."""
+        name = f"{self.tier}/{number}"
+        if self.coordinator.rank == 0:
+            self._left.append((number, scratch))
+            self._say(f"{name}/verdict", reason)
+        else:
+            self._say(f"{name}/vote", {"reason": reason, "step": step})
+
+    def _say(self, name: str, word: Any) -> None:
+        self.coordinator.say(name, word)
+        self._said.append(name)
+
     def _loop(self) -> None:
-        sequence = 0
         while (part := self._queue.get()) is not None:
-            sequence += 1
             save, reason, durable_s = part.save, "", 0.0
             try:
                 with self._trace.span("commit", step=save.step):
-                    durable_s = self._commit(part, f"{self.tier}/{sequence}")
+                    durable_s = self._commit(part, f"{self.tier}/{save.attempt.number}")
             except BaseException as error:
                 reason = f"{type(error).__name__}: {error}"
                 if not part.follows:
                     save.snapshot.fail(error)
                 part.file.wait()
                 part.file.abandon()
-            if sequence > 2:  # every rank has heard the words of two saves ago
-                self.coordinator.forget(f"{self.tier}/{sequence - 2}/vote")
+            while len(self._said) > WORDS:
+                self.coordinator.forget(self._said.popleft())
             part.after(not reason)
             ended_s = time.monotonic() - save.began_s
             self._ended.put((save, reason, durable_s, ended_s))
@@ -145,12 +162,12 @@ class Committer:
         try:
             word |= self._make_durable(part)
         except BaseException as error:
-            word["reason"] = f"{type(error).__name__}: {error}"
+            word["reason"] = f"rank {self.coordinator.rank}: {type(error).__name__}: {error}"
         durable_s = time.monotonic() - save.began_s
-        self.coordinator.say(f"{name}/vote", word)
+        self._say(f"{name}/vote", word)
         if self.coordinator.rank == 0:
             verdict = self._publish(part, name)
-            self.coordinator.say(f"{name}/verdict", verdict)
+            self._say(f"{name}/verdict", verdict)
         else:
             deadline_s = time.monotonic() + 2 * self._timeout_s
             verdict = self.coordinator.hear(f"{name}/verdict", 0, deadline_s=deadline_s)
@@ -197,10 +214,11 @@ class Committer:
         try:
             with self._trace.span("vote", step=save.step):
                 words = self.coordinator.hear_all(f"{name}/vote", timeout_s=self._timeout_s)
-            against = [f"rank {rank}: {word['reason']}" for rank, word in enumerate(words) if word["reason"]]
+            against = [word["reason"] for word in words if word["reason"]]
             against += [f"rank {rank} saves step {w['step']}" for rank, w in enumerate(words) if w["step"] != save.step]
             if against:
                 raise RuntimeError("; ".join(against))
+            self._clear_away(save.attempt.number, scratch)
             files = {file: record for word in words for file, record in word["files"].items()}
             objects = {key: record for word in words for key, record in word["objects"].items()}
             metadata = self._dcp_metadata(save, objects)
@@ -215,7 +233,7 @@ class Committer:
                 objects,
                 plan.metadata.planner_data,
                 {"undertow": __version__, "torch": torch.__version__}
-                | ({"metrics": dict(save.metrics)} if save.metrics else {}),
+                | ({"metrics": dict(metrics)} if (metrics := save.attempt.metrics) else {}),
                 plan.rendered,
             )
             self.folder.commit(scratch, manifest, metadata)
@@ -226,6 +244,13 @@ class Committer:
                     self.folder.ops.rmtree(scratch)
             return f"{type(error).__name__}: {error}"
         return ""
+
+    def _clear_away(self, number: int, scratch: Path) -> None:
+        """Remove what refused saves have left: every rank has written the later `number` to `scratch`."""
+        while self._left and self._left[0][0] < number:
+            if (old := self._left.popleft()[1]) != scratch:
+                with suppress(OSError):  # a full disk has other worries; the next job clears it away
+                    self.folder.ops.rmtree(old)
 
     def _retain(self) -> None:
         """Remove what no rule keeps; metrics are read only when a rule asks for them."""

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
-from ..dist.errors import UserError
+from ..dist.errors import PeerLost, UserError
 from ..dist.trace import Trace
 from .arena import Arena
+from .attempt import MEETINGS, Attempt
 from .committer import Committer, Part
 from .coordinate import Coordinator
 from .copies import HostCopier, copier_for
@@ -93,28 +95,43 @@ class _Engine:
         self.committer = Committer("async", self.folders, self.coordinator, keep=None, timeout_s=TIMEOUT_S, trace=trace)
         self.pipeline = Pipeline([self.committer], writers=2, trace=trace)
         self._key: tuple | None = None
-        self._count = self._plans = 0
+        self._count = 0
         self._arena: Arena | None = None
         self._process = os.getpid()
         atexit.register(self.close)
 
     def save(self, state_dict: Mapping[str, Any], path: Path) -> Future[Path]:
-        began_s = time.monotonic()
+        self._count += 1
+        attempt = Attempt(self._count, self._count, ("async",), time.monotonic())
+        folder = _Folder(path.absolute(), self.folders.ops)
+        try:
+            return self._save(attempt, state_dict, folder)
+        except Exception as error:  # raised here; the other ranks hear of it, and the next save works
+            reason = f"rank {self.coordinator.rank}: {type(error).__name__}: {error}"
+            with suppress(PeerLost, RuntimeError, dist.DistError):  # rank 0 is gone: nobody is left to tell
+                for name in map(attempt.at, MEETINGS):
+                    self.coordinator.decide(f"{name}/verdict", reason)
+                self.committer.refuse(attempt.number, attempt.step, reason, folder.scratch(0, self._token))
+            raise
+
+    @property
+    def _token(self) -> str:
+        return f"{self.coordinator.token}-{self._count:x}"
+
+    def _save(self, attempt: Attempt, state_dict: Mapping[str, Any], folder: _Folder) -> Future[Path]:
         self.committer.reports()  # each future has its own; nobody else asks for them
-        _refuse(path)
+        _refuse(folder.path)
         leaves = _leaves(state_dict)
-        self._fit(leaves)
+        self._fit(attempt, leaves)
         assert self._arena is not None
         plan, arena = self.plan, self._arena
         values = {leaf.key: leaf.value for leaf in leaves}
-        self._count += 1
-        folder = self.folders.by_number[self._count] = _Folder(path.absolute(), self.folders.ops)
         folder._make_root()
-        save = Save(self._count, plan, {i.fqn: values[i.fqn] for i in plan.objects}, began_s, {})
+        self.folders.by_number[self._count] = folder
+        save = Save(attempt, plan, {i.fqn: values[i.fqn] for i in plan.objects}, {})
         self._staging.fill([local_tensor(values[index.fqn]) for index in plan.eager])
         sources = [local_tensor(values[index.fqn]) for index in plan.lazy]
-        token = f"{self.coordinator.token}-{self._count:x}"
-        file = ShardFile(folder.ops, folder.scratch(self._count, token) / plan.shard_name, plan.image)
+        file = ShardFile(folder.ops, folder.scratch(0, self._token) / plan.shard_name, plan.image)
         self.copier.begin()
         flush = partial(self.pipeline.flush, file, arena, self.copier)
         save.snapshot = Snapshot(self._count, plan, sources, self._staging, self.copier, arena, flush)
@@ -133,22 +150,24 @@ class _Engine:
         else:
             future.set_exception(RuntimeError(f"{folder.path} was not saved: {save.snapshot.error}"))
 
-    def _fit(self, leaves: list[Leaf]) -> None:
+    def _fit(self, attempt: Attempt, leaves: list[Leaf]) -> None:
         key = signature(leaves)
         if key == self._key:
             return
         self.pipeline.drain()
-        self._plans += 1
-        self.plan = make_plan(
-            leaves, self.coordinator, f"async/plan/{self._plans}", timeout_s=TIMEOUT_S, chunk_bytes=CHUNK_BYTES
-        )
+        self._key = None  # until all ranks have the new plan and its memory
+        talk = self.coordinator
         self.copier = copier_for([local_tensor(leaf.value) for leaf in leaves if isinstance(leaf.value, torch.Tensor)])
+        self.plan = make_plan(leaves, talk, attempt.at("plan"), timeout_s=TIMEOUT_S, chunk_bytes=CHUNK_BYTES)
+        talk.together(attempt.at("arena"), self._make_memory, timeout_s=TIMEOUT_S)
+        self._key = key
+
+    def _make_memory(self) -> None:
         self._staging = Staging(self.plan, self.copier.device)
         if self._arena is not None:
             self._arena.close()
         budget = min(self.plan.image.size, psutil.virtual_memory().available // 2)
         self._arena = Arena(budget, self.plan.image.chunk_bytes, pinned=self.copier.device.type == "cuda")
-        self._key = key
 
     def close(self) -> None:
         """At the end of the process: what was begun is finished."""

@@ -119,12 +119,17 @@ class Folder:
             os.close(self._lock)
             self._lock = -1
 
+    def clear_scratch(self) -> None:
+        """Remove what was being written; nobody writes any more."""
+        for name in sorted(os.listdir(self.root)):
+            if re.match(r"^\.step-\d+\.tmp-", name):
+                self.ops.rmtree(self.root / name)
+
     def _recover(self) -> None:
+        self.clear_scratch()
         for name in sorted(os.listdir(self.root)):
             path = self.root / name
-            if re.match(r"^\.step-\d+\.tmp-", name):
-                self.ops.rmtree(path)
-            elif match := re.match(r"^\.step-(\d+)\.old-", name):
+            if match := re.match(r"^\.step-(\d+)\.old-", name):
                 # a crash between the two renames of `commit`, or just after them
                 final = self.final(int(match.group(1)))
                 if _whole(final):

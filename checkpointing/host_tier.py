@@ -9,104 +9,33 @@ removes them when the process is killed.
 
 from __future__ import annotations
 
-import mmap
 import os
 import shutil
 import stat
 import threading
 import time
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import xxhash
 
-from ..dist.errors import UserError
+from ..dist.errors import PeerLost, UserError
 from ..dist.log import get_logger
 from ..dist.units import format_bytes
-from .arena import register
 from .coordinate import Coordinator
-from .copies import HostCopier
 from .files import FileOps
 from .folder import Folder
-from .manifest import COMMIT, FileRecord
+from .generation import Generation
+from .manifest import COMMIT
 from .plan import SavePlan
 
 log = get_logger(__name__)
 SHARED_MEMORY = Path("/dev/shm")
 WAIT_S = 300.0  # for ranks that make their generations
 ROOT_FILE = "ROOT.part"  # names the checkpoint folder that a memory folder belongs to
-
-
-class Generation:
-    """One rank's shard file of one generation, mapped: the `Memory` of a snapshot, with a slot for every chunk."""
-
-    def __init__(self, path: Path, plan: SavePlan, *, pinned: bool) -> None:
-        self.chunk_bytes, self.nbytes = plan.image.chunk_bytes, plan.image.size
-        rounded = max(1, -(-self.nbytes // mmap.PAGESIZE)) * mmap.PAGESIZE
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            os.posix_fallocate(handle, 0, rounded)
-            self._map = mmap.mmap(handle, rounded)
-            os.ftruncate(handle, self.nbytes)  # its last page stays, and with it the mapping
-        finally:
-            os.close(handle)
-        self._bytes = np.frombuffer(self._map, dtype=np.uint8)
-        self._bytes[: self.nbytes : mmap.PAGESIZE] |= 0  # have the pages now, not during a step
-        self.address = self._bytes.ctypes.data
-        self._unpin = register(self, self.address, rounded) if pinned else None
-        self._framed = bytearray(plan.image.chunks)  # a slot is always the same chunk's, and only payloads change
-
-    def lacks_frames(self, slot: int) -> bool:
-        before, self._framed[slot] = self._framed[slot], 1
-        return not before
-
-    def reserve(self, count: int, *, wait: bool) -> list[int]:
-        return [0] * count
-
-    def slot(self, room: int, chunk: int) -> int:
-        return chunk
-
-    def release(self, slot: int) -> None:
-        """A chunk's slot stays the chunk's."""
-
-    def slot_address(self, slot: int) -> int:
-        return self.address + slot * self.chunk_bytes
-
-    def view(self, slot: int, nbytes: int) -> memoryview:
-        begin = slot * self.chunk_bytes
-        return memoryview(self._map)[begin : begin + nbytes]
-
-    def close(self) -> None:
-        if self._unpin is not None:
-            self._unpin()
-
-
-class HostFile:
-    """The `TierFile` of a generation: its bytes are in place when the copies are done."""
-
-    def __init__(self, path: Path, generation: Generation, copier: HostCopier) -> None:
-        self.path, self._generation, self._copier = path, generation, copier
-        self._marks: list = []
-
-    def note(self, mark: object) -> None:
-        """A chunk's copies have been issued."""
-        self._marks.append(mark)
-
-    def begin(self) -> None:
-        """The copies bring its bytes."""
-
-    def wait(self) -> None:
-        for mark in list(self._marks):
-            self._copier.wait(mark)
-
-    def finish(self) -> FileRecord:
-        return FileRecord(self._generation.nbytes, ())
-
-    def abandon(self) -> None:
-        """The next save overwrites it."""
 
 
 class MemoryFolder(Folder):
@@ -138,8 +67,12 @@ class HostTier:
         self.folder = MemoryFolder(SHARED_MEMORY / name, FileOps(direct=False))
         self._slots: list[_Slot] = []
         self._mine: list[Generation] = []
+        self._folders: list[Path] = []
         self._changed = threading.Condition()
         self._claims = 0
+        self._said: deque[str] = deque()
+        self._plan: SavePlan | None = None  # that the generations are made for
+        self._proven = False
         self.skipped = 0
 
     def take(self) -> None:
@@ -163,22 +96,35 @@ class HostTier:
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
             raise UserError(f"{root} is not this user's folder", remedy="remove it, or pass host_every=0")
 
-    def prepare(self, plan: SavePlan, *, pinned: bool) -> None:
-        """Make the generations for `plan`. All ranks, `PeerLost` on all where one is late; whatever is valid in memory
-        stays so until a newer save is."""
-        self._claims += 1
-        name = f"host/prepare/{self._claims}"
-        self.coordinator.together(name, partial(self._prepare, name, plan, pinned), timeout_s=WAIT_S)
+    def prepare(self, name: str, plan: SavePlan, *, pinned: bool) -> None:
+        """Make the generations for `plan`, unless they are there. All ranks; `PeerLost` on all where one is late or has
+        no memory: the next save tries again. Whatever is valid in memory stays so until a newer save is. `UserError`
+        on all when memory is too small at the first time."""
+        if plan is self._plan:
+            return
+        self._plan = None
+        try:
+            self.coordinator.together(name, partial(self._prepare, name, plan, pinned), timeout_s=WAIT_S)
+        except BaseException:
+            self.close_maps()
+            for folder in self._folders:  # others need the memory: loaders of this job, for example
+                with suppress(OSError):
+                    os.unlink(folder / plan.shard_name)
+            raise
+        self._plan, self._proven = plan, True
 
     def _prepare(self, name: str, plan: SavePlan, pinned: bool) -> None:
         unless = f"{name}/verdict"
         self.close_maps()
+        self._folders = []
         self.coordinator.say(f"{name}/size", (plan.image.size, os.uname().nodename))
         if self.coordinator.rank == 0:
             self.coordinator.say(f"{name}/folders", self._make_folders(name))
         found = self.coordinator.hear(f"{name}/folders", 0, deadline_s=time.monotonic() + WAIT_S, unless=unless)
         if isinstance(found, str):
-            raise UserError(found, remedy="pass host_every=0, or fewer host_generations")
+            error = UserError(found, remedy="pass host_every=0, or fewer host_generations")
+            raise PeerLost(str(error)) if self._proven else error
+        self._folders = found
         self._mine = [Generation(folder / plan.shard_name, plan, pinned=pinned) for folder in found]
         self._slots = [_Slot(folder) for folder in found]
         self.coordinator.say(f"{name}/open", True)
@@ -193,6 +139,7 @@ class HostTier:
         old = self.folder.committed()
         for step in old[:-1]:  # the newest stays until a save replaces it: it may be all there is
             self.folder.remove(step)
+        self.folder.clear_scratch()
         need = self._count * sum(size for size, _ in words)
         free = shutil.disk_usage(self.folder.root).free
         if need > free:
@@ -208,22 +155,26 @@ class HostTier:
             self.folder.ops.mkdir(folder)
         return folders
 
-    def claim(self, step: int, *, flush: bool) -> tuple[int, Path] | None:
-        """A generation for the save of `step`, and its folder; None when all are needed. All ranks alike.
+    def claim(self, name: str, step: int, *, flush: bool) -> tuple[int, Path] | None:
+        """A generation for the save of `step`, and its folder; None when all are needed. All ranks alike, under one
+        `name`. `PeerLost` with the reason that a rank has given for it instead.
 
         `flush`: another tier will read it too, and it is not claimed again before `done` has been called for that.
         """
         self._claims += 1
-        name, mine = f"host/claim/{self._claims}", None
+        mine = None
         if self.coordinator.rank == 0:
             self.forget_after(step)
             mine = self._choose(step, flush)
         chosen = self.coordinator.lead(name, mine, otherwise=None, timeout_s=60)  # a late claim costs this save only
-        if mine is not None and chosen is None:
-            with self._changed:
-                self._slots[mine[0]].users = set()
-        if self.coordinator.rank == 0 and self._claims > 8:  # ranks are never that many steps apart
-            self.coordinator.forget(f"host/claim/{self._claims - 8}")
+        if mine is not None and mine != chosen:
+            self.release(mine[0])
+        if self.coordinator.rank == 0:
+            self._said.append(name)
+            if len(self._said) > 8:  # ranks are never that many steps apart
+                self.coordinator.forget(self._said.popleft())
+        if isinstance(chosen, str):
+            raise PeerLost(chosen)
         self.skipped += chosen is None
         return chosen
 
@@ -268,6 +219,12 @@ class HostTier:
                 slot.step, slot.folder = step, self.folder.final(step)
                 for old in set(self.folder.committed()) - {slot.step for slot in self._slots}:
                     self.folder.remove(old)  # left by the process before this one, and older now
+            self._changed.notify_all()
+
+    def release(self, index: int) -> None:
+        """Rank 0: a generation that was claimed in vain."""
+        with self._changed:
+            self._slots[index].users = set()
             self._changed.notify_all()
 
     def forget_after(self, step: int) -> None:

@@ -7,12 +7,14 @@ replaced, and what is not a tensor of a module or an optimizer is read anew each
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from .attempt import one_save
 from .coordinate import Coordinator
 from .copies import copier_for
 from .plan import SavePlan, make_plan, signature
@@ -27,8 +29,7 @@ PARTS = 8  # of the lazy tensors at most, fenced one after the other as optimize
 
 
 class LiveState:
-    """`state` on this rank. `plan`, `copier` and `staging` are there after the first `values`; `plans` have been
-    made or tried."""
+    """`state` on this rank. `plan`, `copier` and `staging` are there after the first `values`."""
 
     plan: SavePlan
     addresses: np.ndarray  # of the lazy tensors, in plan order
@@ -40,17 +41,16 @@ class LiveState:
         self._fresh_key: tuple = ()
         self._names: dict[int, str] = {}
         self._watch: Watch | None = None
-        self.plans = 0
         self._sources: list[torch.Tensor] = []
         self._watched: list[Watched] = []
         self._ends: dict[int, list[int]] = {}
         self._eager: list[torch.Tensor] = []
         self._renewed: list[tuple[int, str]] = []
 
-    def values(self, before_planning: Callable[[], None], after_planning: Callable[[], None]) -> Mapping[str, Any]:
-        """Every value to save by key, tensors as this rank's part. Collective when the shape has changed; then the two
-        functions are called, before the old plan goes and when the new one is there. `PeerLost` on all ranks when one
-        is late: the next call plans again."""
+    def values(self, name: str, before_planning: Callable[[], None]) -> Mapping[str, Any]:
+        """Every value to save by key, tensors as this rank's part. Collective when the shape has changed, in meetings
+        under `name`; then `before_planning` is called before the old plan goes. `PeerLost` on all ranks when one is
+        late or has no memory: the next call plans again. Whatever a user's `state_dict()` raises comes through."""
         if self._watch is not None and self._watch.unchanged():
             fresh = self.state.fresh_leaves(self._names)
             if signature(fresh) == self._fresh_key:
@@ -58,27 +58,29 @@ class LiveState:
                 for place, key in self._renewed:
                     self._eager[place] = found[key]
                 return found
-        leaves = self.state.leaves()
+        self._watch = None  # until all that it stands for is known
+        self._names = self.state.parameter_names()
+        held, fresh = self.state.held_leaves(self._names), self.state.fresh_leaves(self._names)
+        leaves = [*held, *fresh]
         key = signature(leaves)
         if key != self._plan_key:
             before_planning()
-            self._plan_key = self._watch = None  # until all ranks have the new plan and its memory
-            self._replan(leaves)
-            after_planning()
+            self._plan_key = None  # until all ranks have the new plan
+            self._replan(name, leaves)
             self._plan_key = key
-        self._names = self.state.parameter_names()
-        self._watch = Watch(self.state, leaves)
-        self._fresh_key = signature(self.state.fresh_leaves(self._names))
+        self._fresh_key = signature(fresh)
         found = {leaf.key: local(leaf.value) for leaf in leaves}
-        self._take(found)
+        watch = Watch(self.state, leaves)
+        with one_save(self._coordinator.rank):
+            self._take(found, watch)
+        self._watch = watch
         return found
 
-    def _take(self, values: Mapping[str, Any]) -> None:
+    def _take(self, values: Mapping[str, Any], watch: Watch) -> None:
         """Note the tensors in plan order, and which of the eager ones every save must read anew."""
-        assert self._watch is not None
         self._eager = [values[index.fqn] for index in self.plan.eager]
         self._renewed = [
-            (place, index.fqn) for place, index in enumerate(self.plan.eager) if index.fqn not in self._watch.fixed
+            (place, index.fqn) for place, index in enumerate(self.plan.eager) if index.fqn not in watch.fixed
         ]
         sources = [values[index.fqn] for index in self.plan.lazy]
         self.addresses = np.fromiter(map(torch.Tensor.data_ptr, sources), np.int64, len(sources))
@@ -89,12 +91,13 @@ class LiveState:
             self._watched = watch_parts(sources, image.last_chunk, borders, image.chunks - 1)
         self._sources = sources
 
-    def _replan(self, leaves: Sequence[Leaf]) -> None:
-        self.plans += 1
-        name = f"plan/{self.plans}"
-        self.plan = make_plan(leaves, self._coordinator, name, timeout_s=self._timeout_s, chunk_bytes=self._chunk_bytes)
-        self.copier = copier_for([local_tensor(leaf.value) for leaf in leaves if isinstance(leaf.value, torch.Tensor)])
-        self.staging = Staging(self.plan, self.copier.device)
+    def _replan(self, name: str, leaves: Sequence[Leaf]) -> None:
+        talk, timeout_s = self._coordinator, self._timeout_s
+        with one_save(talk.rank):
+            copier = copier_for([local_tensor(leaf.value) for leaf in leaves if isinstance(leaf.value, torch.Tensor)])
+        plan = make_plan(leaves, talk, f"{name}/plan", timeout_s=timeout_s, chunk_bytes=self._chunk_bytes)
+        staging = talk.together(f"{name}/staging", partial(Staging, plan, copier.device), timeout_s=timeout_s)
+        self.plan, self.copier, self.staging = plan, copier, staging
         self._sources = []
 
     @property

@@ -6,10 +6,12 @@ training.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from ..dist.log import get_logger
+from .attempt import Attempt
 from .observe import Observer
 from .save import SaveReport
 from .slowdown import StepClock
@@ -17,9 +19,10 @@ from .slowdown import StepClock
 log = get_logger(__name__)
 
 
-def dropped(step: int, tier: str, error: Exception, *, call_s: float) -> SaveReport:
-    """The report of a save that ended before it began to copy anything."""
-    return SaveReport(step, tier, False, str(error), 0, call_s, 0.0, 0.0, call_s)
+def dropped(attempt: Attempt, tiers: Sequence[str], reason: str) -> list[SaveReport]:
+    """The reports of a save that ended, for these of its tiers, before it began to copy anything."""
+    call_s = time.monotonic() - attempt.began_s
+    return [SaveReport(attempt.step, tier, False, reason, 0, call_s, 0.0, 0.0, call_s) for tier in tiers]
 
 
 class Reports:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..dist.units import format_bytes, format_seconds
+from .attempt import Attempt
 from .plan import SavePlan
 from .snapshot import Snapshot
 from .state import Fresh
@@ -53,12 +54,10 @@ class Save:
     """One save on its way into one or two tiers. `objects` are the values to pickle, taken when the save began;
     `known` holds what the saves before have pickled: key → (repr, bytes) of plain values, which rarely change."""
 
-    step: int
+    attempt: Attempt
     plan: SavePlan
     objects: Mapping[str, Any]
-    began_s: float
     known: dict[str, tuple[str, bytes]]
-    metrics: Mapping[str, float] = field(default_factory=dict)  # stored with the checkpoint, for retention
     call_s: float = 0.0
     fence_s: float = 0.0
     snapshot: Snapshot = field(init=False)
@@ -70,6 +69,14 @@ class Save:
         for key, value in self.objects.items():
             if not isinstance(value, LATER):  # the value may change as soon as training goes on
                 self._keep(key, value)
+
+    @property
+    def step(self) -> int:
+        return self.attempt.step
+
+    @property
+    def began_s(self) -> float:
+        return self.attempt.began_s
 
     def pickled(self) -> dict[str, bytes]:
         """Every object's bytes, in plan order; empty where one could not be pickled, and `problem` says why."""

@@ -100,17 +100,20 @@ class AppState:
     def leaves(self) -> list[Leaf]:
         """Every value now; lazy tensors carry their place in the optimizer's order."""
         names = self.parameter_names()
+        return [*self.held_leaves(names), *self.fresh_leaves(names)]
+
+    def held_leaves(self, names: Mapping[int, str]) -> list[Leaf]:
+        """The tensors of modules and optimizers, and what else modules keep beside them."""
         order = self._touch_order()
         found: list[Leaf] = []
         for label, module in self.modules.items():
             found.extend(_module_leaves(label, module, order))
         for label, optimizer in self.optimizers.items():
             found.extend(_optimizer_leaves(label, optimizer, names, order))
-        found.extend(self.fresh_leaves(names))
         return found
 
     def fresh_leaves(self, names: Mapping[int, str]) -> list[Leaf]:
-        """The part of `leaves` that is not a tensor of a module or an optimizer, and must be read at every save."""
+        """The rest of `leaves`, which is not a tensor of a module or an optimizer, and must be read at every save."""
         found: list[Leaf] = []
         for label, optimizer in self.optimizers.items():
             found.extend(_option_leaves(label, optimizer, names))

@@ -8,23 +8,28 @@ line in `route`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..dist.errors import UserError
+import torch.distributed as dist
+
+from ..dist.errors import PeerLost, UserError
 from ..dist.log import get_logger
 from ..dist.trace import Trace
 from ..dist.units import format_bytes
 from .arena import Memory
+from .attempt import MEETINGS, Attempt
 from .committer import Committer, Part
 from .coordinate import Coordinator
 from .copies import HostCopier
 from .files import FileOps
 from .flush import ShardFile
 from .folder import Folder
-from .host_tier import HostFile, HostTier
+from .generation import HostFile
+from .host_tier import HostTier
 from .mirror import Mirror, MirrorFile
 from .pipeline import Pipeline
 from .retention import Retention
@@ -53,7 +58,7 @@ class Tiers:
         self.coordinator, self._timeout_s, self._trace = coordinator, timeout_s, trace
         self.folder = Folder(root, ops)
         self.host = HostTier(root, coordinator, generations=host_generations) if host_generations else None
-        self._mirror, self._mirrored = mirror, -1
+        self._mirror, self._mirrored, self._attempts = mirror, -1, 0
         self._mirror_folder = Folder(Path(mirror.root), ops) if mirror else None
         self._take()
         self._committers = {"disk": self._committer("disk", self.folder, keep)}
@@ -94,11 +99,34 @@ class Tiers:
             self.coordinator.part()
             raise UserError(problem)
 
+    def attempt(self, step: int, *, disk: bool, host: bool, metrics: Mapping[str, float] | None = None) -> Attempt:
+        """The next try to save, now. All ranks ask for each alike, and whatever becomes of it: that is how they number
+        and mirror the same ones."""
+        self._attempts += 1
+        mirror, far = self._mirror, False
+        if mirror is not None and disk and step // mirror.every > self._mirrored // mirror.every:
+            self._mirrored, far = step, True
+        asked = {"host": host and self.host is not None, "disk": disk, "mirror": far}
+        tiers = tuple(tier for tier, wanted in asked.items() if wanted)
+        return Attempt(self._attempts, step, tiers, time.monotonic(), metrics or {})
+
+    def refuse(self, attempt: Attempt, claimed: Claim | None, reason: str) -> None:
+        """This rank gives `attempt` up: the others are told wherever they wait for it now, or will."""
+        if self.host is not None and claimed is not None:
+            self.host.release(claimed[0])
+        with suppress(PeerLost, RuntimeError, dist.DistError):  # rank 0 is gone: nobody is left to tell
+            for name in map(attempt.at, MEETINGS):
+                self.coordinator.decide(f"{name}/verdict", reason)
+            self.coordinator.decide(attempt.at("claim"), reason)
+            for tier in attempt.tiers:
+                committer = self._committers[tier]
+                scratch = committer.folder.scratch(attempt.step, self.coordinator.token)
+                committer.refuse(attempt.number, attempt.step, reason, scratch)
+
     def route(
         self,
         save: Save,
         claimed: Claim | None,
-        disk: bool,
         arena: Callable[[], Memory],
         pipe: Pipeline,
         copier: HostCopier,
@@ -111,8 +139,10 @@ class Tiers:
             takers.append(lambda snapshot, chunk, slot, mark: kept.note(mark))
             after = partial(self.host.done, claimed[0], save.step, "host")
             parts.append((self._committers["host"], Part(save, kept, disposable=False, after=after)))
-        if disk:
-            path, far = self.folder.scratch(save.step, self.coordinator.token) / name, self._far_path(save)
+        if "disk" in save.attempt.tiers:
+            path, far = self.folder.scratch(save.step, self.coordinator.token) / name, None
+            if self._mirror_folder is not None and "mirror" in save.attempt.tiers:
+                far = self._mirror_folder.scratch(save.step, self.coordinator.token) / name
             file = ShardFile(self.folder.ops, path, save.plan.image, followed=far is not None)
             takers.append(partial(pipe.flush, file, memory, copier))
             parts.append((self._committers["disk"], Part(save, file, after=self._after_disk(save, claimed))))
@@ -125,14 +155,6 @@ class Tiers:
                 take(snapshot, chunk, slot, mark)
 
         return memory, parts, on_chunk
-
-    def _far_path(self, save: Save) -> Path | None:
-        """Where this save's file goes on the mirror; None when it is not one that goes there."""
-        mirror, folder = self._mirror, self._mirror_folder
-        if mirror is None or folder is None or save.step // mirror.every <= self._mirrored // mirror.every:
-            return None
-        self._mirrored = save.step
-        return folder.scratch(save.step, self.coordinator.token) / save.plan.shard_name
 
     def _after_disk(self, save: Save, claimed: Claim | None) -> Callable[[bool], None]:
         def after(ok: bool) -> None:

@@ -1,0 +1,49 @@
+"""One try to save, numbered alike on all ranks whatever has become of those before it.
+
+What ranks tell each other about a save bears its number, so that a rank that gives one up (its user's `state_dict()`
+raised, or its memory is full) is in step with the others at the next. It leaves word wherever they may wait for it: at
+the meetings that make a plan and its memory, at the claim of a generation, and at the votes (`Tiers.refuse`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from ..dist.errors import PeerLost
+
+MEETINGS = ("plan", "staging", "host", "arena")  # where all ranks do something together, or none
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The `number`-th try, of `step`, into `tiers` by name; it began at the monotonic time `began_s`. `metrics` are
+    stored with the checkpoint."""
+
+    number: int
+    step: int
+    tiers: tuple[str, ...]
+    began_s: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"attempt/{self.number}"
+
+    def without(self, tier: str) -> Attempt:
+        """The same, less one tier."""
+        return replace(self, tiers=tuple(other for other in self.tiers if other != tier))
+
+    def at(self, meeting: str) -> str:
+        """The name under which ranks meet: one of `MEETINGS`, or "claim"."""
+        return f"{self.name}/{meeting}"
+
+
+@contextmanager
+def one_save(rank: int) -> Iterator[None]:
+    """What the machine refuses inside (memory, space, an operation of the device) costs one save: `PeerLost`."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        raise PeerLost(f"rank {rank}: {type(error).__name__}: {error}") from error

@@ -1,0 +1,123 @@
+"""How an attempt becomes a save in flight: state, plan, memory, route and snapshot, in step with the other ranks.
+
+Users' code runs in one place here, where the state is read. What it raises belongs to them; whatever else goes wrong
+costs the save and not the training. In either case this rank first leaves word for the others (`Tiers.refuse`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from ..dist.errors import PeerLost
+from .arena import Memory
+from .attempt import Attempt, one_save
+from .budget import Budget
+from .fences import Fences
+from .live import LiveState
+from .pipeline import Pipeline
+from .reports import Reports, dropped
+from .save import Save
+from .slowdown import StepClock
+from .snapshot import Snapshot
+from .tiers import Claim, Tiers
+
+
+class Saver:
+    """Begins the saves of one `Checkpointer`, whose parts it is given; on its training thread."""
+
+    def __init__(
+        self,
+        live: LiveState,
+        tiers: Tiers,
+        budget: Budget,
+        pipeline: Pipeline,
+        fences: Fences,
+        clock: StepClock,
+        reports: Reports,
+        timeout_s: float,
+    ) -> None:
+        self._live, self._tiers, self._budget, self._pipeline = live, tiers, budget, pipeline
+        self._fences, self._clock, self._reports = fences, clock, reports
+        self._coordinator, self._timeout_s = tiers.coordinator, timeout_s
+        self._pickles: dict[str, tuple[str, bytes]] = {}
+
+    def begin(self, attempt: Attempt) -> bool:
+        """Whether a save has begun. Raises what a user's object raises, and `UserError` where the memory that was asked
+        for cannot be had from the start; the attempt has then failed on all ranks, as it has when no error is raised
+        and a report says why."""
+        claimed = None
+        try:
+            values = self._live.values(attempt.name, self._before_planning)
+            attempt, claimed = self._claim(attempt)
+            if not attempt.tiers:
+                return False
+            with one_save(self._coordinator.rank):
+                self._start(attempt, values, claimed)
+        except Exception as error:
+            self._refuse(attempt, claimed, error)
+            if isinstance(error, PeerLost):
+                return False
+            raise
+        return True
+
+    def plan(self) -> None:
+        """Have the plan of the state as it is now, without a save. Collective; raises what `begin` would."""
+        attempt = self._tiers.attempt(0, disk=False, host=False)
+        try:
+            self._live.values(attempt.name, self._before_planning)
+        except Exception as error:
+            self._refuse(attempt, None, error)
+            raise
+
+    def _refuse(self, attempt: Attempt, claimed: Claim | None, error: Exception) -> None:
+        rank = self._coordinator.rank
+        reason = str(error) if isinstance(error, PeerLost) else f"rank {rank}: {type(error).__name__}: {error}"
+        self._tiers.refuse(attempt, claimed, reason)
+        self._reports.take(dropped(attempt, attempt.tiers, reason))
+
+    def _before_planning(self) -> None:
+        self._pipeline.drain()
+        self._budget.drop()
+
+    def _claim(self, attempt: Attempt) -> tuple[Attempt, Claim | None]:
+        """A generation of host memory for `attempt`; where there is none, its other tiers go on without."""
+        host, claimed = self._tiers.host, None
+        if host is not None and "host" in attempt.tiers:
+            try:
+                host.prepare(attempt.at("host"), self._live.plan, pinned=self._live.pinned)
+            except PeerLost as error:  # on all ranks
+                self._reports.take(dropped(attempt, ["host"], str(error)))
+            else:
+                claimed = host.claim(attempt.at("claim"), attempt.step, flush="disk" in attempt.tiers)
+        return (attempt.without("host") if claimed is None else attempt), claimed
+
+    def _arena(self, attempt: Attempt) -> Memory:
+        """The arena, made on all ranks or none."""
+        make = partial(self._budget.arena, self._live.plan.image, pinned=self._live.pinned)
+        if self._budget.made:
+            return make()
+        try:
+            return self._coordinator.together(attempt.at("arena"), make, timeout_s=self._timeout_s)
+        except BaseException:
+            self._budget.drop()
+            raise
+
+    def _start(self, attempt: Attempt, values: Mapping[str, Any], claimed: Claim | None) -> None:
+        live, arena = self._live, partial(self._arena, attempt)
+        save = Save(attempt, live.plan, {index.fqn: values[index.fqn] for index in live.plan.objects}, self._pickles)
+        live.staging.fill(live.eager)
+        sources, seals = live.sources, live.seals()
+        live.copier.begin()
+        memory, parts, on_chunk = self._tiers.route(save, claimed, arena, self._pipeline, live.copier)
+        way = (live.staging, live.copier, memory, on_chunk, seals, live.addresses)
+        save.snapshot = Snapshot(attempt.step, live.plan, sources, *way)
+        self._fences.begun(save)
+        if live.copier.device.type == "cuda":  # queueing copies is cheap here, and late ones would be waited for
+            while save.snapshot.fill_next(wait=False):
+                pass
+        save.call_s = time.monotonic() - attempt.began_s
+        self._clock.began(attempt.step, len(parts))
+        self._pipeline.submit(save, parts)

@@ -1,13 +1,16 @@
 """What cutting attention into a rank's blocks costs on one device: the sum of the blocks against 1/P of the whole.
 
     python benchmarks/attention_blocks.py --output attention_blocks.json
+    python benchmarks/attention_blocks.py --masks causal,window:4096,documents:64 --flex --lengths 65536 --ranks 4
     python benchmarks/attention_blocks.py --device cpu --lengths 2048 --ranks 2,4 --heads 4:2 --seconds 20
 
 The operations are taken out of the schedules themselves, with the shapes, tiles and memory layout that an executor
 gives them, so nothing is timed that would not run. Each distinct operation is timed once (device events, all backends
 interleaved, the median), and a rank's time is the sum over its program. Then, for the shortest length and the most
 ranks, what a merge and the attention beside it cost each other (`attention_beside`). Nothing is sent: what is modelled
-elsewhere from these figures says so. Cells are run from short to long until `--seconds` is used up; tables come last.
+elsewhere from these figures says so. With ``--flex`` FlexAttention is timed too (compiled first, which takes a while),
+blocks of several tiles in one call; that is what the measured choice of kernel='auto' sees. Cells are run from short to
+long until `--seconds` is used up; tables come last.
 """
 
 from __future__ import annotations
@@ -40,6 +43,8 @@ from undertow.parallel.blocks.types import Backend
 from undertow.parallel.masks import Mask, Tile
 from undertow.parallel.token_ring.block_ops import ops
 from undertow.parallel.token_ring.problem import Problem
+
+CAUSAL = "causal zigzag"
 
 
 @dataclass(frozen=True)
@@ -100,19 +105,27 @@ class Clock:
         return begin.elapsed_time(end)
 
 
-def backends(device: torch.device, heads: Heads) -> list[Backend]:
-    """Those that run this shape on this device, the one that is had by name only too; plain tiles in 32 bits only."""
+def backends(device: torch.device, heads: Heads, also: Sequence[str] = ("efficient",)) -> list[Backend]:
+    """Those that run this shape on this device, those that are had by name only too; plain tiles in 32 bits only."""
     dtype = getattr(torch, heads.dtype)
     q, k, v = (
         torch.empty(1, h, 256, d, device=device, dtype=dtype)
         for h, d in ((heads.q_heads, heads.head_dim), (heads.kv_heads, heads.head_dim), (heads.kv_heads, heads.v_dim))
     )
-    fitting = [b for b in (*ORDER, backend("efficient")) if b.supports(q, k, v, causal=True, window=None)]
+    fitting = [b for b in (*ORDER, *map(backend, also)) if b.supports(q, k, v, causal=True, window=None)]
     return [b for b in fitting if b.NAME != "tiled" or (q.is_cuda and dtype == torch.float32)] or fitting
 
 
 def whole_ms(problem: Problem, kernels: Sequence[Backend], clock: Clock) -> dict[tuple[str, bool], float]:
-    """The monolithic call in one go: (backend, backward) → ms."""
+    """The monolithic call in one go: (backend, backward) → ms; where kernels do not know the mask, one rank's block."""
+    if problem.mask.window or problem.mask.cu_seqlens_q:
+        alone, found = replace(problem, world=1), {}
+        operations = Operations(alone, kernels, clock)
+        for backward in (False, True):
+            plan = alone.schedule("ring_kv", backward=backward)
+            action = next(a for _, _, _, a in plan.actions() if isinstance(a, Compute) and a.op in ATTEND)
+            found |= {(name, backward): ms for name, ms in operations.ms(plan, 0, action).items()}
+        return found
     h, dtype = problem.heads, getattr(torch, problem.heads.dtype)
     sizes = (h.q_heads, h.head_dim), (h.kv_heads, h.head_dim), (h.kv_heads, h.v_dim), (h.q_heads, h.v_dim)
     rows_first = [torch.randn(problem.lq, 1, *size, device=clock.device, dtype=dtype) for size in sizes]
@@ -153,7 +166,8 @@ class Operations:
         writes = [self._tensor(schedule, rank, p) if t is None else t for t, p in zip(writes, action.writes)]
         calls = []
         for name in names:
-            mine = ops(self.problem, 1, self.problem.heads.head_dim**-0.5, pick=_always(name))
+            how: Any = {"kernel": name} if name == "flex" else {"pick": _always(name)}
+            mine = ops(self.problem, 1, self.problem.heads.head_dim**-0.5, **how)
             op = op_table(schedule, mine)[action.op]
             calls.append(partial(op, reads, writes, **dict(action.params)))
         return calls
@@ -176,7 +190,8 @@ class Operations:
     def label(self, action: Compute) -> str:
         """`4096×8192 causal+full`: rows of queries, rows of keys, tiles."""
         p = dict(action.params)
-        kinds = "+".join(t.kind for t in self._tiles(action))
+        tiles = self._tiles(action)
+        kinds = "+".join(t.kind for t in tiles) if len(tiles) <= 3 else f"{len(tiles)} tiles"
         return f"{int(p['q1']) - int(p['q0'])}×{int(p['k1']) - int(p['k0'])} {kinds}"
 
     def _tiles(self, action: Compute) -> tuple[Tile, ...]:
@@ -264,6 +279,22 @@ def table(rows: Sequence[Cell]) -> Table:
     return shown
 
 
+def masks(options: argparse.Namespace, length: int) -> list[tuple[str, Mask, str]]:
+    """(label, mask, layout): `--masks`, for all but the first length the first of them only."""
+    found = []
+    for name in options.masks if length == options.lengths[0] else options.masks[:1]:
+        kind, _, number = name.partition(":")
+        if kind == "documents":  # of unequal lengths, 1 : 2 : 3 in turn
+            shares = [i % 3 + 1 for i in range(int(number))]
+            ends = [length * sum(shares[:i]) // sum(shares) for i in range(len(shares) + 1)]
+            found.append((f"{number} documents", Mask(causal=True, cu_seqlens_q=tuple(ends)), "zigzag_documents"))
+        elif kind == "window":
+            found.append((f"window {number}", Mask(causal=True, window=int(number)), "contiguous"))
+        else:
+            found.append((CAUSAL, Mask(causal=True), "zigzag") if kind == "causal" else ("full", Mask(), "contiguous"))
+    return found
+
+
 def main(argv: Sequence[str]) -> int:
     options = _arguments(argv)
     device = torch.device(options.device)
@@ -272,22 +303,20 @@ def main(argv: Sequence[str]) -> int:
     pairs = list[Pair]()
     for length in options.lengths:
         for q_heads, kv_heads in options.heads:
-            for causal in (True, False) if length == options.lengths[0] else (True,):
+            for label, mask, layout in masks(options, length):
                 heads = Heads(1, q_heads, kv_heads, options.dim, options.dim, options.dtype, "float32")
-                kernels, whole = backends(device, heads), {}
+                kernels, whole = backends(device, heads, ("efficient", *(["flex"] if options.flex else []))), {}
                 for ranks in options.ranks:
                     if time.monotonic() > deadline_s:
                         print(f"out of time before {length} tokens, {q_heads}:{kv_heads} heads, {ranks} ranks")
                         continue
-                    layout = "zigzag" if causal else "contiguous"
-                    problem = Problem(ranks, length, length, heads, Mask(causal=causal), layout)
+                    problem = Problem(ranks, length, length, heads, mask, layout)
                     whole = whole or whole_ms(problem, kernels, clock)
-                    label = "causal zigzag" if causal else "full"
                     for wire in options.wires:
                         narrow = replace(problem, heads=replace(heads, wire=wire))
                         operations = Operations(narrow, kernels, clock)
                         rows += cells(narrow, label, options.schedules, whole, operations)
-                        if causal and length == min(options.lengths) and ranks == max(options.ranks):
+                        if label == CAUSAL and length == min(options.lengths) and ranks == max(options.ranks):
                             for name, backward in product(options.schedules, (False, True)):
                                 phase = "backward" if backward else "forward"
                                 pairs += operations.beside(narrow.schedule(name, backward=backward), phase)
@@ -331,6 +360,13 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         default=["float32", "bfloat16"] if cuda else ["float32"],
         help="dtypes of a block's results before they are summed",
     )
+    parser.add_argument(
+        "--masks",
+        type=lambda text: text.split(","),
+        default=["causal", "full"],
+        help="of causal, full, window:KEYS, documents:COUNT",
+    )
+    parser.add_argument("--flex", action="store_true", help="also FlexAttention, compiled")
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--schedules", type=lambda text: text.split(","), default=["ring_kv", "token_ring"])
     parser.add_argument("--repeats", type=int, default=7)

@@ -36,6 +36,20 @@ def test_blocks_of_a_rank_are_timed(tmp_path, capsys):
     assert attention_modelled.measured_drags(str(file), "8:8") == attention_modelled.DRAGS
 
 
+def test_blocks_of_windows_and_documents_are_timed(tmp_path, capsys):
+    """A mask that kernels do not know as one call: the whole is one rank's block, and blocks have several tiles."""
+    file = tmp_path / "blocks.json"
+    arguments = ["--device", "cpu", "--dtype", "float32", "--lengths", "96", "--ranks", "2", "--heads", "2:1"]
+    arguments += ["--masks", "window:20,documents:5", "--schedules", "ring_kv", "--repeats", "1", "--output", str(file)]
+    assert attention_blocks.main(arguments) == 0 and "5 documents" in capsys.readouterr().out
+    rows = json.loads(file.read_text())["cells"]
+    assert {(r["mask"], r["phase"]) for r in rows} == {
+        (mask, phase) for mask in ("window 20", "5 documents") for phase in ("forward", "backward")
+    }
+    assert any("tiles" in shape for r in rows if r["mask"] == "5 documents" for shape in r["shapes"])
+    assert all(r["whole_ms"] > 0 for r in rows)
+
+
 @pytest.mark.slow
 def test_the_field_is_modelled(tmp_path, capsys):
     base = tmp_path / "modelled"

@@ -57,10 +57,13 @@ def compare(device: torch.device, names: list[str]) -> int:
             wanted = [shard_sequence(x, **given) for x in _reference(whole[:3], whole[3], mask)]
             mine = [shard_sequence(x, **given).contiguous().requires_grad_() for x in whole[:3]]
             dout = shard_sequence(whole[3], **given)
-            for name in names:
+            ways = [(name, "auto") for name in names]
+            if device.type == "cuda":  # compiled, blocks of several tiles in one call
+                ways.append(("ring_kv", "flex"))
+            for name, kernel in ways:
                 call: Any = dict(
                     causal=mask.causal, window=mask.window, cu_seqlens=bounds, layout=layout,
-                    lengths=(LENGTH, LENGTH), schedule=name, backward_schedule=name,
+                    lengths=(LENGTH, LENGTH), schedule=name, backward_schedule=name, kernel=kernel,
                 )  # fmt: skip
                 found = []
                 for _ in range(CALLS):  # nothing waits for the device in between

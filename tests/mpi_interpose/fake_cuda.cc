@@ -138,8 +138,10 @@ struct Work {
 };
 struct Stream {
   void* context;
+  bool blocking;  // waits for what was queued on the legacy default stream before
   std::deque<Work> queue;
 };
+std::deque<std::function<void()>> g_legacy;  // the default stream: runs when somebody waits for it, not before
 std::vector<std::unique_ptr<Stream>> g_streams;
 std::vector<std::unique_ptr<Event>> g_events;
 
@@ -174,12 +176,28 @@ void drain(Stream* s) {
     g_current = before;
   }
 }
-// On the null stream, or one that is not ours: now, after all that was queued before.
+void run_legacy() {
+  while (!g_legacy.empty()) {
+    const std::function<void()> run = g_legacy.front();
+    g_legacy.pop_front();
+    run();
+  }
+}
+// On the null stream: after all that blocking streams were given before, and before what they are given next.
 void enqueue(void* handle, std::function<void()> run) {
   Stream* s = stream_of(handle);
-  if (s) return s->queue.push_back({std::move(run)});
-  drain(nullptr);
-  run();
+  if (!s) {
+    drain(nullptr);
+    return g_legacy.push_back(std::move(run));
+  }
+  if (s->blocking && !g_legacy.empty()) s->queue.push_back({run_legacy});
+  s->queue.push_back({std::move(run)});
+}
+
+size_t pinned_bytes() {
+  size_t sum = 0;
+  for (const auto& block : g_pinned) sum += block.second;
+  return sum;
 }
 
 }  // namespace
@@ -229,6 +247,7 @@ int cuCtxPopCurrent_v2(void** c) {
 int cuCtxSynchronize() {
   std::lock_guard<std::mutex> guard(g_lock);
   drain(nullptr);
+  run_legacy();
   return g_current ? 0 : kInvalidContext;
 }
 int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, ordinal < cards() ? 0 : kInvalid; }
@@ -255,14 +274,15 @@ int cuModuleGetFunction(void** f, void* module, const char* name) {
   g_ones[*f] = {log, unroll};
   return 0;
 }
-int cuStreamCreate(void** s, unsigned) {
+int cuStreamCreate(void** s, unsigned flags) {
   std::lock_guard<std::mutex> guard(g_lock);
-  g_streams.push_back(std::make_unique<Stream>(Stream{g_current, {}}));
+  g_streams.push_back(std::make_unique<Stream>(Stream{g_current, flags == 0, {}}));
   return *s = g_streams.back().get(), g_current ? 0 : kInvalidContext;
 }
 int cuStreamSynchronize(void* s) {
   std::lock_guard<std::mutex> guard(g_lock);
   drain(stream_of(s));
+  if (!s) run_legacy();
   return g_current ? 0 : kInvalidContext;
 }
 int cuEventCreate(void** e, unsigned) {
@@ -333,6 +353,7 @@ int cuMemAllocManaged(unsigned long long* address, size_t n, unsigned) {  // the
 int cuMemFree_v2(unsigned long long address) {
   std::lock_guard<std::mutex> guard(g_lock);
   drain(nullptr);
+  run_legacy();
   if (g_managed.erase(address)) return std::free(reinterpret_cast<void*>(address)), 0;
   const auto it = g_live.find(address);
   if (it == g_live.end()) return kInvalid;
@@ -381,6 +402,8 @@ int cuMemHostAlloc(void** address, size_t n, unsigned) {
   if (!g_current) return kInvalidContext;
   if (failing("cuMemHostAlloc")) return kNoMemory;
   std::lock_guard<std::mutex> guard(g_lock);
+  const char* most = std::getenv("FAKE_CUDA_PINNED");  // bytes that may be pinned
+  if (most && pinned_bytes() + n > std::strtoull(most, nullptr, 10)) return kNoMemory;
   if (posix_memalign(address, 4096, n)) return kNoMemory;
   g_pinned[reinterpret_cast<uintptr_t>(*address)] = n;
   return 0;
@@ -401,16 +424,19 @@ int cuMemcpyAsync(unsigned long long to, unsigned long long from, size_t n, void
   };
   bool later = true;  // a copy from or to plain host memory is done on return
   for (unsigned long long a : {to, from}) later = later && (is_device(a) || in(g_pinned, a, n));
+  enqueue(stream, move);
   if (Stream* s = stream_of(stream); s && !later) drain(s);
-  if (later) enqueue(stream, move);
-  else move();
+  if (!stream && !later) run_legacy();
   return 0;
 }
 int cuMemcpy(unsigned long long to, unsigned long long from, size_t n) {
   cuCtxSynchronize();
-  return cuMemcpyAsync(to, from, n, nullptr);
+  const int done = cuMemcpyAsync(to, from, n, nullptr);
+  cuCtxSynchronize();
+  return done;
 }
 long fake_cuda_launches() { return g_launches; }
+unsigned long fake_cuda_pinned() { return pinned_bytes(); }
 unsigned fake_cuda_divide(unsigned n, unsigned d) {
   uint32_t magic, shift;
   undertow::gpu::divisor(d, magic, shift);

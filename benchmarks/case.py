@@ -52,7 +52,7 @@ class Arm:
     streams must be joined to it. `predicted_s` is a model's time for one run, computed before anything is timed. A
     non-empty `unavailable` says why this arm cannot run here; it is then listed as not compared. `reference` replaces
     the trial's for this arm, where arms compute different things. `said`: a line of text that its row keeps, such as
-    why an automatic arm chose as it did.
+    why an automatic arm chose as it did; `facts`: numbers that it keeps, beside the extras that were measured.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Arm:
     reference: Callable[[], Any] | None = None
     unavailable: str = ""
     said: str = ""
+    facts: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def missing(cls, name: str, reason: str) -> Arm:

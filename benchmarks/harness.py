@@ -76,7 +76,10 @@ def _checked(case: Case, arm: Arm, reference: Callable[[], object], peers: Peers
     """The arm's row before timing: `wrong` 0 when it may be timed."""
     role = {case.ours: "ours", case.plain: "plain", case.hardware: "hardware"}.get(arm.name, "rival")
     x = case.nbytes if case.x is None else case.x
-    row = Row(case.name, arm.name, role, case.nbytes, case.group, x, predicted_s=arm.predicted_s, said=arm.said)
+    row = Row(
+        case.name, arm.name, role, case.nbytes, case.group, x, predicted_s=arm.predicted_s, said=arm.said,
+        extras=dict(arm.facts),
+    )  # fmt: skip
     if peers.largest(float(bool(arm.unavailable))):
         return replace(row, note=arm.unavailable or "another rank lacks it")
     note, wrong = "", 0
@@ -203,6 +206,6 @@ def _row(case: Case, row: Row, name: str, samples: dict[str, list[Sample]], inne
         ratio=ratio_interval(seconds(case.plain), timed) if case.plain in samples and name != case.plain else None,
         hardware_bytes_per_s=hardware,
         inner=inner,
-        extras={key: median(values) for key, values in extras.items()},
+        extras=row.extras | {key: median(values) for key, values in extras.items()},
         samples_s=tuple(timed),
     )

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Measured, Trial
 from undertow.benchmarks.crew import Crew
+from undertow.benchmarks.overlap_choice import known
 from undertow.comms.cost import overlapped_scatter_seconds
 from undertow.comms.link import LinkModel
 from undertow.parallel.overlap_gate import ARMS, ROUNDS
@@ -79,12 +80,15 @@ def trial(world: int, rows: int, ratio: float, seed: int) -> Trial:
         rights, pieces = zip(*found)
         return Measured(all(rights), seconds, {"pieces": float(pieces[0])} if name == "auto" else {})
 
+    facts = known(world, 2.0 * rows * OUTER * INNER, scattered_bytes(world, rows), product_s, scatter_s, set_link=True)
+
     arms = [
         Arm(
             name,
             partial(run, name),
             predicted_s=predicted.get(name) if ratio else None,
             said=why if name == "auto" else "",
+            facts=facts if name == "auto" else {},
         )
         for name in (*FIXED, "auto", TORCH)
     ]

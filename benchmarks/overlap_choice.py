@@ -2,11 +2,15 @@
 
     python -m undertow.benchmarks.overlap_choice benchmarks/results/overlap_*.json
 
-The gate decides by measured calls, not by a table of shapes, so every recorded cell is a shape that nothing was fitted
-to. The gate itself (`parallel.overlap_gate`) gets a cell's first rounds as its measured calls, without a model of the
-machine. The later rounds say which arm was best and what the choice costs: right within 3 %, or where the 95 % interval
-of the ratio does not exclude that. Rounds are interleaved, so both halves saw the same machine. What the automatic arm
-costs beside the arm it chose is not part of this: that is in the benchmark's own report.
+The gate (`parallel.overlap_gate`) has two parts, and each is judged on cells from which nothing of it was fitted:
+
+- *measured*: it gets a cell's first rounds as its measured calls, and no model of the machine;
+- *modelled, then measured*: as a user of `undertow probe` has it, with rates fitted on all other cells of the file;
+- *model alone*: what those rates predict to be fastest, without a measured call.
+
+The later rounds say which arm was best and what the choice costs: right within 3 %, or where the 95 % interval of the
+ratio does not exclude that. Rounds are interleaved, so both halves saw the same machine. What the automatic arm costs
+beside the arm it chose is not part of this: that is in the benchmark's own report.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -22,10 +26,11 @@ from statistics import mean, median
 from undertow.benchmarks.choice import RIGHT
 from undertow.benchmarks.intervals import LEAST_SAMPLES, ratio_interval
 from undertow.dist.errors import UserError
-from undertow.parallel.overlap_gate import CUDA_ARMS, ROUNDS, SEQUENTIAL, Gate
+from undertow.parallel.overlap_gate import CUDA_ARMS, ROUNDS, SEQUENTIAL, WIN, Arm, Gate, Rates
 
 SHARE, REGRET = 0.95, 0.02  # wanted: cells in which the choice is right at least, mean regret at most
 SEEN = ROUNDS + 1  # rounds that the gate gets; it leaves the first out, as a warm-up
+MEASURED, BOTH, MODEL = "measured", "modelled, then measured", "model alone"
 
 
 @dataclass(frozen=True)
@@ -39,53 +44,134 @@ class Replayed:
     right: bool
 
 
-def replay(case: str, samples_s: Mapping[str, Sequence[float]]) -> Replayed | None:
-    """`samples_s`: seconds of each arm, round by round; None where too few arms or rounds were timed."""
+@dataclass(frozen=True)
+class Known:
+    """What a benchmark tells of a cell's product and collective; `set_link`: the link was set to that time, as a user
+    who emulates one sets it, and is not to be predicted."""
+
+    ranks: float
+    flops: float
+    nbytes: float
+    product_s: float
+    link_s: float
+    set_link: bool
+
+
+def known(
+    ranks: int, flops: float, nbytes: float, product_s: float, link_s: float, *, set_link: bool = False
+) -> dict[str, float]:
+    """The facts of an automatic arm from which the other cells' model is fitted: of one rank's product, the bytes that
+    it sends, and the times of the product and of the collective alone."""
+    link = {"set_link_s" if set_link else "link_s": link_s} if link_s else {}
+    return {"ranks": float(ranks), "Gflop": flops / 1e9, "sent_MB": nbytes / 1e6, "product_s": product_s, **link}
+
+
+def told(extras: Mapping[str, float]) -> Known | None:
+    """`known`, read back; None from results without it, or where no link was measured."""
+    link_s = extras.get("set_link_s", extras.get("link_s"))
+    if link_s is None or "product_s" not in extras:
+        return None
+    return Known(
+        extras["ranks"], extras["Gflop"] * 1e9, extras["sent_MB"] * 1e6, extras["product_s"], link_s,
+        "set_link_s" in extras,
+    )  # fmt: skip
+
+
+def predictor(cell: Known, others: Sequence[Known]) -> Callable[[Arm], float]:
+    """The gate's model for `cell`, with the middle of the rates of the other cells. A message's latency is 0: it cannot
+    be told from whole collectives."""
+    flops = median(other.flops / other.product_s for other in others)
+    links = [cell] if cell.set_link else others
+    rates = Rates(flops, median(each.nbytes / each.link_s for each in links), 0.0)
+    return lambda arm: rates.seconds(arm, int(cell.ranks), cell.flops, cell.nbytes)
+
+
+def replay(
+    case: str,
+    samples_s: Mapping[str, Sequence[float]],
+    predict: Callable[[Arm], float] | None = None,
+    *,
+    measured: bool = True,
+) -> Replayed | None:
+    """`samples_s`: seconds of each arm, round by round; None where too few arms or rounds were timed.
+
+    `predict`: the gate's model. `measured` False: what that alone would choose.
+    """
     arms = [arm for arm in CUDA_ARMS if len(samples_s.get(arm.name, ())) >= SEEN + LEAST_SAMPLES]
     if len(arms) < 2 or arms[0] != SEQUENTIAL:
         return None
-    gate = Gate(arms, lambda mine: [mine])
-    for call in range(SEEN * len(arms)):
-        at = gate.choose(case)
-        gate.took(case, at, samples_s[arms[at].name][call // len(arms)])
-    chosen = arms[gate.choose(case)].name
+    if measured:
+        gate, calls = Gate(arms, lambda mine: [mine]), [0] * len(arms)
+        while gate.chosen() is None:
+            at = gate.choose(case, predict)
+            if gate.measuring(case):
+                gate.took(case, at, samples_s[arms[at].name][calls[at]])
+                calls[at] += 1
+        chosen = (gate.chosen() or SEQUENTIAL).name
+    else:
+        assert predict is not None
+        found = min(arms, key=predict)
+        chosen = (found if predict(SEQUENTIAL) >= WIN * predict(found) else SEQUENTIAL).name
     unseen = {arm.name: samples_s[arm.name][SEEN:] for arm in arms}
     best = min(unseen, key=lambda name: median(unseen[name]))
     ratio = ratio_interval(unseen[chosen], unseen[best])
     return Replayed(case, chosen, best, ratio.median - 1, ratio.low - 1 <= RIGHT)
 
 
-def replay_all(report: Mapping) -> list[Replayed]:
-    """`report`: a benchmark's JSON."""
-    found = []
-    for case in dict.fromkeys(row["case"] for row in report["rows"]):
-        rows = [row for row in report["rows"] if row["case"] == case]
-        cell = replay(case, {row["arm"]: row["samples_s"] for row in rows if row["seconds"]})
-        found += [] if cell is None else [cell]
-    return found
+def replay_all(report: Mapping) -> dict[str, list[Replayed]]:
+    """By part of the gate, the cells of `report`, a benchmark's JSON."""
+    samples, facts = dict[str, dict[str, Sequence[float]]](), dict[str, Known]()
+    for row in report["rows"]:
+        if row["seconds"]:
+            samples.setdefault(row["case"], {})[row["arm"]] = row["samples_s"]
+        if (found := told(row.get("extras", {}))) is not None:
+            facts[row["case"]] = found
+    parts: dict[str, list[Replayed | None]] = {MEASURED: [replay(case, each) for case, each in samples.items()]}
+    for case, cell in facts.items():
+        if others := [other for name, other in facts.items() if name != case]:
+            predict = predictor(cell, others)
+            parts.setdefault(BOTH, []).append(replay(case, samples.get(case, {}), predict))
+            parts.setdefault(MODEL, []).append(replay(case, samples.get(case, {}), predict, measured=False))
+    return {part: [cell for cell in cells if cell is not None] for part, cells in parts.items()}
 
 
-def markdown(name: str, cells: Sequence[Replayed]) -> str:
-    """The share of right choices, the mean regret, and by arm in how many cells it was chosen and was best."""
-    if not cells:
+def markdown(name: str, parts: Mapping[str, Sequence[Replayed]]) -> str:
+    """For each part of the gate the share of right choices, the mean regret, and by arm in how many cells it was chosen
+    and was best."""
+    if not any(parts.values()):
         return f"{name}: no cell has {SEEN + LEAST_SAMPLES} rounds of two arms, the sequential one among them\n"
-    right, regret = mean(cell.right for cell in cells), mean(cell.regret for cell in cells)
-    verdict = "reached" if right >= SHARE and regret <= REGRET else "missed"
-    chosen, best = Counter(cell.chosen for cell in cells), Counter(cell.best for cell in cells)
-    lines = [
-        f"{name}: right in {sum(cell.right for cell in cells)} of {len(cells)} cells, mean regret {regret:.1%} "
-        f"(wanted: {SHARE:.0%} and {REGRET:.0%}; {verdict})",
+    lines = [f"{name} (wanted: right in {SHARE:.0%}, mean regret {REGRET:.0%})", ""]
+    lines += [
+        "| part of the gate | right | mean regret | |",
+        "|---|---:|---:|---|",
+        *(_verdict(part, cells) for part, cells in parts.items() if cells),
         "",
-        "| arm | chosen in | best in |",
-        "|---|---:|---:|",
+    ]
+    chosen = {part: Counter(cell.chosen for cell in cells) for part, cells in parts.items() if cells}
+    best = Counter(cell.best for cell in parts[MEASURED])
+    lines += [
+        f"| arm | {' | '.join(f'chosen, {part}' for part in chosen)} | best |",
+        "|---|" + "---:|" * (len(chosen) + 1),
     ]
     lines += [
-        f"| {arm.name} | {chosen[arm.name] / len(cells):.0%} | {best[arm.name] / len(cells):.0%} |"
+        f"| {arm.name} | {' | '.join(f'{count[arm.name] / count.total():.0%}' for count in chosen.values())} "
+        f"| {best[arm.name] / best.total():.0%} |"
         for arm in CUDA_ARMS
-        if chosen[arm.name] or best[arm.name]
+        if best[arm.name] or any(count[arm.name] for count in chosen.values())
     ]
-    wrong = [f"- {c.case}: chose {c.chosen}, {c.best} was best ({c.regret:+.1%})" for c in cells if not c.right]
+    wrong = [
+        f"- {part}: {c.case}: chose {c.chosen}, {c.best} was best ({c.regret:+.1%})"
+        for part, cells in parts.items()
+        for c in cells
+        if not c.right
+    ]
     return "\n".join([*lines, *([""] if wrong else []), *wrong, ""])
+
+
+def _verdict(part: str, cells: Sequence[Replayed]) -> str:
+    right, regret = mean(cell.right for cell in cells), mean(cell.regret for cell in cells)
+    verdict = "reached" if right >= SHARE and regret <= REGRET else "missed"
+    return f"| {part} | {sum(cell.right for cell in cells)} of {len(cells)} | {regret:.1%} | {verdict} |"
 
 
 def main(paths: Sequence[str]) -> int:

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Measured, Trial
+from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Trial
+from undertow.benchmarks.overlap_choice import known
 from undertow.comms.chunk_plan import chunk_rows
 from undertow.comms.cuda_events import Call
 from undertow.comms.cuda_messengers import PinnedMessenger
@@ -128,18 +129,19 @@ def trial(m: int, n: int, k: int, seed: int) -> Trial:
         "ideal": (product_s + copies_s) / max(product_s, copies_s),
         "copy/gemm": copies_s / product_s,
         "pieces": float(chosen.subchunks * chosen.overlap * (-1 if chosen.tracked else 1)),
+        **known(WORLD, 2.0 * m * n * k, m * n * 2 * (WORLD - 1) / WORLD, product_s, copies_s),
     }
     if not why_not:
         facts["triton/cublas"] = _seconds(partial(_counted, a, b)) / product_s
-
-    def auto() -> Measured:
-        return Measured(rank.scatter(chosen), extras=facts)
 
     arms = [
         Arm(arm.name, partial(rank.scatter, arm), device="cuda") if arm in usable else Arm.missing(arm.name, why_not)
         for arm in CUDA_ARMS
     ]
-    arms += [Arm("auto", auto, device="cuda", said=gate.explain()), Arm(PLAIN, _plain(rank), device="cuda")]
+    arms += [
+        Arm("auto", partial(rank.scatter, chosen), device="cuda", said=gate.explain(), facts=facts),
+        Arm(PLAIN, _plain(rank), device="cuda"),
+    ]
     return Trial(arms, reference=lambda: own)
 
 

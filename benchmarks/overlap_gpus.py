@@ -12,7 +12,9 @@ Without GPUs it runs a small shape over gloo, to see that it works.
 from __future__ import annotations
 
 import os
+import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -21,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Trial
+from undertow.benchmarks.overlap_choice import known
 from undertow.comms.chunk_plan import chunk_rows
 from undertow.dist.errors import UserError
 from undertow.parallel.overlap_gate import ARMS, CUDA_ARMS, ROUNDS
@@ -74,6 +77,38 @@ class Ranks:
         dist.all_gather_into_tensor(whole, self.a)
         return whole @ self.b
 
+    def facts(self) -> dict[str, float]:
+        """What the model of the gate has to predict from. Collective."""
+        product = self.a if self.pattern == SCATTER else self.a.new_zeros(sum(self.sizes), self.a.shape[1])
+        moved = product @ self.b if self.pattern == SCATTER else product
+        share = moved.new_empty(self.sizes[self.rank], moved.shape[1])
+
+        def collective() -> None:
+            if self.pattern == SCATTER:
+                dist.reduce_scatter_tensor(share, moved)
+            else:
+                dist.all_gather_into_tensor(moved, share)
+
+        flops, nbytes = 2.0 * product.numel() * self.b.shape[1], moved.numel() * moved.element_size()
+        product_s, link_s = self._seconds(lambda: product @ self.b), self._seconds(collective)
+        return known(self.world, flops, nbytes * (self.world - 1) / self.world, product_s, link_s)
+
+    def _seconds(self, call: Callable[[], Any]) -> float:
+        """The median of a few calls that all ranks begin together."""
+        times = []
+        for _ in range(6):
+            dist.barrier()
+            self._finished()
+            began_s = time.perf_counter()
+            call()
+            self._finished()
+            times.append(time.perf_counter() - began_s)
+        return statistics.median(times[1:])
+
+    def _finished(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # barrier and call are queued on streams of their own
+
     def torch_fused(self) -> torch.Tensor:
         import torch.distributed._symmetric_memory  # noqa: F401 - it registers the operators
 
@@ -122,9 +157,10 @@ def trial(pattern: str, shape: tuple[int, int, int], world: int, seed: int) -> T
     kind = device.type
 
     why = ranks.teams["auto"].explain().splitlines()[-1]  # the team is that of all cases
+    facts = ranks.facts()
 
     def checked(name: str, call: Callable[[], Any]) -> Arm:
-        return Arm(name, call, device=kind, said=why if name == "auto" else "")
+        return Arm(name, call, device=kind, said=why, facts=facts) if name == "auto" else Arm(name, call, device=kind)
 
     arms = [checked(PLAIN, ranks.plain)]
     arms += [checked(name, partial(ranks.ours, name)) for name in (*ranks.names, "auto")]

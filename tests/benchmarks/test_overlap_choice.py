@@ -6,7 +6,19 @@ import json
 
 import pytest
 
-from undertow.benchmarks.overlap_choice import SEEN, main, markdown, replay, replay_all
+from undertow.benchmarks.overlap_choice import (
+    BOTH,
+    MODEL,
+    SEEN,
+    known,
+    main,
+    markdown,
+    predictor,
+    replay,
+    replay_all,
+    told,
+)
+from undertow.parallel.overlap_gate import ARMS, SEQUENTIAL
 
 UNSEEN = 9
 
@@ -36,7 +48,7 @@ def test_a_cell_with_too_few_rounds_or_arms_is_not_judged():
     assert replay("a", {"sequential": rounds(1.0)}) is None
     assert replay("a", {"sequential": rounds(1.0), "overlap, 1 piece": [1.0] * SEEN}) is None
     assert replay("a", {"overlap, 1 piece": rounds(1.0), "overlap, 2 pieces": rounds(1.0)}) is None
-    assert "no cell has" in markdown("x", [])
+    assert "no cell has" in markdown("x", {})
 
 
 def test_the_report_counts_by_arm(tmp_path, capsys):
@@ -46,9 +58,40 @@ def test_the_report_counts_by_arm(tmp_path, capsys):
     rows = [row(case, "sequential", rounds(1.0)) for case in "ab"]
     rows += [row("a", "overlap, 2 pieces", rounds(0.5)), row("b", "overlap, 2 pieces", rounds(0.5, 2.0))]
     text = markdown("x", replay_all({"rows": rows}))
-    assert "x: right in 1 of 2 cells, mean regret 50.0%" in text and "missed" in text
+    assert "| measured | 1 of 2 | 50.0% | missed |" in text and "model" not in text
     assert "| sequential | 0% | 50% |" in text and "| overlap, 2 pieces | 100% | 50% |" in text
-    assert "- b: chose overlap, 2 pieces, sequential was best (+100.0%)" in text
+    assert "- measured: b: chose overlap, 2 pieces, sequential was best (+100.0%)" in text
     (tmp_path / "x.json").write_text(json.dumps({"rows": rows}))
     assert main([str(tmp_path / "x.json")]) == 0
     assert capsys.readouterr().out == text + "\n"
+
+
+def test_the_model_of_a_cell_is_fitted_on_the_others_alone():
+    """1e12 flop/s and 1e9 bytes/s in the others: 1 s of product and 2 s of link; by hand for 2 ranks and 2 pieces."""
+    others = [told(known(2, 1e12, 1e9, 1.0, 1.0)), told(known(2, 4e12, 1e9, 4.0, 1.0))]
+    cell = told(known(2, 1e12, 2e9, 777.0, 777.0))
+    assert cell is not None and all(others)
+    predict = predictor(cell, [each for each in others if each])
+    assert predict(SEQUENTIAL) == pytest.approx(3.0) and predict(ARMS[2]) == pytest.approx(0.25 + 2.0)
+    slow = told(known(2, 1e12, 2e9, 777.0, 5.0, set_link=True))  # an emulated link's time is known beforehand
+    assert slow is not None
+    assert predictor(slow, [each for each in others if each])(SEQUENTIAL) == pytest.approx(6.0)
+    assert told(known(2, 1e12, 2e9, 1.0, 0.0)) is None and told({"pieces": 1.0}) is None
+
+
+def test_a_model_that_errs_on_the_cell_left_out_shows():
+    """Four cells in which overlap wins 1.5 times, and a fifth like them by the model in which it loses."""
+    rows = []
+    for case, on in (*((name, 1 / 1.5) for name in "abcd"), ("e", 1.25)):
+        facts = known(2, 1e12, 1e9, 0.5, 0.5)
+        for arm, samples in (("sequential", rounds(1.0)), ("overlap, 4 pieces", rounds(on)), ("auto", rounds(1.0))):
+            extras = facts if arm == "auto" else {}
+            rows.append({"case": case, "arm": arm, "seconds": {}, "samples_s": samples, "extras": extras})
+            rows[-1]["seconds"] = {"median": samples[0]}
+    parts = replay_all({"rows": rows})
+    assert [cell.chosen for cell in parts[MODEL]] == ["overlap, 4 pieces"] * 5
+    assert [cell.right for cell in parts[MODEL]] == [True] * 4 + [False]
+    assert [cell.chosen for cell in parts[BOTH]] == ["overlap, 4 pieces"] * 4 + ["sequential"]
+    text = markdown("x", parts)
+    assert "| modelled, then measured | 5 of 5 | 0.0% | reached |" in text
+    assert "| model alone | 4 of 5 | 5.0% | missed |" in text

@@ -28,41 +28,44 @@ from undertow.comms.link import LinkModel
 from undertow.parallel.overlap_gate import ARMS, ROUNDS
 from undertow.parallel.overlap_team import Team
 
-INNER, OUTER = 1024, 1024
-ROWS = {2: 2048, 4: 1024}  # by ranks: four share this project's two cores
+# Ranks, and M×N×K of one rank's product; four ranks share this project's two cores. The first two are the goal's cells,
+# the others are for judging the gate on more shapes (`overlap_choice`).
+SHAPES = [(2, (2048, 1024, 1024)), (4, (1024, 1024, 1024)), (2, (4096, 512, 1024)), (2, (1024, 2048, 512)),
+          (2, (512, 1024, 4096)), (4, (2048, 512, 512))]  # fmt: skip
 RATIOS = (0.0, 0.5, 1.0, 2.0)  # reduce-scatter time / product time; 0: no emulated link
 FIXED = tuple(arm.name for arm in ARMS)
 TORCH = "mm, then reduce_scatter_tensor"
 
 
 def cases(context: Context) -> list[Case]:
-    """One shape for each number of ranks, four links."""
+    """Each shape over four links."""
     found = []
-    for world, rows in ROWS.items() if not context.quick else [(2, 256)]:
+    for world, shape in SHAPES if not context.quick else [(2, (256, 1024, 1024))]:
         for ratio in RATIOS if not context.quick else (0.0, 1.0):
-            link = f"scatter / product = {ratio:g}" if ratio else "no link"
+            product = f"{world} ranks, {'×'.join(map(str, shape))}"
             found.append(
                 Case(
-                    name=f"{world} ranks, {rows}×{OUTER}×{INNER}, {link}",
-                    build=partial(trial, world, rows, ratio, context.seed),
+                    name=f"{product}, {f'scatter / product = {ratio:g}' if ratio else 'no link'}",
+                    build=partial(trial, world, shape, ratio, context.seed),
                     plain="sequential",
                     ours="auto",
-                    nbytes=scattered_bytes(world, rows),
-                    group=f"{world} ranks",
+                    nbytes=scattered_bytes(world, *shape[:2]),
+                    group=product,
                     x=ratio,
                 )
             )
     return found
 
 
-def scattered_bytes(world: int, rows: int) -> int:
+def scattered_bytes(world: int, rows: int, columns: int) -> int:
     """What one rank sends."""
-    return (world - 1) * rows // world * OUTER * 4
+    return (world - 1) * rows // world * columns * 4
 
 
-def trial(world: int, rows: int, ratio: float, seed: int) -> Trial:
+def trial(world: int, shape: tuple[int, int, int], ratio: float, seed: int) -> Trial:
     """A crew of `world` ranks; one team per arm, because a gate belongs to a team, each over a link of its own."""
-    inputs = [_inputs(rows, seed + rank) for rank in range(world)]
+    rows, columns, inner = shape
+    inputs = [_inputs(shape, seed + rank) for rank in range(world)]
     crew = Crew(world, partial(_jobs, inputs, ratio))
     product_s = max(crew.run("product")[1])
     why = crew.run("decide")[1][0]
@@ -80,7 +83,8 @@ def trial(world: int, rows: int, ratio: float, seed: int) -> Trial:
         rights, pieces = zip(*found)
         return Measured(all(rights), seconds, {"pieces": float(pieces[0])} if name == "auto" else {})
 
-    facts = known(world, 2.0 * rows * OUTER * INNER, scattered_bytes(world, rows), product_s, scatter_s, set_link=True)
+    nbytes = scattered_bytes(world, rows, columns)
+    facts = known(world, 2.0 * rows * columns * inner, nbytes, product_s, scatter_s, set_link=True)
 
     arms = [
         Arm(
@@ -99,12 +103,12 @@ def _jobs(inputs: list[Any], ratio: float, rank: int, world: int) -> Mapping[str
     """On each rank. A job returns (is the answer right, pieces chosen)."""
     x, w = inputs[rank]
     wanted = torch.stack([a @ b for a, b in inputs]).sum(0).chunk(world)[rank]
-    nbytes = scattered_bytes(world, x.shape[0])
+    nbytes = scattered_bytes(world, x.shape[0], w.shape[1])
     product_s = _slowest(_product_s(x, w))
     link = LinkModel(nbytes / (ratio * product_s)) if ratio else None
     teams = {name: Team(overlap=name, link=link) for name in (*FIXED, "auto")}
     sizes = (x.shape[0] // world,) * world
-    out = torch.empty(sizes[rank], OUTER)
+    out = torch.empty(sizes[rank], w.shape[1])
     scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # its name since torch 2.13
 
     def ours(team: Team) -> torch.Tensor:
@@ -135,9 +139,9 @@ def _jobs(inputs: list[Any], ratio: float, rank: int, world: int) -> Mapping[str
     return {**jobs, TORCH: judged(plain), "decide": decide, "product": lambda: product_s}
 
 
-def _inputs(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    a, b = (torch.randint(0, 2, shape, generator=generator).float() for shape in ((rows, INNER), (INNER, OUTER)))
+def _inputs(shape: tuple[int, int, int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    (m, n, k), generator = shape, torch.Generator().manual_seed(seed)
+    a, b = (torch.randint(0, 2, sizes, generator=generator).float() for sizes in ((m, k), (k, n)))
     return a, b
 
 

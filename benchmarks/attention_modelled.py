@@ -25,10 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from undertow.benchmarks.facts import facts
-from undertow.comms.builders.attention import attention
-from undertow.comms.builders.attention_named import best_routes, moves_of
 from undertow.comms.builders.attention_shape import Heads
-from undertow.comms.builders.routes import ring
+from undertow.comms.builders.peers import PEERS, Peer, peer_schedule
 from undertow.comms.network import Network
 from undertow.comms.schedule import Schedule
 from undertow.comms.topologies import PRESETS, preset
@@ -44,26 +42,6 @@ DRAGS = (
     1.0,
 )  # how much of a merge's time the attention beside it loses, best and worst, where nothing measured it
 RATE_FIELDS = ("port_bytes_per_s", "pair_bytes_per_s", "bus_bytes_per_s", "far_bytes_per_s")
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A way of the field as (forward schedule, backward schedule). `whole`: it sends whole shards, needed or not."""
-
-    names: tuple[str, str]
-    layout: str = "zigzag"
-    whole: bool = False
-
-
-PEERS = {
-    "ring (Liu et al.)": Peer(("ring_kv", "ring_kv"), "contiguous", whole=True),
-    "zigzag ring (ring-flash-attention)": Peer(("ring_kv", "ring_kv"), whole=True),
-    "all-gather (torch CP)": Peer(("all_gather_kv", "all_gather_kv")),
-    "Ulysses": Peer(("ulysses", "ulysses")),
-    "USP": Peer(("ulysses_ring", "ulysses_ring"), whole=True),
-    "TokenRing as published": Peer(("token_ring", "ring_kv"), whole=True),
-    "need-only (FCP, MagiAttention)": Peer(("need_only_kv", "need_only_kv")),
-}
 
 
 @dataclass(frozen=True)
@@ -91,12 +69,7 @@ def schedule_of(peer: Peer, problem: Problem, backward: bool, *, goals: bool = F
     name = peer.names[backward]
     if problem.possible(name) or (name == "ulysses" and problem.kv_copies(name) > 1 and problem.world > 32):
         return None
-    shape, moves = shape_of(problem, name), moves_of(name)
-    if peer.whole:
-        routes = [ring(problem.world // shape.inner, narrow=moves == "q")]  # TokenRing narrows its queries as it goes
-    else:
-        routes, _ = best_routes(name, shape, causal=problem.mask.causal, backward=backward)
-    return attention(name, shape, routes, moves=moves, backward=backward, goals=goals, beside=False)
+    return peer_schedule(peer, shape_of(problem, name), causal=problem.mask.causal, backward=backward, goals=goals)
 
 
 def cells(

@@ -16,7 +16,7 @@ from rich.console import Console
 from ..dist.errors import UserError
 from ..dist.machine import Machine
 from ..dist.units import format_bytes, format_flops, format_rate, format_seconds, parse_bytes
-from .builders.catalog import CATALOG, by_name
+from .builders.catalog import ATTENTION_HEADS, CATALOG, by_name
 from .check import check
 from .cost import rank_costs
 from .gantt import draw
@@ -24,6 +24,7 @@ from .network import TOPOLOGIES, Network, fastest, of_machine
 from .schedule import Schedule
 from .schedule_text import load
 from .simulate import ASSUMED, simulate
+from .simulate_peers import ideal_s, table, ways
 from .timeline import lane_table, span_table
 from .topologies import PRESETS, preset
 
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> int:
 @app.command()
 def _simulate(
     schedule: Annotated[
-        str, typer.Argument(help="a builder's name or a schedule's text file; none lists the names")
+        str, typer.Argument(help="a builder's name, a schedule's text file, or `peers`; none lists the names")
     ] = "",
     ranks: Annotated[int | None, typer.Option(help="number of ranks (default 4, or what the file says)", min=1)] = None,
     machine: Annotated[str, typer.Option(metavar="FILE", help="from `undertow probe`; otherwise assumed rates")] = "",
@@ -71,16 +72,15 @@ def _simulate(
     if not schedule:
         _list(console)
         return
+    if schedule == "peers":
+        _compare(console, 4 if ranks is None else ranks, size, machine, topology, transport)
+        return
     plan = _schedule(schedule, ranks, size)
     if text:
         sys.stdout.write(str(plan))
         return
     rates = Machine.load(Path(machine)) if machine else ASSUMED
-    if topology in PRESETS:
-        network, link = preset(topology), f"preset {topology}: {PRESETS[topology].about}"
-    else:
-        network = of_machine(rates, topology=topology, transport=transport)
-        link = f"{transport or fastest(rates)}, per {TOPOLOGIES[topology]}"
+    network, link = _network(rates, topology, transport)
     check(plan, rendezvous=rendezvous)
     timeline = simulate(plan, rates, network=network, rendezvous=rendezvous)
     if json:
@@ -94,6 +94,37 @@ def _simulate(
     console.print(lane_table(timeline))
     _summary(console, plan, rates, network, link)
     console.print(f"modelled time: {format_seconds(timeline.makespan_s)}")
+
+
+def _network(rates: Machine, topology: str, transport: str) -> tuple[Network, str]:
+    """The network, and how to name it."""
+    if topology in PRESETS:
+        return preset(topology), f"preset {topology}: {PRESETS[topology].about}"
+    network = of_machine(rates, topology=topology, transport=transport)
+    return network, f"{transport or fastest(rates)}, per {TOPOLOGIES[topology]}"
+
+
+def _compare(console: Console, world: int, size: str, machine: str, topology: str, transport: str) -> None:
+    """Every way of the field and of ours, on one model."""
+    rates = Machine.load(Path(machine)) if machine else ASSUMED
+    network, link = _network(rates, topology, transport)
+    entry = CATALOG["attention_ring_kv"]
+    rows = max(1, round(parse_bytes(size, name="--bytes") / entry.row_bytes))
+    problem = world, rows + rows % 2, ATTENTION_HEADS, rates
+    found = list(ways(*problem, network))
+    console.print(table(found, ideal_s(*problem), f"causal attention, {world} ranks of {rows + rows % 2:,} tokens"))
+    assumed = " (kernel rates are assumed: no --machine file was given)" if machine == "" else ""
+    console.print(f"machine: {rates.name}{assumed}; link {link}", soft_wrap=True)
+    h = ATTENTION_HEADS
+    console.print(
+        f"{h.q_heads}:{h.kv_heads} heads of {h.head_dim} in {h.dtype}, the same kernels for all: what is compared is "
+        "what travels when. Attention stands still while results are merged beside it. * is the fastest; ideal is the "
+        "attention alone, dealt out evenly. Modelled, not measured.",
+        soft_wrap=True,
+    )
+    for way in found:
+        if way.reason:
+            console.print(f"{way.name}: {way.reason}", soft_wrap=True)
 
 
 def _schedule(name: str, ranks: int | None, size: str) -> Schedule:
@@ -122,6 +153,7 @@ def _list(console: Console) -> None:
     width = max(map(len, CATALOG))
     for name, entry in CATALOG.items():
         console.print(f"  {name:<{width}}  {entry.meaning}", soft_wrap=True)
+    console.print("and `undertow simulate peers`: all attention schedules, the field's and ours, in one table")
     console.print("and `undertow simulate t3`: the evaluation of the T3 paper, or its hardware under your model")
 
 

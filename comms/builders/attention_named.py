@@ -64,10 +64,16 @@ def best_routes(
     return min(plans, key=lambda plan: max(total.sent_bytes for total in plan[1]))
 
 
-def even_needs(size: int, rows: int, *, causal: bool, halves: str = "") -> dict[tuple[int, int], tuple[Need, ...]]:
-    """Of equal shards of `rows` (even): a full mask, or a causal one over zigzag shards."""
+def even_needs(
+    size: int, rows: int, *, causal: bool, halves: str = "", layout: str = "zigzag"
+) -> dict[tuple[int, int], tuple[Need, ...]]:
+    """Of equal shards of `rows` (even): a full mask, or a causal one over zigzag (or, uncut, contiguous) shards."""
     if rows % 2:
         raise UserError(f"{rows} rows in zigzag halves", expected="an even number")
+    if causal and layout == "contiguous":
+        triangle = (Need(0, rows, 0, rows, rows * (rows + 1) // 2),)
+        square = (Need(0, rows, 0, rows, rows * rows),)
+        return {(i, j): triangle if i == j else square for i in range(size) for j in range(i + 1)}
 
     def need(i: int, j: int, k0: int, k1: int) -> Need:
         keys = k1 - k0

@@ -17,11 +17,13 @@ from .all_to_all import all_to_all
 from .attention_named import SCHEDULES, even_attention
 from .attention_shape import Heads
 from .gemm_reduce_scatter import gemm_reduce_scatter
+from .peers import NAMES, PEERS, even_peer, exchanging
 from .reduce_scatter import direct_reduce_scatter, ring_reduce_scatter
 from .ring_attention import ring_attention
 
 _DTYPE, _ITEM = "bfloat16", 2
 _N, _K, _HEADS, _HEAD_DIM = 8192, 2048, 32, 128
+ATTENTION_HEADS = Heads(1, _HEADS, _HEADS, _HEAD_DIM, _HEAD_DIM, _DTYPE)
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,12 @@ class Entry:
 
 def _attention(name: str, backward: bool, world: int, rows: int) -> Schedule:
     """Teams that exchange heads are as large as the ranks allow; hybrids need a number of ranks that has a divisor."""
-    inner = 1
-    if name.startswith("ulysses"):
-        fitting = [n for n in range(1, world + 1) if world % n == 0 and _HEADS % n == 0]
-        inner = max(fitting) if name == "ulysses" else max((n for n in fitting if n < world), default=1)
-        if name == "ulysses" and inner < world:
-            raise UserError(f"{_HEADS} heads cannot be dealt to {world} ranks", remedy="choose ulysses_ring")
-    heads = Heads(1, _HEADS, _HEADS, _HEAD_DIM, _HEAD_DIM, _DTYPE)
-    even = rows + rows % 2
-    return even_attention(name, world, even, heads, causal=True, backward=backward, inner=inner)
+    even, inner = rows + rows % 2, exchanging(name, world, ATTENTION_HEADS)
+    return even_attention(name, world, even, ATTENTION_HEADS, causal=True, backward=backward, inner=inner)
+
+
+def _peer(way: str, backward: bool, world: int, rows: int) -> Schedule:
+    return even_peer(way, world, rows + rows % 2, ATTENTION_HEADS, backward=backward)
 
 
 CATALOG = {
@@ -85,6 +84,15 @@ CATALOG |= {
         f"{what}; causal over zigzag shards, size as ring_attention",
     )
     for name, what in SCHEDULES.items()
+    for backward in (False, True)
+}
+CATALOG |= {
+    f"peer_{name}{'_backward' if backward else ''}": Entry(
+        partial(_peer, way, backward),
+        2 * _HEADS * _HEAD_DIM * _ITEM,
+        f"{way}: {PEERS[way].about}; modelled with the same kernels, causal, size as ring_attention",
+    )
+    for name, way in NAMES.items()
     for backward in (False, True)
 }
 

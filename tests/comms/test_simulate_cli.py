@@ -8,9 +8,16 @@ import json
 import pytest
 
 from undertow.__main__ import main
-from undertow.comms.builders.catalog import CATALOG
+from undertow.comms.builders.attention_named import SCHEDULES
+from undertow.comms.builders.catalog import ATTENTION_HEADS, CATALOG, by_name
+from undertow.comms.builders.peers import NAMES, PEERS
 from undertow.comms.builders.ring_attention import ring_attention
+from undertow.comms.check import check
+from undertow.comms.cost import rank_costs
 from undertow.comms.schedule_text import parse
+from undertow.comms.simulate import ASSUMED
+from undertow.comms.simulate_peers import ideal_s, ways
+from undertow.comms.topologies import preset
 from undertow.dist.machine import Link, Machine
 
 
@@ -22,6 +29,37 @@ def test_every_builder_is_simulated_by_name(name, capsys):
     shown = name.removeprefix("attention_").removesuffix("_backward").split("_sequential")[0]
     assert "modelled time: " in out and "rates are assumed" in out and shown[:14] in out
     assert "│" in out and "waited" in out
+
+
+def test_the_field_and_ours_in_one_table(capsys):
+    """Every way is there, says that it is modelled, and its times and bytes are those of its own schedule."""
+    assert main(["simulate", "peers", "--ranks", "4", "--bytes", "64MiB", "--topology", "nvswitch"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("modelled: causal attention, 4 ranks of 4,096 tokens") and "Modelled, not measured" in out
+    assert "rates are assumed" in out and "preset nvswitch" in out and out.count(" *") >= 2
+    network = preset("nvswitch")
+    found = {way.name: way for way in ways(4, 4096, ATTENTION_HEADS, ASSUMED, network)}
+    assert list(found) == [*PEERS, *SCHEDULES] and all(name[:14] in out for name in found)
+    ideal = ideal_s(4, 4096, ATTENTION_HEADS, ASSUMED)
+    assert all(s > best for way in found.values() for s, best in zip(way.seconds, ideal))
+    assert found["TokenRing as published"].sent_bytes[1] == found["zigzag ring (ring-flash-attention)"].sent_bytes[1]
+    narrow, whole = (found[n].sent_bytes for n in ("need-only (FCP-like)", "zigzag ring (ring-flash-attention)"))
+    assert narrow[1] < whole[1]
+    assert found["Ulysses"].sent_bytes == found["ulysses"].sent_bytes
+    for i in (0, 1):  # contiguous shards leave the first rank idle under a causal mask
+        assert found["ring (Liu et al.)"].seconds[i] > found["zigzag ring (ring-flash-attention)"].seconds[i]
+    assert main(["simulate", "peers", "--ranks", "3", "--bytes", "1MiB"]) == 0
+    assert "cannot be dealt to 3 ranks" in capsys.readouterr().out
+
+
+def test_peers_schedules_are_proved_and_compute_what_ours_do():
+    for name in NAMES:
+        for suffix in ("", "_backward"):
+            for world in (1, 2, 4):
+                plan = by_name(f"peer_{name}{suffix}", world, 1 << 20)
+                check(plan)
+                ours = by_name(f"attention_all_gather_kv{suffix}", world, 1 << 20)
+                assert sum(c.flops for c in rank_costs(plan)) == sum(c.flops for c in rank_costs(ours))
 
 
 def test_text_form_goes_through_a_file(tmp_path, capsys):

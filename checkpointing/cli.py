@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -217,13 +218,10 @@ def watch(
     if interval_s <= 0:
         raise UserError(f"--interval {interval_s}", expected="a time above 0")
     looks = 0
-    with view.live() as screen:
+    with view.live() as screen, suppress(KeyboardInterrupt):
         while True:
-            screen.update(view.table(path, entries(path)), refresh=True)
+            screen(path, entries(path))
             looks += 1
             if looks == count:
                 return
-            try:
-                time.sleep(interval_s)
-            except KeyboardInterrupt:
-                return
+            time.sleep(interval_s)

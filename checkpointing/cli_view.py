@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from .catalogue import Entry
 from .diff import Difference
 from .manifest import Manifest, metrics_of
 from .tensor_stream import pieces, stored_bytes
+
+FRAME = 6  # lines of a table beside its rows, and the cursor's
 
 
 def console() -> Console:
@@ -32,19 +35,29 @@ def say(line: str) -> None:
     sys.stdout.write(line + "\n")
 
 
-def live() -> Live:
-    return Live(console=console(), auto_refresh=False)
+@contextmanager
+def live() -> Iterator[Callable[[Path, Sequence[Entry]], None]]:
+    """Shows a folder's list: on a terminal in place of the one before, with as many of the last rows as fit on it;
+    elsewhere one list after the other."""
+    screen = console()
+    if not screen.is_terminal:
+        yield lambda root, entries: show(table(root, entries))
+        return
+    with Live(console=screen, auto_refresh=False) as shown:
+        yield lambda root, entries: shown.update(table(root, entries, last=screen.height - FRAME), refresh=True)
 
 
-def table(root: Path, entries: Sequence[Entry], *, remove: Collection[Path] | None = None) -> Table:
-    """The list of a folder; with `remove` a column that says what a prune takes away."""
+def table(
+    root: Path, entries: Sequence[Entry], *, remove: Collection[Path] | None = None, last: int | None = None
+) -> Table:
+    """The list of a folder; with `remove` a column that says what a prune takes away; with `last` so many rows."""
     made = Table(title=f"{sum(entry.usable for entry in entries)} whole in {root}", title_justify="left")
     for name in ("step", "size", "ranks", "age"):
         made.add_column(name, justify="right")
     made.add_column("valid?", overflow="fold")
     if remove is not None:
         made.add_column("prune")
-    for entry in entries:
+    for entry in entries if last is None else entries[-max(1, last) :]:
         metrics = "".join(f"  {name} {value:.4g}" for name, value in entry.metrics.items())
         problem = entry.problem.replace(f"{entry.path}/", "")  # the row says where
         state = entry.state + (f": {problem}" if problem else "") + metrics

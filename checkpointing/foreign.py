@@ -19,6 +19,7 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from ..dist.errors import UserError
+from ..dist.progress import Progress
 from .coordinate import Coordinator
 from .manifest import COMMIT, METADATA, BadCheckpoint, Manifest, ObjectRecord, ShardRecord, TensorRecord, check_boxes
 from .state import AppState, plain_name
@@ -190,10 +191,13 @@ class ForeignReader:
         """Compute the CRC-32s of every `parts`-th archive again and read it; `BadCheckpoint` names one that is bad."""
         shards = [(key, shard) for key, record in self.manifest.tensors.items() for shard in record.shards]
         places = [(key, None, self.manifest.objects[key]) for key in self.manifest.objects if key not in self.given]
-        for key, shard, place in [*((key, shard, shard) for key, shard in shards), *places][part::parts]:
-            self._sum_again(self.theirs[key], place.file, place.start, place.length)
-            if shard is not None:
-                self.shard(key, shard)
+        mine = [*((key, shard, shard) for key, shard in shards), *places][part::parts]
+        with Progress(len(mine), f"verify {self.path.name}", part == 0, unit="archive", patient=True) as bar:
+            for key, shard, place in mine:
+                self._sum_again(self.theirs[key], place.file, place.start, place.length)
+                if shard is not None:
+                    self.shard(key, shard)
+                bar.update()
 
     def _sum_again(self, key: str, file: str, start: int, length: int) -> None:
         with open(self.path / file, "rb") as handle:

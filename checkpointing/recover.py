@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from ..dist.errors import UserError
 from ..dist.log import get_logger
+from ..dist.progress import Progress
 from .coordinate import Coordinator
 from .folder import Folder, read_manifest
 from .manifest import BadCheckpoint, Manifest
@@ -74,7 +75,10 @@ def _verify(folder: Folder, coordinator: Coordinator, step: int) -> tuple[Manife
         if manifest.step != step:
             raise BadCheckpoint(f"{path} holds the checkpoint of step {manifest.step}")
         check_lengths(path, manifest)
-        check_content(path, manifest, part=coordinator.rank, parts=coordinator.world)
+        rank, world = coordinator.rank, coordinator.world
+        share = sum(record.nbytes for record in manifest.files.values()) // world  # of any rank, nearly
+        with Progress(share, f"verify {path.name}", rank == 0, unit="B", patient=True) as bar:
+            check_content(path, manifest, part=rank, parts=world, on_bytes=bar.update)
     except BadCheckpoint as error:
         return None, str(error), isinstance(error.__cause__, OSError) and error.__cause__.errno in NOT_DAMAGE
     except UserError as error:

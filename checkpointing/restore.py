@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.tensor import DTensor
 
+from ..dist.progress import Progress
 from .fit import Exchange, alone, compare, is_rank_word, settle
 from .manifest import BadCheckpoint, Manifest, ShardRecord
 from .reader import Reader, dtype_of
@@ -77,7 +78,7 @@ def load_from(
     materialise_optimizers(state, manifest)
     leaves = state.leaves()
     targets = targets_of(state, leaves, manifest)
-    load_tensors(targets, reader)
+    load_tensors(targets, reader, show=state.rank == 0)
     apply_objects(state, leaves, targets, manifest, values)
 
 
@@ -128,19 +129,22 @@ def targets_of(state: AppState, leaves: Sequence[Leaf], manifest: Manifest) -> d
 
 
 @torch.no_grad()
-def load_tensors(targets: Mapping[str, torch.Tensor], reader: Source) -> None:
-    """Fill the targets in place from the checkpoint, resharding as needed."""
+def load_tensors(targets: Mapping[str, torch.Tensor], reader: Source, *, show: bool) -> None:
+    """Fill the targets in place from the checkpoint, resharding as needed; `show`: with a bar if it takes long."""
     metadata = dcp_metadata(reader.manifest)
     shards = {
         MetadataIndex(key, shard.offsets): shard
         for key, record in reader.manifest.tensors.items()
         for shard in record.shards
     }
-    for item in create_default_local_load_plan(dict(targets), metadata).items:
-        source = reader.shard(item.storage_index.fqn, shards[_bare(item.storage_index)])
-        for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths)):
-            source = source.narrow(dim, offset, length)
-        _target(targets[item.dest_index.fqn], item).copy_(source)
+    items = create_default_local_load_plan(dict(targets), metadata).items
+    with Progress(len(items), f"load {reader.path.name}", show, unit="part", patient=True) as bar:
+        for item in items:
+            source = reader.shard(item.storage_index.fqn, shards[_bare(item.storage_index)])
+            for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths)):
+                source = source.narrow(dim, offset, length)
+            _target(targets[item.dest_index.fqn], item).copy_(source)
+            bar.update()
 
 
 def _bare(index: MetadataIndex) -> MetadataIndex:

@@ -22,6 +22,7 @@ from rich.text import Text
 from .units import format_bytes, format_count, format_seconds
 
 _WINDOW_S = 60.0  # the rate and the time left follow the last minute
+_SHORT_S = 1.0  # what takes less needs no bar
 
 
 class Progress:
@@ -29,7 +30,8 @@ class Progress:
 
     `total` None: the length is not known. `initial`: where a resumed run begins (not counted in the rate). `unit` names
     what is counted; 'B' formats it as bytes. `file` defaults to stderr. Fields given to `update` stay until replaced;
-    None removes one; a name that ends in `_per_s` is shown as a rate.
+    None removes one; a name that ends in `_per_s` is shown as a rate. `patient`: of what is over within a second (on a
+    terminal) or `interval_s` (elsewhere) nothing is shown.
     """
 
     def __init__(
@@ -41,11 +43,12 @@ class Progress:
         unit: str = "step",
         initial: int = 0,
         interval_s: float = 10.0,
+        patient: bool = False,
         file: IO[str] | None = None,
     ) -> None:
         self.total, self.description, self.unit, self.done = total, description, unit, initial
         self.fields: dict[str, Any] = {}
-        self._enabled, self._interval_s = enabled, interval_s
+        self._enabled, self._interval_s, self._patient = enabled, interval_s, patient
         self._file: IO[str] = sys.stderr if file is None else file
         self._marks: deque[tuple[float, int]] = deque()
         self._rich: RichProgress | None = None
@@ -64,7 +67,8 @@ class Progress:
                 console=console,
             )
             self._task = self._rich.add_task(self.description, total=self.total, completed=self.done)
-            self._rich.start()
+            if not self._patient:
+                self._rich.start()
         return self
 
     def update(self, advance: int = 1, **fields: Any) -> None:
@@ -80,6 +84,8 @@ class Progress:
             self._marks.popleft()
         if self._rich is not None:
             self._rich.update(self._task, completed=self.done)
+            if now_s - self._started_s > _SHORT_S:
+                self._rich.start()
         elif now_s - self._printed_s >= self._interval_s:
             self._printed_s = now_s
             self._print(self.line())
@@ -90,7 +96,7 @@ class Progress:
         if self._rich is not None:
             self._rich.stop()
             self._rich = None
-        else:
+        elif not self._patient or self._printed_s > self._started_s:
             took = format_seconds(time.monotonic() - self._started_s)
             self._print(f"{self.line(eta=False)}  {'stopped' if kind else 'done'} after {took}")
 

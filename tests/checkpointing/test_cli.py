@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -21,6 +25,7 @@ from undertow.checkpointing.cli import main
 from undertow.checkpointing.diff import compare_checkpoints
 from undertow.checkpointing.manifest import COMMIT
 from undertow.checkpointing.tensor_stream import pieces
+from undertow.dist import progress
 from undertow.dist.errors import UserError
 
 
@@ -218,7 +223,47 @@ def test_prune_is_refused_while_a_job_writes(root):
 
 def test_watch_looks_as_often_as_told(root, capsys):
     assert main(["watch", str(root), "--interval", "0.01", "--count", "2"]) == 0
-    assert "3 whole" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("3 whole") == 2  # no terminal: one list after the other
+
+
+def test_watch_on_a_low_terminal_shows_the_newest(root, monkeypatch):
+    out = Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    for name, value in {"TERM": "xterm", "COLUMNS": "120", "LINES": "8"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["watch", str(root), "--interval", "0.01", "--count", "2"]) == 0
+    rows = [line for line in out.getvalue().splitlines() if "whole " in line and line.startswith("│")]
+    assert "3 whole in" in out.getvalue() and len(rows) >= 2
+    assert {row.split("│")[1].strip() for row in rows} == {"2", "3"}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_restoring_shows_how_far_it_is_where_that_takes_long(tmp_path, monkeypatch):
+    """The clock runs fast: on a terminal bars with the rate, elsewhere plain lines; with the real clock, nothing."""
+    job, real = Job(layers=1), time.monotonic
+
+    def clock(speed: float) -> SimpleNamespace:
+        return SimpleNamespace(monotonic=lambda: real() * speed)
+
+    with job.checkpointer(tmp_path / "c") as ckpt:
+        ckpt.save(1)
+        ckpt.wait()
+        dcp.save({"model": job.model.state_dict()}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+        for terminal, fast in ((True, True), (False, True), (False, False)):
+            out = Terminal() if terminal else io.StringIO()
+            monkeypatch.setattr(sys, "stderr", out)
+            monkeypatch.setenv("TERM", "xterm")
+            monkeypatch.setattr(progress, "time", clock(1e6 if fast else 1e-6))
+            ckpt.restore()
+            ckpt.restore_from(tmp_path / "dcp", names={"optimizer": None})
+            for what in ("verify step-000000001", "load step-000000001", "verify dcp", "load dcp"):
+                assert (what in out.getvalue()) == fast
+            assert ("\x1b[" in out.getvalue()) == terminal
+            assert ("done after" in out.getvalue()) == (fast and not terminal)
 
 
 WRONG = {

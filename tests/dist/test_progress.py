@@ -91,6 +91,20 @@ def test_a_terminal_gets_a_live_bar(monkeypatch):
     assert text.endswith("\n\x1b[?25h")  # the cursor is back and the line is ended
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_patient_bar_shows_only_what_takes_long(clock, monkeypatch, terminal):
+    monkeypatch.setenv("TERM", "xterm")
+    for seconds in (0.5, 25.0):
+        out = Terminal() if terminal else io.StringIO()
+        with Progress(2, "restore", patient=True, file=out) as bar:
+            clock.now += seconds / 2
+            bar.update()
+            clock.now += seconds / 2
+            bar.update()
+        assert ("2/2" in out.getvalue()) == (seconds > 1)
+        assert terminal or seconds < 1 or out.getvalue().count("\n") == 3  # at 12.5 s, 25 s, and the end
+
+
 def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     out = Terminal()

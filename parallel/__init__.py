@@ -12,6 +12,7 @@ from .tensor_parallel import (
     RowParallelLinear,
     SequenceParallelMLP,
 )
+from .tensor_parallel_attention import SequenceParallelAttention
 from .token_ring.api import token_ring_attention
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "OverlapColwiseParallel",
     "OverlapRowwiseParallel",
     "RowParallelLinear",
+    "SequenceParallelAttention",
     "SequenceParallelMLP",
     "Team",
     "all_gather_matmul",

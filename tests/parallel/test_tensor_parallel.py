@@ -16,6 +16,7 @@ from undertow.parallel import (
     OverlapColwiseParallel,
     OverlapRowwiseParallel,
     RowParallelLinear,
+    SequenceParallelAttention,
     SequenceParallelMLP,
     Team,
     close_teams,
@@ -98,3 +99,56 @@ def _layers(rank: int, world: int, seed: int) -> None:
 @pytest.mark.parametrize("world", [1, 3])
 def test_an_mlp_of_any_number_of_tokens_is_the_whole_one(ranks, seed, world):
     ranks(world, _layers, seed)
+
+
+def _attention(rank: int, world: int, seed: int) -> None:
+    """Heads over ranks beside attention written out from the same weights in float64: 1e-12 is rounding."""
+    heads, kv_heads, dim = 2 * world, world, 4
+    for tokens, seq_dim in ((5, 0), (2 * world, 1)):
+        torch.manual_seed(seed + rank)  # rank 0's parameters count
+
+        def turned(y_BHTD: torch.Tensor) -> torch.Tensor:
+            return y_BHTD * torch.arange(1.0, y_BHTD.shape[2] + 1, dtype=y_BHTD.dtype)[:, None]
+
+        block = SequenceParallelAttention(
+            6, heads, kv_heads=kv_heads, head_dim=dim, bias=True, rotate=turned, seq_dim=seq_dim, dtype=torch.float64
+        )
+        generator = torch.Generator().manual_seed(seed)
+        x_BTC = torch.randn(3, tokens, 6, dtype=torch.float64, generator=generator, requires_grad=True)
+        state = {name: value.full_tensor().requires_grad_() for name, value in block.state_dict().items()}
+
+        def split(name: str, count: int, x: torch.Tensor = x_BTC, state: dict = state) -> torch.Tensor:
+            y = x @ state[f"{name}.weight"].t() + state[f"{name}.bias"]
+            return y.unflatten(-1, (count, dim)).transpose(1, 2).repeat_interleave(heads // count, 1)
+
+        q, k, v = turned(split("query", heads)), turned(split("key", kv_heads)), split("value", kv_heads)
+        scores = (q @ k.mT * dim**-0.5).masked_fill(torch.ones(tokens, tokens).triu(1).bool(), -torch.inf)
+        mixed = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        want = mixed @ state["output.weight"].t() + state["output.bias"]
+        target = torch.randn(want.shape, dtype=torch.float64, generator=generator)
+        (want * target).sum().backward()
+
+        def mine(y_BTC: torch.Tensor, seq_dim: int = seq_dim) -> torch.Tensor:
+            y = y_BTC if seq_dim else y_BTC.transpose(0, 1)
+            parts = y.chunk(world, seq_dim)
+            return parts[rank] if rank < len(parts) else y.narrow(seq_dim, 0, 0)
+
+        x_mine = mine(x_BTC.detach()).clone().requires_grad_()
+        out = block(x_mine, tokens)
+        torch.testing.assert_close(out, mine(want.detach()), rtol=1e-12, atol=1e-12)
+        (out * mine(target)).sum().backward()
+        assert x_BTC.grad is not None
+        torch.testing.assert_close(x_mine.grad, mine(x_BTC.grad), rtol=1e-12, atol=1e-12)
+        for name, parameter in block.named_parameters():
+            torch.testing.assert_close(parameter.grad.full_tensor(), state[name].grad, rtol=1e-12, atol=1e-12, msg=name)
+    if world > 1:
+        with pytest.raises(UserError, match="a whole number of each on a rank"):
+            SequenceParallelAttention(12, 4 * world, kv_heads=1, head_dim=world)
+    with pytest.raises(UserError, match="heads a multiple of key heads"):
+        SequenceParallelAttention(12, 3, kv_heads=2)
+    close_teams()
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_attention_with_its_heads_over_ranks_is_the_whole_one(ranks, seed, world):
+    ranks(world, _attention, seed)

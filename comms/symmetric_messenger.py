@@ -10,12 +10,17 @@ for them and write them (`stream_wait`), so the host only queues.
 A wait is for something that every rank has queued earlier than whatever depends on it: for messages of this exchange,
 which are queued before their receives, and for what earlier calls took. Streams that share one hardware queue
 (CUDA_DEVICE_MAX_CONNECTIONS=1) therefore cost overlap and cannot deadlock.
+
+NVLink multicast is not used, and memory is mapped without it: torch sets it up in every rendezvous unless told not to,
+and fails where a GPU or its driver has it half.
 """
 
 from __future__ import annotations
 
+import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,6 +35,7 @@ from .cuda_messengers import CudaMessenger, Rows
 from .stream_wait import Counted, can_wait, wait_value, write_value
 
 MOST_BYTES = 4 << 30  # of a rank's mapped memory; calls that need more are for NCCL
+_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
 _UNIT, _HEAD = 2 << 20, 4096  # what landings grow by; bytes before them, for the counts
 
 
@@ -229,10 +235,25 @@ def _refusal(group: dist.ProcessGroup | None, device: torch.device) -> str:
     whole = group or dist.group.WORLD
     assert whole is not None
     try:
-        symmetric.rendezvous(symmetric.empty(_UNIT, dtype=torch.uint8, device=device), whole)
+        with _without_multicast():
+            symmetric.rendezvous(symmetric.empty(_UNIT, dtype=torch.uint8, device=device), whole)
     except RuntimeError as error:
         return f"torch cannot map the GPUs' memory ({str(error).splitlines()[0]})"
     return ""
+
+
+@contextmanager
+def _without_multicast() -> Iterator[None]:
+    """What the environment says otherwise holds again afterwards, as far as torch asks it again."""
+    before = os.environ.get(_MULTICAST)
+    os.environ[_MULTICAST] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_MULTICAST]
+        else:
+            os.environ[_MULTICAST] = before
 
 
 def _map(group: dist.ProcessGroup | None, device: torch.device, nbytes: int) -> Mapped:
@@ -243,7 +264,8 @@ def _map(group: dist.ProcessGroup | None, device: torch.device, nbytes: int) -> 
     memory = symmetric.empty(_HEAD + world * nbytes, dtype=torch.uint8, device=device)
     memory[:_HEAD].zero_()
     torch.cuda.synchronize(device)
-    handle = symmetric.rendezvous(memory, group)
+    with _without_multicast():
+        handle = symmetric.rendezvous(memory, group)
     handle.barrier()
     torch.cuda.synchronize(device)
     return Mapped(

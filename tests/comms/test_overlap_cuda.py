@@ -6,6 +6,7 @@ Also a program, for a machine without pytest: ``torchrun --nproc-per-node 2 test
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,7 +20,7 @@ from undertow.comms.cuda_messengers import CudaMessenger, PinnedMessenger
 from undertow.comms.cuda_watch import Exchange, Watch
 from undertow.comms.overlap_cuda import CudaOverlapEngine
 from undertow.comms.stream_wait import Counted, can_wait
-from undertow.comms.symmetric_messenger import Mapped, Seat, SymmetricMessenger, apart, why_not
+from undertow.comms.symmetric_messenger import Mapped, Seat, SymmetricMessenger, _refusal, apart, why_not
 from undertow.comms.trigger import GlooMessenger
 from undertow.dist.errors import PeerLost
 
@@ -228,6 +229,25 @@ def test_ranks_map_memory_only_where_they_can_know_that_they_reach_it():
         assert reason in apart([here[0], other])
 
 
+@pytest.mark.parametrize("set_by_user", [None, "0"])
+def test_memory_is_mapped_without_multicast(monkeypatch, set_by_user):
+    import torch.distributed._symmetric_memory as symmetric
+
+    name, seen = "TORCH_SYMM_MEM_DISABLE_MULTICAST", list[Any]()
+    monkeypatch.delenv(name, raising=False)
+    if set_by_user is not None:
+        monkeypatch.setenv(name, set_by_user)
+
+    def rendezvous(memory: Any, group: Any) -> None:
+        seen.append(os.environ.get(name))
+        raise RuntimeError("no GPU\nno trace")
+
+    monkeypatch.setattr(symmetric, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(symmetric, "rendezvous", rendezvous)
+    assert _refusal(object(), torch.device("cpu")) == "torch cannot map the GPUs' memory (no GPU)"
+    assert seen == ["1"] and os.environ.get(name) == set_by_user
+
+
 class _Event:
     def __init__(self) -> None:
         self.done = False
@@ -378,8 +398,6 @@ def test_a_late_product_reaches_the_host_whole(seed, by_counts):
 
 def main() -> None:
     """NCCL between the GPUs of one host; the layers' functions beside torch's collectives."""
-    import os
-
     import torch.distributed as dist
 
     from undertow.parallel import Team, all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter

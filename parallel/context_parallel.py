@@ -87,6 +87,15 @@ class ContextParallel:
         )
         return out.transpose(1, 2)
 
+    def least(self, number: int) -> int:
+        """The smallest of the ranks' numbers, on every rank; collective."""
+        rank, world = place(self.group)
+        nccl = not isinstance(self.group, MpiGroup) and world > 1 and "nccl" in dist.get_backend(self.group)
+        numbers = torch.zeros(world, dtype=torch.int64, device=torch.cuda.current_device() if nccl else "cpu")
+        numbers[rank] = number
+        sum_over(numbers, self.group)
+        return int(numbers.min())
+
     def loss(self, share: Tensor) -> Tensor:
         """The whole loss, on every rank, from this rank's share (its sum divided by the number of *all* targets).
 

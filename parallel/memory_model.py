@@ -111,6 +111,11 @@ def scratch_bytes(shape: DecoderShape, chunks: int) -> int:
     return shape.layer_parameters * (shape.element_size if chunks == 1 else max(4, shape.element_size))
 
 
+def attention_bytes(shape: DecoderShape, rows: int) -> int:
+    """One layer's attention output and log-sum-exp."""
+    return rows * (shape.q * shape.element_size + 4 * shape.heads)
+
+
 def tile_bytes(shape: DecoderShape, rows: int, chunk: int, kernel: bool = True) -> int:
     """dk and dv as a backward kernel returns them, for one tile of the prefix; on a CPU low precision is widened."""
     each = shape.element_size if kernel or shape.element_size >= 4 else 8  # then k, v of the tile are float32 as well
@@ -137,24 +142,38 @@ def moments(
     derived: int = 0,
     graphs: int = 0,
     kernel: bool = True,
+    ranks: int = 0,
+    call: tuple[int, int] = (0, 0),
 ) -> Moments:
     """Peak bytes for `rows` = batch * tokens. `inputs_on_device` counts layers, likewise `attention_on_device` and
-    `graphs`, the last layers, of which everything is kept: gone when the layers below them are differentiated."""
+    `graphs`, the last layers, of which everything is kept: gone when the layers below them are differentiated.
+    `derived`: how many layers in a row have no input kept. `ranks`: 0, or attention is one call over all rows, and over
+    those of so many ranks, that allocates `call` bytes in forward and in backward."""
     e, d, kv = shape.element_size, shape.width, shape.kv
     chunks = -(-rows // chunk)
     chunk = min(chunk, rows)
     row = rows * d * e
-    kept = inputs_on_device * row + attention_on_device * rows * (shape.q * e + 4 * shape.heads)
+    kept = inputs_on_device * row + attention_on_device * attention_bytes(shape, rows)
     kept += rows * (2 * shape.head_dim * e + 32)  # rotary tables; token, position and label numbers
     buffers = 2 * rows * kv * e if chunks > 1 else 0
     gradients = 2 * rows * kv * max(4, e) if chunks > 1 else 0
     working, sums = chunk_bytes(shape, chunk), scratch_bytes(shape, chunks)
     in_flight = 2 * row if inputs_on_host else row
     forward = kept + in_flight + buffers + working // 3
-    fetched = row * ((1 if inputs_on_host else 0) + (1 if derived else 0))
+    fetched = row * ((1 if inputs_on_host else 0) + derived)
     in_mlp = working
     in_attention = tile_bytes(shape, rows, chunk, kernel) + chunk * e * (8 * d + 4 * shape.q + 4 * kv)
     at_the_end = shape.layer_parameters * e if chunks > 1 else 0
+    if ranks and chunks == 1:
+        forward = max(forward, kept + in_flight + working // 3 + call[0])
+        in_attention = max(in_attention, call[1] + chunk * e * (8 * d + 4 * shape.q + 4 * kv))
+    if ranks and chunks > 1:
+        projected, out = rows * e * (shape.q + 2 * kv), 0 if attention_on_device else attention_bytes(shape, rows)
+        whole = projected + max(out, call[0])
+        forward = kept + in_flight - row + max(whole, max(projected, out + row) + working // 3)
+        buffers, gradients = 0, rows * e * shape.q  # of the attention's result; then also those of q, k and v
+        in_mlp = out + (0 if attention_on_device else projected) + working
+        in_attention = out + projected + max(projected, call[1])
     backward = kept + row + fetched + buffers + gradients + sums + max(in_mlp, in_attention, at_the_end)
     loss = kept + 2 * row + loss_bytes(shape, loss_rows, kernel)
     if graphs:
@@ -215,18 +234,21 @@ def step_flops(
     derived: float = 0.0,
     graphs: float = 0.0,
     chunks: int = 1,
+    ranks: int = 0,
 ) -> dict[str, float]:
     """FLOPs of one forward and backward by kind: 'gemm', 'attention_forward', 'attention_backward'.
 
     `attention_kept`, `derived` and `graphs` are fractions of the layers. Attention counts visible pairs only (causal:
     half). With several chunks, backward projects keys and values of all but the last chunk once more (queries too,
-    which a layer cannot leave out).
+    which a layer cannot leave out). `ranks`: 0, or attention is one call over the rows of so many ranks, of which these
+    are one's share: then several chunks are projected three times more.
     """
     rows = batch * tokens
     forward = 2.0 * rows * shape.layers * shape.active_parameters
     head = 3 * 2.0 * rows * shape.vocab * shape.width
-    attention = 2.0 * batch * tokens * tokens * shape.q * shape.layers
-    keys = 2.0 * rows * shape.layers * shape.width * (shape.q + 2 * shape.kv) * (1 - 1 / chunks)
+    attention = 2.0 * batch * tokens * tokens * shape.q * shape.layers * max(1, ranks)
+    again = 1 - 1 / chunks if not ranks or chunks == 1 else 3
+    keys = 2.0 * rows * shape.layers * shape.width * (shape.q + 2 * shape.kv) * again
     return {
         "gemm": forward * (4 + derived - graphs) + head + keys,
         "attention_forward": attention * (2 - attention_kept + derived - graphs),

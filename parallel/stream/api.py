@@ -18,11 +18,12 @@ from torch.distributed.fsdp import FSDPModule
 
 from ...dist.errors import UserError
 from ...dist.launch import detect
+from .deepspeed_zero import is_partitioned
 from .engine import Adapter, Engine
 from .plain import PlainAdapter
 from .plan import StreamPlan
 from .planner import plan as make_plan
-from .protocol import Attend, StreamableModel
+from .protocol import Attend, Ranks, StreamableModel
 
 _ENGINE = "_undertow_stream_engine"
 HOST_SHARE = 0.8  # of the free host memory, divided among the ranks of a host
@@ -40,61 +41,78 @@ def enable(
     every: int | None = None,
     attention_backend: str | None = None,
     attend: Attend | None = None,
+    ranks: Ranks | None = None,
     plan: StreamPlan | None = None,
 ) -> Engine:
     """Stream `model` until `disable`; returns the engine (`report()`, `last_plan`).
 
     `budget_bytes`: device bytes above weights and gradients (default: what is free; 80 % of it on a CPU).
     `host_budget_bytes`: for offload (default: 80 % of free host memory on CUDA, none on a CPU). `chunk`: rows.
-    `offload`, `stash`: force all, or none, of layer inputs off the device, of attention outputs kept. `every=2`: keep
-    every second layer input. `plan` replaces planning. `attend`: a differentiable attention of your own (over ranks,
-    for one) in place of the one here. The mask is then its business, and a layer runs in one chunk, so that its
-    collectives run twice per layer on every rank (forward, and again in backward). `UserError` for a model without
-    decoder layers.
+    `offload`, `stash`: force all, or none, of layer inputs off the device, of attention outputs kept. `every=n`: keep
+    every n-th layer input. `plan` replaces planning.
+
+    `attend`: a differentiable attention of your own (over ranks, for one) in place of the one here; the mask is then
+    its business. It is called once for all rows of a layer, whatever the chunks, and again in backward where its output
+    was not kept. Ranks that meet in it must keep alike: `ranks` (a `ContextParallel`, say) lets them agree in every
+    forward pass; without it all inputs are kept and no outputs, or all of these with `stash=True`.
+
+    `UserError` for a model without decoder layers.
     """
     if _ENGINE in model.__dict__:
         raise UserError("streaming is already on for this model", remedy="call disable(model) first")
-    if every not in (None, 1, 2):
-        raise UserError(f"every={every}", expected="1 (each layer's input) or 2 (every second one)")
-    if attend is not None and (chunk or stash or plan is not None or every == 2):
-        raise UserError(
-            "attend with chunk, stash, every=2 or plan", remedy="leave these out: a layer is one chunk then"
-        )
+    if every is not None and every < 1:
+        raise UserError(f"every={every}", expected="n of at least 1: every n-th layer input is kept")
+    if ranks is not None and attend is None:
+        raise UserError("ranks without attend", remedy="pass the attention over these ranks as attend")
     adapter = adapter_for(model)
     spacing = every
-    if any(isinstance(layer, FSDPModule) for layer in adapter.layers):
-        if every == 2:
-            raise UserError("every=2 with FSDP", remedy="leave it out: a neighbour's weights are not there in backward")
+    if any(isinstance(layer, FSDPModule) or is_partitioned(layer.parameters()) for layer in adapter.layers):
+        if every not in (None, 1):
+            raise UserError(
+                f"every={every} with FSDP or ZeRO 3",
+                remedy="leave it out: a neighbour's weights are not there in backward",
+            )
         spacing = 1
-    if attend is not None:
-        spacing, stash = 1, False
+    if attend is not None and ranks is None:  # nobody to agree with on how often it is called
+        spacing, stash = spacing or 1, bool(stash)
     engine: Engine
     plans: dict[tuple, StreamPlan] = {}
 
     def planner(x: Tensor) -> StreamPlan:
         if plan is not None:
             return _checked(plan, x, len(adapter.layers))
-        on_cuda = x.device.type == "cuda"
         budget = _free_bytes(model, x.device) if budget_bytes is None else budget_bytes
         budget = budget if engine.limit_bytes is None else min(budget, engine.limit_bytes)
-        key = x.shape, x.dtype, torch.is_grad_enabled()
+        mine = made(x, budget, spacing, None)
+        if ranks is None or not torch.is_grad_enabled():
+            return mine
+        every = -ranks.least(-mine.every) if spacing is None else spacing
+        mine = mine if every == mine.every else made(x, budget, every, None)
+        settled = ranks.least(mine.settled) if stash is None else mine.settled
+        return mine if settled == mine.settled else made(x, budget, every, settled)
+
+    def made(x: Tensor, budget: int, every: int | None, settled: int | None) -> StreamPlan:
+        key = x.shape, x.dtype, torch.is_grad_enabled(), every, settled
         if key in plans and plans[key].device_bytes <= budget:
             return plans[key]
         host = host_budget_bytes
         if host is None:
-            host = _host_bytes(engine) if on_cuda else 0
+            host = _host_bytes(engine) if x.device.type == "cuda" else 0
+        host = 0 if offload is False and not stash else host
         plans[key] = make_plan(
             adapter.shape(x),
             x.shape[0],
             x.shape[1],
             budget_bytes=budget,
-            host_bytes=0 if offload is False and not stash else host,
-            chunk=chunk if attend is None else x.shape[1],
+            host_bytes=host,
+            chunk=chunk,
             loss_rows=loss_rows,
-            every=spacing,
+            every=every,
             offload=offload,
             stash=stash,
-            kernel=on_cuda,
+            kernel=x.device.type == "cuda",
+            ranks=0 if attend is None else 1 if ranks is None else ranks.size,
+            settled=settled,
         )
         return plans[key]
 
@@ -124,6 +142,7 @@ def stream_backprop(
     every: int | None = None,
     attention_backend: str | None = None,
     attend: Attend | None = None,
+    ranks: Ranks | None = None,
     plan: StreamPlan | None = None,
 ) -> Iterator[Engine]:
     """`enable` with these options on entry, `disable` on exit. Backward must run inside."""
@@ -138,6 +157,7 @@ def stream_backprop(
         every=every,
         attention_backend=attention_backend,
         attend=attend,
+        ranks=ranks,
         plan=plan,
     )
     try:

@@ -20,6 +20,7 @@ from ...dist.units import format_bytes, parse_bytes
 from ..memory_model import DecoderShape, checkpointing_bytes, step_flops
 from .plan import StreamPlan
 from .planner import plan as make_plan
+from .ring_memory import ring_bytes
 
 KNOWN = {
     "llama3-8b": DecoderShape(32, 4096, 32, 8, 128, 14336, 128256, 218_112_000),
@@ -55,6 +56,7 @@ def plan(
     optimizer: Annotated[str, typer.Option(help=f"{', '.join(OPTIMIZERS)}")] = "none",
     shards: Annotated[int, typer.Option(help="ranks that share weights, gradients, state (FSDP, ZeRO 3)", min=1)] = 1,
     chunk: Annotated[int | None, typer.Option(help="rows of a chunk", show_default=False)] = None,
+    context: Annotated[int, typer.Option(help="ranks that share a sequence, by ring attention", min=1)] = 1,
     machine: Annotated[str, typer.Option(metavar="FILE", help="what `undertow probe` wrote: predicts time")] = "",
 ) -> None:
     """Print the plan for MODEL at SEQ_LEN, its predicted peak, and the longest sequences that would fit."""
@@ -71,15 +73,20 @@ def plan(
             remedy="more --shards, a smaller optimizer, or a device with more --memory",
         )
     console = Console(highlight=False)
-    made = make_plan(shape, batch, seq_len, budget_bytes=budget, host_bytes=host_bytes, chunk=chunk)
+    ranks, mine = (context, -(-seq_len // context)) if context > 1 else (0, seq_len)
+    made = make_plan(shape, batch, mine, budget_bytes=budget, host_bytes=host_bytes, chunk=chunk, ranks=ranks)
     console.print(f"{shape.parameters / 1e9:.2f} G parameters: {format_bytes(resident)} of weights, gradients, state")
+    if context > 1:
+        console.print(
+            f"each of {context} ranks: {mine} tokens, and {format_bytes(host_bytes)} of host memory for itself"
+        )
     console.print(str(made), markup=False)
     console.print(f"peak        {format_bytes(resident + gathered + made.device_bytes)} of {format_bytes(total)}")
-    work = _work(shape, made)
+    work = _work(shape, made, ranks)
     console.print(f"work        {sum(work.values()) / 1e15:.2f} PFLOP a step")
     if machine:
         console.print(f"time        {_seconds(Machine.load(Path(machine)), work):.1f} s a step, from {machine}")
-    console.print(_lengths(shape, batch, budget, host_bytes))
+    console.print(_lengths(shape, batch, budget, host_bytes, context))
 
 
 def shape_of(model: str) -> DecoderShape:
@@ -97,8 +104,8 @@ def shape_of(model: str) -> DecoderShape:
         ) from error
 
 
-def _work(shape: DecoderShape, made: StreamPlan) -> dict[str, float]:
-    return step_flops(shape, made.batch, made.tokens, chunks=len(made.bounds), **made.fractions)
+def _work(shape: DecoderShape, made: StreamPlan, ranks: int) -> dict[str, float]:
+    return step_flops(shape, made.batch, made.tokens, chunks=len(made.bounds), ranks=ranks, **made.fractions)
 
 
 def _seconds(machine: Machine, work: dict[str, float]) -> float:
@@ -121,19 +128,22 @@ def longest(fits) -> int:
     return low * 1024
 
 
-def _lengths(shape: DecoderShape, batch: int, budget: int, host: int) -> Table:
+def _lengths(shape: DecoderShape, batch: int, budget: int, host: int, context: int) -> Table:
+    """Of a whole sequence; checkpointing is counted with the buffers of the same ring."""
     table = Table("way", "longest sequence", title="what would fit (predicted)", title_justify="left")
     row = shape.layers * shape.width * shape.element_size * batch
 
     def plain(chunked: bool, offload: bool):
         def fits(tokens: int) -> bool:
             needed = checkpointing_bytes(shape, batch * tokens, chunked_loss=chunked, offload=offload)
+            needed += max(ring_bytes(shape, batch * tokens, context)) if context > 1 else 0
             return needed <= budget * 0.94 and (not offload or tokens * row <= host)
 
         return fits
 
     def ours(**how):
-        return lambda tokens: "exceeds" not in make_plan(shape, batch, tokens, budget_bytes=budget, **how).reason
+        how |= {"budget_bytes": budget, "ranks": context if context > 1 else 0}
+        return lambda tokens: "exceeds" not in make_plan(shape, batch, tokens, **how).reason
 
     ways = {
         "gradient checkpointing": plain(False, False),
@@ -143,5 +153,5 @@ def _lengths(shape: DecoderShape, batch: int, budget: int, host: int) -> Table:
         "streamed, offload": ours(host_bytes=host),
     }
     for name, fits in ways.items():
-        table.add_row(name, f"{longest(fits) // 1024:,} K tokens")
+        table.add_row(name, f"{context * longest(fits) // 1024:,} K tokens")
     return table

@@ -29,6 +29,7 @@ from .deepspeed_zero import are_here, is_partitioned
 from .layer import KeptLayer, LayerCall, NoAttention, StreamedLayer
 from .layout import Layout
 from .offload import Courier, HostSlot
+from .own_attention import OwnCall, SplitCall
 from .plan import StreamPlan
 from .protocol import Attend, Unsupported
 from .scene import Answer, Scene
@@ -83,6 +84,7 @@ class Tape:
     slots: list[Slot] = field(default_factory=list)
     calls: list[LayerCall] = field(default_factory=list)
     output: Tensor | None = None  # of the latest layer
+    version: int = 0  # of `output` when the layer returned it
     batch: int = 0
 
 
@@ -234,7 +236,8 @@ class Engine:
             raise Unsupported(
                 f"hidden states of shape {tuple(x.shape)} in a pass of {scene.layout.batch} x {scene.layout.tokens}"
             )
-        call = LayerCall(scene, layer, args, kwargs)
+        kind = LayerCall if scene.attend is None else SplitCall if len(scene.bounds) > 1 else OwnCall
+        call = kind(scene, layer, args, kwargs)
         params = call.parameters()
         if not are_here(layer.parameters()):
             raise Unsupported(
@@ -245,7 +248,7 @@ class Engine:
             if plan.inputs[len(tape.slots) : len(tape.slots) + 1] == ("graph",):
                 y, *extras = KeptLayer.apply(call, x, *params)  # type: ignore[misc]
             else:
-                slot = self._slot(tape, plan, call)
+                slot = self._slot(tape, plan, call, x)
                 y, *extras = StreamedLayer.apply(call, slot, x, *params)  # type: ignore[misc]
                 tape.slots.append(slot)
                 tape.calls.append(call)
@@ -255,7 +258,7 @@ class Engine:
                 y, extras = call.forward(lambda i: x[:, bounds[i][0] : bounds[i][1]], None)
         self._streamed.add(self._names[id(layer)])
         self.adapter.deliver(extras)
-        tape.output = y
+        tape.output, tape.version = y, 0 if y.is_inference() else y._version
         return (y,) if call.returns_tuple else y
 
     def _open(self, tape: Tape, layer: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> None:
@@ -285,10 +288,12 @@ class Engine:
         if self.courier is None and "host" in (*plan.inputs, *plan.attention):
             self.courier = Courier(x.device)
 
-    def _slot(self, tape: Tape, plan: StreamPlan, call: LayerCall) -> Slot:
+    def _slot(self, tape: Tape, plan: StreamPlan, call: LayerCall, x: Tensor) -> Slot:
         index, below = len(tape.slots), tape.slots[-1] if tape.slots else None
         known = index < len(plan.inputs)
         place, attention = (plan.inputs[index], plan.attention[index]) if known else ("device", "none")
+        if place == "derived" and not _is(x, tape):  # something came between the layers
+            place = "device"
         if place == "derived" and below is not None:
             parent = tape.calls[-1]
             return Derived(plan.bounds, below, lambda slot: parent.forward(slot.rows, None)[0], attention != "none")
@@ -297,3 +302,9 @@ class Engine:
             on_host = place == "host"
             return HostSlot(self.courier, plan.bounds, input_on_host=on_host, attention=attention, below=below)
         return Slot(plan.bounds, attention != "none", below)
+
+
+def _is(x: Tensor, tape: Tape) -> bool:
+    """Whether x is the output of the latest layer, perhaps by another name, and as that layer left it."""
+    same = tape.output is not None and x.shape == tape.output.shape and x.data_ptr() == tape.output.data_ptr()
+    return same and x._version == tape.version

@@ -90,7 +90,7 @@ class LayerCall:
                 self._random.append(_random_state(x.device))
             else:
                 self._restore_random(chunk, x.device)
-            part, part_extras = self._on(chunk, x, Answer(self.scene, "forward", chunk, keys, slot))
+            part, part_extras = self._on(chunk, x, self._answer("forward", chunk, keys, slot))
             extras.append([_by_row(e, x) for e in part_extras])
             self._extra_shapes = [tuple(e.shape) for e in part_extras]
             if len(bounds) == 1:
@@ -105,7 +105,10 @@ class LayerCall:
 
     def whole(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The layer's output and further outputs as the layer gives them, with their graph where gradients are on."""
-        return self._on(0, x, Answer(self.scene, "gradient", 0, None))
+        return self._on(0, x, self._answer("gradient", 0, None, None))
+
+    def _answer(self, purpose: str, chunk: int, keys: KeyValues | None, slot: Slot | None) -> Answer:
+        return Answer(self.scene, purpose, chunk, keys, slot)
 
     @staticmethod
     def _whole(parts: tuple[Tensor, ...], shape: tuple[int, ...]) -> Tensor:
@@ -133,7 +136,7 @@ class LayerCall:
     def _write_keys(self, chunk: int, x: Tensor, keys: KeyValues) -> None:
         with torch.no_grad(), contextlib.suppress(KeysReady):
             self._restore_random(chunk, x.device)
-            self._on(chunk, x, Answer(self.scene, "keys", chunk, keys))
+            self._on(chunk, x, self._answer("keys", chunk, keys, None))
 
     def _backward_chunk(
         self,
@@ -148,14 +151,8 @@ class LayerCall:
     ) -> None:
         start, stop = self.scene.bounds[chunk]
         x = slot.rows(chunk).detach().requires_grad_(dx is not None)
-        y, extras = self._again(chunk, x, keys, slot, total)
-        outputs, gradients = [y], [dy[:, start:stop]]
-        for extra, dextra in zip(extras, dextras):
-            if dextra is not None and extra.requires_grad:
-                flat = extra.shape[:2] != x.shape[:2]
-                rows = dextra.unflatten(0, (-1, self.scene.layout.tokens)) if flat else dextra
-                outputs.append(extra)
-                gradients.append(rows[:, start:stop].reshape(extra.shape))
+        y, extras = self._again(chunk, x, lambda: self._answer("gradient", chunk, keys, slot), total)
+        outputs, gradients = self._with_gradients(chunk, y, extras, dy, dextras)
         wanted = [x, *params] if dx is not None else params
         grads = torch.autograd.grad(outputs, wanted, gradients, allow_unused=True)
         del y, extras, outputs, gradients
@@ -164,8 +161,22 @@ class LayerCall:
             grads = grads[1:]
         total.add(grads)
 
+    def _with_gradients(
+        self, chunk: int, y: Tensor, extras: tuple[Tensor, ...], dy: Tensor, dextras: tuple[Tensor | None, ...]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """A chunk's outputs, and the rows of their gradients."""
+        start, stop = self.scene.bounds[chunk]
+        outputs, gradients = [y], [dy[:, start:stop]]
+        for extra, dextra in zip(extras, dextras):
+            if dextra is not None and extra.requires_grad:
+                flat = extra.shape[:2] != y.shape[:2]
+                rows = dextra.unflatten(0, (-1, self.scene.layout.tokens)) if flat else dextra
+                outputs.append(extra)
+                gradients.append(rows[:, start:stop].reshape(extra.shape))
+        return outputs, gradients
+
     def _again(
-        self, chunk: int, x: Tensor, keys: KeyValues | None, slot: Slot, total: WeightSums
+        self, chunk: int, x: Tensor, answer: Callable[[], Answer], total: WeightSums
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The chunk with its graph, less the products that no gradient reads; the first time, finds out which."""
         known, names = self.scene.unread.get(id(self.layer)), dict[int, str]()
@@ -177,7 +188,7 @@ class LayerCall:
             left_out = {each for each, name in names.items() if known and name in known}
             self._restore_random(chunk, x.device)
             with torch.enable_grad(), total.taking_over(self.scene.autocast[0], left_out or names, left_out):
-                y, extras = self._on(chunk, x, Answer(self.scene, "gradient", chunk, keys, slot))
+                y, extras = self._on(chunk, x, answer())
             found = unread(y, extras) if names else set()
             if known is None:
                 self.scene.unread[id(self.layer)] = frozenset(names[each] for each in found if each in names)

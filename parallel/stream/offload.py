@@ -139,6 +139,7 @@ class HostSlot(Slot):
         self._rows_here: dict[int, Tensor] = {}
         self._attention_away: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self._attention_coming: dict[int, list[tuple[Tensor, Any]]] = {}
+        self._orders: dict[int, list[list[int]]] = {}  # of the dimensions in memory
 
     def keep_input(self, x_BTd: Tensor) -> None:
         if not self._input_on_host:
@@ -148,11 +149,12 @@ class HostSlot(Slot):
             self._rows_away[chunk] = self._courier.send(x[:, start:stop], "rows", len(self._bounds))
         return None
 
-    def keep_attention(self, chunk: int, out_BHCE: Tensor, lse_BHC: Tensor) -> None:
+    def keep_attention(self, chunk: int, *parts: Tensor) -> None:
         if not self._attention_on_host:
-            return super().keep_attention(chunk, out_BHCE, lse_BHC)
-        out = out_BHCE.transpose(1, 2).contiguous()
-        self._attention_away[chunk] = [self._courier.send(t, "attention", 4) for t in (out, lse_BHC.contiguous())]
+            return super().keep_attention(chunk, *parts)
+        self._orders[chunk] = [sorted(range(t.dim()), key=lambda dim, t=t: -t.stride(dim)) for t in parts]
+        dense = [t.permute(order).contiguous() for t, order in zip(parts, self._orders[chunk])]
+        self._attention_away[chunk] = [self._courier.send(t, "attention", 4) for t in dense]
         return None
 
     def begin(self) -> None:
@@ -163,7 +165,7 @@ class HostSlot(Slot):
             raise RuntimeError("a streamed layer was differentiated twice; retain_graph=True is not supported")
         for chunk in reversed(range(len(self._bounds))):
             self.prefetch(chunk)
-        self._prefetch_attention(len(self._bounds) - 1)
+        self._prefetch_attention(max(self._attention_away, default=0))
 
     def prefetch(self, chunk: int) -> None:
         if chunk in self._rows_away:
@@ -181,13 +183,14 @@ class HostSlot(Slot):
         if chunk in self._attention_away:
             self._attention_coming[chunk] = [self._courier.fetch(*part) for part in self._attention_away.pop(chunk)]
 
-    def attention(self, chunk: int) -> tuple[Tensor, Tensor] | None:
+    def attention(self, chunk: int) -> tuple[Tensor, ...] | None:
         if not self._attention_on_host:
             return super().attention(chunk)
         self._prefetch_attention(chunk)
         self._prefetch_attention(chunk - 1)
-        out, lse = (self._courier.ready(part) for part in self._attention_coming.pop(chunk))
-        return out.transpose(1, 2), lse
+        here = [self._courier.ready(part) for part in self._attention_coming.pop(chunk)]
+        orders = self._orders.pop(chunk)
+        return tuple(t.permute([order.index(dim) for dim in range(t.dim())]) for t, order in zip(here, orders))
 
     def release(self, chunk: int) -> None:
         self._rows_here.pop(chunk, None)

@@ -40,8 +40,6 @@ class StreamPlan:
             raise UserError(f"no such place: {', '.join(sorted(unknown))}", expected=f"{INPUTS} and {ATTENTION}")
         if self.inputs and self.inputs[0] == "derived":
             raise UserError("the first layer's input cannot be derived from a layer before it")
-        if any(pair == ("derived", "derived") for pair in zip(self.inputs, self.inputs[1:])):
-            raise UserError("two neighbouring layers with derived inputs")
         graphs = self.inputs.count("graph")
         if graphs and (self.inputs[-graphs:] != ("graph",) * graphs or set(self.attention[-graphs:]) != {"none"}):
             raise UserError(
@@ -54,6 +52,17 @@ class StreamPlan:
     def bounds(self) -> tuple[tuple[int, int], ...]:
         """Chunks [start, stop) in order; the last may be shorter."""
         return tuple((a, min(a + self.chunk, self.tokens)) for a in range(0, self.tokens, self.chunk))
+
+    @property
+    def every(self) -> int:
+        """n where every n-th layer input is kept: one more than the most neighbours with derived inputs."""
+        runs = "".join("d" if place == "derived" else " " for place in self.inputs).split(" ")
+        return 1 + max(map(len, runs))
+
+    @property
+    def settled(self) -> int:
+        """Layers whose attention runs once only: output or graph kept."""
+        return sum(place != "none" for place in self.attention) + self.inputs.count("graph")
 
     @property
     def fractions(self) -> dict[str, float]:

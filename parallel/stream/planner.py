@@ -1,22 +1,23 @@
 """From free bytes and a model's sizes to a `StreamPlan`: a pure function, the same answer on every rank.
 
 The whole sequence and chunk lengths from `LONGEST_CHUNK` down to `SMALLEST` rows are tried, each with layer inputs
-where they fit: on the device (the last layers first, because their backward comes first), the rest on the host, every
-second one not kept at all when the host is full too. What room remains goes to attention outputs, which saves their
-recomputation; and where one chunk fits, to the whole graphs of the last layers, which then compute nothing twice. Of
-what fits, the plan with the least predicted work wins: one chunk is plain checkpointing of whole
-layers with a chunked loss, so chunking is chosen only where it does not fit, or where the room that it frees saves more
-attention than chunks cost. When nothing fits, the tightest plan is returned with a reason, so that a run degrades
-instead of failing here.
+where they fit: on the device (the last layers first, because their backward comes first), the rest on the host; when
+the host is full too, only every n-th one is kept, with the smallest n that fits. What room remains goes to attention
+outputs, which saves their recomputation; and where one chunk fits, to the whole graphs of the last layers, which then
+compute nothing twice. Of what fits, the plan with the least predicted work wins: one chunk is plain checkpointing of
+whole layers with a chunked loss, so chunking is chosen only where it does not fit, or where the room that it frees
+saves more attention than chunks cost. When nothing fits, the tightest plan is returned with a reason, so that a run
+degrades instead of failing here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from ..memory_model import DecoderShape, Moments, loss_bytes, moments, step_flops, sum_bytes
+from ..memory_model import DecoderShape, attention_bytes, loss_bytes, moments, step_flops, sum_bytes
 from .plan import StreamPlan
+from .ring_memory import ring_bytes
 from .sweep import default_rows
 
 SMALLEST = 512  # shorter chunks, and fewer rows of the loss than it likes, are tried only when nothing else fits
@@ -30,6 +31,7 @@ GRAPH_MARGIN = 0.08  # of the rest, where graphs are kept: what autograd saves d
 RATES = {"gemm": 787e12, "attention_forward": 641e12, "attention_backward": 545e12}
 BYTES_PER_S = 3.0e12
 HOST_BYTES_PER_S = 50e9
+SPACINGS = (1, 2, 3, 4, 6, 8)  # of kept layer inputs
 HOST_SEEN = 0.02  # of a copy to the host and back: it is hidden, but device memory is preferred
 
 
@@ -46,56 +48,87 @@ def plan(
     offload: bool | None = None,
     stash: bool | None = None,
     kernel: bool = True,
+    ranks: int = 0,
+    settled: int | None = None,
 ) -> StreamPlan:
     """The plan for `batch` sequences of `tokens`.
 
     `budget_bytes`: device bytes above weights and gradients (None: no limit). `host_bytes`: host memory for offload.
-    `chunk`, `loss_rows`, `every` (2: every second layer input), `offload` (True: all inputs, False: none) and `stash`
+    `chunk`, `loss_rows`, `every` (n: every n-th layer input), `offload` (True: all inputs, False: none) and `stash`
     (keep attention outputs: True all, False none) fix what is otherwise chosen. Whole graphs are kept only where none
-    of `chunk`, `offload=True`, `stash` and `every=2` says otherwise, and not of mixtures of experts, whose graphs have
-    no formula here.
+    of `chunk`, `offload=True`, `stash` and `every` above 1 says otherwise, and not of mixtures of experts, whose graphs
+    have no formula here.
+
+    `ranks`: 0, or attention is one call over all rows of a layer, and over those of so many ranks (1: on this one
+    alone); `tokens` are then those of one rank. Ranks must keep attention of the same layers: `settled` says of how
+    many, the last ones (graphs among them), and `stash=True` means all.
     """
     usable = None if budget_bytes is None else int(budget_bytes * (1 - MARGIN))
     rows = loss_rows or _loss_rows(shape, batch * tokens, usable, kernel)
+    settled = shape.layers if ranks and stash and settled is None else settled
+    task = _Task(shape, batch, tokens, usable, max(host_bytes, 0), offload, stash, kernel, ranks, settled)
     tried, found = _chunks(batch, tokens, chunk), list[StreamPlan]()
     shorter = [] if chunk else [size for size in (256, 128) if size < tried[-1]]
     smaller = [rows] if loss_rows else [n for n in (128, 64, 32, 16) if n <= rows]
     for sizes, fewer in ((tried, rows), *(([*tried, *shorter], n) for n in smaller)):
-        found = [
-            placed
-            for size in sizes
-            for derive in _spacings(every)
-            if (placed := _place(shape, batch, tokens, size, fewer, usable, host_bytes, derive, offload, stash, kernel))
-        ]
+        for size in sizes:
+            # A wider spacing computes more and frees no more than the attention outputs that would make up for it.
+            placed = (_place(task, size, fewer, spacing) for spacing in _spacings(every, shape.layers))
+            first = next((best for best in placed if best is not None), None)
+            found += [first] if first is not None else []
         if found:
             break
-    free = chunk is None and stash is None and not offload and every != 2
+    free = chunk is None and stash is None and not offload and every in (None, 1)
     if free and shape.active_parameters == shape.layer_parameters:
-        usable = None if usable is None else int(usable * (1 - GRAPH_MARGIN))
-        found += _with_graphs(
-            lambda graphs: _place(
-                shape, batch, tokens, tokens, rows, usable, host_bytes, False, offload, stash, kernel, graphs
-            ),
-            shape.layers,
-        )
+        task = replace(task, usable=None if usable is None else int(usable * (1 - GRAPH_MARGIN)))
+        found += _with_graphs(lambda graphs: _place(task, tokens, rows, 1, graphs), shape.layers)
     if found:
-        best = min(found, key=lambda candidate: cost(candidate, shape))
-        return replace(best, reason=_reason(best, found, tried, shape), loss_rows=loss_rows or best.loss_rows)
+        best = min(found, key=lambda candidate: cost(candidate, shape, ranks))
+        reason = _reason(best, found, tried, shape, ranks)
+        return replace(best, reason=reason, loss_rows=loss_rows or best.loss_rows)
     place = "host" if host_bytes > 0 and offload is not False else "device"
-    inputs = tuple("derived" if every == 2 and layer % 2 else place for layer in range(shape.layers))
-    tightest = StreamPlan(batch, tokens, min(tried[-1], tokens), inputs, ("none",) * shape.layers, rows)
-    return replace(_predicted(tightest, shape, kernel), reason="even the smallest plan exceeds the budget")
+    inputs = tuple("derived" if every and layer % every else place for layer in range(shape.layers))
+    attention = ("none",) * (shape.layers - (settled or 0)) + (place,) * (settled or 0)
+    tightest = StreamPlan(batch, tokens, min(tried[-1], tokens), inputs, attention, rows)
+    return replace(
+        predicted(tightest, shape, kernel=kernel, ranks=ranks), reason="even the smallest plan exceeds the budget"
+    )
 
 
-def cost(plan: StreamPlan, shape: DecoderShape) -> float:
+@dataclass(frozen=True)
+class _Task:
+    """What all candidates share; as the arguments of `plan`. `usable`: bytes of the budget, less a margin."""
+
+    shape: DecoderShape
+    batch: int
+    tokens: int
+    usable: int | None
+    host_bytes: int
+    offload: bool | None
+    stash: bool | None
+    kernel: bool
+    ranks: int
+    settled: int | None
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.tokens
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one layer's input."""
+        return self.rows * self.shape.width * self.shape.element_size
+
+
+def cost(plan: StreamPlan, shape: DecoderShape, ranks: int = 0) -> float:
     """Seconds of one forward and backward on a machine of `RATES`: for comparing plans, not for promising."""
-    work = step_flops(shape, plan.batch, plan.tokens, chunks=len(plan.bounds), **plan.fractions)
+    work = step_flops(shape, plan.batch, plan.tokens, chunks=len(plan.bounds), ranks=ranks, **plan.fractions)
     copies = HOST_SEEN * 2 * plan.host_bytes / HOST_BYTES_PER_S
     sums = sum_bytes(shape, plan.batch * plan.tokens, plan.batch * plan.chunk) / BYTES_PER_S
     return sum(amount / RATES[kind] for kind, amount in work.items()) + sums + copies
 
 
-def _reason(best: StreamPlan, found: list[StreamPlan], tried: list[int], shape: DecoderShape) -> str:
+def _reason(best: StreamPlan, found: list[StreamPlan], tried: list[int], shape: DecoderShape, ranks: int) -> str:
     if len(tried) == 1:
         return ""
     graphs = best.inputs.count("graph")
@@ -107,7 +140,7 @@ def _reason(best: StreamPlan, found: list[StreamPlan], tried: list[int], shape: 
         return "one chunk fits: plain checkpointing of whole layers, with a chunked loss"
     longest = max(found, key=lambda candidate: candidate.chunk)
     if longest.chunk > best.chunk:
-        gain = cost(longest, shape) / cost(best, shape) - 1
+        gain = cost(longest, shape, ranks) / cost(best, shape, ranks) - 1
         return f"longer chunks fit, but the room saves more attention ({gain:.1%} of a step, predicted)"
     if best.chunk == tried[1] and best.batch * best.tokens > 2 * LONGEST_CHUNK:
         return f"one chunk does not fit; of several, those of more than {LONGEST_CHUNK} rows were measured to be slower"
@@ -132,8 +165,8 @@ def _chunks(batch: int, tokens: int, chunk: int | None) -> list[int]:
     return [size for size in sizes if size == tokens or size * batch <= LONGEST_CHUNK or size <= 128]
 
 
-def _spacings(every: int | None) -> list[bool]:
-    return [False, True] if every is None else [every == 2]
+def _spacings(every: int | None, layers: int) -> list[int]:
+    return [n for n in SPACINGS if n == 1 or n <= layers] if every is None else [every]
 
 
 def _with_graphs(place: Callable[[int], StreamPlan | None], layers: int) -> list[StreamPlan]:
@@ -146,51 +179,39 @@ def _with_graphs(place: Callable[[int], StreamPlan | None], layers: int) -> list
     return [placed for count in sorted(counts) if (placed := place(count))]
 
 
-def _place(
-    shape: DecoderShape,
-    batch: int,
-    tokens: int,
-    chunk: int,
-    loss_rows: int,
-    usable: int | None,
-    host_bytes: int,
-    derive: bool,
-    offload: bool | None,
-    stash: bool | None,
-    kernel: bool,
-    graphs: int = 0,
-) -> StreamPlan | None:
+def _place(task: _Task, chunk: int, loss_rows: int, spacing: int, graphs: int = 0) -> StreamPlan | None:
     """The best placement with these chunks, or None when none fits."""
-    layers, tail = shape.layers - graphs, ("graph",) * graphs
-    row_bytes = batch * tokens * shape.width * shape.element_size
-    attention_bytes = batch * tokens * (shape.q * shape.element_size + 4 * shape.heads)
-    kept = [layer for layer in range(layers) if not (derive and layer % 2)]
+    layers, tail = task.shape.layers - graphs, ("graph",) * graphs
+    kept = [layer for layer in range(layers) if layer % spacing == 0]
+    outputs = None if task.settled is None else task.settled - graphs  # of attention, to be kept
+    if outputs is not None and not 0 <= outputs <= layers:
+        return None
+    host_bytes, offload, stash = task.host_bytes, task.offload, task.stash
+    if offload and not host_bytes:
+        host_bytes = len(kept) * task.row_bytes + (layers * attention_bytes(task.shape, task.rows) if stash else 0)
 
     def build(on_device: int, attention: tuple[str, ...]) -> StreamPlan:
         away = kept[: len(kept) - on_device]
         inputs = tuple(
-            "derived" if layer not in kept else "host" if layer in away else "device" for layer in range(layers)
+            "derived" if layer % spacing else "host" if layer in away else "device" for layer in range(layers)
         )
         attention = attention + ("none",) * graphs
-        draft = StreamPlan(batch, tokens, min(chunk, tokens), inputs + tail, attention, loss_rows)
-        return _predicted(draft, shape, kernel)
+        draft = StreamPlan(task.batch, task.tokens, min(chunk, task.tokens), inputs + tail, attention, loss_rows)
+        return predicted(draft, task.shape, kernel=task.kernel, ranks=task.ranks)
 
     def fits(candidate: StreamPlan) -> bool:
-        return (usable is None or candidate.device_bytes <= usable) and candidate.host_bytes <= max(host_bytes, 0)
+        return (task.usable is None or candidate.device_bytes <= task.usable) and candidate.host_bytes <= host_bytes
 
     nothing = ("none",) * layers
     most = 0 if offload else len(kept)
-    least = len(kept) if offload is False or (host_bytes <= 0 and not offload) else 0
-    if offload and host_bytes <= 0:
-        host_bytes = len(kept) * row_bytes + (layers * attention_bytes if stash else 0)
+    least = len(kept) if offload is False or not host_bytes else 0
     chosen = next((n for n in range(most, least - 1, -1) if fits(build(n, nothing))), None)
     if chosen is None:
         return None
-    best = build(chosen, nothing)
-    if stash is False:
-        return best
     attention: list[str] = list(nothing)
     for layer in reversed(range(layers)):
+        if outputs == layers - attention.count("none") or (stash is False and outputs is None):
+            break
         for where in ("device", "host"):
             if where == "device" and offload and stash:
                 continue
@@ -200,27 +221,28 @@ def _place(
             attention[layer] = "none"
         if attention[layer] == "none":
             break
+    if outputs is not None and layers - attention.count("none") != outputs:
+        return None
     return build(chosen, tuple(attention))
 
 
-def _moments(plan: StreamPlan, shape: DecoderShape, kernel: bool) -> Moments:
-    return moments(
+def predicted(plan: StreamPlan, shape: DecoderShape, *, kernel: bool = True, ranks: int = 0) -> StreamPlan:
+    """`plan` with the bytes that it will need; `kernel` and `ranks` as for `plan()`."""
+    rows = plan.batch * plan.tokens
+    found = moments(
         shape,
-        rows=plan.batch * plan.tokens,
+        rows=rows,
         chunk=plan.batch * plan.chunk,
         loss_rows=plan.loss_rows,
         inputs_on_device=plan.inputs.count("device"),
         inputs_on_host=plan.inputs.count("host"),
         attention_on_device=plan.attention.count("device"),
-        derived=plan.inputs.count("derived"),
+        derived=plan.every - 1,
         graphs=plan.inputs.count("graph"),
         kernel=kernel,
+        ranks=ranks,
+        call=ring_bytes(shape, rows, ranks) if ranks else (0, 0),
     )
-
-
-def _predicted(plan: StreamPlan, shape: DecoderShape, kernel: bool) -> StreamPlan:
-    rows = plan.batch * plan.tokens
     host = plan.inputs.count("host") * rows * shape.width * shape.element_size
-    host += plan.attention.count("host") * rows * (shape.q * shape.element_size + 4 * shape.heads)
-    peak = _moments(plan, shape, kernel).peak
-    return replace(plan, device_bytes=peak, host_bytes=host)
+    host += plan.attention.count("host") * attention_bytes(shape, rows)
+    return replace(plan, device_bytes=found.peak, host_bytes=host)

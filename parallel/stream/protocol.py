@@ -46,6 +46,17 @@ class Attend(Protocol):
         ...
 
 
+class Ranks(Protocol):
+    """Those whose rows meet in an `Attend` over ranks: a `ContextParallel`, for one."""
+
+    @property
+    def size(self) -> int: ...
+
+    def least(self, number: int) -> int:
+        """The smallest of the ranks' numbers, on every rank; collective."""
+        ...
+
+
 @runtime_checkable
 class StreamableLayer(Protocol):
     """A decoder layer. Further tensor arguments are allowed when dimension 1 is T (they are sliced like x)."""

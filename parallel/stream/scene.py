@@ -42,7 +42,7 @@ class Scene:
     autocast: tuple[bool, torch.dtype] = (False, torch.bfloat16)
     out_of_memory: Callable[[], None] = lambda: None  # told before the error of a backward goes on
     unread: dict[int, frozenset[str]] = field(default_factory=dict)  # by id of a layer: see `unread`, kept over passes
-    attend: Attend | None = None  # in place of attention here, with one chunk only: ring attention, for one
+    attend: Attend | None = None  # in place of attention here: ring attention, for one
 
     def precision(self, device: torch.device) -> contextlib.AbstractContextManager:
         """The autocast state of the forward call. Its weight cache is off: a cast cached without gradients must not
@@ -59,13 +59,15 @@ def _autocast_on(device: torch.device) -> bool:
 
 @dataclass
 class Answer:
-    """The `Attend` that a layer is given for one chunk. `purpose`: 'keys', 'forward' or 'gradient'."""
+    """The `Attend` that a layer is given for one chunk. `purpose`: 'keys', 'forward' or 'gradient'; where the scene has
+    an attention of its own, `instead` answers, whatever the purpose."""
 
     scene: Scene
     purpose: str
     chunk: int
     keys: KeyValues | None
     slot: Slot | None = None
+    instead: Callable[..., Tensor] | None = None
     calls: int = 0
     returns_tuple: bool = False  # set by the adapter: the layer wraps its output in a tuple
 
@@ -85,8 +87,10 @@ class Answer:
             raise Unsupported("the layer calls attention more than once")
         if self.scene.autocast[0]:  # as scaled_dot_product_attention does under autocast
             q_BHCD, k_BGCD, v_BGCE = (t.to(self.scene.autocast[1]) for t in (q_BHCD, k_BGCD, v_BGCE))
-        if self.scene.attend is not None:  # its rows may be those of several ranks
-            return self.scene.attend(q_BHCD, k_BGCD, v_BGCE, positions=positions, scale=scale, window=window)
+        if self.instead is not None:  # its rows may be those of several ranks
+            if sinks is not None:
+                raise Unsupported("attention sinks, which an attention of one's own is not told of")
+            return self.instead(q_BHCD, k_BGCD, v_BGCE, positions=positions, scale=scale, window=window)
         start, stop = self.scene.bounds[self.chunk]
         if q_BHCD.shape[2] != stop - start or k_BGCD.shape[2] != stop - start:
             raise Unsupported(
@@ -99,7 +103,8 @@ class Answer:
         if self.purpose == "keys":
             raise KeysReady
         if self.purpose == "gradient":
-            known = self.slot.attention(self.chunk) if self.slot is not None else None
+            kept = self.slot.attention(self.chunk) if self.slot is not None else None
+            known = None if kept is None else (kept[0], kept[1])
             return ChunkAttention.apply(q_BHCD, k_BGCD, v_BGCE, sinks, mask, self.keys, known)  # type: ignore
         all_k, all_v = (k_BGCD, v_BGCE) if self.keys is None else (self.keys.k, self.keys.v)
         assert all_k is not None and all_v is not None

@@ -28,15 +28,16 @@ class Slot:
         self.keeps_attention, self.below = keeps_attention, below
         self._bounds = bounds
         self._x: Tensor | None = None
-        self._attention: dict[int, tuple[Tensor, Tensor]] = {}
+        self._attention: dict[int, tuple[Tensor, ...]] = {}
 
     def keep_input(self, x_BTd: Tensor) -> None:
         """Called before the layer runs; nobody writes to x until its backward."""
         self._x = x_BTd.detach()
 
-    def keep_attention(self, chunk: int, out_BHCE: Tensor, lse_BHC: Tensor) -> None:
-        """Called once per chunk of the forward, if `keeps_attention`."""
-        self._attention[chunk] = (out_BHCE, lse_BHC)
+    def keep_attention(self, chunk: int, *parts: Tensor) -> None:
+        """Called once per chunk of the forward, if `keeps_attention`: out [B, H, C, E] and lse [B, H, C], or what
+        another attention gives for all rows, as chunk 0."""
+        self._attention[chunk] = parts
 
     def begin(self) -> None:
         """Backward of this layer starts."""
@@ -52,8 +53,8 @@ class Slot:
         start, stop = self._bounds[chunk]
         return self._x[:, start:stop]
 
-    def attention(self, chunk: int) -> tuple[Tensor, Tensor] | None:
-        """(out, lse) of the chunk, once, if they were kept."""
+    def attention(self, chunk: int) -> tuple[Tensor, ...] | None:
+        """What was kept of the chunk, once."""
         return self._attention.pop(chunk, None)
 
     def release(self, chunk: int) -> None:
@@ -65,10 +66,10 @@ class Slot:
 
 
 class Derived(Slot):
-    """Keeps no input: computes it again from the layer below, whose own slot keeps it.
+    """Keeps no input: computes it again from the layer below, whose own slot keeps it, or is derived in its turn.
 
-    `rerun(slot)` runs that layer forward on the rows its slot hands out. Halves what is kept, for one more forward of
-    every second layer.
+    `rerun(slot)` runs that layer forward on the rows its slot hands out. Where every n-th input is kept, the first
+    backward of n layers computes the n - 1 inputs between, once, and each stays until its own layer's backward.
     """
 
     def __init__(
@@ -85,9 +86,13 @@ class Derived(Slot):
         self.below.prefetch(chunk)
 
     def begin(self) -> None:
-        assert self.below is not None
-        with torch.no_grad():
-            self._x = self._rerun(self.below)
+        below = self.below
+        assert below is not None
+        if self._x is None:
+            if isinstance(below, Derived):
+                below.begin()
+            with torch.no_grad():
+                self._x = self._rerun(below)
 
     def release(self, chunk: int) -> None:
         if chunk == 0:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from undertow.parallel.stream import StreamPlan, stream_backprop
-from undertow.parallel.stream.planner import _predicted
+from undertow.parallel.stream.planner import predicted
 from undertow.parallel.stream.track import PeakBytes
 
 CHUNK = 256
@@ -68,7 +68,7 @@ def test_peak_of_kept_graphs_follows_the_formula(graphs, dtype, seed):
             model(input_ids=ids[:, :tokens], labels=ids[:, :tokens]).loss.backward()
             with PeakBytes() as memory:
                 model(input_ids=ids[:, :tokens], labels=ids[:, :tokens]).loss.backward()
-        found.append(memory.peak / _predicted(own, shape, False).device_bytes)
+        found.append(memory.peak / predicted(own, shape, kernel=False).device_bytes)
     assert all(0.9 <= ratio <= 1.1 for ratio in found), found
 
 

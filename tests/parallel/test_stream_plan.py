@@ -168,7 +168,6 @@ def test_flops_by_hand():
     "bad",
     [
         dict(inputs=("derived", "device")),
-        dict(inputs=("device", "derived", "derived"), attention=("none",) * 3),
         dict(inputs=("moon", "device")),
         dict(attention=("none",)),
         dict(inputs=("device", "graph")),  # with several chunks

@@ -1,0 +1,44 @@
+"""What ring attention allocates while it runs, read off the schedule that it would run: an estimate for plans.
+
+The schedule is `ring_kv`, which most models take; others hold up to twice as much. Bytes grow with the rows of a rank,
+so a short sequence tells those of any; from four ranks on they do not grow with the ranks.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from ...comms.builders.attention_shape import Heads
+from ...comms.cost import buffer_bytes
+from ..masks import Mask
+from ..memory_model import DecoderShape
+from ..token_ring.problem import Problem
+
+ROWS = 64
+NAMES = {2: "bfloat16", 4: "float32", 8: "float64"}
+
+
+def ring_bytes(shape: DecoderShape, rows: int, ranks: int) -> tuple[int, int]:
+    """Bytes of one call's buffers, results among them, in forward and backward, for `rows` of one of `ranks`."""
+    forward, backward = _per_block(
+        min(ranks, 4), shape.heads, shape.kv_heads, shape.head_dim, NAMES[shape.element_size]
+    )
+    return forward * rows // ROWS, backward * rows // ROWS
+
+
+@lru_cache(maxsize=64)
+def _per_block(ranks: int, heads: int, kv_heads: int, head_dim: int, dtype: str) -> tuple[int, int]:
+    if ranks == 1:
+        e = {name: size for size, name in NAMES.items()}[dtype]
+        out = ROWS * heads * (head_dim * e + 4)
+        return out, ROWS * head_dim * e * (heads + 2 * kv_heads)
+    partial = "float64" if dtype == "float64" else "float32"
+    length = ranks * ROWS
+    problem = Problem(
+        ranks, length, length, Heads(1, heads, kv_heads, head_dim, head_dim, dtype, partial, ""), Mask(True)
+    )
+    forward, backward = (
+        max(buffer_bytes(problem.schedule("ring_kv", backward=phase), rank) for rank in range(ranks))
+        for phase in (False, True)
+    )
+    return forward, backward

@@ -365,6 +365,35 @@ def test_only_the_first_call_makes_events_and_no_call_enters_a_stream(overlap):
         engine.close()
 
 
+def test_no_pattern_makes_an_event_again():
+    here, nothing, y = torch.device("cpu"), torch.zeros(60), torch.ones(12, 5)
+
+    def incoming(rows: torch.Tensor, source: int) -> torch.Tensor:
+        return nothing.narrow(0, 0, rows.numel())
+
+    with pytest.MonkeyPatch.context() as patch:
+        _stand_in(patch)
+        patch.setattr("undertow.comms.stream_wait.wait_value", lambda *_: None)
+        messenger = PinnedMessenger(1, 3, here, incoming, copy=_copied, pinned=False)
+        engine = CudaOverlapEngine(device=here, messenger=messenger, timeout_s=1e6)
+        plan = engine.plan((4, 4, 4), 2)
+        calls = {
+            "scatter": lambda: engine.reduce_scatter(plan, lambda low, high: None, y),
+            "sum": lambda: engine.all_reduce(plan, lambda low, high: None, y),
+            "gather": lambda: engine.all_gather(plan, y[4:8], torch.empty(12, 5), lambda low, high: None),
+            "counted": lambda: engine.reduce_scatter(plan, lambda low, high: None, y, tracked=tracked(y, y.clone())),
+        }
+        for what, call in sorted(calls.items(), reverse=True):
+            made = []
+            for _ in range(3):
+                before = _Now.made
+                call()
+                made.append(_Now.made - before)
+            assert made[1:] == [0, 0], (what, made)
+        assert engine.plan((4, 4, 4), 2) is plan
+        engine.close()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("by_counts", [False, True])

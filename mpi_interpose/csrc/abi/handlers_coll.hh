@@ -1,9 +1,11 @@
 // Handlers of blocking collectives. A side's count and type size never change (see transfer.hh), so algorithms that
 // choose by them still choose alike on all ranks, and each rank may decide for itself whether to pack.
 //
-// MPI_IN_PLACE, intercommunicators and arguments that a rank need not give are left to the library.
+// MPI_IN_PLACE, intercommunicators and arguments that a rank need not give are left to the library, but for device
+// memory, which it may not be able to read.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "handlers_p2p.hh"
@@ -26,6 +28,26 @@ inline int rank_in(MPI_Comm comm) {
   own.Comm_rank(comm, &r);
   return r;
 }
+
+// How many ranks a collective exchanges with: those of the communicator, or the other group's of an intercommunicator.
+// -1 when the call is the library's: no communicator, or an intercommunicator without device memory.
+inline int peers_in(MPI_Comm comm, bool device) {
+  if (intra(comm)) return size_of(comm);
+  MPI_Group group;
+  int n = -1;
+  if (!device || handle_key(comm) == handle_key(constants.comm_null) ||
+      own.Comm_remote_group(comm, &group) != MPI_SUCCESS)
+    return -1;
+  if (own.Group_size(group, &n) != MPI_SUCCESS) n = -1;
+  own.Group_free(&group);
+  return n;
+}
+// Whether this rank is the root, and whether it has a part as one of the others. On an intercommunicator `root` is a rank
+// of the other group there, and MPI_ROOT or MPI_PROC_NULL in the root's own group.
+inline bool is_root(MPI_Comm comm, int root) {
+  return intra(comm) ? rank_in(comm) == root : root < 0 && root != MPI_PROC_NULL;
+}
+inline bool is_leaf(MPI_Comm comm, int root) { return root >= 0 || intra(comm); }
 
 struct Degrees {
   int in = 0, out = 0;
@@ -181,11 +203,13 @@ struct TypedBlocks {
 
 template <class F, class N>
 int on_bcast(F next, Site site, void* buf, N count, MPI_Datatype type, int root, MPI_Comm comm) {
-  if (!(record_of(type) || device_side(buf, type)) || !intra(comm)) {
+  const bool device = device_side(buf, type);
+  const bool ours = (record_of(type) || device) && peers_in(comm, device) >= 0;
+  if (!ours || !(is_root(comm, root) || is_leaf(comm, root))) {
     count_call(site, false);
     return next(buf, count, type, root, comm);
   }
-  if (rank_in(comm) == root) {
+  if (is_root(comm, root)) {
     SendSide side(buf, count, type, Peer(), true, kCollectiveGain);
     count_call(site, side.taken());
     return next(side.buf, count, side.type, root, comm);
@@ -217,12 +241,19 @@ inline bool involved(const void* sbuf, MPI_Datatype stype, const void* rbuf, MPI
   return record_of(stype) || record_of(rtype) || device_side(sbuf, stype) || device_side(rbuf, rtype);
 }
 
+// peers_in of a call that may be ours; -1 when neither side may be.
+inline int partners(const void* sbuf, MPI_Datatype stype, const void* rbuf, MPI_Datatype rtype, MPI_Comm comm) {
+  const bool device = device_side(sbuf, stype) || device_side(rbuf, rtype);
+  return device || record_of(stype) || record_of(rtype) ? peers_in(comm, device) : -1;
+}
+
 template <class F, class N>
 int on_gather(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N rcount, MPI_Datatype rtype,
               int root, MPI_Comm comm) {
-  const bool allowed = involved(sbuf, stype, rbuf, rtype) && intra(comm);
-  const int64_t blocks = allowed && rank_in(comm) == root ? size_of(comm) : 0;
-  return exchange(site, sbuf, scount, 1, stype, rbuf, blocks ? rcount : 0, blocks, rtype, allowed,
+  const int n = partners(sbuf, stype, rbuf, rtype, comm);
+  const int64_t blocks = n >= 0 && is_root(comm, root) ? n : 0;
+  return exchange(site, sbuf, scount, n >= 0 && is_leaf(comm, root), stype, rbuf, blocks ? rcount : 0, blocks, rtype,
+                  n >= 0,
                   [&](void* s, MPI_Datatype st, void* r, MPI_Datatype rt) {
                     return next(s, scount, st, r, rcount, rt, root, comm);
                   });
@@ -231,9 +262,10 @@ int on_gather(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void*
 template <class F, class N>
 int on_scatter(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N rcount, MPI_Datatype rtype,
                int root, MPI_Comm comm) {
-  const bool allowed = involved(sbuf, stype, rbuf, rtype) && intra(comm);
-  const int64_t blocks = allowed && rank_in(comm) == root ? size_of(comm) : 0;
-  return exchange(site, sbuf, blocks ? scount : 0, blocks, stype, rbuf, rcount, 1, rtype, allowed,
+  const int n = partners(sbuf, stype, rbuf, rtype, comm);
+  const int64_t blocks = n >= 0 && is_root(comm, root) ? n : 0;
+  return exchange(site, sbuf, blocks ? scount : 0, blocks, stype, rbuf, rcount, n >= 0 && is_leaf(comm, root), rtype,
+                  n >= 0,
                   [&](void* s, MPI_Datatype st, void* r, MPI_Datatype rt) {
                     return next(s, scount, st, r, rcount, rt, root, comm);
                   });
@@ -242,8 +274,8 @@ int on_scatter(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void
 template <class F, class N>
 int on_allgather(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N rcount, MPI_Datatype rtype,
                  MPI_Comm comm) {
-  const bool allowed = involved(sbuf, stype, rbuf, rtype) && intra(comm);
-  return exchange(site, sbuf, scount, 1, stype, rbuf, rcount, allowed ? size_of(comm) : 0, rtype, allowed,
+  const int n = partners(sbuf, stype, rbuf, rtype, comm);
+  return exchange(site, sbuf, scount, 1, stype, rbuf, rcount, std::max(n, 0), rtype, n >= 0,
                   [&](void* s, MPI_Datatype st, void* r, MPI_Datatype rt) {
                     return next(s, scount, st, r, rcount, rt, comm);
                   });
@@ -252,9 +284,8 @@ int on_allgather(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, vo
 template <class F, class N>
 int on_alltoall(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N rcount, MPI_Datatype rtype,
                 MPI_Comm comm) {
-  const bool allowed = involved(sbuf, stype, rbuf, rtype) && intra(comm);
-  const int64_t n = allowed ? size_of(comm) : 0;
-  return exchange(site, sbuf, scount, n, stype, rbuf, rcount, n, rtype, allowed,
+  const int n = partners(sbuf, stype, rbuf, rtype, comm);
+  return exchange(site, sbuf, scount, std::max(n, 0), stype, rbuf, rcount, std::max(n, 0), rtype, n >= 0,
                   [&](void* s, MPI_Datatype st, void* r, MPI_Datatype rt) {
                     return next(s, scount, st, r, rcount, rt, comm);
                   });
@@ -289,9 +320,9 @@ template <class F, class N, class D>
 int on_gatherv(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N* rcounts, D* rdispls,
                MPI_Datatype rtype, int root, MPI_Comm comm) {
   const bool place = in_place_on_device(sbuf, rbuf, rtype);
-  const bool allowed = involved(sbuf, stype, rbuf, rtype) && (place || sbuf != MPI_IN_PLACE) && intra(comm);
-  const int n = allowed && rank_in(comm) == root ? size_of(comm) : 0;
-  SendSide send(sbuf, scount, stype, Peer(), allowed && !place, kCollectiveGain);
+  const int peers = place || sbuf != MPI_IN_PLACE ? partners(sbuf, stype, rbuf, rtype, comm) : -1;
+  const int n = peers >= 0 && is_root(comm, root) ? peers : 0;
+  SendSide send(sbuf, scount, stype, Peer(), peers >= 0 && !place && is_leaf(comm, root), kCollectiveGain);
   Blocks<N, D> recv(rbuf, rcounts, rdispls, rtype, n, kRecvUse, n > 0);
   if (place) recv.keep(n);
   count_call(site, send.taken() || recv.taken());
@@ -304,10 +335,10 @@ template <class F, class N, class D>
 int on_scatterv(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Datatype stype, void* rbuf, N rcount,
                 MPI_Datatype rtype, int root, MPI_Comm comm) {
   const bool place = in_place_on_device(rbuf, sbuf, stype);
-  const bool allowed = involved(sbuf, stype, rbuf, rtype) && (place || rbuf != MPI_IN_PLACE) && intra(comm);
-  const int n = allowed && rank_in(comm) == root ? size_of(comm) : 0;
+  const int peers = place || rbuf != MPI_IN_PLACE ? partners(sbuf, stype, rbuf, rtype, comm) : -1;
+  const int n = peers >= 0 && is_root(comm, root) ? peers : 0;
   Blocks<N, D> send(sbuf, scounts, sdispls, stype, n, kSendUse, n > 0);
-  RecvSide recv(rbuf, rcount, rtype, Peer(), allowed && !place, kCollectiveGain);
+  RecvSide recv(rbuf, rcount, rtype, Peer(), peers >= 0 && !place && is_leaf(comm, root), kCollectiveGain);
   count_call(site, send.taken() || recv.taken());
   const int rc = next(send.buf, scounts, send.displs, send.type, recv.buf, rcount, recv.type, root, comm);
   if (rc == MPI_SUCCESS && recv.taken()) recv.finish_all();
@@ -330,9 +361,8 @@ template <class F, class N, class D>
 int on_allgatherv(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, void* rbuf, N* rcounts, D* rdispls,
                   MPI_Datatype rtype, MPI_Comm comm) {
   const bool place = in_place_on_device(sbuf, rbuf, rtype);
-  const bool allowed = involved(sbuf, stype, rbuf, rtype) && (place || sbuf != MPI_IN_PLACE) && intra(comm);
-  return gather_to_all(next, site, sbuf, scount, stype, rbuf, rcounts, rdispls, rtype, comm,
-                       allowed ? size_of(comm) : -1, place);
+  const int n = place || sbuf != MPI_IN_PLACE ? partners(sbuf, stype, rbuf, rtype, comm) : -1;
+  return gather_to_all(next, site, sbuf, scount, stype, rbuf, rcounts, rdispls, rtype, comm, n, place);
 }
 
 template <class F, class N, class D>
@@ -359,8 +389,7 @@ template <class F, class N, class D>
 int on_alltoallv(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Datatype stype, void* rbuf, N* rcounts,
                  D* rdispls, MPI_Datatype rtype, MPI_Comm comm) {
   const bool place = in_place_on_device(sbuf, rbuf, rtype);
-  const bool allowed = (place || sbuf != MPI_IN_PLACE) && involved(sbuf, stype, rbuf, rtype) && intra(comm);
-  const int n = allowed ? size_of(comm) : 0;
+  const int n = place || sbuf != MPI_IN_PLACE ? std::max(partners(sbuf, stype, rbuf, rtype, comm), 0) : 0;
   return all_to_all_v(next, site, sbuf, scounts, sdispls, stype, rbuf, rcounts, rdispls, rtype, comm, place ? 0 : n, n,
                       place);
 }
@@ -395,7 +424,7 @@ int all_to_all_w(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Data
   std::vector<N> sends_left, receives_left;
   bool moved = false;
   // A rank without neighbours may pass no arrays, and must take part all the same.
-  if (ipc_wanted() && (neighbours || (out > 0 && out == in)) && (!out || (scounts && stypes)) &&
+  if (ipc_wanted() && (neighbours || (out > 0 && out == in && intra(comm))) && (!out || (scounts && stypes)) &&
       (!in || (rcounts && rtypes))) {
     std::vector<PeerBlock> sends = peer_blocks(sbuf, scounts, sdispls, stypes, out);
     std::vector<PeerBlock> receives = peer_blocks(rbuf, rcounts, rdispls, rtypes, in);
@@ -419,8 +448,7 @@ template <class F, class N, class D>
 int on_alltoallw(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Datatype* stypes, void* rbuf, N* rcounts,
                  D* rdispls, MPI_Datatype* rtypes, MPI_Comm comm) {
   const bool place = sbuf == MPI_IN_PLACE && gpu::on_device(rbuf);
-  const bool allowed = (place || sbuf != MPI_IN_PLACE) && intra(comm);
-  const int n = allowed ? size_of(comm) : 0;
+  const int n = place || sbuf != MPI_IN_PLACE ? std::max(peers_in(comm, gpu::possible()), 0) : 0;
   return all_to_all_w(next, site, sbuf, scounts, sdispls, stypes, rbuf, rcounts, rdispls, rtypes, comm, place ? 0 : n, n,
                       false, place);
 }

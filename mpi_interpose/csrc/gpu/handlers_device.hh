@@ -84,8 +84,8 @@ int on_exscan(F next, Site site, void* in, void* out, N count, MPI_Datatype type
 
 template <class F, class N>
 int on_reduce(F next, Site site, void* in, void* out, N count, MPI_Datatype type, MPI_Op op, int root, MPI_Comm comm) {
-  const bool here = gpu::possible() && intra(comm) && rank_in(comm) == root;
-  return reduced(site, in, count, out, count, type, true, here, false,
+  const bool here = gpu::possible() && is_root(comm, root), sends = gpu::possible() && is_leaf(comm, root);
+  return reduced(site, in, count, out, count, type, sends, here, false,
                  [&](void* i, void* o) { return next(i, o, count, type, op, root, comm); });
 }
 

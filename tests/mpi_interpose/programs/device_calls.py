@@ -120,4 +120,74 @@ def local_reduction() -> None:
     assert np.array_equal(b.read(), 2 * data(rank) + 5) and np.array_equal(a.read(), data(rank))
 
 
-RULES = [every_mode_of_sending, matched_receives, requests_tested_and_freed, other_neighbours, local_reduction]
+def intercommunicators() -> None:
+    """Each of two groups gets what the other sends, or what the other's root has."""
+    mine_is_first, n = rank % 2 == 0, 6
+    half = comm.Split(rank % 2, rank)
+    across = half.Create_intercomm(0, comm, 1 if mine_is_first else 0, 7)
+    others, place = list(range(1 if mine_is_first else 0, size, 2)), half.rank
+    few = MPI.INT.Create_vector(n, 1, 2).Commit()
+    mine = Mine(data(rank, n * size))
+    for first_is_root in (True, False):
+        in_roots_group = first_is_root == mine_is_first
+        root = (MPI.ROOT if half.rank == 0 else MPI.PROC_NULL) if in_roots_group else 0
+        chief = 0 if first_is_root else 1
+        both = Mine(data(rank, 2 * n) if in_roots_group else blank(2 * n))
+        across.Bcast([both.mpi(), 1, few], root)
+        want = data(rank, 2 * n) if in_roots_group else blank(2 * n)
+        if not in_roots_group:
+            want[::2] = data(chief, 2 * n)[::2]
+        assert np.array_equal(both.read(), want)
+        all_of, part, want = Mine(blank(n * size)), Mine(blank(n)), blank(n * size)
+        counts, places = [n] * len(others), [n * k for k in range(len(others))]
+        if root == MPI.ROOT:
+            for k, r in enumerate(others):
+                want[n * k : n * k + n] = data(r, n * size)[:n]
+        across.Gather([mine.mpi(), n, MPI.INT], [all_of.mpi(), n, MPI.INT], root)
+        assert np.array_equal(all_of.read(), want)
+        all_of = Mine(blank(n * size))
+        across.Gatherv([mine.mpi(), n, MPI.INT], [all_of.mpi(), counts, places, MPI.INT], root)
+        assert np.array_equal(all_of.read(), want)
+        want = blank(n) if in_roots_group else data(chief, n * size)[n * place : n * place + n]
+        across.Scatter([mine.mpi(), n, MPI.INT], [part.mpi(), n, MPI.INT], root)
+        assert np.array_equal(part.read(), want)
+        part = Mine(blank(n))
+        across.Scatterv([mine.mpi(), counts, places, MPI.INT], [part.mpi(), n, MPI.INT], root)
+        assert np.array_equal(part.read(), want)
+        total = Mine(blank(n))
+        across.Reduce([mine.mpi(), n, MPI.INT], [total.mpi(), n, MPI.INT], root=root)
+        sums = sum(data(r, n * size)[:n] for r in others)
+        assert np.array_equal(total.read(), sums if root == MPI.ROOT else blank(n))
+    total = Mine(blank(n))
+    across.Allreduce([mine.mpi(), n, MPI.INT], [total.mpi(), n, MPI.INT])
+    assert np.array_equal(total.read(), sums)
+    counts, places = [n] * len(others), [n * k for k in range(len(others))]
+    first = np.concatenate([data(r, n * size)[:n] for r in others] + [blank(n * (size - len(others)))])
+    mixed = np.concatenate(
+        [data(r, n * size)[n * place : n * place + n] for r in others] + [blank(n * (size - len(others)))]
+    )
+    vector = [counts, places, MPI.INT]
+    typed = [counts, [4 * at for at in places], [MPI.INT] * len(others)]
+    for call, sends, receives, want in (
+        ("Allgather", [n, MPI.INT], [n, MPI.INT], first),
+        ("Allgatherv", [n, MPI.INT], vector, first),
+        ("Alltoall", [n, MPI.INT], [n, MPI.INT], mixed),
+        ("Alltoallv", vector, vector, mixed),
+        ("Alltoallw", typed, typed, mixed),
+    ):
+        got = Mine(blank(n * size))
+        getattr(across, call)([mine.mpi(), *sends], [got.mpi(), *receives])
+        assert np.array_equal(got.read(), want), call
+    few.Free()
+    across.Free()
+    half.Free()
+
+
+RULES = [
+    every_mode_of_sending,
+    matched_receives,
+    requests_tested_and_freed,
+    other_neighbours,
+    local_reduction,
+    intercommunicators,
+]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..comms.mpi_group import MpiGroup
 from ..dist.errors import UserError
@@ -91,7 +92,7 @@ def positions_of(spans: Sequence[Span]) -> Tensor:
 def shard_sequence(
     x: Tensor,
     *,
-    group: Group = None,
+    group: Group | DeviceMesh = None,
     layout: str = "zigzag",
     dim: int = 1,
     cu_seqlens: Sequence[int] | Tensor | None = None,
@@ -100,6 +101,7 @@ def shard_sequence(
 
     For inputs, position ids and labels alike; shift labels *before* sharding, because neighbours end up on other ranks.
     """
+    _check_dim(x, dim)
     rank, world = place(group)
     mine = shards(x.shape[dim], world, layout, as_list(cu_seqlens))[rank]
     return x.index_select(dim, positions_of(mine).to(x.device))
@@ -108,7 +110,7 @@ def shard_sequence(
 def unshard_sequence(
     x: Tensor,
     *,
-    group: Group = None,
+    group: Group | DeviceMesh = None,
     layout: str = "zigzag",
     dim: int = 1,
     length: int,
@@ -118,14 +120,16 @@ def unshard_sequence(
 
     Differentiable: the gradient of a shard is the sum of what all ranks ask of it.
     """
+    _check_dim(x, dim)
     rank, world = place(group)
     spans = shards(length, world, layout, as_list(cu_seqlens))
     if x.shape[dim] != rows_of(spans[rank]):
         raise UserError(
             f"a shard of {x.shape[dim]} rows on rank {rank}",
             expected=f"{rows_of(spans[rank])}: its part of {length} in layout {layout!r}",
+            remedy="pass the length=, layout= and cu_seqlens= that shard_sequence was given",
         )
-    whole: Tensor = _Gather.apply(x.movedim(dim, 0), spans, group)  # pyright: ignore[reportAssignmentType]
+    whole: Tensor = _Gather.apply(x.movedim(dim, 0), spans, group_of(group))  # pyright: ignore[reportAssignmentType]
     return whole.movedim(0, dim)
 
 
@@ -157,8 +161,32 @@ class _Gather(torch.autograd.Function):
         return grad.index_select(0, positions_of(ctx.spans[rank]).to(grad.device)), None, None
 
 
-def place(group: Group) -> tuple[int, int]:
+def _check_dim(x: Tensor, dim: int) -> None:
+    if not -x.dim() <= dim < x.dim():
+        raise UserError(f"dim {dim} of a tensor of {x.dim()} dims", expected="the dim of the sequence (default 1)")
+
+
+def group_of(group: Group | DeviceMesh) -> Group:
+    """What a caller passes as `group`: a group, an `MpiGroup`, None for all ranks, or a mesh of one axis."""
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise UserError(
+                f"a mesh with the axes {group.mesh_dim_names or group.ndim} as group",
+                expected="a mesh of one axis, the one that shares the sequence",
+                remedy="pass mesh['context'], by the name of your axis",
+            )
+        return group.get_group()
+    if group is not None and not isinstance(group, (dist.ProcessGroup, MpiGroup)):
+        raise UserError(
+            f"group {group!r}",
+            expected="a process group (torch.distributed.new_group), a DeviceMesh of one axis, an MpiGroup, or None",
+        )
+    return group
+
+
+def place(group: Group | DeviceMesh) -> tuple[int, int]:
     """(rank, size) within `group`; (0, 1) where torch.distributed is not initialised."""
+    group = group_of(group)
     if isinstance(group, MpiGroup):
         return group.rank, group.world
     if not dist.is_initialized():
@@ -166,8 +194,9 @@ def place(group: Group) -> tuple[int, int]:
     return dist.get_rank(group), dist.get_world_size(group)
 
 
-def sum_over(x: Tensor, group: Group) -> None:
+def sum_over(x: Tensor, group: Group | DeviceMesh) -> None:
     """Replace `x` by its sum over `group`; collective."""
+    group = group_of(group)
     if isinstance(group, MpiGroup):
         group.sum_into(x)
     elif place(group)[1] > 1:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from ...comms import local
 from ...comms.builders.attention_shape import Heads
@@ -27,10 +28,11 @@ from ..blocks import measured
 from ..kernels.row_products import row_dot
 from ..masks import Mask
 from ..merge import lse_dtype
-from ..partition import Group, as_list, rows_of
+from ..partition import Group, as_list, group_of, rows_of
 from .block_ops import ops, picker
 from .executors import Home, home, homes
 from .gate import ScheduleGate, gate_of
+from .inputs import check_numbers, check_shapes, check_tensors, refuse_what_kernels_lack
 from .planner import Rates, choose, resolve
 from .problem import Problem
 
@@ -49,7 +51,6 @@ class Call:
     home: Home
 
 
-_DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 _KEPT = 4096  # kinds of calls that are remembered; a call must be among them until its backward has run
 _calls: dict[int, Call] = {}
 _numbers: dict[tuple, int] = {}
@@ -61,7 +62,7 @@ def token_ring_attention(
     k_BLGD: Tensor,
     v_BLGE: Tensor,
     *,
-    group: Group = None,
+    group: Group | DeviceMesh = None,
     causal: bool = False,
     window: int | None = None,
     prefix: int = 0,
@@ -82,9 +83,9 @@ def token_ring_attention(
     """Attention of the whole sequence: this rank's rows of it, [B, L, H, E] in the dtype of q; collective over `group`.
 
     q [B, L, H, D], k [B, M, G, D] and v [B, M, G, E] are this rank's shards in `layout` (see `shard_sequence`).
-    `group`: a process group, or a `comms.mpi_group.MpiGroup` where mpiexec started the ranks. `lengths`: the global
-    numbers of queries and keys; None asks the group. `causal` puts the last query at the last key; `window` w lets a
-    query see w keys up to itself; keys before `prefix` are seen by all; `cu_seqlens` are global bounds of packed
+    `group`: a process group, a mesh of one axis, or an `MpiGroup` where mpiexec started the ranks. `lengths`: the
+    global numbers of queries and keys; None asks the group. `causal` puts the last query at the last key; `window` w
+    lets a query see w keys up to itself; keys before `prefix` are seen by all; `cu_seqlens` are global bounds of packed
     documents. A query that sees no key gets zeros. `schedule`, `backward_schedule`: one of `problem.SCHEDULES`; 'auto'
     times the first calls of each shape (see `gate`), 'predicted' trusts the model. With
     `return_lse` also the log-sum-exp [B, L, H], which has a gradient. Sums are formed in float32 (float64 for float64)
@@ -94,22 +95,9 @@ def token_ring_attention(
     `kernel`: what computes a block. 'auto' times those that can on CUDA (see `blocks.measured`) and takes the CPU's
     elsewhere; a name of `blocks.select.ALL` takes that one, or raises `UserError` for a block that it cannot compute.
     """
-    refused = {"dropout": dropout or None, "softcap": softcap, "alibi_slopes": alibi_slopes}
-    for name, value in refused.items():
-        if value is not None:
-            raise UserError(
-                f"{name} in token_ring_attention",
-                expected="no dropout, no soft cap and no ALiBi: the block kernels have none of them with log-sum-exp",
-                remedy=f"leave {name} out, or keep such layers on one rank",
-            )
+    refuse_what_kernels_lack({"dropout": dropout, "softcap": softcap, "alibi_slopes": alibi_slopes})
     q_BLHD, k_BLGD, v_BLGE = _as_autocast((q_BLHD, k_BLGD, v_BLGE))
-    dtypes = {x.dtype for x in (q_BLHD, k_BLGD, v_BLGE)}
-    if len(dtypes) > 1 or not dtypes <= _DTYPES:
-        raise UserError(
-            f"q in {q_BLHD.dtype}, k in {k_BLGD.dtype}, v in {v_BLGE.dtype}",
-            expected=f"one of {', '.join(sorted(map(str, _DTYPES)))} for all three",
-            remedy="cast them, or call under torch.autocast, which does",
-        )
+    check_tensors(q_BLHD, k_BLGD, v_BLGE)
     number = _prepare(
         tuple(q_BLHD.shape), tuple(k_BLGD.shape), tuple(v_BLGE.shape), q_BLHD.dtype, q_BLHD.device, group,
         causal, window, prefix, _frozen(cu_seqlens), _frozen(cu_seqlens_k), layout, lengths, scale,
@@ -144,11 +132,9 @@ def _prepare(
     wire: torch.dtype | None, kernel: str,
 ) -> int:  # fmt: skip
     """The number of the call, after everything about it has been checked."""
-    if len(q) != 4 or len(k) != 4 or len(v) != 4 or k[:3] != v[:3] or (q[0], q[3]) != (k[0], k[3]):
-        raise UserError(
-            f"q {list(q)}, k {list(k)}, v {list(v)}", expected="[B, L, H, D], [B, M, G, D] and [B, M, G, E]"
-        )
-    where = home(group, device)
+    check_shapes(q, k, v)
+    check_numbers(causal, window, prefix, scale, lengths, cu_q, cu_k, wire)
+    where = home(group_of(group), device)
     if lengths is None:  # before the look-up: one rank's shard can be alike in two different calls
         lengths = (cu_q[-1], (cu_k or cu_q)[-1]) if cu_q is not None else _lengths(q[1], k[1], where)
     key = (q, k, v, dtype, device, id(where.executor), causal, window, prefix, cu_q, cu_k, layout, lengths, scale,
@@ -156,12 +142,14 @@ def _prepare(
     if key in _numbers:
         return _numbers[key]
     if cu_q is not None and q[0] != 1:
-        raise UserError(f"cu_seqlens with a batch of {q[0]}", expected="packed documents in a batch of 1")
+        raise UserError(
+            f"cu_seqlens with a batch of {q[0]}",
+            expected="packed documents in a batch of 1",
+            remedy="put the rows one after the other, and their ends into cu_seqlens",
+        )
     picker(kernel)  # refuses an unknown name
     name = str(dtype).removeprefix("torch.")
     partial = "float64" if dtype == torch.float64 else "float32"
-    if wire not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise UserError(f"wire_dtype {wire}", expected="None, or a float type of 16 bits or more")
     sent = "" if wire is None else str(wire).removeprefix("torch.")
     heads = Heads(q[0], q[2], k[2], q[3], v[3], name, partial, sent)
     problem = Problem(where.world, *lengths, heads, Mask(causal, window, prefix, cu_q, cu_k), layout)

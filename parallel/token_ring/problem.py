@@ -38,7 +38,10 @@ class Problem:
     def __post_init__(self) -> None:
         h = self.heads
         if h.q_heads % h.kv_heads:
-            raise UserError(f"{h.q_heads} query heads over {h.kv_heads} key heads", expected="a whole ratio")
+            raise UserError(
+                f"{h.q_heads} query heads over {h.kv_heads} key heads",
+                expected="a whole ratio: each key head serves as many query heads",
+            )
         self.mask.documents(self.lq, self.lk)
 
     @cached_property
@@ -123,7 +126,11 @@ def _plan(problem: Problem, name: str, backward: bool) -> tuple[list[Route], lis
     if name not in SCHEDULES:
         raise UserError(f"schedule {name!r}", expected=f"'auto' or one of {', '.join(SCHEDULES)}")
     if reason := problem.possible(name):
-        raise UserError(f"schedule '{name}': {reason}", remedy="choose ring_kv, or schedule='auto'")
+        raise UserError(
+            f"schedule '{name}' on {problem.world} ranks: {reason}",
+            expected="query heads that the ranks which exchange them divide (key heads are repeated where they must)",
+            remedy="choose ring_kv, or schedule='auto', or a number of ranks that divides the heads",
+        )
     shape = shape_of(problem, name)
     return best_routes(name, shape, causal=problem.mask.causal, backward=backward, node=problem.node)
 

@@ -368,8 +368,79 @@ def test_ranks_without_tokens_and_wrong_shards(ranks):
 @pytest.mark.parametrize("name", ["dropout", "softcap", "alibi_slopes"])
 def test_what_kernels_lack_is_refused_by_name(name):
     x, wrong = torch.randn(1, 4, 2, 8), {name: 0.1}
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(UserError, match=f"{name} 0.1.*leave {name} out"):
         token_ring_attention(x, x, x, **wrong)  # pyright: ignore[reportArgumentType]
+    token_ring_attention(x, x, x, dropout=0.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"q": (8, 4, 16)}, "expected .B, L, H, D."),
+        ({"v": (1, 4, 4, 16)}, "numbers of keys and values differ"),
+        ({"v": (1, 8, 2, 16)}, "heads of keys and values differ"),
+        ({"k": (1, 8, 4, 8)}, "head dims of queries and keys differ"),
+        ({"q": (2, 8, 4, 16)}, "batches differ"),
+        ({"k": (1, 8, 3, 16), "v": (1, 8, 3, 16)}, "4 query heads over 3 key heads.*repeat the key heads"),
+        ({"k": (1, 8, 0, 16), "v": (1, 8, 0, 16)}, "4 query heads over 0 key heads"),
+        ({"window": 2.5, "causal": True}, "window 2.5.*whole number"),
+        ({"window": 3}, "window 3 with causal=False.*causal=True"),
+        ({"causal": "yes"}, "causal 'yes'"),
+        ({"prefix": -1, "causal": True}, "prefix -1.*at least 0"),
+        ({"scale": float("nan")}, "scale nan.*finite"),
+        ({"lengths": 8}, "lengths 8.*queries, keys"),
+        ({"lengths": (9, 9)}, "8 queries on rank 0 of 1; expected 9.*shard_sequence"),
+        ({"cu_seqlens": []}, "cu_seqlens \\[\\].*the global bounds"),
+        ({"cu_seqlens": [0, 5, 3, 8]}, "never descending"),
+        ({"cu_seqlens_k": [0, 8]}, "cu_seqlens_k without cu_seqlens.*pass cu_seqlens="),
+        ({"layout": "zig"}, "layout 'zig'.*zigzag_documents"),
+        ({"schedule": "ring"}, "schedule 'ring'.*ring_kv"),
+        ({"backward_schedule": "ring"}, "schedule 'ring'.*ring_kv"),
+        ({"wire_dtype": torch.int8}, "wire_dtype torch.int8.*16 bits or more"),
+        ({"group": "cp"}, "group 'cp'.*DeviceMesh"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named_with_what_it_should_be(given, message):
+    options = dict(given)
+    q, k, v = (torch.randn(options.pop(name, (1, 8, 4, 16))) for name in "qkv")
+    with pytest.raises(UserError, match=message):
+        token_ring_attention(q, k, v, **options)
+
+
+def test_heads_that_cannot_be_dealt_and_dims_that_are_not_there():
+    for name, heads, world in (("ulysses", 6, 4), ("ulysses_ring", 7, 6), ("ulysses_token", 8, 5)):
+        with pytest.raises(UserError, match=f"'{name}' on {world} ranks: {heads} query.*choose ring_kv"):
+            Problem(world, 64, 64, Heads(1, heads, heads, 8, 8)).schedule(name)
+    x = torch.randn(1, 8, 4, 16)
+    for call in (lambda: shard_sequence(x, dim=9), lambda: unshard_sequence(x, dim=-5, length=8)):
+        with pytest.raises(UserError, match="of a tensor of 4 dims"):
+            call()
+    with pytest.raises(UserError, match="8 rows on rank 0; expected 9.*shard_sequence was given"):
+        unshard_sequence(x, length=9)
+    with pytest.raises(UserError, match="one device for all three"):
+        token_ring_attention(x, x.to("meta"), x)
+
+
+def _meshed(rank, world):
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+    torch.manual_seed(mesh["data"].get_local_rank())
+    whole = torch.randn(1, 9, 2, 8)
+    part = shard_sequence(whole, group=mesh["context"])
+    out = token_ring_attention(part, part, part, group=mesh["context"], causal=True)
+    try:
+        shard_sequence(whole, group=mesh)
+    except UserError as error:
+        assert "mesh['context']" in str(error)
+    wanted = token_ring_attention(part, part, part, group=mesh["context"].get_group(), causal=True)
+    assert torch.equal(out, wanted)
+    found = unshard_sequence(out, group=mesh["context"], length=9)
+    exact = torch.nn.functional.scaled_dot_product_attention(*[whole.transpose(1, 2)] * 3, is_causal=True)
+    torch.testing.assert_close(found, exact.transpose(1, 2))
+    return True
+
+
+def test_a_mesh_of_one_axis_is_a_group(ranks):
+    assert ranks(4, _meshed) == [True] * 4
 
 
 def test_one_float_dtype_for_all_three():

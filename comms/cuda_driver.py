@@ -15,7 +15,7 @@ import torch
 
 from ..dist.errors import UndertowError
 
-_GEQ = 0
+_GEQ, _RELAXED = 0, 2  # CU_STREAM_WAIT_VALUE_GEQ, CU_STREAM_CAPTURE_MODE_RELAXED
 
 
 @cache
@@ -49,6 +49,12 @@ def write(stream: Any, address: int, value: int) -> None:
 def copy(stream: Any, target: int, source: int, nbytes: int) -> None:
     """Queue a copy between two addresses on `stream`: in this or a peer GPU's memory, or the host's pinned one."""
     _check(_driver().cuMemcpyAsync(target, source, nbytes, stream.cuda_stream), "cuMemcpyAsync")
+
+
+def let_capture() -> None:
+    """From now on this thread may ask events while another one captures a CUDA graph, which fails otherwise."""
+    mode = ctypes.c_int(_RELAXED)
+    _check(_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)), "cuThreadExchangeStreamCaptureMode")
 
 
 def place(rows: torch.Tensor) -> tuple[int, int]:

@@ -54,7 +54,7 @@ class Watch:
     """Exchanges of one engine in the order of their queueing.
 
     `end_s`: seconds after which an exchange that is missing still ends the process; None: the transport sees to that.
-    `now`: a clock in seconds, `end`: the abort, for tests.
+    `enter`: what its thread does first. `now`: a clock in seconds, `end`: the abort, for tests.
     """
 
     def __init__(
@@ -64,8 +64,9 @@ class Watch:
         *,
         end_s: float | None = None,
         end: Callable[[], None] = os.abort,
+        enter: Callable[[], None] = lambda: None,
     ) -> None:
-        self._timeout_s, self._now, self._end_s, self._end = timeout_s, now, end_s, end
+        self._timeout_s, self._now, self._end_s, self._end, self._enter = timeout_s, now, end_s, end, enter
         self._pending: deque[_Expected] = deque()
         self._since_s = now()
         self._error: PeerLost | None = None
@@ -106,5 +107,6 @@ class Watch:
             self._thread.join()
 
     def _run(self) -> None:
+        self._enter()
         while not self._closed.wait(min(1.0, self._timeout_s / 4)):
             self.look()

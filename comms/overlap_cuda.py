@@ -17,34 +17,23 @@ the events are used: a captured count would be true at every replay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ..dist.errors import UserError
+from . import cuda_driver
 from .chunk_plan import ChunkPlan, Piece
+from .cuda_counts import Counts, Tracked
 from .cuda_events import Call, Events, Run
 from .cuda_messengers import CudaMessenger, NcclMessenger, Rows
 from .cuda_watch import Exchange, Watch
 from .overlap_engine import Product, add_in_order
 from .stream_wait import Counted
 
-# Queue the whole product, the given rows first to last, on the current stream, and have it add 1 to counters[i] as each
-# tile of the i-th is in memory; returns their numbers of tiles.
-Tracked = Callable[[Sequence[tuple[int, int]], torch.Tensor], Sequence[int]]
 END = 1.5  # of the time-out: when a rank that waits for a lost one ends
-_KEPT = 64  # plans whose counters are kept
-
-
-@dataclass
-class _Counters:
-    """Of one plan: how far every piece has come on the device, and how far it must come. They only grow."""
-
-    counts: torch.Tensor
-    need: list[int]
+_KEPT = 64  # plans
 
 
 class CudaOverlapEngine:
@@ -65,10 +54,14 @@ class CudaOverlapEngine:
         self.messenger = messenger or NcclMessenger(group, device, END * timeout_s)
         self.rank, self.world, self.device = self.messenger.rank, self.messenger.world, device
         self._streams = [torch.cuda.Stream(device) for _ in range(2)]
-        self._watch = Watch(timeout_s, end_s=None if self.messenger.capturable else END * timeout_s)
+        self._watch = Watch(
+            timeout_s,
+            end_s=None if self.messenger.capturable else END * timeout_s,
+            enter=cuda_driver.let_capture if device.type == "cuda" else lambda: None,
+        )
         self._events = Events(torch.cuda.Event)
         self._plans: dict[tuple[tuple[int, ...], int], ChunkPlan] = {}
-        self._counters: dict[ChunkPlan, _Counters] = {}
+        self._counts = Counts(device)
 
     def plan(self, sizes: tuple[int, ...], subchunks: int = 1) -> ChunkPlan:
         key = sizes, subchunks
@@ -197,7 +190,7 @@ class CudaOverlapEngine:
         start = run.call.event(run.current)
         counted: dict[Piece, Counted] = {}
         if overlap and tracked is not None and not run.capturing:
-            counted = self._count(run, plan, tracked, start)
+            counted = self._counts.queue(run, plan, tracked, start)
         arrived: dict[Piece, Any] = {}
         left, at = None, 0
         for step in range(1, self.world):
@@ -239,20 +232,6 @@ class CudaOverlapEngine:
             [each for piece in sends for each in _numbers(whole, piece.low, piece.high, to)],
             [each for piece in receives for each in _numbers(whole, piece.low, piece.high, source)],
         )
-
-    def _count(self, run: Run, plan: ChunkPlan, tracked: Tracked, start: Any) -> dict[Piece, Counted]:
-        """Queue the whole product; what each piece's reader must wait for."""
-        order = plan.scatter_order
-        held = self._counters.pop(plan, None)  # kept only if the product could be queued: else nobody knows its counts
-        if held is None:
-            held = _Counters(torch.zeros(len(order), dtype=torch.int32, device=self.device), [0] * len(order))
-            start = run.call.event(run.current)
-        tiles = tracked([(piece.low, piece.high) for piece in order], held.counts)
-        held.need = [before + new for before, new in zip(held.need, tiles)]
-        self._counters[plan] = held
-        if len(self._counters) > _KEPT:
-            del self._counters[next(iter(self._counters))]
-        return {piece: Counted(start, held.counts, at, held.need[at]) for at, piece in enumerate(order)}
 
     def _exchange(
         self, run: Run, what: str, after: Any, sends: Rows, receives: Rows, part: int, *, pull: bool = False

@@ -321,7 +321,7 @@ def test_a_tracked_product_that_fails_leaves_no_counts_behind():
             engine.reduce_scatter(plan, lambda low, high: None, y, tracked=broken)
         out = engine.reduce_scatter(plan, lambda low, high: None, y, tracked=tracked(y, mine))
         assert torch.equal(out, mine)
-        assert [held.counts.tolist() == held.need for held in engine._counters.values()] == [True]
+        assert [held.counts.tolist() == held.need for held in engine._counts.held.values()] == [True]
 
 
 class _Nobody(CudaMessenger):
@@ -423,6 +423,50 @@ def test_a_late_product_reaches_the_host_whole(seed, by_counts):
         for piece in plan.scatter_order:
             if piece.owner != 0:
                 assert bool((messenger.sent(y[piece.low : piece.high]).view(torch.float32) == call).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_call_is_captured_while_the_watch_looks_at_another(seed):
+    """The watch asks for the events of an eager call while a graph is captured: CUDA forbids that to most threads."""
+    device = torch.device("cuda", 0)
+    theirs = torch.randint(-9, 9, (2, 8, 256), generator=torch.Generator().manual_seed(seed)).float().pin_memory()
+
+    def incoming(rows: torch.Tensor, source: int) -> torch.Tensor:
+        return theirs.view(-1).narrow(0, int(rows.storage_offset()), rows.numel())
+
+    engine = CudaOverlapEngine(device=device, messenger=PinnedMessenger(0, 3, device, incoming), timeout_s=60.0)
+    begun, asked, asking = threading.Event(), threading.Event(), engine._watch.look
+
+    def look() -> None:
+        begun.wait(60)
+        asking()
+        asked.set()
+
+    engine._watch.look = look  # type: ignore[method-assign]
+    plan, mine = engine.plan((8, 8, 8), 2), torch.zeros(24, 256, device=device)
+
+    def call() -> torch.Tensor:
+        y = torch.empty_like(mine)
+
+        def product(low: int, high: int) -> None:
+            y[low:high] = mine[low:high]
+
+        return engine.reduce_scatter(plan, product, y)
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+        assert engine._watch._pending
+        begun.set()
+        assert asked.wait(60)
+    for value in (1.0, 2.0):
+        mine.fill_(value)
+        graph.replay()
+        torch.testing.assert_close(out.cpu(), value + theirs.sum(0), rtol=0, atol=0)
+    torch.testing.assert_close(call().cpu(), 2.0 + theirs.sum(0), rtol=0, atol=0)
+    engine.close()
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ optimizer (options, RNG, users' objects) is read anew each time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
@@ -36,13 +36,16 @@ class Watch:
         for optimizer in optimizers:
             self._owners += [optimizer.state, *optimizer.state.values()]
             self._lists += [optimizer.param_groups, *(group["params"] for group in optimizer.param_groups)]
+        plain = all(isinstance(owner, dict) for owner in self._owners)  # a scripted module's are not
+        if not plain:
+            self._owners = [dict(owner.items()) for owner in self._owners]
         self._sizes = [*map(len, self._owners)], [*map(len, self._lists)]
-        self._keys, held = list(chain.from_iterable(self._owners)), _values(self._owners)
+        self._keys, held = list(chain.from_iterable(self._owners)), list(_held(self._owners))
         self._values = held
         fixed = [leaf for leaf in leaves if leaf.path[0] in state.modules or _is_state(state, leaf)]
         tensors = [value for value in held if isinstance(value, torch.Tensor)]
         known = {*map(id, held), *(local_tensor(tensor).data_ptr() for tensor in tensors)}
-        self.usable = all(
+        self.usable = plain and all(
             isinstance(leaf.value, torch.Tensor)
             and (id(leaf.value) in known or local_tensor(leaf.value).data_ptr() in known or leaf.value.numel() == 0)
             for leaf in fixed
@@ -50,6 +53,7 @@ class Watch:
         self._tensors = [local_tensor(leaf.value) for leaf in fixed if isinstance(leaf.value, torch.Tensor)]
         self._plain = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
         self._sharded = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+        self._parts = list(map(_local, self._sharded))  # to_local() would cost 5 µs each
         self._places = self._where()
         self.fixed = {leaf.key: tensor for leaf, tensor in zip(fixed, self._tensors)}
 
@@ -60,24 +64,22 @@ class Watch:
             and all(o.state is state and o.param_groups is groups for o, state, groups in self._optimizers)
             and ([*map(len, self._owners)], [*map(len, self._lists)]) == self._sizes
             and all(map(is_, chain.from_iterable(self._owners), self._keys))
-            and all(map(is_, _values(self._owners), self._values))
+            and all(map(is_, _held(self._owners), self._values))
+            and all(map(is_, map(_local, self._sharded), self._parts))
             and self._where() == self._places
         )
 
-    def _where(self) -> tuple[list[int], list[torch.Size], list[tuple[int, torch.Size]]]:
+    def _where(self) -> tuple[list[int], list[torch.Size]]:
         """Where the tensors' data lie: `.data` may be given another storage, or another shape of the same one."""
-        return (
-            list(map(torch.Tensor.data_ptr, self._plain)),
-            list(map(_shape, self._plain)),
-            [(tensor._local_tensor.data_ptr(), tensor.shape) for tensor in self._sharded],  # to_local costs 5 µs
-        )
+        whole = [*self._plain, *self._parts]
+        return list(map(torch.Tensor.data_ptr, whole)), list(map(_shape, whole))
 
 
-_shape = attrgetter("shape")
+_shape, _local = attrgetter("shape"), attrgetter("_local_tensor")
 
 
-def _values(owners: Sequence[dict[Any, Any]]) -> list[Any]:
-    return list(chain.from_iterable(owner.values() for owner in owners))
+def _held(owners: Sequence[dict[Any, Any]]) -> Iterator[Any]:
+    return chain.from_iterable(map(dict.values, owners))
 
 
 def _is_state(state: AppState, leaf: Leaf) -> bool:

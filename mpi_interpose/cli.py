@@ -32,13 +32,6 @@ Abi = Annotated[
 ]
 
 
-FORTRAN = {
-    "openmpi": "own entry points",
-    "mpich": "comes through the C functions; own entry points for what mpi_f08 takes past them",
-    "abi": "comes through the C functions",
-}
-
-
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def run(
     command: Annotated[list[str], typer.Argument(help="the program, e.g. mpirun -n 4 ./app")],
@@ -103,7 +96,7 @@ def doctor(
         ("preload", f"{library} ({building.origin(mpi)})"),
         ("intercepted", f"{len(have)} functions, {large} of them large-count"),
         ("not in this MPI", missing(mpi)),
-        ("Fortran", FORTRAN[mpi.flavour]),
+        ("Fortran", "own entry points" if mpi.flavour == "openmpi" else "comes through the C functions"),
         ("kernels", core.load().undertow_core_kernels().decode()),
         (
             "model",
@@ -127,8 +120,7 @@ def missing(mpi: toolchain.Mpi) -> str:
     needed = [f"MPI_{name}" for name in signatures.OWN if f"MPI_{name}" not in mpi.symbols]
     if needed:
         return f"{', '.join(needed)}: without these every call is handed on"
-    made = signatures.NEWER if building.fixed_abi(mpi) else ()  # out of older functions
-    lacking = [symbol for symbol in toolchain.SYMBOLS if symbol not in (*mpi.symbols, *made)]
+    lacking = [symbol for symbol in toolchain.SYMBOLS if symbol not in mpi.symbols]
     plain = [symbol for symbol in lacking if not symbol.endswith("_c")]
     parts = plain + ([f"{len(lacking) - len(plain)} large-count functions"] if len(lacking) > len(plain) else [])
     return f"{', '.join(parts)}; not exported, the others are served" if parts else "nothing is missing"

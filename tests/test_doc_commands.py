@@ -57,6 +57,8 @@ CLAIMS = {
     "python -m undertow.benchmarks.kill_resume": "tests/benchmarks/test_commands.py",
     "python -m undertow.benchmarks.overlap_timeline": "tests/benchmarks/test_commands.py",
     "python -m undertow.benchmarks.overlap_choice": "tests/benchmarks/test_overlap_choice.py",
+    "python -m undertow.benchmarks.overlap_goals": "tests/benchmarks/test_overlap_goals.py",
+    "python -m undertow.benchmarks.overlap_host": ".ci/gpu",
     "python -m undertow.benchmarks.overlap_traffic": ".ci/gpu",
     "python -m undertow.benchmarks.mpi_gpu_paths": ".ci/gpu",
     "python -m undertow.benchmarks.mpi_gpu_pages": "tests/benchmarks/test_mpi_gpu_models.py",

@@ -9,7 +9,8 @@ wrote and
 - writes docs/images/mpi-gpu-pack.png, and what stands in docs/mpi-interposer.md between `<!-- mpi_gpu_… -->` and
   `<!-- end -->`: chosen cells, goals, a link to the figures. What the guide says beside them is yours to read again.
 
-A file with a wrong answer is not kept: the command says so and ends with 1. Older results are never removed.
+A file with a wrong answer is not kept: the command says so and ends with 1. A run of mpi_gpu_pack that was cut short of
+the chosen cells is kept, but the guide stays. Older results are never removed.
 """
 
 from __future__ import annotations
@@ -193,7 +194,9 @@ def keep(path: Path, root: Path) -> list[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     mpi_gpu_pages.save(data, target)
     made = [target, *mpi_gpu_pages.write(data, target)]
-    if experiment:
+    shown = {(row["name"], row["size"]) for row in data["rows"] if row.get("way") == "pack"}
+    part = data["benchmark"] == "mpi_gpu_pack" and not shown >= {(name, size) for name, size, _ in CHOSEN}
+    if experiment or part:
         return made
     if data["benchmark"] == "mpi_gpu_paths":
         model = path.with_name("gpu.txt")

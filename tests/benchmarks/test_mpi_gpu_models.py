@@ -128,7 +128,7 @@ def test_pages_of_exchanges_and_paths(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_run_is_kept_by_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the archive that a GPU machine sends: results, the guide's parts and the shipped paths; no wrong answers."""
-    root, out, mib = tmp_path / "checkout", tmp_path / "out", 1 << 20
+    root, out = tmp_path / "checkout", tmp_path / "out"
     for folder in (mpi_gpu_record.GUIDE.parent, mpi_gpu_record.POLICY.parent):
         (root / folder).mkdir(parents=True, exist_ok=True)
     marks = [f"<!-- {name}: as made -->\n{name} of old\n<!-- end -->\n" for name in mpi_gpu_pages.KINDS]
@@ -136,7 +136,7 @@ def test_a_run_is_kept_by_one_command(tmp_path: Path, capsys: pytest.CaptureFixt
     real = (facts.ROOT / mpi_gpu_record.GUIDE).read_text()
     for name in ("mpi_gpu_pack", "mpi_gpu_messages", "mpi_gpu_collectives"):
         assert mpi_gpu_record.into_guide(real, name, "text") != real  # the guide has these marks
-    packs = [pack_cell("1-D 4 B", 4, 16 * mib, 2e-5, paper=3e-5), pack_cell("1-D 4096 B", 4096, 256 * mib, 2e-4)]
+    packs = [pack_cell(name, 4 << k, size, 2e-5, paper=3e-5) for k, (name, size, _) in enumerate(mpi_gpu_record.CHOSEN)]
     samples = {
         way: [us + 0.1 * k for k in range(9)] for way, us in (("auto", 50), ("by hand", 75), ("per block", 5000))
     }
@@ -168,6 +168,9 @@ def test_a_run_is_kept_by_one_command(tmp_path: Path, capsys: pytest.CaptureFixt
     kept_messages = map(str, (root / "benchmarks/results").glob("mpi_gpu_messages*.json"))
     assert mpi_gpu_record.main([*kept_messages, "--root", str(root)]) == 0
     assert (root / mpi_gpu_record.GUIDE).read_text() == guide  # keeping what is kept changes nothing
+    mpi_gpu_pages.save({**mpi_gpu_pages.begun("mpi_gpu_pack", "", 9), "rows": packs[1:]}, out / "mpi_gpu_pack.json")
+    assert mpi_gpu_record.main([str(out / "mpi_gpu_pack.json"), "--root", str(root)]) == 0
+    assert (root / mpi_gpu_record.GUIDE).read_text() == guide  # a cell that the guide shows is missing there
     (root / mpi_gpu_record.GUIDE).write_text("no marks")
     assert mpi_gpu_record.main([str(out / "mpi/mpi_gpu_messages.json"), "--root", str(root)]) == 1
     assert "expected one, ended by" in capsys.readouterr().err

@@ -112,6 +112,7 @@ class Job:
                 self.model,
                 budget_bytes=self.budget if name == WITHIN else None,
                 attend=self._attend if self.spread else None,
+                ranks=self._handle.context if self.spread else None,
             )
             disable(self.model)
         engine = self._engines[name]
@@ -137,7 +138,6 @@ class Job:
         host = int(0.8 * psutil.virtual_memory().available) // world if cuda else 0
 
         def fits(rows: int) -> bool:
-            fixed: dict[str, Any] = {"chunk": rows, "stash": False} if self.spread else {}
             made = plan(
                 shape,
                 1,
@@ -146,7 +146,7 @@ class Job:
                 host_bytes=host,
                 every=1,
                 kernel=cuda,
-                **fixed,
+                ranks=world if self.spread else 0,
             )
             return made.device_bytes <= limit_bytes - self.resident and made.host_bytes <= host
 

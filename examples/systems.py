@@ -7,6 +7,7 @@ degrees multiply: data × context × tensor = world size, and the data axis take
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ class Systems:
     `stream`: streamed backpropagation, planned within `stream_budget_bytes` (None: what is free), in chunks of
     `stream_chunk` rows (None: planned). `context_parallel`: ranks that share each row's tokens, by TokenRing attention.
     `tensor_parallel`: ranks that share each matrix product, with `overlap` 'auto', 'on' or 'off'. All of them go
-    together; where ranks share a row, streaming keeps layer inputs only and cuts the loss, not the layers.
+    together; where ranks share products, streaming keeps layer inputs only and cuts the loss, not the layers.
     """
 
     stream: bool = False
@@ -51,9 +52,9 @@ class Systems:
             raise UserError("a stream budget or chunk without streaming", remedy="pass --stream too")
         if self.stream_chunk is not None and self.stream_chunk < 1:
             raise UserError(f"chunks of {self.stream_chunk} rows", expected="at least 1")
-        if self.stream_chunk is not None and self.context_parallel * self.tensor_parallel > 1:
+        if self.stream_chunk is not None and self.tensor_parallel > 1:
             raise UserError(
-                f"chunks of {self.stream_chunk} rows where ranks share a row",
+                f"chunks of {self.stream_chunk} rows where ranks share products",
                 expected="--stream alone: a layer is one chunk there, because its messages repeat for each chunk",
                 remedy="leave --stream-chunk out",
             )
@@ -85,8 +86,9 @@ class Parallel:
             self._engine = enable(
                 model,
                 budget_bytes=systems.stream_budget_bytes,
-                chunk=systems.stream_chunk,
+                chunk=systems.stream_chunk if self._team is None else sys.maxsize,  # its rows are those of the team
                 attend=self._attend if shared else None,
+                ranks=self._context if self._team is None else None,
             )
         parameters = list(model.parameters())
         self._shards = [p for p in parameters if isinstance(p, DTensor)]

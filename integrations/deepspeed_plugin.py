@@ -26,7 +26,7 @@ from ..dist.units import parse_bytes
 from ..parallel import enable_context_parallel
 from ..parallel.stream import enable
 from ..parallel.stream.deepspeed_zero import prepare
-from ..parallel.stream.protocol import Attend
+from ..parallel.stream.protocol import Attend, Ranks
 from .context_groups import check_first_batch, context_group
 from .deepspeed_sections import ContextSection, context_section, refuse_beside, stream_section
 
@@ -45,7 +45,7 @@ def install() -> None:
         raw = _raw(bound.get("config") or bound.get("config_params"))
         found = section(raw)
         stream, context = stream_section(found.get("stream")), context_section(found.get("context_parallel"))
-        refuse_beside(raw, stream, context)
+        refuse_beside(raw, context)
         if (stream is None and context is None) or launch.detect().disabled:
             return initialize(*args, **options)
         model = bound["model"]
@@ -58,10 +58,10 @@ def install() -> None:
         if stream is not None:
             prepare(model)  # what stage 3 must know before it partitions; the other stages do not look
         made = initialize(*args, **options)
-        attend = None if context is None else _spread(model, context)
+        attend, ranks = (None, None) if context is None else _spread(model, context)
         if stream is not None:
             budget = None if stream.budget is None else parse_bytes(stream.budget)
-            enable(model, budget_bytes=budget, chunk=stream.chunk, attend=attend)
+            enable(model, budget_bytes=budget, chunk=stream.chunk, attend=attend, ranks=ranks)
             log.info("streamed backpropagation is on")
         return made
 
@@ -69,8 +69,8 @@ def install() -> None:
     deepspeed.initialize = with_systems
 
 
-def _spread(model: Any, context: ContextSection) -> Attend:
-    """Switch context parallelism on; the attention of the latest batch, for streamed layers. Collective."""
+def _spread(model: Any, context: ContextSection) -> tuple[Attend, Ranks]:
+    """Switch context parallelism on: the attention of the latest batch and its ranks, to stream over. Collective."""
     mesh, group = context_group(context.ranks, dist.get_world_size(), dist.get_rank())
     enabled = enable_context_parallel(
         model, group, layout=context.layout, schedule=context.schedule, backward_schedule=context.backward_schedule
@@ -83,7 +83,7 @@ def _spread(model: Any, context: ContextSection) -> Attend:
     ) -> Any:
         return enabled.context.attend(q_BHTD, k_BGTD, v_BGTD, scale=scale, window=window)
 
-    return attend
+    return attend, enabled.context
 
 
 def _raw(config: Any) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def context_section(raw: Any) -> ContextSection | None:
     return ContextSection(**options) if ranks > 1 else None
 
 
-def refuse_beside(config: Mapping[str, Any], stream: StreamSection | None, context: ContextSection | None) -> None:
+def refuse_beside(config: Mapping[str, Any], context: ContextSection | None) -> None:
     """What the rest of the JSON asks for and context parallelism does not go with."""
     if context is None:
         return
@@ -82,7 +82,6 @@ def refuse_beside(config: Mapping[str, Any], stream: StreamSection | None, conte
         "'tensor_parallel'": isinstance(tensor, Mapping) and tensor.get("autotp_size", 0) > 1,
         "'sequence_parallel_size'": (config.get("sequence_parallel_size") or 1) > 1,
         "'pipeline'": bool(config.get("pipeline")),
-        f"'{SECTION}.stream.chunk'": stream is not None and stream.chunk is not None,
     }
     for what, given in others.items():
         if given:
@@ -92,12 +91,11 @@ def refuse_beside(config: Mapping[str, Any], stream: StreamSection | None, conte
 def describe(config: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """What `undertow deepspeed check` says about the systems here; `UserError` for what `config` cannot have beside."""
     stream, context = stream_section(found.get("stream")), context_section(found.get("context_parallel"))
-    refuse_beside(config, stream, context)
+    refuse_beside(config, context)
     lines = []
     if stream is not None:
         budget = "what is free on the device" if stream.budget is None else str(stream.budget)
-        chunks = "one for each layer" if context is not None else f"{stream.chunk or 'planned'}"
-        lines.append(f"streamed backpropagation: within {budget}, chunks {chunks}")
+        lines.append(f"streamed backpropagation: within {budget}, chunks {stream.chunk or 'planned'}")
     if context is not None:
         lines.append(
             f"context parallel: {context.ranks} neighbouring ranks share each sequence ({context.layout}, schedule "

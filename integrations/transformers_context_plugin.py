@@ -34,7 +34,7 @@ class ContextParallelCallback(TrainerCallback):
     are data-parallel. `options` are those of `enable_context_parallel`: layout, schedule, backward_schedule.
 
     On from the beginning of training to its end, off in evaluation, where each rank has rows of its own as ever. With
-    a `StreamCallback` (without `chunk`) the layers are streamed over the ring. `UserError` names what does not go with
+    a `StreamCallback` the layers are streamed over the ring. `UserError` names what does not go with
     it; collective.
     """
 
@@ -104,7 +104,7 @@ class ContextParallelCallback(TrainerCallback):
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, StreamCallback):
                 self._streamed.append(callback)
-                callback.options["attend"] = self._attend
+                callback.options |= {"attend": self._attend, "ranks": self._enabled.context}
                 if callback.engine is not None and ENGINE in kwargs["model"].__dict__:  # it began before us
                     callback.on_train_end(args, state, control, **kwargs)
                     callback.on_train_begin(args, state, control, **kwargs)
@@ -126,6 +126,7 @@ class ContextParallelCallback(TrainerCallback):
             self._enabled = None
         for callback in self._streamed:
             callback.options.pop("attend", None)
+            callback.options.pop("ranks", None)
         self._streamed = []
 
     # -- what replaces the trainer's own -----------------------------------------------------------------------------

@@ -46,8 +46,8 @@ LINK_FLAGS = ("-ldl", "-lpthread", "-Wl,-z,now", "-Wl,-z,defs")
 def generated(flavour: str, symbols: set[str]) -> dict[str, str]:
     """Name → text of the generated sources, without an mpi.h of our own."""
     texts = {"reals.inc": reals(symbols), "entries.inc": entries(symbols), "exports.cc": exports(symbols)}
-    if flavour == "openmpi":
-        texts["fortran.cc"] = fortran.source(symbols)
+    if flavour in fortran.FLAVOURS:
+        texts["fortran.cc"] = fortran.source(flavour, symbols)
     return texts
 
 
@@ -83,7 +83,7 @@ def fixed_abi(mpi: Mpi) -> str | None:
 def fixed_units(flavour: str) -> list[Unit]:
     """Those of a fixed ABI: the same everywhere, with a header of our own."""
     flags = ["-DUNDERTOW_COMBINER_VALUE_INDEX=1", *(["-DUNDERTOW_ABI=1"] if flavour == "abi" else [])]
-    texts = {**generated(flavour, set(standard.SYMBOLS_NEEDED)), "mpi.h": standard.header(flavour)}
+    texts = {**generated(flavour, set(standard.SYMBOLS_KNOWN)), "mpi.h": standard.header(flavour)}
     return _units(flavour, f"the {flavour} ABI", tuple(flags), texts)
 
 
@@ -97,7 +97,7 @@ def _units(flavour: str, version: str, flags: tuple[str, ...], texts: dict[str, 
         f"const char undertow_builtin_model[] =\n{_literal(builtin_model(flavour))};\n}}\n"
     )
     glue = [Unit(name, CSRC / "abi" / f"{name}.cc", flags, (folder,)) for name in GLUE]
-    if flavour == "openmpi":
+    if flavour in fortran.FLAVOURS:
         glue.append(Unit("fortran", folder / "fortran.cc", flags, (folder,)))
     glue += [Unit(name, CSRC / "gpu" / f"{name}.cc", flags, (folder,)) for name in ("hook", "ipc")]
     return [*core_units(), *gpu_units(), *glue, Unit("exports", folder / "exports.cc"), Unit("facts", facts)]
@@ -143,6 +143,11 @@ def library(mpi: Mpi) -> Path:
     if ready:
         _appear(target, ready.read_bytes())
         return target
+    if not mpi.mpicc and not fixed_abi(mpi):
+        raise InterposeError(
+            f"the preload for {mpi.version[:40].strip()} is built at first use with that MPI's mpi.h, but only its "
+            f"library {mpi.library} was found; install its compiler wrapper (libopenmpi-dev) or name it with --mpicc"
+        )
     try:
         with units_done(f"building the preload for {mpi.version[:40].strip()}, once") as done:
             return link(parts, (), target, LINK_FLAGS, done)

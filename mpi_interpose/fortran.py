@@ -1,16 +1,19 @@
-"""Open MPI's Fortran entry points, generated from the same table.
+"""Fortran entry points past which no C function of ours would be called, generated from the same table.
 
-Open MPI's mpi_send_ calls PMPI_Send, so a C preload sees nothing of a Fortran program; MPICH's calls MPI_Send and needs
-nothing. Here each `mpi_*_` (mpif.h and `use mpi`) and `mpi_*_f08_` (`use mpi_f08`) turns Fortran's handles into C ones
-and goes through our C function. Fortran's special addresses (MPI_BOTTOM, MPI_IN_PLACE, MPI_STATUS_IGNORE) are
-variables of the Fortran library and are recognised by address. A function whose arguments need more than that (arrays
-of handles: the w collectives) is not exported and stays with the library.
+Open MPI's mpi_send_ calls PMPI_Send, so a C preload sees nothing of a Fortran program. Here each `mpi_*_` (mpif.h and
+`use mpi`) and `mpi_*_f08_` (`use mpi_f08`) turns Fortran's handles into C ones and goes through our C function.
+MPICH's mpif.h and `use mpi` call MPI_Send and need nothing, and so does every `mpi_f08` routine with a buffer; those
+without one (Init, Wait and Test, Type_commit) call PMPI and are served here. Handles are integers there and statuses
+are C's. Fortran's special addresses (MPI_BOTTOM, MPI_IN_PLACE, MPI_STATUS_IGNORE) are variables of the Fortran library
+and are recognised by address. A function whose arguments need more than that (arrays of datatypes: the w collectives)
+is not exported and stays with the library.
 """
 
 from __future__ import annotations
 
 from .signatures import TABLE, Signature
 
+FLAVOURS = ("openmpi", "mpich")
 # Letters of signatures.py that have a translation below; functions with any other kind are left alone.
 TRANSLATED = {"b", "n", "N", "D", "t", "h", "i", "c", "r", "q", "R", "s", "S", "p", "P", "m"}
 
@@ -28,7 +31,7 @@ struct Address {
   bool known;
   bool is(const void* p) {
     if (!known) {
-      for (int i = 0; i < 4; ++i) at[i] = find_data(names[i]);
+      for (int i = 0; i < 4; ++i) at[i] = names[i] ? find_data(names[i]) : nullptr;
       known = true;
     }
     for (void* a : at)
@@ -38,6 +41,7 @@ struct Address {
 };
 #define FOUR(low, up) \
   {{"mpi_fortran_" low, "mpi_fortran_" low "_", "mpi_fortran_" low "__", "MPI_FORTRAN_" up}, {}, false}
+#ifdef OPEN_MPI
 Address bottom = FOUR("bottom", "BOTTOM"), in_place = FOUR("in_place", "IN_PLACE"),
         status_ignore = FOUR("status_ignore", "STATUS_IGNORE"),
         statuses_ignore = FOUR("statuses_ignore", "STATUSES_IGNORE");
@@ -60,6 +64,17 @@ struct Library {
     message_f = (decltype(message_f))find_own("Message_c2f");
   }
 };
+#else
+Address status_ignore = {{"MPIR_F08_MPI_STATUS_IGNORE_OBJ"}, {}, false},
+        statuses_ignore = {{"MPIR_F08_MPI_STATUSES_IGNORE_OBJ"}, {}, false};
+typedef int MPI_Fint;
+struct Library {  // handles are the same integers
+  static MPI_Datatype type(MPI_Fint h) { return h; }
+  static MPI_Fint type_f(MPI_Datatype h) { return h; }
+  static MPI_Request request(MPI_Fint h) { return h; }
+  static MPI_Fint request_f(MPI_Request h) { return h; }
+};
+#endif
 Library& lib() {
   static Library l;
   return l;
@@ -69,30 +84,32 @@ extern "C" {
 """
 
 
-def rows(symbols: set[str]) -> list[Signature]:
+def rows(flavour: str, symbols: set[str]) -> list[Signature]:
     """The table's functions that get Fortran entry points in an MPI that has `symbols`."""
-    known = [row for row in TABLE if set(row.kinds) <= TRANSLATED and row.name not in ("Init", "Init_thread")]
+    kinds = TRANSLATED if flavour == "openmpi" else TRANSLATED - set("bmc")
+    known = [row for row in TABLE if set(row.kinds) <= kinds and row.name not in ("Init", "Init_thread")]
     return [row for row in known if f"MPI_{row.name}" in symbols]
 
 
-def source(symbols: set[str]) -> str:
+def source(flavour: str, symbols: set[str]) -> str:
     """C++ text with every Fortran entry point; it calls the exported C functions."""
+    suffixes = ("_", "_f08_") if flavour == "openmpi" else ("_f08_",)
     out = [PRELUDE]
-    for row in rows(symbols):
+    for row in rows(flavour, symbols):
         body = _body(row.name, row.kinds)
-        arguments = ", ".join(["void* " + f"f{i}" for i in range(len(row.kinds))] + ["int* ierr"])
-        for suffix in ("_", "_f08_"):
+        arguments = ", ".join([*("void* " + f"f{i}" for i in range(len(row.kinds))), "int* ierr"])
+        for suffix in suffixes:
             out.append(f'__attribute__((visibility("default"))) void mpi_{row.name.lower()}{suffix}({arguments}) {{')
             out += body
             out.append("}")
-    out += _init()
+    out += _init(suffixes)
     return "\n".join([*out, "}", ""])
 
 
-def _init() -> list[str]:
+def _init(suffixes: tuple[str, ...]) -> list[str]:
     """MPI_Init has no handles, but it must open our gate: the Fortran library would call PMPI_Init past us."""
     lines = []
-    for suffix in ("_", "_f08_"):
+    for suffix in suffixes:
         lines.append(
             f'__attribute__((visibility("default"))) void mpi_init{suffix}(int* ierr) {{\n'
             "  const int rc = MPI_Init(nullptr, nullptr);\n  if (ierr) *ierr = rc;\n}"
@@ -151,9 +168,9 @@ def _body(name: str, kinds: str) -> list[str]:
             arguments.append(f"skip{i} ? MPI_STATUSES_IGNORE : c{i}.data()")
             after.append(f"  if (!c{i}.empty()) memcpy({f}, c{i}.data(), c{i}.size() * sizeof(MPI_Status));")
     call = f"  const int rc = MPI_{name}({', '.join(arguments)});"
-    if name in ("Waitany", "Testany"):
+    if name in ("Waitany", "Testany", "Request_get_status_any"):
         after.append("  if (rc == MPI_SUCCESS && *(int*)f2 != MPI_UNDEFINED) ++*(int*)f2;")
-    if name in ("Waitsome", "Testsome"):
+    if name in ("Waitsome", "Testsome", "Request_get_status_some"):
         after.append("  if (*(int*)f2 != MPI_UNDEFINED)")
         after.append("    for (int k = 0; k < *(int*)f2; ++k) ++((int*)f3)[k];")
     return [*before, call, *after, "  if (ierr) *ierr = rc;"]

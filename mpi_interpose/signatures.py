@@ -57,6 +57,9 @@ def _table() -> tuple[Signature, ...]:
         Signature("Testsome", "testsome", "iRppS", False),
         Signature("Request_free", "request_free", "r", False),
         Signature("Request_get_status", "request_get_status", "qps", False),
+        Signature("Request_get_status_all", "request_get_status_all", "iRpS", False),
+        Signature("Request_get_status_any", "request_get_status_any", "iRpps", False),
+        Signature("Request_get_status_some", "request_get_status_some", "iRppS", False),
         Signature("Bcast", "bcast", "bntic"),
         Signature("Gather", "gather", "bntbntic"),
         Signature("Scatter", "scatter", "bntbntic"),
@@ -105,6 +108,10 @@ OWN = (*_OWN.split(), *_PEERS.split())
 # What only the reordering of graph communicators needs, beside Comm_rank and Comm_size.
 OWN += ("Allgather", "Allgatherv", "Allreduce", "Comm_split", "Comm_free", "Dist_graph_create_adjacent")
 OWN_OPTIONAL = ("Type_get_envelope_c", "Type_get_contents_c")
+
+# New in MPI 4.1. The libraries of the fixed ABIs have them for every MPI: where the one at hand has not, they ask for
+# each request by itself.
+NEWER = tuple(f"MPI_Request_get_status_{which}" for which in ("all", "any", "some"))
 
 # Open MPI's Fortran bindings call PMPI directly, so their entry points are exported too (see fortran.py).
 SYMBOLS = tuple(symbol for row in TABLE for symbol, _ in row.variants())

@@ -13,9 +13,10 @@ from __future__ import annotations
 import re
 
 from .generate import ctype
-from .signatures import OWN, OWN_OPTIONAL, SYMBOLS, TABLE
+from .signatures import NEWER, OWN, OWN_OPTIONAL, SYMBOLS, TABLE
 
-SYMBOLS_NEEDED = frozenset(SYMBOLS) | {f"MPI_{name}" for name in (*OWN, *OWN_OPTIONAL)}
+SYMBOLS_KNOWN = frozenset(SYMBOLS) | {f"MPI_{name}" for name in (*OWN, *OWN_OPTIONAL)}
+SYMBOLS_NEEDED = SYMBOLS_KNOWN - set(NEWER)
 
 _COMBINERS = (
     "NAMED", "DUP", "CONTIGUOUS", "VECTOR", "HVECTOR", "INDEXED", "HINDEXED", "INDEXED_BLOCK", "HINDEXED_BLOCK",

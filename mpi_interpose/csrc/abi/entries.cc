@@ -4,6 +4,7 @@
 #include "handlers_graph.hh"
 #include "handlers_local.hh"
 #include "handlers_requests.hh"
+#include "handlers_status.hh"
 #include "state.hh"
 
 namespace undertow {

@@ -71,11 +71,7 @@ int on_request_get_status(F next, Site site, MPI_Request request, int* flag, MPI
   MPI_Status local;
   MPI_Status* st = ignored(status) ? &local : status;
   const int rc = next(request, flag, st);
-  if (rc == MPI_SUCCESS && *flag && e->active && !e->done) {
-    const int64_t n = received_bytes(st);
-    if (n > 0) unpack_slab(*e->record, e->count, e->slab, e->user, n);
-    e->done = true;  // the data is the user's from now on; the Wait that follows must not write again
-  }
+  if (rc == MPI_SUCCESS && *flag) deliver(e, st);
   return rc;
 }
 

@@ -91,8 +91,12 @@ void enter(Entry* e, MPI_Request request) {
   g_live.fetch_add(1, std::memory_order_relaxed);
 }
 
+void deliver(Entry* e, MPI_Status* status) {
+  if (e->active) unpack_entry(e, status);  // once: the Wait that follows must not write again
+}
+
 void complete(Entry* e, MPI_Status* status) {
-  if (e->active) unpack_entry(e, status);
+  deliver(e, status);
   if (e->persistent) {
     e->active = false;
     restore(e);

@@ -32,6 +32,7 @@ Entry* claim(MPI_Request request);      // for a call that may complete it: ends
 void restore(Entry* entry);             // did not complete
 void enter(Entry* entry, MPI_Request request);
 void complete(Entry* entry, MPI_Status* status);  // unpacks; removes and frees the entry unless it is persistent
+void deliver(Entry* entry, MPI_Status* status);   // seen complete: a receive's data goes to the program, the entry stays
 void forget(Entry* entry);              // frees without unpacking
 void failed(Entry* entry, MPI_Request after);  // after an error: gone if the library freed the request, else kept
 void adopt_orphan(Entry* entry);

@@ -109,6 +109,9 @@ def completion_calls() -> None:
         elif how == "get_status":
             while not all(request.Get_status() for request in requests):
                 pass
+            if MPI.Get_version() >= (4, 1):
+                assert MPI.Request.Get_status_all(requests) and MPI.Request.Get_status_any(requests)[1]
+                assert len(MPI.Request.Get_status_some(requests) or []) == len(requests)
             MPI.Request.Waitall(requests)
         else:
             for request in requests:

@@ -436,6 +436,12 @@ int cuMemcpy(unsigned long long to, unsigned long long from, size_t n) {
   return done;
 }
 long fake_cuda_launches() { return g_launches; }
+unsigned long fake_cuda_device_bytes() {  // this process's own, without what it has opened of others
+  size_t sum = 0;
+  for (const auto& block : g_live)
+    if (!g_foreign.count(block.first)) sum += block.second;
+  return sum;
+}
 unsigned long fake_cuda_pinned() { return pinned_bytes(); }
 unsigned fake_cuda_divide(unsigned n, unsigned d) {
   uint32_t magic, shift;

@@ -190,7 +190,7 @@ def test_w_collectives_through_the_memory_of_other_ranks(pympi: Install, stand_i
     program = [str(pympi.python), str(PROGRAMS / "device_ipc.py")]
     common = through_memory(stand_in)
     out = start(pympi, 2, program, "auto", **common)
-    assert "ok 7 on the stand-in" in out, out[-2000:]
+    assert "ok 8 on the stand-in" in out, out[-2000:]
     second = '[ "${PMI_RANK:-$OMPI_COMM_WORLD_RANK}" = 0 ] || export FAKE_CUDA_FAIL=cuIpcOpenMemHandle; exec "$0" "$@"'
     some = ["blocks_go_without_the_library", "grids_and_graphs"]
     out = start(pympi, 2, ["sh", "-c", second, *program, *some], "auto", IPC_REFUSED="1", **common)
@@ -215,7 +215,7 @@ def test_programs_of_several_kinds_do_not_rely_on_each_others_memory(tmp_path: P
 def test_w_collectives_through_the_memory_of_three_ranks(pympi: Install, stand_in: Path) -> None:
     program = [str(pympi.python), str(PROGRAMS / "device_ipc.py")]
     common = through_memory(stand_in)
-    assert "ok 7" in start(pympi, 3, program, "auto", FAKE_CUDA_CARDS="2", **common)
+    assert "ok 8" in start(pympi, 3, program, "auto", FAKE_CUDA_CARDS="2", **common)
     rules = ["all_to_all", "halo_by_neighbours"]
     out = start(pympi, 3, [program[0], str(PROGRAMS / "device_messages.py"), *rules], "auto", **common)
     assert all(f"kept {rule}" in out for rule in rules), out[-2000:]
@@ -226,7 +226,7 @@ def test_w_collectives_through_the_memory_of_three_ranks(pympi: Install, stand_i
 def test_w_collectives_through_the_memory_of_other_ranks_on_a_gpu(pympi: Install) -> None:
     program = [str(pympi.python), str(PROGRAMS / "device_ipc.py")]
     out = start(pympi, 2, program, "auto", UNDERTOW_MPI_IPC="1", UNDERTOW_MPI_IPC_MB="1")
-    assert "ok 7 on a GPU" in out, out[-2000:]
+    assert "ok 8 on a GPU" in out, out[-2000:]
 
 
 @pytest.mark.gpu

@@ -24,11 +24,12 @@ constexpr int kMostSlabs = 8;                 // communicators that may have one
 // 512 KiB on, 4 to 60 times (results/mpi_gpu_collectives).
 constexpr int64_t kWorth = 256 << 10;
 constexpr int64_t kTrial = 4 << 20;  // bytes read from others before they are relied on
+constexpr int kLeastHalf = 16;       // log2 of the smallest half of a slab
 
 std::atomic<int> g_slabs{0};
 int g_keyval = MPI_KEYVAL_INVALID;
 
-int64_t half_bytes() {
+int64_t most_half() {
   static const int64_t bytes = [] {
     const char* v = std::getenv("UNDERTOW_MPI_IPC_MB");
     const long mb = v && *v ? std::strtol(v, nullptr, 10) : 64;
@@ -44,6 +45,7 @@ struct Served {
   bool neighbours = false;  // kind of the last call
   bool grid = false;
   int rank = 0;
+  int64_t half = 0;  // bytes of either half, the same on all ranks
   gpu::Slab slab;
   std::vector<char*> of;  // every rank's slab as seen here; ours at our own rank
 };
@@ -100,10 +102,28 @@ bool worth(const std::vector<PeerBlock>& sends, int rank, bool neighbours) {
   if (g_ipc.load(std::memory_order_relaxed) == Ipc::kAll) return true;
   for (size_t k = 0; k < sends.size(); ++k) {
     const PeerBlock& b = sends[k];
-    const Record* r = b.count > 0 && (neighbours || static_cast<int>(k) != rank) ? record_of(b.type) : nullptr;
+    if (b.count <= 0 || (!neighbours && static_cast<int>(k) == rank)) continue;
+    const Record* r = record_of(b.type);
+    if (!r && gpu::on_device(b.at)) r = device_record(b.type);
     if (r && r->plan.size > 0 && b.count >= (kWorth + r->plan.size - 1) / r->plan.size) return true;
   }
   return false;
+}
+
+int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+// log2 of the half that would hold all of a rank's device blocks.
+int class_of_half(const std::vector<PeerBlock>& sends) {
+  int64_t need = 0;
+  for (const PeerBlock& b : sends) {
+    int64_t bytes = 0;
+    const Record* r = b.count > 0 && gpu::on_device(bytes_of(b)) ? device_record(b.type) : nullptr;
+    if (!r || __builtin_mul_overflow(b.count, r->plan.size, &bytes) || bytes > most_half()) continue;
+    need += aligned(bytes);
+  }
+  int c = kLeastHalf;
+  while ((1ll << c) < need && (1ll << c) < most_half()) ++c;
+  return c;
 }
 
 // Seconds of the fastest of a few copies.
@@ -121,14 +141,14 @@ double seconds(gpu::Context& context, char* to, const char* from, int64_t bytes)
 // Whether reading the others' slabs is no slower than a copy to pinned memory and one back.
 bool fast(const Served& s) {
   gpu::Context& context = *s.slab.context;
-  const int64_t bytes = std::min(kTrial, half_bytes());
+  const int64_t bytes = std::min(kTrial, s.half);
   char* const pinned = device_slab_get(bytes, s.slab.at);
   if (!pinned) return false;
   gpu::Context::Use use(context);
   char* const own_half = s.slab.at + kMark;
   double slowest = 0;
   for (const char* other : s.of)
-    if (other != s.slab.at) slowest = std::max(slowest, seconds(context, own_half, other + kMark + half_bytes(), bytes));
+    if (other != s.slab.at) slowest = std::max(slowest, seconds(context, own_half, other + kMark + s.half, bytes));
   const double by_host = seconds(context, pinned, own_half, bytes) + seconds(context, own_half, pinned, bytes);
   device_slab_put(pinned, bytes);
   return slowest <= by_host;
@@ -139,19 +159,16 @@ struct Introduction {
   gpu::IpcHandle handle;
 };
 
-void negotiate(Served& s, MPI_Comm comm, const void* device, bool wish) {
+// Slabs whose halves hold 2^size bytes, made and opened by all ranks; s.verdict says whether that went well.
+void introduce(Served& s, MPI_Comm comm, const void* device, int size) {
   const int n = size_of(comm);
-  const bool room = g_slabs.load() < kMostSlabs;
-  int facts[3] = {device == nullptr, !room, wish}, any[3] = {1, 1, 0};
-  if (own.Allreduce(facts, any, 3, MPI_INT, MPI_MAX, comm) != MPI_SUCCESS || any[1]) s.verdict = Served::kNo;
-  if (any[0] || any[1] || !any[2]) return;
   s.verdict = Served::kNo;
-  ++g_slabs;
+  s.half = std::min<int64_t>(1ll << size, most_half());
   static std::atomic<uint64_t> number{0};
   const uint64_t mark = (static_cast<uint64_t>(getpid()) << 32) ^ (++number << 8) ^ 0x5ab5ull ^ host_number();
   bool good = false;
   try {
-    good = s.slab.make(device, kMark + 2 * half_bytes(), mark);
+    good = s.slab.make(device, kMark + 2 * s.half, mark);
   } catch (const std::exception& error) {
     say("device memory for other ranks: %s", error.what());
   }
@@ -182,9 +199,36 @@ void negotiate(Served& s, MPI_Comm comm, const void* device, bool wish) {
   s.slab.free();
 }
 
+void negotiate(Served& s, MPI_Comm comm, const void* device, bool wish, int size) {
+  const bool room = g_slabs.load() < kMostSlabs;
+  int facts[4] = {device == nullptr, !room, wish, size}, any[4] = {1, 1, 0, 0};
+  if (own.Allreduce(facts, any, 4, MPI_INT, MPI_MAX, comm) != MPI_SUCCESS || any[1]) s.verdict = Served::kNo;
+  if (any[0] || any[1] || !any[2]) return;
+  ++g_slabs;
+  introduce(s, comm, device, any[3]);
+}
+
+// Larger slabs in place of these, when some rank has more to send than its half holds. All ranks are in this call, so
+// nobody reads any longer. Where larger ones cannot be had, all keep what they have.
+void grow(Served& s, MPI_Comm comm, int size) {
+  int largest = 0;
+  if (own.Allreduce(&size, &largest, 1, MPI_INT, MPI_MAX, comm) != MPI_SUCCESS) return;
+  if (std::min<int64_t>(1ll << largest, most_half()) <= s.half) return;
+  const Served before = s;
+  introduce(s, comm, before.slab.at, largest);
+  if (s.verdict != Served::kYes) {
+    s.verdict = Served::kYes, s.half = before.half, s.slab = before.slab, s.of = before.of;
+    return;
+  }
+  for (int k = 0; k < static_cast<int>(before.of.size()); ++k)
+    if (k != s.rank) gpu::close_slab(*before.slab.context, before.of[k]);
+  all_good(comm, true);
+  gpu::Slab(before.slab).free();
+}
+
 // Packs what it can into this call's half.
 void offer(Served& s, std::vector<PeerBlock>& sends, std::vector<Offer>& offers) {
-  char* const half = s.slab.at + kMark + static_cast<int64_t>(s.turn % 2) * half_bytes();
+  char* const half = s.slab.at + kMark + static_cast<int64_t>(s.turn % 2) * s.half;
   const int card = s.slab.context->device;
   int64_t used = 0;
   DeviceGroup group;
@@ -193,13 +237,13 @@ void offer(Served& s, std::vector<PeerBlock>& sends, std::vector<Offer>& offers)
     int64_t bytes;
     Record* r = b.count > 0 && gpu::on_device(bytes_of(b)) ? device_record(b.type) : nullptr;
     if (!r || r->plan.size == 0 || __builtin_mul_overflow(b.count, r->plan.size, &bytes)) continue;
-    if (gpu::where(user_bytes(*r, b.at)).device != card || bytes > half_bytes() - used) continue;
+    if (gpu::where(user_bytes(*r, b.at)).device != card || bytes > s.half - used) continue;
     device_pack(*r, b.count, b.at, half + used);
     r->tally[kSendUse].taken.fetch_add(1, std::memory_order_relaxed);
     r->tally[kSendUse].bytes.fetch_add(bytes, std::memory_order_relaxed);
     offers[k] = {bytes, half + used - s.slab.at, s.rank, 0};
     b.moved = true;
-    used += (bytes + kAlign - 1) / kAlign * kAlign;
+    used += aligned(bytes);
   }
   group.finish();  // the bytes are there before the offer is
 }
@@ -249,10 +293,12 @@ int ipc_exchange(MPI_Comm comm, bool neighbours, std::vector<PeerBlock>& sends, 
     ++s.calls;
     if (s.calls & (s.calls - 1)) return MPI_SUCCESS;
     const void* device = first_device(sends);
-    negotiate(s, comm, device ? device : first_device(receives), worth(sends, s.rank, neighbours));
+    negotiate(s, comm, device ? device : first_device(receives), worth(sends, s.rank, neighbours), class_of_half(sends));
     if (s.verdict != Served::kYes) return MPI_SUCCESS;
-  } else if (s.neighbours != neighbours) {
-    all_good(comm, true);
+  } else {
+    if (s.neighbours != neighbours) all_good(comm, true);
+    if (s.turn && !(s.turn & (s.turn - 1)))
+      grow(s, comm, worth(sends, s.rank, neighbours) ? class_of_half(sends) : kLeastHalf);
   }
   s.neighbours = neighbours;
   std::vector<Offer> out(sends.size(), Offer{-1, 0, 0, 0}), in(receives.size(), Offer{-1, 0, 0, 0});

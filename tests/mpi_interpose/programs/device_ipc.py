@@ -34,6 +34,14 @@ def pinned() -> int:
     return values[4]
 
 
+def device_bytes() -> int:
+    """Device memory of this process; not known on a GPU, where 0 stands for it."""
+    if not device.is_fake:
+        return 0
+    device.cuda.fake_cuda_device_bytes.restype = ctypes.c_ulong
+    return device.cuda.fake_cuda_device_bytes()
+
+
 def squares() -> tuple[list, list]:
     """Datatypes of an Alltoallw that transposes: columns go out, rows come in."""
     column = MPI.INT.Create_vector(N, 1, size).Commit()
@@ -102,6 +110,30 @@ def large_blocks_go_through_the_library() -> None:
             place = slice(first, first + counts[r])
             want[place] = (data(r, total) + turn)[(1 << 19) * rank : (1 << 19) * rank + counts[r]]
         assert np.array_equal(got.read(), want), turn
+
+
+def slabs_grow() -> None:
+    """They begin as small as the first call, and hold more from the 1st, 2nd, 4th … call after it on."""
+    new, before = comm.Dup(), device_bytes()
+    out, into = squares()
+    transposed(new, out, into, 0)
+    assert REFUSED or device_bytes() - before <= 256 + (2 << 16), device_bytes() - before
+    kib = 40
+    for turn in range(1, 10):
+        kib = kib * 2 if turn in (2, 4, 8) else kib  # 40, 80, 160, 320 KiB for each rank
+        count = (kib << 10) // 4
+        total, ends = count * size, [[count] * size, [4 * count * r for r in range(size)], [MPI.INT] * size]
+        mine, got = Mine(data(rank, total) + turn), Mine(blank(total))
+        took = pinned()
+        new.Alltoallw([mine.mpi(), *ends], [got.mpi(), *ends])
+        assert (pinned() == took) is not REFUSED, turn
+        want = np.concatenate([data(r, total)[count * rank : count * (rank + 1)] + turn for r in range(size)])
+        assert np.array_equal(got.read(), want), turn
+        del mine, got
+    least = (kib << 10) * size
+    grown = device_bytes() - before
+    assert REFUSED or not device.is_fake or 2 * least <= grown <= 256 + (2 << 20), grown
+    new.Free()
 
 
 def grids_and_graphs() -> None:
@@ -188,9 +220,13 @@ def automatic_agrees_on_large_blocks() -> None:
 AUTO = [automatic_leaves_small_blocks_to_the_library, automatic_agrees_on_large_blocks]
 RULES = [
     blocks_go_without_the_library, either_side_may_be_on_the_host, it_begins_when_every_rank_has_device_memory,
-    large_blocks_go_through_the_library, grids_and_graphs, a_rank_without_neighbours_takes_part,
+    large_blocks_go_through_the_library, slabs_grow, grids_and_graphs, a_rank_without_neighbours_takes_part,
     more_communicators_than_slabs,
 ]  # fmt: skip
 
 if __name__ == "__main__":
-    keep(AUTO if os.environ.get("UNDERTOW_MPI_IPC") == "auto" else RULES, sys.argv[1:], "on the stand-in" if device.is_fake else "on a GPU")
+    keep(
+        AUTO if os.environ.get("UNDERTOW_MPI_IPC") == "auto" else RULES,
+        sys.argv[1:],
+        "on the stand-in" if device.is_fake else "on a GPU",
+    )

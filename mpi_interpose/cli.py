@@ -32,6 +32,13 @@ Abi = Annotated[
 ]
 
 
+FORTRAN = {
+    "openmpi": "own entry points",
+    "mpich": "comes through the C functions; own entry points for what mpi_f08 takes past them",
+    "abi": "comes through the C functions",
+}
+
+
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def run(
     command: Annotated[list[str], typer.Argument(help="the program, e.g. mpirun -n 4 ./app")],
@@ -96,7 +103,7 @@ def doctor(
         ("preload", f"{library} ({building.origin(mpi)})"),
         ("intercepted", f"{len(have)} functions, {large} of them large-count"),
         ("not in this MPI", missing(mpi)),
-        ("Fortran", "own entry points" if mpi.flavour == "openmpi" else "comes through the C functions"),
+        ("Fortran", FORTRAN[mpi.flavour]),
         ("kernels", core.load().undertow_core_kernels().decode()),
         (
             "model",
@@ -120,7 +127,8 @@ def missing(mpi: toolchain.Mpi) -> str:
     needed = [f"MPI_{name}" for name in signatures.OWN if f"MPI_{name}" not in mpi.symbols]
     if needed:
         return f"{', '.join(needed)}: without these every call is handed on"
-    lacking = [symbol for symbol in toolchain.SYMBOLS if symbol not in mpi.symbols]
+    made = signatures.NEWER if building.fixed_abi(mpi) else ()  # out of older functions
+    lacking = [symbol for symbol in toolchain.SYMBOLS if symbol not in (*mpi.symbols, *made)]
     plain = [symbol for symbol in lacking if not symbol.endswith("_c")]
     parts = plain + ([f"{len(lacking) - len(plain)} large-count functions"] if len(lacking) > len(plain) else [])
     return f"{', '.join(parts)}; not exported, the others are served" if parts else "nothing is missing"

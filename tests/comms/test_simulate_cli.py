@@ -8,14 +8,14 @@ import json
 import pytest
 
 from undertow.__main__ import main
-from undertow.comms.builders.attention_named import SCHEDULES
+from undertow.comms.builders.attention_named import SCHEDULES, even_attention
 from undertow.comms.builders.catalog import ATTENTION_HEADS, CATALOG, by_name
 from undertow.comms.builders.peers import NAMES, PEERS
 from undertow.comms.builders.ring_attention import ring_attention
 from undertow.comms.check import check
 from undertow.comms.cost import rank_costs
 from undertow.comms.schedule_text import parse
-from undertow.comms.simulate import ASSUMED
+from undertow.comms.simulate import ASSUMED, simulate
 from undertow.comms.simulate_peers import ideal_s, ways
 from undertow.comms.topologies import preset
 from undertow.dist.machine import Link, Machine
@@ -45,6 +45,10 @@ def test_the_field_and_ours_in_one_table(capsys):
     assert found["TokenRing as published"].sent_bytes[1] == found["zigzag ring (ring-flash-attention)"].sent_bytes[1]
     narrow, whole = (found[n].sent_bytes for n in ("need-only (FCP-like)", "zigzag ring (ring-flash-attention)"))
     assert narrow[1] < whole[1]
+    h = ATTENTION_HEADS  # whole shards of keys and values to the next rank, three times; their gradients in float32 home
+    assert whole == tuple(3 * 2 * 4096 * h.kv_heads * h.head_dim * width for width in (2, 2 + 4))
+    ours = even_attention("ring_kv", 4, 4096, h, causal=True)
+    assert found["ring_kv"].seconds[0] == simulate(ours, ASSUMED, network=network, drag=1).makespan_s
     assert found["Ulysses"].sent_bytes == found["ulysses"].sent_bytes
     for i in (0, 1):  # contiguous shards leave the first rank idle under a causal mask
         assert found["ring (Liu et al.)"].seconds[i] > found["zigzag ring (ring-flash-attention)"].seconds[i]

@@ -45,7 +45,7 @@ def test_the_field_and_ours_in_one_table(capsys):
     assert found["TokenRing as published"].sent_bytes[1] == found["zigzag ring (ring-flash-attention)"].sent_bytes[1]
     narrow, whole = (found[n].sent_bytes for n in ("need-only (FCP-like)", "zigzag ring (ring-flash-attention)"))
     assert narrow[1] < whole[1]
-    h = ATTENTION_HEADS  # whole shards of keys and values to the next rank, three times; their gradients in float32 home
+    h = ATTENTION_HEADS  # whole shards of keys and values, three times; their gradients come home in float32
     assert whole == tuple(3 * 2 * 4096 * h.kv_heads * h.head_dim * width for width in (2, 2 + 4))
     ours = even_attention("ring_kv", 4, 4096, h, causal=True)
     assert found["ring_kv"].seconds[0] == simulate(ours, ASSUMED, network=network, drag=1).makespan_s

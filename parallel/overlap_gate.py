@@ -151,9 +151,11 @@ class Gate:
         trial.calls += 1
         trial.seconds[trial.arms.index(arm)].append(seconds)
 
-    def explain(self) -> str:
-        """A line for each product: what was chosen and why, with predicted and measured speed-ups over sequential."""
-        return "\n".join(f"{key}: {self._line(trial)}" for key, trial in self._trials.items()) or "nothing has run yet"
+    def explain(self, key: Hashable = None) -> str:
+        """A line for each product, or for one: what was chosen and why, with predicted and measured speed-ups over
+        sequential."""
+        trials = {key: self._trials[key]} if key is not None else self._trials
+        return "\n".join(f"{key}: {self._line(trial)}" for key, trial in trials.items()) or "nothing has run yet"
 
     def _line(self, trial: _Trial) -> str:
         parts = []

@@ -81,7 +81,7 @@ class Team:
             fixed, why = 0, "one rank"
         elif detect().disabled:
             fixed, why = 0, "UNDERTOW_DISABLE"
-        self.gate = Gate(arms, self._gather, fixed=fixed, why=why)
+        self.gate, self._chooses = Gate(arms, self._gather, fixed=fixed, why=why), fixed is None
         self._settled: dict[Hashable, tuple[ChunkPlan, Arm]] = {}  # what the gate has decided, for good
         self._plain: set[Hashable] = set()  # of these, what `overlap_plain` does
         self._mesh: DeviceMesh | None = None
@@ -171,6 +171,8 @@ class Team:
         plan = self.engine.plan(sizes, arm.subchunks)
         if not self.gate.measuring(key):
             self._settled[case] = plan, arm
+            if self._chooses:  # a fall-back must not be silent
+                log.info("overlap: %s", self.gate.explain(key))
             if self.device.type == "cuda" and self.world > 1 and not arm.overlap and len(set(sizes)) == 1:
                 self._plain.add(case)
             return call(plan, arm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 
 import pytest
 import torch
@@ -57,7 +58,10 @@ def test_values_and_strides_are_those_of_torch(ranks, seed, world):
 
 def _gradients(rank: int, world: int, seed: int) -> None:
     """An MLP split over ranks against the whole one, in float64: 1e-12 is rounding of sums of some tens of products."""
-    team = team_of(None)
+    team, said = team_of(None), list[str]()
+    listener = logging.Handler(logging.INFO)
+    listener.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("undertow.parallel.overlap_team").addHandler(listener)
     generator = torch.Generator().manual_seed(seed)
     x, up, down = (
         torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((4 * world, 3, 6), (6, 24), (24, 6))
@@ -77,6 +81,8 @@ def _gradients(rank: int, world: int, seed: int) -> None:
         if calls == 0 and world > 1:
             assert "still measuring" in team.explain()
     assert "still measuring" not in team.explain() and ("one rank" if world == 1 else "measured") in team.explain()
+    wanted = [] if world == 1 else [f"overlap: {line}" for line in team.explain().splitlines()]
+    assert sorted(said) == sorted(wanted)  # once for each product that was chosen for
     summed_x, summed_w = x.clone().requires_grad_(), up.clone().requires_grad_()
     (matmul_all_reduce(summed_x, summed_w) * target.sum(-1, keepdim=True)).sum().backward()
     assert summed_x.grad is not None and summed_w.grad is not None

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..comms.mpi_group import MpiGroup
-from .partition import Group, as_list, place, positions_of, shard_sequence, shards, sum_over, unshard_sequence
+from .partition import Group, as_list, group_of, place, positions_of, shard_sequence, shards, sum_over, unshard_sequence
 from .token_ring.api import token_ring_attention
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 class ContextParallel:
     """How one sequence of `length` tokens lies on the ranks of `group`, the same on all of them.
 
-    `cu_seqlens`: bounds of packed documents; `layout`, the schedules and `wire_dtype` as in `token_ring_attention`.
+    `cu_seqlens`: bounds of packed documents; `layout`, the schedules, `wire_dtype` and `kernel` as in
+    `token_ring_attention`.
     """
 
     group: Group
@@ -43,6 +44,7 @@ class ContextParallel:
     schedule: str = "auto"
     backward_schedule: str = "auto"
     wire_dtype: torch.dtype | None = None
+    kernel: str = "auto"
 
     @property
     def size(self) -> int:
@@ -84,6 +86,7 @@ class ContextParallel:
             schedule=self.schedule,
             backward_schedule=self.backward_schedule,
             wire_dtype=self.wire_dtype,
+            kernel=self.kernel,
         )
         return out.transpose(1, 2)
 
@@ -132,6 +135,7 @@ def enable_context_parallel(
     schedule: str = "auto",
     backward_schedule: str = "auto",
     wire_dtype: torch.dtype | None = None,
+    kernel: str = "auto",
 ) -> Enabled:
     """Spread every training step of a transformers model over `group` (a group, or a one-axis mesh; None: all ranks).
 
@@ -143,6 +147,5 @@ def enable_context_parallel(
     """
     from .context_parallel_hf import Enabled
 
-    if group is not None and not isinstance(group, (dist.ProcessGroup, MpiGroup)):
-        group = group.get_group()
-    return Enabled(model, ContextParallel(group, 0, layout, None, schedule, backward_schedule, wire_dtype))
+    context = ContextParallel(group_of(group), 0, layout, None, schedule, backward_schedule, wire_dtype, kernel)
+    return Enabled(model, context)

@@ -115,26 +115,27 @@ def test_positions_and_loss(ranks):
 
 
 def _narrow(rank, world, model, ids):
-    """Loss, gradient of the first weights, and the dtypes that crossed the wire."""
+    """Loss, gradient of the first weights, and what attention was told of wire and kernel."""
     from undertow.parallel.token_ring import api
 
     found = []
     for wire in (None, torch.bfloat16):
         before = set(api._calls)
-        handle = enable_context_parallel(model, schedule="token_ring", backward_schedule="ring_kv", wire_dtype=wire)
+        options = dict(wire_dtype=wire, kernel="tiled" if wire else "auto")
+        handle = enable_context_parallel(model, schedule="token_ring", backward_schedule="ring_kv", **options)
         model.zero_grad(set_to_none=True)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         handle.disable()
-        wires = {api._calls[number].problem.heads.wire for number in set(api._calls) - before}
-        found.append((loss.item(), next(model.parameters()).grad.norm().item(), wires))
+        told = {(call.problem.heads.wire, call.kernel) for n, call in api._calls.items() if n not in before}
+        found.append((loss.item(), next(model.parameters()).grad.norm().item(), told))
     return found
 
 
-def test_the_wire_dtype_reaches_attention(ranks, family):
+def test_wire_dtype_and_kernel_reach_attention(ranks, family):
     """Of bfloat16's 8 bits a sum of a few parts loses a few: 1 % of loss and gradient, which differ all the same."""
     for wide, narrow in ranks(2, _narrow, family("llama"), torch.arange(3, 27)[None]):
-        assert (wide[2], narrow[2]) == ({""}, {"bfloat16"})
+        assert (wide[2], narrow[2]) == ({("", "auto")}, {("bfloat16", "tiled")})
         assert narrow[:2] == pytest.approx(wide[:2], rel=1e-2) and narrow[1] != wide[1]
 
 

@@ -20,12 +20,18 @@ from ..dist.errors import UserError
 KEY_TILE = 16384  # as stream.attention
 PRODUCT_ROWS = 16384  # as stream.sums
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+# Families whose layers save what the formulas count: norms of the width beside the two, and whether q and k have some.
+_NORMS = {
+    "llama": (0, False), "qwen2": (0, False), "mistral": (0, False), "phi3": (0, False), "cohere": (0, False),
+    "gpt_neox": (0, False), "qwen3": (0, True), "olmo2": (0, True), "glm4": (2, False), "gemma3_text": (2, True),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class DecoderShape:
     """Sizes of a decoder: `q` = heads * head_dim and `kv` = kv_heads * head_dim channels, `hidden` MLP channels that a
-    token passes (experts per token times theirs in a mixture), `layer_parameters` all weights of one layer."""
+    token passes (experts per token times theirs in a mixture), `layer_parameters` all weights of one layer, `more_norms` channels that
+    a layer normalises beside its two norms of the width (None: what autograd saves of a layer is not known)."""
 
     layers: int
     width: int
@@ -37,6 +43,7 @@ class DecoderShape:
     layer_parameters: int
     element_size: int = 2
     tied: bool = False
+    more_norms: int | None = 0
 
     @property
     def q(self) -> int:
@@ -82,7 +89,9 @@ class DecoderShape:
             weights = attention + 3 * width * one * (experts + shared) + width * experts
             hidden = one * active
         tied = bool(config.get("tie_word_embeddings", False))
-        return cls(layers, width, heads, kv_heads, head_dim, hidden, vocab, weights, element_size, tied)
+        norms = None if experts else _NORMS.get(str(config.get("model_type")))
+        more = None if norms is None else norms[0] * width + norms[1] * (heads + kv_heads) * head_dim
+        return cls(layers, width, heads, kv_heads, head_dim, hidden, vocab, weights, element_size, tied, more)
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,12 @@ def chunk_bytes(shape: DecoderShape, rows: int) -> int:
     whose RMSNorm upcasts low precision (hence 12 against 5)."""
     d, q, kv, f = shape.width, shape.q, shape.kv, shape.hidden
     per_row = 12 * d + 2 * q + 2 * kv + 5 * f if shape.element_size < 4 else 5 * d + 2 * q + 2 * kv + 6.5 * f
-    return int(rows * shape.element_size * per_row)
+    return int(rows * shape.element_size * (per_row + norm_elements(shape)))
+
+
+def norm_elements(shape: DecoderShape) -> int:
+    """Saved of one row by norms beyond the usual two: in low precision float32 copies too."""
+    return (2 if shape.element_size >= 4 else 5) * (shape.more_norms or 0)
 
 
 def scratch_bytes(shape: DecoderShape, chunks: int) -> int:
@@ -200,6 +214,7 @@ def saved_bytes(shape: DecoderShape, rows: int) -> int:
     copies in low precision), q, k, v, attention's output (twice, where it is made contiguous) and the MLP's four."""
     wide = 6 if shape.element_size >= 4 else 8
     per_row = wide * shape.width + 3 * shape.q + 2 * shape.kv + 4 * shape.hidden
+    per_row += norm_elements(shape)
     return rows * (shape.element_size * per_row + 4 * shape.heads)
 
 

@@ -24,8 +24,8 @@ from .ring_memory import ring_bytes
 
 KNOWN = {
     "llama3-8b": DecoderShape(32, 4096, 32, 8, 128, 14336, 128256, 218_112_000),
-    "qwen3-8b": DecoderShape(36, 4096, 32, 8, 128, 12288, 151936, 192_945_152),
-    "qwen3-4b": DecoderShape(36, 2560, 32, 8, 128, 9728, 151936, 100_930_560, tied=True),
+    "qwen3-8b": DecoderShape(36, 4096, 32, 8, 128, 12288, 151936, 192_945_152, more_norms=5120),
+    "qwen3-4b": DecoderShape(36, 2560, 32, 8, 128, 9728, 151936, 100_930_560, tied=True, more_norms=5120),
 }
 OPTIMIZERS = {"none": 0, "sgd": 0, "adamw": 8, "adamw+master": 12}  # bytes of state per parameter
 LONGEST = 1 << 26

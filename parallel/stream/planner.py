@@ -56,8 +56,8 @@ def plan(
     `budget_bytes`: device bytes above weights and gradients (None: no limit). `host_bytes`: host memory for offload.
     `chunk`, `loss_rows`, `every` (n: every n-th layer input), `offload` (True: all inputs, False: none) and `stash`
     (keep attention outputs: True all, False none) fix what is otherwise chosen. Whole graphs are kept only where none
-    of `chunk`, `offload=True`, `stash` and `every` above 1 says otherwise, and not of mixtures of experts, whose graphs
-    have no formula here.
+    of `chunk`, `offload=True`, `stash` and `every` above 1 says otherwise, and not of families whose graphs have no
+    formula (`DecoderShape.more_norms`), such as mixtures of experts.
 
     `ranks`: 0, or attention is one call over all rows of a layer, and over those of so many ranks (1: on this one
     alone); `tokens` are then those of one rank. Ranks must keep attention of the same layers: `settled` says of how
@@ -79,7 +79,7 @@ def plan(
         if found:
             break
     free = chunk is None and stash is None and not offload and every in (None, 1)
-    if free and shape.active_parameters == shape.layer_parameters:
+    if free and shape.more_norms is not None:
         task = replace(task, usable=None if usable is None else int(usable * (1 - GRAPH_MARGIN)))
         found += _with_graphs(lambda graphs: _place(task, tokens, rows, 1, graphs), shape.layers)
     if found:

@@ -10,11 +10,11 @@ from undertow.parallel.stream.track import PeakBytes
 CHUNK = 256
 
 
-def llama(dtype=torch.float32):
+def llama(dtype=torch.float32, family="llama"):
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(
-        "llama", vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=1 << 16,
+        family, vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=1 << 16, pad_token_id=0,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     return model.to(dtype).train()
@@ -55,10 +55,11 @@ def test_peak_follows_the_formula_and_is_linear(dtype, options, shortest, seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2", "glm4"])
 @pytest.mark.parametrize("graphs", [1, 3])
-def test_peak_of_kept_graphs_follows_the_formula(graphs, dtype, seed):
-    """Within 10 %, as for chunks."""
-    model, ids = llama(dtype), torch.randint(0, 512, (1, 1024))
+def test_peak_of_kept_graphs_follows_the_formula(graphs, family, dtype, seed):
+    """Within 10 %, as for chunks; also where a layer has more norms."""
+    model, ids = llama(dtype, family), torch.randint(0, 512, (1, 1024))
     inputs = ("device",) * (3 - graphs) + ("graph",) * graphs
     found = []
     for tokens in (512, 1024):

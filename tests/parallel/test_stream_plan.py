@@ -84,7 +84,7 @@ def test_graphs_are_kept_where_there_is_room_and_nothing_else_was_asked_for(seed
     assert plan(LLAMA, 1, 1 << 19, budget_bytes=40 * GiB, host_bytes=100 * GiB).inputs.count("graph") == 0
     for asked in (dict(chunk=8192), dict(stash=True), dict(offload=True), dict(every=2)):
         assert "graph" not in plan(LLAMA, 1, 8192, **asked).inputs
-    mixture = replace(LLAMA, layer_parameters=2 * LLAMA.layer_parameters)
+    mixture = replace(LLAMA, more_norms=None)
     assert "graph" not in plan(mixture, 1, 8192).inputs, "experts, of whose graphs no formula tells"
 
 
@@ -181,3 +181,18 @@ def test_impossible_plans_are_user_errors(bad):
     StreamPlan(**good)
     with pytest.raises(UserError):
         StreamPlan(**{**good, **bad})
+
+
+@pytest.mark.parametrize(
+    ("family", "graphs"), [("llama", True), ("qwen2", True), ("qwen3", True), ("glm4", True), ("qwen3_moe", False)]
+)
+def test_graphs_are_kept_of_every_family_whose_memory_is_known(family, graphs):
+    """Biases and norms of queries do not make a layer a mixture of experts."""
+    model = family_config(family)
+    task = DecoderShape.from_config(model)
+    assert ("graph" in plan(task, 1, 4096, budget_bytes=None).inputs) is graphs
+
+
+def family_config(name):
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoConfig.for_model(name).to_dict()

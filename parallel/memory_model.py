@@ -30,8 +30,9 @@ _NORMS = {
 @dataclass(frozen=True)
 class DecoderShape:
     """Sizes of a decoder: `q` = heads * head_dim and `kv` = kv_heads * head_dim channels, `hidden` MLP channels that a
-    token passes (experts per token times theirs in a mixture), `layer_parameters` all weights of one layer, `more_norms`
-    channels that a layer normalises beside its two norms of the width (None: what autograd saves is not known)."""
+    token passes (experts per token times theirs in a mixture), `layer_parameters` all weights of one layer,
+    `more_norms` channels that a layer normalises beside its two norms of the width (None: what autograd saves of it is
+    not known)."""
 
     layers: int
     width: int

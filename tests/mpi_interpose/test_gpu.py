@@ -204,7 +204,7 @@ def test_programs_of_several_kinds_do_not_rely_on_each_others_memory(tmp_path: P
     monkeypatch.delenv("UNDERTOW_MPI_IPC", raising=False)
     assert launch.one_program(["mpirun", "-n", "4", "./app"])
     for words in ("mpirun -n 2 ./a : -n 2 ./b", "srun --multi-prog jobs", "mpiexec -configfile f"):
-        assert not launch.one_program(words.split())
+        assert not launch.one_program([*words.split()])
     assert launch.environment(tmp_path, "auto", None)["UNDERTOW_MPI_IPC"] == "auto"
     assert launch.environment(tmp_path, "auto", None, alike=False)["UNDERTOW_MPI_IPC"] == "0"
     monkeypatch.setenv("UNDERTOW_MPI_IPC", "1")

@@ -162,7 +162,8 @@ def explain(
         sys.stdout.write(f"model      unknown: {error}\n")
         return
     sys.stdout.write(f"MPI        {choice}\n")
-    for line in measure.predictions(choice.mpi, plan, count):
+    known = 0 if datatype.lstrip().startswith("(") else spec.leaf(datatype)
+    for line in measure.predictions(choice.mpi, plan, count, known):
         sys.stdout.write(line + "\n")
 
 

@@ -167,8 +167,8 @@ def model_file(library: Path) -> Path:
     return library.parent / "model.txt"
 
 
-def predictions(mpi: Mpi, plan: str, count: int) -> list[str]:
-    """What the model says of a plan (as `core.describe` prints it): one line per use."""
+def predictions(mpi: Mpi, plan: str, count: int, leaf: int = 0) -> list[str]:
+    """What the model says of a plan (as `core.describe` prints it): one line per use. `leaf`: as in policy.Row."""
     from .build import library  # the library's folder may hold a measured table
 
     match = re.match(r"(\w+), (\d+) B in \d+ pieces of about (\d+) B every (\d+) B", plan)
@@ -182,7 +182,7 @@ def predictions(mpi: Mpi, plan: str, count: int) -> list[str]:
         side, _, link = use.partition("_")
         title = f"{side} {link}".strip()
         dense_message = cls == "contiguous" and link
-        gain, saved_ns = (0.0, 0.0) if dense_message else table.ask(use, cls, block, step, size)
+        gain, saved_ns = (0.0, 0.0) if dense_message else table.ask(use, cls, block, step, size, leaf)
         if not gain:
             lines.append(f"{title:<11} passed through (nothing measured near {cls}, {block} B blocks, {size} B)")
         elif gain < policy.GAIN:

@@ -27,7 +27,10 @@ WAYS = {"library": (False, False), "send": (True, False), "recv": (False, True),
 
 @dataclass(frozen=True)
 class Row:
-    """One point of the table; times in ns, `share` of the saving that this side of a message calls its own."""
+    """One point of the table; times in ns, `share` of the saving that this side of a message calls its own.
+
+    `leaf`: bytes of a basic element, 0 where that is not known.
+    """
 
     use: str
     cls: str
@@ -37,6 +40,7 @@ class Row:
     without_ns: float
     with_ns: float
     share: float = 1.0
+    leaf: int = 0
 
     @property
     def ratio(self) -> float:
@@ -44,7 +48,9 @@ class Row:
 
     def text(self) -> str:
         times = f"{self.without_ns:.0f} {self.with_ns:.0f} {self.share:g}"
-        return f"{self.use} {self.cls} {self.block} {self.step} {self.size} {times}"
+        return f"{self.use} {self.cls} {self.block} {self.step} {self.size} {times}" + (
+            f" {self.leaf}" if self.leaf else ""
+        )
 
 
 def _row(cell: Cell, use: str, without: str, with_: str, least: float, share: float = 1.0) -> Row:
@@ -54,7 +60,7 @@ def _row(cell: Cell, use: str, without: str, with_: str, least: float, share: fl
     after = cell.median_ns(with_)
     if gain < least:
         after = max(after, before)
-    return Row(use, cell.cls, cell.block, cell.step, cell.size, max(1.0, before), max(1.0, after), share)
+    return Row(use, cell.cls, cell.block, cell.step, cell.size, max(1.0, before), max(1.0, after), share, cell.leaf)
 
 
 def best_way(cell: Cell, least: float) -> str:
@@ -94,20 +100,30 @@ def rows(cells: Iterable[Cell], least: float = OWN, peer: str | None = None, *, 
             other = tuple(side or i == k for i, side in enumerate(sides))
             without, with_ = cell.median_ns(way), cell.median_ns(next(w for w, s in WAYS.items() if s == other))
             place = (cell.cls, cell.block, cell.step, cell.size)
-            found.append(Row(use, *place, max(1.0, without), max(1.0, without, with_)))
+            found.append(Row(use, *place, max(1.0, without), max(1.0, without, with_), leaf=cell.leaf))
     return found
 
 
 def least_gains(tables: Sequence[list[Row]]) -> list[Row]:
     """One table for several MPIs or machines: of each point the row with the least gain; points that one lacks go."""
-    keyed = [{(r.use, r.cls, r.block, r.step, r.size): r for r in table} for table in tables]
+    keyed = [_by_point(table) for table in tables]
     shared = [key for key in keyed[0] if all(key in table for table in keyed)]
     return [min((table[key] for table in keyed), key=lambda row: row.ratio) for key in shared]
 
 
+def _by_point(table: list[Row]) -> dict[tuple, Row]:
+    """The rows by their points; where two datatypes are the same point, the row with the less gain."""
+    found: dict[tuple, Row] = {}
+    for row in table:
+        point = (row.use, row.cls, row.block, row.step, row.size, row.leaf)
+        if point not in found or row.ratio < found[point].ratio:
+            found[point] = row
+    return found
+
+
 def text(rows_: Iterable[Row], facts: Sequence[str]) -> str:
     """The table's file: facts as comments, then rows."""
-    head = [f"# {line}" for line in (*facts, "use class block step bytes without_ns with_ns share; see policy.hh")]
+    head = [f"# {line}" for line in (*facts, "use class block step bytes without_ns with_ns share leaf; see policy.hh")]
     return "\n".join([*head, *(row.text() for row in sorted(rows_, key=_order))]) + "\n"
 
 
@@ -121,7 +137,7 @@ def sections(tables: dict[str, list[Row]], facts: Sequence[str]) -> str:
 
 
 def _order(row: Row) -> tuple:
-    return USES.index(row.use), row.cls, row.block, row.step, row.size
+    return USES.index(row.use), row.cls, row.block, row.step, row.size, row.leaf
 
 
 class Policy:
@@ -134,7 +150,7 @@ class Policy:
         make.restype, make.argtypes = handle, [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int)]
         free.restype, free.argtypes = None, [handle]
         ratio.restype = number
-        ratio.argtypes = [handle, ctypes.c_int, ctypes.c_int, number, number, number, ctypes.POINTER(number)]
+        ratio.argtypes = [handle, ctypes.c_int, ctypes.c_int, number, number, number, number, ctypes.POINTER(number)]
         self._free, self._ratio, rows = free, ratio, ctypes.c_int()
         self._table = make(table.encode(), version.encode(), ctypes.byref(rows))
         self.rows = rows.value
@@ -143,16 +159,17 @@ class Policy:
         if getattr(self, "_table", None):
             self._free(self._table)
 
-    def ask(self, use: str, cls: str, block: int, step: int, size: int) -> tuple[float, float]:
-        """(gain, ns saved per call); (0, 0) where nothing near was measured."""
+    def ask(self, use: str, cls: str, block: int, step: int, size: int, leaf: int = 0) -> tuple[float, float]:
+        """(gain, ns saved per call); (0, 0) where nothing near was measured. `leaf` 0: of elements of any size."""
         saved = ctypes.c_double()
-        gain = self._ratio(self._table, USES.index(use), CLASSES.index(cls), block, step, size, ctypes.byref(saved))
+        place = (block, step, size, leaf)
+        gain = self._ratio(self._table, USES.index(use), CLASSES.index(cls), *place, ctypes.byref(saved))
         return gain, saved.value
 
     def takes(self, use: str, cell: Cell) -> bool:
         if cell.cls == "contiguous" and cell.use == "message":
             return False
-        return self.ask(use, cell.cls, cell.block, cell.step, cell.size)[0] >= GAIN
+        return self.ask(use, cell.cls, cell.block, cell.step, cell.size, cell.leaf)[0] >= GAIN
 
     def way(self, cell: Cell) -> str:
         """The arm of the cell that the table chooses."""

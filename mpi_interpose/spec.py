@@ -8,6 +8,7 @@ expression tree and never evaluated.
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import dataclass
 
 from .errors import InterposeError
@@ -102,6 +103,12 @@ def read(text: str) -> Spec:
     if not isinstance(result, Spec):
         raise InterposeError(f"'{text[:80]}' is not a datatype; expected, for example, 'vector(1024, 4, 16, float)'")
     return result
+
+
+def leaf(text: str) -> int:
+    """Bytes of the only kind of element that a notation names; 1 where there are several, as the preload counts it."""
+    sizes = {word for word in re.findall(r"[a-z]+", text.lower()) if word in ELEMENTS}
+    return ELEMENTS[sizes.pop()] if len(sizes) == 1 else 1
 
 
 def _value(node: ast.expr):

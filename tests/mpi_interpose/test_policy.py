@@ -140,3 +140,21 @@ def test_a_table_of_another_peer_stays(tmp_path: Path) -> None:
     assert table.rows == 4 and table.ask("send_local", "strided", 16, 32, 65536)[0] > 1.9
     measure.write([made], mpi, target)  # type: ignore[arg-type]
     assert policy.Policy(target.read_text()).rows == 4
+
+
+def test_elements_of_another_size_are_another_point() -> None:
+    """MPICH copies four MPI_CHAR one by one, one MPI_FLOAT at once: the same plan, and a gain for one of them only."""
+    chars = replace(cell(library=1e5, again=1e5, forced=1e4, block=4), leaf=1)
+    floats = replace(cell(library=1e4, again=1e4, forced=1e4, block=4), leaf=4)
+    (read,) = parse(text([floats]).splitlines())
+    assert read.leaf == 4
+    found = policy.rows([chars, floats])
+    table = policy.Policy(policy.text(found, []))
+    at = ("pack", "strided", 4, 8, 65536)
+    assert table.rows == 2 and table.ask(*at, 1)[0] > 8 and table.ask(*at, 4)[0] < 1.05
+    assert table.takes("pack", chars) and not table.takes("pack", floats)
+    assert 1.5 < table.ask(*at)[0] < 6  # not known: between them
+    merged = policy.least_gains([found, policy.rows([chars, floats, replace(floats, name="the same point")])])
+    assert sorted((row.leaf, row.ratio > 8) for row in merged) == [(1, True), (4, False)]
+    older = policy.Policy("pack strided 4 8 65536 1000 100 1\n")  # a table without this column serves all
+    assert older.ask(*at, 4)[0] == older.ask(*at, 1)[0] == pytest.approx(10)

@@ -40,12 +40,12 @@ std::string read_file(const std::string& path) {
   return text;
 }
 
-Policy::Answer ask(const Form& form, Use use, int link, int64_t bytes) {
+Policy::Answer ask(const Form& form, int64_t leaf, Use use, int link, int64_t bytes) {
   if (form.cls == Class::Contiguous && use >= kSendUse) return {};
   static constexpr int questions[kQuestions] = {kPolicyPack,       kPolicyUnpack,     kPolicySendSocket, kPolicySendLocal,
                                                 kPolicySendRemote, kPolicyRecvSocket, kPolicyRecvLocal,  kPolicyRecvRemote};
   return g_policy.ask(questions[question(use, link)], static_cast<int>(form.cls), static_cast<double>(form.block),
-                      static_cast<double>(form.step), static_cast<double>(bytes));
+                      static_cast<double>(form.step), static_cast<double>(bytes), static_cast<double>(leaf));
 }
 
 Online& online_of(Record& r, Use use, int link, int64_t bytes) {
@@ -104,7 +104,7 @@ double model_ratio(Record& r, Use use, int link, int64_t bytes) {
   const Slot slot = slot_of(r, use, link, bytes);
   const float known = slot.gain.load(std::memory_order_relaxed);
   if (known != 0) return known;
-  const Policy::Answer answer = ask(r.plan.form(bytes > r.plan.size ? 2 : 1), use, link, bytes);
+  const Policy::Answer answer = ask(r.plan.form(bytes > r.plan.size ? 2 : 1), r.leaf_size, use, link, bytes);
   const float ratio = answer.ratio > 0 ? static_cast<float>(answer.ratio) : -1;
   slot.saving_ns.store(static_cast<float>(answer.saved_ns), std::memory_order_relaxed);
   slot.gain.store(ratio, std::memory_order_relaxed);
@@ -229,6 +229,11 @@ extern "C" __attribute__((visibility("default"))) int undertow_measure_type(MPI_
   *step = form.step;
   *size = r->plan.size;
   return 1;
+}
+// The bytes of its basic elements, 1 where these are mixed.
+extern "C" __attribute__((visibility("default"))) long undertow_measure_leaf(MPI_Datatype type) {
+  const undertow::Record* r = undertow::record_of(type);
+  return r ? r->leaf_size : 0;
 }
 extern "C" __attribute__((visibility("default"))) void undertow_measure_mode(int mode) {
   undertow::mode = mode ? undertow::Mode::Force : undertow::Mode::Auto;

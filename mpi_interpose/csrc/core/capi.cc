@@ -84,8 +84,8 @@ EXPORT void* undertow_core_policy(const char* text, const char* version, int* ro
 }
 EXPORT void undertow_core_policy_free(void* policy) { delete static_cast<Policy*>(policy); }
 EXPORT double undertow_core_policy_ratio(void* policy, int use, int cls, double block, double step, double bytes,
-                                         double* saved_ns) {
-  const Policy::Answer answer = static_cast<Policy*>(policy)->ask(use, cls, block, step, bytes);
+                                         double leaf, double* saved_ns) {
+  const Policy::Answer answer = static_cast<Policy*>(policy)->ask(use, cls, block, step, bytes, leaf);
   *saved_ns = answer.saved_ns;
   return answer.ratio;
 }

@@ -1,7 +1,9 @@
 // The measured table that decides: what a library's call took and what ours took, at points of a small space.
 //
-// A row is "use class block step bytes without_ns with_ns share": the median of a call without us and with us, for a
-// plan of that class whose pieces are `block` bytes, `step` bytes apart, at a message of `bytes`. Uses are pack, unpack,
+// A row is "use class block step bytes without_ns with_ns share leaf": the median of a call without us and with us, for a
+// plan of that class whose pieces are `block` bytes, `step` bytes apart, at a message of `bytes`, made of basic elements
+// of `leaf` bytes (0 or left out: not known). Our own time does not depend on these, but a library's does: MPICH copies a
+// block of four MPI_CHAR as four elements. Uses are pack, unpack,
 // and send and recv, which carry the peer's place (send_socket: same socket; send_local: same host; send_remote: another
 // one). Without any row for the same socket those for the host are used, and the other way round. `share` is the part
 // of (without - with) that this side of a message may call its own in the report. Between rows the logarithm of the gain
@@ -17,6 +19,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 #include <vector>
 
 namespace undertow {
@@ -52,9 +55,9 @@ class Policy {
     return n;
   }
 
-  Answer ask(int use, int cls, double block, double step, double bytes) const {
+  Answer ask(int use, int cls, double block, double step, double bytes, double leaf = 0) const {
     if (use < 0 || use >= kPolicyUses || cls < 0 || cls >= kClasses) return {};
-    const Row want = place(block, step, bytes);
+    const Row want = place(block, step, bytes, leaf);
     std::array<double, kNear> far;
     std::array<const Row*, kNear> near{};
     use = stand_in(use);
@@ -91,6 +94,7 @@ class Policy {
   static constexpr double kReach = 3, kSpread = 2;
   struct Row {
     double block, step, bytes;  // in octaves
+    double leaf;                // in octaves; -1: not known
     int align;                  // log2 of the largest power of two up to 16 that divides the block
     int alias;                  // of a step: octaves of the largest power of two in it beyond 64 (cache sets collide)
     double without = 0, with = 0, share = 1;
@@ -107,16 +111,17 @@ class Policy {
                                                 kPolicySendRemote, kPolicyRecvRemote, kPolicySendLocal,  kPolicyRecvLocal};
     return empty(use) ? others[use] : use;
   }
-  static Row place(double block, double step, double bytes) {
+  static Row place(double block, double step, double bytes, double leaf) {
     const auto octave = [](double v) { return std::log2(std::max(1.0, v)); };
     const int64_t b = std::max<int64_t>(1, static_cast<int64_t>(block));
     const int64_t s = std::max<int64_t>(1, static_cast<int64_t>(step));
     const auto power = [](int64_t v) { return __builtin_ctzll(static_cast<uint64_t>(v)); };
-    return {octave(block), octave(step), octave(bytes), std::min(4, power(b)), std::max(0, std::min(6, power(s) - 6))};
+    return {octave(block), octave(step), octave(bytes), leaf > 0 ? octave(leaf) : -1, std::min(4, power(b)), std::max(0, std::min(6, power(s) - 6))};
   }
   static double distance(const Row& a, const Row& b) {
     return std::abs(a.block - b.block) + 0.5 * std::abs(a.step - b.step) + 0.5 * std::abs(a.bytes - b.bytes) +
-           0.4 * std::abs(a.align - b.align) + 0.15 * std::abs(a.alias - b.alias);
+           0.4 * std::abs(a.align - b.align) + 0.15 * std::abs(a.alias - b.alias) +
+           (a.leaf < 0 || b.leaf < 0 ? 0 : 0.5 * std::abs(a.leaf - b.leaf));
   }
   static const char* next_line(const char* at) {
     const char* end = std::strchr(at, '\n');
@@ -136,13 +141,15 @@ class Policy {
                                        "send_socket", "recv_socket"};
     static const char* const classes[] = {"contiguous", "strided", "crossed", "table", "mixed", "records"};
     char use[16], cls[16];
-    double block, step, bytes, without, with, share;
-    if (std::sscanf(at, "%15s %15s %lf %lf %lf %lf %lf %lf", use, cls, &block, &step, &bytes, &without, &with, &share) !=
-        8)
-      return 0;
+    double block, step, bytes, without, with, share, leaf = 0;
+    const char* line_end = std::strchr(at, '\n');
+    const std::string words(at, line_end ? static_cast<size_t>(line_end - at) : std::strlen(at));
+    const int read = std::sscanf(words.c_str(), "%15s %15s %lf %lf %lf %lf %lf %lf %lf", use, cls, &block, &step, &bytes,
+                                 &without, &with, &share, &leaf);
+    if (read < 8) return 0;
     const int u = index(use, uses, kPolicyUses), c = index(cls, classes, kClasses);
     if (u < 0 || c < 0 || !(without > 0) || !(with > 0) || !(share >= 0)) return 0;
-    Row row = place(block, step, bytes);
+    Row row = place(block, step, bytes, leaf);
     row.without = without, row.with = with, row.share = share;
     rows_[u * kClasses + c].push_back(row);
     return 1;

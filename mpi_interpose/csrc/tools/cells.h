@@ -9,13 +9,15 @@ typedef void (*emit_fn)(const char* name, int count, MPI_Datatype type, int held
 static unsigned cells_seed;
 static unsigned cells_random(void) { return (cells_seed = cells_seed * 1664525u + 1013904223u) >> 16; }
 
-static void cell_vector(emit_fn emit, long total, int block, int step, long room, int held) {
+/* Of MPI_CHAR, or of MPI_FLOAT or MPI_DOUBLE, which a library may copy in other loops. */
+static void cell_vector(emit_fn emit, long total, int block, int step, long room, int held, int leaf) {
   const long n = total / block;
   if (n < 4 || n * step > room) return;
   MPI_Datatype t;
   char name[64];
-  snprintf(name, sizeof name, "vector-b%d-s%d", block, step);
-  MPI_Type_create_hvector((int)n, block, step, MPI_CHAR, &t);
+  snprintf(name, sizeof name, "vector-%sb%d-s%d", leaf == 4 ? "float-" : leaf == 8 ? "double-" : "", block, step);
+  const MPI_Datatype element = leaf == 4 ? MPI_FLOAT : leaf == 8 ? MPI_DOUBLE : MPI_CHAR;
+  MPI_Type_create_hvector((int)n, block / leaf, step, element, &t);
   emit(name, 1, t, held);
 }
 
@@ -151,12 +153,19 @@ static void all_cells(emit_fn emit, long room, int quick) {
                                  {100, 128, 0},   {128, 256, 0},     {200, 256, 1},    {256, 512, 0},  {512, 1024, 0},
                                  {1024, 2048, 0}, {4096, 8192, 0},   {3072, 4096, 1},  {16384, 32768, 0},
                                  {65536, 131072, 0}};
+  static const int typed[][4] = {/* block, step, element, held */
+                                 {4, 8, 4, 0},      {4, 64, 4, 0},     {12, 16, 4, 0},     {64, 128, 4, 0},
+                                 {256, 512, 4, 0},  {8, 16, 8, 0},     {8, 512, 8, 0},     {16, 32, 8, 0},
+                                 {64, 4096, 8, 0},  {128, 256, 8, 0},  {1024, 2048, 8, 0}, {24, 40, 8, 1},
+                                 {48, 64, 4, 1}};
   for (int s = 0; s < 6; ++s) {
     const long total = fitted[s];
     if (quick && s != 1 && s != 3) continue;
     cells_seed = 12345;
     for (unsigned p = 0; p < sizeof pairs / sizeof pairs[0]; ++p)
-      cell_vector(emit, total, pairs[p][0], pairs[p][1], room, pairs[p][2]);
+      cell_vector(emit, total, pairs[p][0], pairs[p][1], room, pairs[p][2], 1);
+    for (unsigned p = 0; p < sizeof typed / sizeof typed[0]; ++p)
+      cell_vector(emit, total, typed[p][0], typed[p][1], room, typed[p][3], typed[p][2]);
     cell_transpose(emit, total, 4, MPI_FLOAT, 0);
     cell_transpose(emit, total, 8, MPI_DOUBLE, 0);
     cell_transpose(emit, total, 16, MPI_C_DOUBLE_COMPLEX, 0);
@@ -174,7 +183,9 @@ static void all_cells(emit_fn emit, long room, int quick) {
     const long total = between[s];
     cells_seed = 777;
     for (unsigned p = s; p < sizeof pairs / sizeof pairs[0]; p += 3)
-      cell_vector(emit, total, pairs[p][0], pairs[p][1], room, 1);
+      cell_vector(emit, total, pairs[p][0], pairs[p][1], room, 1, 1);
+    for (unsigned p = s; p < sizeof typed / sizeof typed[0]; p += 4)
+      cell_vector(emit, total, typed[p][0], typed[p][1], room, 1, typed[p][2]);
     cell_transpose(emit, total, 8, MPI_DOUBLE, 1);
     cell_indexed(emit, total, 8, 1);
     cell_mixed(emit, total, 32, 1);

@@ -4,8 +4,8 @@
 
    usage: mpirun -n 2 measure ROUNDS QUICK ONLY     (ONLY: part of "use name", or "" for all)
 
-   One `cell` line per use and datatype: use, class, name, block, step, bytes, held, wrong bytes, calls per sample; then
-   one `arm` line for each way: its name and ROUNDS samples in ns per call (per message). Arms: library; again (the
+   One `cell` line per use and datatype: use, class, name, block, step, bytes, held, wrong bytes, calls per sample, bytes of
+   its basic elements; then one `arm` line for each way: its name and ROUNDS samples in ns per call (per message). Arms: library; again (the
    library once more: what two equal things differ by); forced (our kernels); for messages send, recv and both (which
    side we take); auto (what the preload does by its table). The arms of one round stand beside each other in time. */
 #define _GNU_SOURCE
@@ -21,6 +21,7 @@
 #define ARMS 6
 enum { AUTO = 0, FORCE = 1 };
 static int (*type_of)(MPI_Datatype, long, const char**, long*, long*, long*);
+static long (*leaf_of)(MPI_Datatype);
 static void (*set_mode)(int);
 static char *source, *target, *packed, *expected;
 static const long room = 40L << 20, packed_room = 4L << 20;
@@ -50,8 +51,8 @@ static long differences(const char* a, const char* b, long n) {
 
 static void print_cell(const char* use, const Cell* c, long wrong, int inner, const char* const* names, int arms,
                        double samples[ARMS][MAX_ROUNDS]) {
-  printf("cell %s %s %s %ld %ld %ld %d %ld %d\n", use, c->cls, c->name, c->block, c->step, c->bytes, c->held, wrong,
-         inner);
+  printf("cell %s %s %s %ld %ld %ld %d %ld %d %ld\n", use, c->cls, c->name, c->block, c->step, c->bytes, c->held, wrong,
+         inner, leaf_of(c->type));
   for (int k = 0; k < arms; ++k) {
     printf("arm %s", names[k]);
     for (int r = 0; r < rounds; ++r) printf(" %.1f", samples[k][r]);
@@ -284,7 +285,8 @@ int main(int argc, char** argv) {
   only = argc > 3 ? argv[3] : "";
   type_of = (int (*)(MPI_Datatype, long, const char**, long*, long*, long*))dlsym(RTLD_DEFAULT, "undertow_measure_type");
   set_mode = (void (*)(int))dlsym(RTLD_DEFAULT, "undertow_measure_mode");
-  if (!type_of || !set_mode || size != 2 || rounds < 1 || rounds > MAX_ROUNDS) {
+  leaf_of = (long (*)(MPI_Datatype))dlsym(RTLD_DEFAULT, "undertow_measure_leaf");
+  if (!type_of || !set_mode || !leaf_of || size != 2 || rounds < 1 || rounds > MAX_ROUNDS) {
     fprintf(stderr, "measure: needs the preload, 2 ranks and 1 to %d rounds (preload %s, %d ranks, %d rounds)\n",
             MAX_ROUNDS, type_of ? "there" : "missing", size, rounds);
     MPI_Abort(MPI_COMM_WORLD, 3);

@@ -2,8 +2,8 @@
 
 The order is what one H100 measured (see docs/stream-backprop.md): cuDNN, FlashAttention-2, then plain tiles; on a CPU
 torch's flash kernel, then plain tiles. `backend("tiled")` asks for one by name. `candidates` are those that are worth a
-measurement (see `measured`): also the memory-efficient kernel, which takes float32, and FlexAttention where cuDNN has
-no kernel and the block is large enough for a compilation to pay.
+measurement (see `measured`): also the memory-efficient kernel where no flash kernel takes the call (float32), and
+FlexAttention where cuDNN has no kernel and the block is large enough for a compilation to pay.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def choose(q_BHLD: Tensor, k_BGLD: Tensor, v_BGLE: Tensor, *, causal: bool, wind
 
 def candidates(q_BHLD: Tensor, k_BGLD: Tensor, v_BGLE: Tensor, *, causal: bool, window: int | None) -> list[Backend]:
     """All that are worth a measurement for this call; first the one that `choose` takes."""
-    how = {"causal": causal, "window": window}
-    given = q_BHLD, k_BGLD, v_BGLE
-    kernels = [cast(Backend, cudnn), cast(Backend, flash2), cast(Backend, efficient), cast(Backend, cpu_flash)]
-    found = [b for b in kernels if b.supports(*given, **how)]
+    given, how = (q_BHLD, k_BGLD, v_BGLE), {"causal": causal, "window": window}
+    found = [choose(*given, **how)]
+    fast = [b for b in (cudnn, flash2) if b.supports(*given, **how)]
+    if not fast and efficient.supports(*given, **how):  # it repeats key heads, and is slower than those
+        fast.append(efficient)
     large = q_BHLD.shape[2] * k_BGLD.shape[2] >= COMPILED_PAIRS
-    if large and not cudnn.supports(*given, **how) and flex.supports(*given, **how):
-        found.append(cast(Backend, flex))
-    first = choose(*given, **how)
-    return [first, *(b for b in found if b is not first)]
+    if large and cudnn not in fast and flex.supports(*given, **how):
+        fast.append(flex)
+    return found + [b for b in cast(list[Backend], fast) if b is not found[0]]

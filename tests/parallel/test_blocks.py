@@ -215,6 +215,55 @@ def test_calls_go_to_the_backend_that_was_found(seed, monkeypatch):
     assert all(relative(a, b) < 1e-12 for a, b in zip(grads, exact))
 
 
+@pytest.mark.parametrize(
+    ("able", "rows", "wanted"),
+    [
+        ({"cudnn", "flash2", "efficient", "flex"}, 2048, ["cudnn", "flash2"]),
+        ({"flash2", "efficient", "flex"}, 2048, ["flash2", "flex"]),  # a window
+        ({"flash2", "efficient", "flex"}, 256, ["flash2"]),  # too small to compile for
+        ({"efficient", "flex"}, 2048, ["tiled", "efficient", "flex"]),  # float32
+        (set(), 2048, ["tiled"]),
+    ],
+)
+def test_what_is_worth_a_measurement(able, rows, wanted, monkeypatch):
+    """On a device where `able` can compute the call."""
+    for name in ("cudnn", "flash2", "efficient", "flex", "cpu_flash"):
+        monkeypatch.setattr(select.backend(name), "supports", lambda *given, _can=name in able, **how: _can)
+    q = torch.empty(1, 2, rows, 16)
+    assert [b.NAME for b in select.candidates(q, q, q, causal=True, window=None)] == wanted
+
+
+def test_masks_share_what_is_compiled_below_autograd(seed, flex_on_cpu, monkeypatch):
+    """As on CUDA, up to the kernel itself: one graph without and one with gradients for all masks of a kind of call,
+    traced inside of a custom operator, where nothing has gradients."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    flex_on_cpu()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    whole = torch.compile(flex.torch_flex.flex_attention, fullgraph=True, backend=backend)
+    monkeypatch.setattr(flex.torch_flex, "flex_attention", whole)
+
+    @torch.library.custom_op("undertow_test::flex_both_phases", mutates_args=())
+    def both(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> list[torch.Tensor]:
+        how = {"scale": 0.3, "causal": window > 0, "window": 40 if window == 40 else None}
+        out, lse = flex.forward(q, k, v, **how)
+        return [out.clone(), *(x.clone() for x in flex.backward(out, q, k, v, out, lse, **how))]
+
+    for window in (0, 40, 300):  # full, a window, causal
+        q, k, v, _ = draw((1, 4, 2, 130, 300, 16, 16), torch.float64, "cpu")
+        how = {"scale": 0.3, "causal": window > 0, "window": 40 if window == 40 else None}
+        out, lse = reference.forward(q, k, v, **how)
+        wanted = [out, *reference.backward(out, q, k, v, out, lse, **how)]
+        for got, want in zip(both(q, k, v, window), wanted):
+            assert relative(got, want) < 1e-12
+    assert len(graphs) == 2
+
+
 @pytest.mark.gpu
 @NO_GPU
 @pytest.mark.parametrize("name", ["flash2", "cudnn"])

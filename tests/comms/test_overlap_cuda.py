@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from undertow.benchmarks import overlap_cuda
 from undertow.comms.chunk_plan import chunk_rows
 from undertow.comms.cuda_events import Call
 from undertow.comms.cuda_messengers import CudaMessenger, PinnedMessenger
@@ -23,6 +24,7 @@ from undertow.comms.stream_wait import Counted, can_wait
 from undertow.comms.symmetric_messenger import Mapped, Seat, SymmetricMessenger, _refusal, apart, why_not
 from undertow.comms.trigger import GlooMessenger
 from undertow.dist.errors import PeerLost
+from undertow.parallel.overlap_gate import CUDA_ARMS
 
 
 class _Now:
@@ -391,6 +393,35 @@ def test_no_pattern_makes_an_event_again():
                 made.append(_Now.made - before)
             assert made[1:] == [0, 0], (what, made)
         assert engine.plan((4, 4, 4), 2) is plan
+        engine.close()
+
+
+@pytest.mark.parametrize("rows", [128, 20])  # the last of eight ranks has none of 20
+def test_the_benchmark_of_one_gpu_is_right(rows, seed):
+    """bf16 products of whole numbers below 2^8 and sums below 2^8: exact."""
+    here = torch.device("cpu")
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randint(-2, 3, shape, generator=generator).bfloat16() for shape in ((rows, 8), (8, 16)))
+    sizes = chunk_rows(rows, overlap_cuda.WORLD)
+    theirs = torch.randint(-9, 10, (overlap_cuda.WORLD - 1, sizes[0], 16), generator=generator).bfloat16()
+    want = a[: sizes[0]] @ b + theirs.sum(0)
+
+    def incoming(rows: torch.Tensor, source: int) -> torch.Tensor:
+        return theirs.view(-1).narrow(0, int(rows.storage_offset()), rows.numel())
+
+    with pytest.MonkeyPatch.context() as patch:
+        _stand_in(patch)
+        patch.setattr(torch.cuda, "synchronize", lambda: None)
+        messenger = PinnedMessenger(0, overlap_cuda.WORLD, here, incoming, copy=_copied, pinned=False)
+        engine = CudaOverlapEngine(device=here, messenger=messenger)
+        rank = overlap_cuda._Rank(a, b, theirs, engine, messenger, sizes)
+        for arm in CUDA_ARMS[:4]:  # no Triton here
+            assert torch.equal(rank.scatter(arm, check=True), want), arm
+        messenger._mirror.fill_(1)
+        patch.setattr(messenger, "_copy", lambda *_: None)
+        with pytest.raises(AssertionError, match="other bytes"):
+            rank.scatter(CUDA_ARMS[0], check=True)
+        overlap_cuda._copies(rank)
         engine.close()
 
 

@@ -161,7 +161,7 @@ class PinnedMessenger(CudaMessenger):
 
     def _reflected(self, rows: torch.Tensor, nbytes: int) -> int:
         """The address at which `rows` land."""
-        low = rows.storage_offset() * rows.element_size()
+        low = int(rows.storage_offset()) * rows.element_size()
         if low + nbytes > self._mirrored:
             self._out.synchronize()  # what is on its way to the old mirror
             self._mirrored = rows.untyped_storage().nbytes()

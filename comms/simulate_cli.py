@@ -7,6 +7,7 @@ file the rates are assumed ones, and the output says that too. The schedule is c
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from rich.console import Console
 from ..dist.errors import UserError
 from ..dist.machine import Machine
 from ..dist.units import format_bytes, format_flops, format_rate, format_seconds, parse_bytes
+from .builders.attention_shape import Heads
 from .builders.catalog import ATTENTION_HEADS, CATALOG, by_name
 from .check import check
 from .cost import rank_costs
@@ -58,6 +60,7 @@ def _simulate(
         str,
         typer.Option(help=f"what the link's rate limits ({', '.join(TOPOLOGIES)}), or a preset: {', '.join(PRESETS)}"),
     ] = "ports",
+    heads: Annotated[str, typer.Option(metavar="Q:K", help="of `peers`: query and key heads, of 128 each")] = "",
     transport: Annotated[str, typer.Option(help="which link of the machine file (default: the fastest)")] = "",
     rendezvous: Annotated[bool, typer.Option("--rendezvous", help="a send moves no byte before its receive")] = False,
     text: Annotated[bool, typer.Option("--text", help="print the schedule in text form, and nothing else")] = False,
@@ -73,8 +76,10 @@ def _simulate(
         _list(console)
         return
     if schedule == "peers":
-        _compare(console, 4 if ranks is None else ranks, size, machine, topology, transport)
+        _compare(console, 4 if ranks is None else ranks, size, _heads(heads), machine, topology, transport)
         return
+    if heads:
+        raise UserError(f"--heads {heads} of {schedule}", expected="`undertow simulate peers --heads Q:K` only")
     plan = _schedule(schedule, ranks, size)
     if text:
         sys.stdout.write(str(plan))
@@ -104,20 +109,32 @@ def _network(rates: Machine, topology: str, transport: str) -> tuple[Network, st
     return network, f"{transport or fastest(rates)}, per {TOPOLOGIES[topology]}"
 
 
-def _compare(console: Console, world: int, size: str, machine: str, topology: str, transport: str) -> None:
+def _heads(text: str) -> Heads:
+    """'32:8' as heads; '' for those of the catalogue."""
+    if not text:
+        return ATTENTION_HEADS
+    q, _, k = text.partition(":")
+    if not (q.isdigit() and k.isdigit() and int(k) and int(q) and int(q) % int(k) == 0):
+        raise UserError(f"--heads {text}", expected="query heads, a colon, and key heads that divide them, as 32:8")
+    return replace(ATTENTION_HEADS, q_heads=int(q), kv_heads=int(k))
+
+
+def _compare(
+    console: Console, world: int, size: str, h: Heads, machine: str, topology: str, transport: str
+) -> None:  # fmt: skip
     """Every way of the field and of ours, on one model."""
     rates = Machine.load(Path(machine)) if machine else ASSUMED
     network, link = _network(rates, topology, transport)
     entry = CATALOG["attention_ring_kv"]
     rows = max(1, round(parse_bytes(size, name="--bytes") / entry.row_bytes))
-    problem = world, rows + rows % 2, ATTENTION_HEADS, rates
+    problem = world, rows + rows % 2, h, rates
     found = list(ways(*problem, network))
     console.print(table(found, ideal_s(*problem), f"causal attention, {world} ranks of {rows + rows % 2:,} tokens"))
     assumed = " (kernel rates are assumed: no --machine file was given)" if machine == "" else ""
     console.print(f"machine: {rates.name}{assumed}; link {link}", soft_wrap=True)
-    h = ATTENTION_HEADS
     console.print(
-        f"{h.q_heads}:{h.kv_heads} heads of {h.head_dim} in {h.dtype}, the same kernels for all: what is compared is "
+        f"{h.q_heads}:{h.kv_heads} heads of {h.head_dim} in {h.dtype}, partial results in {h.wire or h.partial}, the "
+        "same kernels for all: what is compared is "
         "what travels when. Attention stands still while results are merged beside it. * is the fastest; ideal is the "
         "attention alone, dealt out evenly. Modelled, not measured.",
         soft_wrap=True,

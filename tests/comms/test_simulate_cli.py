@@ -52,8 +52,12 @@ def test_the_field_and_ours_in_one_table(capsys):
     assert found["Ulysses"].sent_bytes == found["ulysses"].sent_bytes
     for i in (0, 1):  # contiguous shards leave the first rank idle under a causal mask
         assert found["ring (Liu et al.)"].seconds[i] > found["zigzag ring (ring-flash-attention)"].seconds[i]
-    assert main(["simulate", "peers", "--ranks", "3", "--bytes", "1MiB"]) == 0
-    assert "cannot be dealt to 3 ranks" in capsys.readouterr().out
+    assert main(["simulate", "peers", "--ranks", "3", "--bytes", "1MiB", "--heads", "32:4"]) == 0
+    out = capsys.readouterr().out
+    assert "cannot be dealt to 3 ranks" in out and "32:4 heads of 128" in out
+    for words in (["peers", "--heads", "32:5"], ["ring_attention", "--heads", "32:4"]):
+        assert main(["simulate", *words]) == 2
+        assert "--heads" in capsys.readouterr().err
 
 
 def test_peers_schedules_are_proved_and_compute_what_ours_do():

@@ -9,6 +9,9 @@ in the modes off (no preload), auto, force and check. The promise: the same test
 mode, no byte differs in mode check, calls were intercepted, and in mode force plans of every combiner were made, and
 taken of those that the suite packs or sends. The exit status is 1 where it is broken. A test that fails in one mode
 only is named. Seconds are those of the whole run, start included.
+
+A start that was cut short goes on at the next one: runs in the JSON that ended are kept where the package's version and
+commit, mpi4py, the MPI and the machine are the same. From a working tree with changes everything runs again.
 """
 
 from __future__ import annotations
@@ -174,7 +177,9 @@ def broken(outcomes: Sequence[Outcome]) -> list[str]:
         name = f"{o.mpi}, {o.ranks} rank(s), {o.mode}"
         if o.mode == "off":
             continue
-        base = plain[o.mpi, o.ranks]
+        base = plain.get((o.mpi, o.ranks))
+        if base is None:
+            continue  # of an earlier start, whose run without the preload is still to come
         if o.ended != base.ended:
             lines.append(f"{name}: ended: {o.ended}; without the preload: {base.ended}")
         if (o.run, o.skipped) != (base.run, base.skipped):
@@ -220,6 +225,47 @@ def markdown(outcomes: Sequence[Outcome], about: dict[str, str]) -> str:
     return "\n".join([*lines, ""])
 
 
+SAME = ("undertow", "mpi4py", "python", "hardware", "system")
+
+
+def finished(data: dict, about: dict[str, str]) -> list[Outcome]:
+    """The runs in the JSON of an earlier start that hold for one with the facts `about`; none of a state with changes.
+
+    A run that the time limit ended, or that ended otherwise, is none of them.
+    """
+    commit = about["undertow"].split(", ", 1)[-1]
+    if not commit.startswith("commit") or "dirty" in commit:
+        return []
+    if data.get("format") != 1 or any(data["facts"].get(name) != about.get(name) for name in SAME):
+        return []
+    return [Outcome(**{**row, "failed": tuple(row["failed"])}) for row in data["runs"] if row["ended"] == "yes"]
+
+
+def earlier(output: Path, about: dict[str, str]) -> tuple[Path, dict[str, str], list[Outcome]]:
+    """Where the results go, with which facts, and what is there already: of a start on an earlier day, its file."""
+    name = f"mpi4py_suite_{slug(about['hardware'])}"
+    for file in sorted(output.glob(f"{name}_*.json"), reverse=True):
+        try:
+            data = json.loads(file.read_text())
+            kept = finished(data, about)
+        except (ValueError, KeyError, TypeError) as error:
+            sys.stderr.write(f"{file} is not read ({type(error).__name__}: {error}): nothing of it is kept\n")
+            continue
+        if kept:
+            facts_then = {**data["facts"], "continued": f"{about['date']}, load before {about['load before']}"}
+            return file.with_suffix(""), facts_then, kept
+    return output / f"{name}_{about['date']}", about, []
+
+
+def write(base: Path, outcomes: Sequence[Outcome], about: dict[str, str]) -> None:
+    """The JSON by rename, so that a start cut short leaves one that can be read, and the page."""
+    scratch = Path(f"{base}.json.tmp")
+    whole = {"format": 1, "facts": about, "runs": [asdict(each) for each in outcomes]}
+    scratch.write_text(json.dumps(whole, indent=1) + "\n")
+    scratch.replace(f"{base}.json")
+    Path(f"{base}.md").write_text(markdown(outcomes, about))
+
+
 def run(quick: bool, rounds: int | None, only: str, output: Path) -> int:
     """Every MPI with mpi4py; the results are written after each run of the suite."""
     if "MPICC" not in os.environ and openmpi_python() is None:
@@ -233,22 +279,27 @@ def run(quick: bool, rounds: int | None, only: str, output: Path) -> int:
         return 2
     about = {**facts(("mpi4py",)), "mpi": "; ".join(mpi.version for mpi, _ in chosen)}
     output.mkdir(parents=True, exist_ok=True)
-    base = output / f"mpi4py_suite_{slug(about['hardware'])}_{about['date']}"
+    base, about, kept = earlier(output, about)
+    known = {(o.mpi, o.ranks, o.mode): o for o in kept}
     outcomes: list[Outcome] = []
     libraries = {mpi.mpicc: build.library(mpi) for mpi, _ in chosen}  # one build for all modes
     for ranks in (1,) if quick else (1, 2):
         for mpi, python in chosen:
             for mode in MODES:
-                outcomes.append(suite(mpi, libraries[mpi.mpicc], str(python), ranks, mode))
-                o = outcomes[-1]
+                o = known.pop((label(mpi), ranks, mode), None)
+                if o:
+                    sys.stdout.write(f"{o.mpi}, {ranks} rank(s), {mode}: kept from {base.name}.json\n")
+                    outcomes.append(o)
+                    continue
+                o = suite(mpi, libraries[mpi.mpicc], str(python), ranks, mode)
+                outcomes.append(o)
                 sys.stdout.write(
                     f"{o.mpi}, {ranks} rank(s), {mode}: {o.run} run, {len(o.failed)} failed, {o.skipped} skipped, "
                     f"{o.taken} of {o.intercepted} calls taken, {o.seconds:.0f} s, ended: {o.ended}\n"
                 )
                 sys.stdout.flush()
-                whole = {"format": 1, "facts": about, "runs": [asdict(each) for each in outcomes]}
-                base.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
-                base.with_suffix(".md").write_text(markdown(outcomes, about))
+                write(base, [*outcomes, *known.values()], about)
+    write(base, [*outcomes, *known.values()], about)
     verdict = broken(outcomes)
     sys.stdout.write(
         "\n".join([*(verdict or ["every mode gives the library's own result"]), f"written: {base}.md", ""])

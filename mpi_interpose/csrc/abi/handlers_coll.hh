@@ -425,7 +425,7 @@ int all_to_all_w(F next, Site site, void* sbuf, N* scounts, D* sdispls, MPI_Data
   bool moved = false;
   // A rank without neighbours may pass no arrays, and must take part all the same.
   if (ipc_wanted() && (neighbours || (out > 0 && out == in && intra(comm))) && (!out || (scounts && stypes)) &&
-      (!in || (rcounts && rtypes))) {
+      (!in || (rcounts && rtypes)) && ipc_due(comm)) {
     std::vector<PeerBlock> sends = peer_blocks(sbuf, scounts, sdispls, stypes, out);
     std::vector<PeerBlock> receives = peer_blocks(rbuf, rcounts, rdispls, rtypes, in);
     const int rc = ipc_exchange(comm, neighbours, sends, receives);

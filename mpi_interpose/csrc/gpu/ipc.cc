@@ -284,14 +284,18 @@ std::atomic<Ipc> g_ipc{[] {
   return std::strcmp(v, "auto") == 0 ? Ipc::kAuto : Ipc::kAll;
 }()};
 
-int ipc_exchange(MPI_Comm comm, bool neighbours, std::vector<PeerBlock>& sends, std::vector<PeerBlock>& receives) {
-  if (g_ipc.load(std::memory_order_relaxed) == Ipc::kAuto && fortran_mapped()) return MPI_SUCCESS;
+bool ipc_due(MPI_Comm comm) {
+  if (g_ipc.load(std::memory_order_relaxed) == Ipc::kAuto && fortran_mapped()) return false;
   Served* const found = served_by(comm);
-  if (!found || found->verdict == Served::kNo) return MPI_SUCCESS;
-  Served& s = *found;
+  if (!found || found->verdict == Served::kNo) return false;
+  if (found->verdict == Served::kYes) return true;
+  ++found->calls;
+  return !(found->calls & (found->calls - 1));
+}
+
+int ipc_exchange(MPI_Comm comm, bool neighbours, std::vector<PeerBlock>& sends, std::vector<PeerBlock>& receives) {
+  Served& s = *served_by(comm);
   if (s.verdict == Served::kOpen) {
-    ++s.calls;
-    if (s.calls & (s.calls - 1)) return MPI_SUCCESS;
     const void* device = first_device(sends);
     negotiate(s, comm, device ? device : first_device(receives), worth(sends, s.rank, neighbours), class_of_half(sends));
     if (s.verdict != Served::kYes) return MPI_SUCCESS;

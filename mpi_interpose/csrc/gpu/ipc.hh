@@ -43,6 +43,8 @@ enum class Ipc : int { kOff, kAll, kAuto };
 extern std::atomic<Ipc> g_ipc;  // the switch
 inline bool ipc_wanted() { return __builtin_expect(g_ipc.load(std::memory_order_relaxed) != Ipc::kOff, 0); }
 
+// Whether this call, counted here, is to go through `ipc_exchange`; the same on all ranks. Cheap where nobody has a device.
+bool ipc_due(MPI_Comm comm);
 // Collective. Carries what it can; MPI_SUCCESS, or the error of a call of the library.
 int ipc_exchange(MPI_Comm comm, bool neighbours, std::vector<PeerBlock>& sends, std::vector<PeerBlock>& receives);
 

@@ -154,6 +154,7 @@ def moments(
     inputs_on_device: int,
     inputs_on_host: int,
     attention_on_device: int,
+    attention_on_host: int = 0,
     derived: int = 0,
     graphs: int = 0,
     kernel: bool = True,
@@ -162,8 +163,8 @@ def moments(
 ) -> Moments:
     """Peak bytes for `rows` = batch * tokens. `inputs_on_device` counts layers, likewise `attention_on_device` and
     `graphs`, the last layers, of which everything is kept: gone when the layers below them are differentiated.
-    `derived`: how many layers in a row have no input kept. `ranks`: 0, or attention is one call over all rows, and over
-    those of so many ranks, that allocates `call` bytes in forward and in backward."""
+    `derived`: computed inputs that are there beside `inputs_on_device`. `ranks`: 0, or attention is one call over all
+    rows, and over those of so many ranks, that allocates `call` bytes in forward and in backward."""
     e, d, kv = shape.element_size, shape.width, shape.kv
     chunks = -(-rows // chunk)
     chunk = min(chunk, rows)
@@ -187,7 +188,9 @@ def moments(
         whole = projected + max(out, call[0])
         forward = kept + in_flight - row + max(whole, max(projected, out + row) + working // 3)
         buffers, gradients = 0, rows * e * shape.q  # of the attention's result; then also those of q, k and v
-        in_mlp = out + (0 if attention_on_device else projected) + working
+        one, all_known = attention_bytes(shape, rows), attention_on_device + attention_on_host + graphs == shape.layers
+        in_mlp = working + (0 if all_known else max(0, projected + one - attention_on_device * one))
+        in_mlp = max(in_mlp, working + out)
         in_attention = out + projected + max(projected, call[1])
     backward = kept + row + fetched + buffers + gradients + sums + max(in_mlp, in_attention, at_the_end)
     loss = kept + 2 * row + loss_bytes(shape, loss_rows, kernel)

@@ -60,6 +60,15 @@ class StreamPlan:
         return 1 + max(map(len, runs))
 
     @property
+    def derived_rows(self) -> int:
+        """Derived inputs that are on the device at once, less the kept ones above them that are gone by then."""
+        here, run, most = 0, 0, 0
+        for place in self.inputs:
+            here, run = here + (place == "device"), run + 1 if place == "derived" else 0
+            most = max(most, here + run)
+        return most - here
+
+    @property
     def settled(self) -> int:
         """Layers whose attention runs once only: output or graph kept."""
         return sum(place != "none" for place in self.attention) + self.inputs.count("graph")

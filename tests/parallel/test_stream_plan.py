@@ -115,6 +115,43 @@ def test_short_chunks_and_few_rows_of_logits_only_where_nothing_else_fits():
     assert plan(small, 1, 2048, budget_bytes=int(1.1 * least)).chunk == 512
 
 
+def test_every_nth_input_where_the_host_is_the_limit():
+    """The smallest n that fits: a third of the host holds a third of the inputs, to the layer."""
+    row = 262144 * 4096 * 2
+    for layers_on_host, every in ((32, 1), (16, 2), (11, 3), (8, 4), (6, 6), (4, 8)):
+        made = plan(LLAMA, 1, 262144, budget_bytes=28 * GiB, host_bytes=layers_on_host * row, chunk=4096, stash=False)
+        assert "exceeds" not in made.reason
+        fits = [n for n in (1, 2, 3, 4, 6, 8) if -(-32 // n) - made.inputs.count("device") <= layers_on_host]
+        assert made.every == min(fits) <= every
+        assert made.host_bytes == made.inputs.count("host") * row <= layers_on_host * row
+    asked = plan(LLAMA, 1, 262144, every=5)
+    assert asked.inputs[:6] == ("device", *["derived"] * 4, "device") and asked.every == 5
+    assert step_flops(LLAMA, 1, 9, **{**asked.fractions, "attention_kept": 0.0})["gemm"] == pytest.approx(
+        step_flops(LLAMA, 1, 9, attention_kept=0.0)["gemm"] + 2 * 9 * LLAMA.layer_parameters * 25
+    ), "each of 25 layers without an input of its own costs the forward of the layer below"
+
+
+@pytest.mark.parametrize(("kinds", "rows"), [("kddkddk", 1), ("kddd", 3), ("hddhdd", 2), ("kkk", 0), ("kdkd", 1)])
+def test_derived_inputs_that_are_there_at_once(kinds, rows):
+    places = tuple({"k": "device", "d": "derived", "h": "host"}[kind] for kind in kinds)
+    made = StreamPlan(1, 10, 10, places, ("none",) * len(places))
+    assert made.derived_rows == rows and made.every == 1 + max(map(len, kinds.replace("h", "k").split("k")))
+
+
+def test_attention_over_ranks():
+    """Kept of the last layers, as many as were settled; with the ring's buffers, which grow with the ranks up to 4."""
+    for settled in (0, 5, 32):
+        made = plan(LLAMA, 1, 65536, budget_bytes=60 * GiB, host_bytes=100 * GiB, ranks=2, settled=settled)
+        assert made.settled == settled and "exceeds" not in made.reason
+        kept = [a != "none" or i == "graph" for a, i in zip(made.attention, made.inputs)]
+        assert kept == [layer >= 32 - settled for layer in range(32)]
+    assert plan(LLAMA, 1, 65536, ranks=1, stash=True, chunk=512).settled == 32
+    needed = [plan(LLAMA, 1, 65536, ranks=n, stash=False, chunk=4096).device_bytes for n in (1, 2, 4, 8)]
+    assert needed[0] < needed[1] < needed[2] == needed[3]
+    alone, shared = (step_flops(LLAMA, 1, 1000, attention_kept=0.0, ranks=n) for n in (0, 4))
+    assert shared["attention_forward"] == 4 * alone["attention_forward"] and shared["gemm"] == alone["gemm"]
+
+
 def test_forced_choices_are_kept():
     made = plan(LLAMA, 2, 50000, chunk=3000, loss_rows=77, offload=True, stash=True)
     assert (made.chunk, made.loss_rows) == (3000, 77)

@@ -23,8 +23,8 @@ constexpr int kMostSlabs = 8;                 // communicators that may have one
 // With auto: on two H200 the offers of a call cost 8 µs, lost where its largest block had up to 128 KiB, and won from
 // 512 KiB on, 4 to 60 times (results/mpi_gpu_collectives).
 constexpr int64_t kWorth = 256 << 10;
+constexpr int kAskAgain = 8;         // so many calls of a neighbour collective, and larger slabs may be made
 constexpr int64_t kTrial = 4 << 20;  // bytes read from others before they are relied on
-constexpr int kLeastHalf = 16;       // log2 of the smallest half of a slab
 
 std::atomic<int> g_slabs{0};
 int g_keyval = MPI_KEYVAL_INVALID;
@@ -38,6 +38,8 @@ int64_t most_half() {
   return bytes;
 }
 
+int64_t least_half() { return most_half() / 4; }  // larger ones are made when calls need them
+
 // What a communicator has agreed on.
 struct Served {
   enum { kOpen, kYes, kNo } verdict = kOpen;
@@ -46,13 +48,15 @@ struct Served {
   bool grid = false;
   int rank = 0;
   int64_t half = 0;  // bytes of either half, the same on all ranks
+  int wish = 0;      // log2 of what some rank had needed, as all know; 0: nothing is known
+  bool full = false; // larger ones could not be had
   gpu::Slab slab;
   std::vector<char*> of;  // every rank's slab as seen here; ours at our own rank
 };
 
 struct Offer {
   int64_t bytes, at;  // bytes < 0: this block goes through the library
-  int32_t rank, spare;
+  int32_t rank, need;  // need: log2 of a half for all of this call's blocks, or 0; every rank hears it of every other
 };
 
 int forget(MPI_Comm, int, void* attribute, void*) {
@@ -121,8 +125,8 @@ int class_of_half(const std::vector<PeerBlock>& sends) {
     if (!r || __builtin_mul_overflow(b.count, r->plan.size, &bytes) || bytes > most_half()) continue;
     need += aligned(bytes);
   }
-  int c = kLeastHalf;
-  while ((1ll << c) < need && (1ll << c) < most_half()) ++c;
+  int c = 0;
+  while ((1ll << c) < std::max(need, least_half()) && (1ll << c) < most_half()) ++c;
   return c;
 }
 
@@ -208,16 +212,14 @@ void negotiate(Served& s, MPI_Comm comm, const void* device, bool wish, int size
   introduce(s, comm, device, any[3]);
 }
 
-// Larger slabs in place of these, when some rank has more to send than its half holds. All ranks are in this call, so
-// nobody reads any longer. Where larger ones cannot be had, all keep what they have.
+// Larger slabs in place of these, when some rank had more to send than its half holds: `size`, the same on all ranks.
+// All are in this call, so nobody reads any longer. Where larger ones cannot be had, all keep what they have.
 void grow(Served& s, MPI_Comm comm, int size) {
-  int largest = 0;
-  if (own.Allreduce(&size, &largest, 1, MPI_INT, MPI_MAX, comm) != MPI_SUCCESS) return;
-  if (std::min<int64_t>(1ll << largest, most_half()) <= s.half) return;
+  if (s.full || std::min<int64_t>(1ll << size, most_half()) <= s.half || !all_good(comm, true)) return;
   const Served before = s;
-  introduce(s, comm, before.slab.at, largest);
+  introduce(s, comm, before.slab.at, size);
   if (s.verdict != Served::kYes) {
-    s.verdict = Served::kYes, s.half = before.half, s.slab = before.slab, s.of = before.of;
+    s.verdict = Served::kYes, s.half = before.half, s.slab = before.slab, s.of = before.of, s.full = true;
     return;
   }
   for (int k = 0; k < static_cast<int>(before.of.size()); ++k)
@@ -295,22 +297,30 @@ bool ipc_due(MPI_Comm comm) {
 
 int ipc_exchange(MPI_Comm comm, bool neighbours, std::vector<PeerBlock>& sends, std::vector<PeerBlock>& receives) {
   Served& s = *served_by(comm);
+  const bool send_worth = worth(sends, s.rank, neighbours);
   if (s.verdict == Served::kOpen) {
     const void* device = first_device(sends);
-    negotiate(s, comm, device ? device : first_device(receives), worth(sends, s.rank, neighbours), class_of_half(sends));
+    negotiate(s, comm, device ? device : first_device(receives), send_worth, class_of_half(sends));
     if (s.verdict != Served::kYes) return MPI_SUCCESS;
   } else {
     if (s.neighbours != neighbours) all_good(comm, true);
-    if (s.turn && !(s.turn & (s.turn - 1)))
-      grow(s, comm, worth(sends, s.rank, neighbours) ? class_of_half(sends) : kLeastHalf);
+    if (neighbours && s.half < most_half() && !s.full && s.turn % kAskAgain == 0) {
+      const int mine = send_worth ? class_of_half(sends) : 0;
+      if (own.Allreduce(&mine, &s.wish, 1, MPI_INT, MPI_MAX, comm) != MPI_SUCCESS) s.wish = 0;
+    }
+    grow(s, comm, s.wish);
   }
   s.neighbours = neighbours;
   std::vector<Offer> out(sends.size(), Offer{-1, 0, 0, 0}), in(receives.size(), Offer{-1, 0, 0, 0});
-  if (worth(sends, s.rank, neighbours)) offer(s, sends, out);
+  if (send_worth) offer(s, sends, out);
+  const int need = !neighbours && send_worth ? class_of_half(sends) : 0;
+  for (Offer& o : out) o.need = need;
   const int rc = (neighbours ? real.MPI_Neighbor_alltoall : real.MPI_Alltoall)(
       out.data(), sizeof(Offer), constants.byte, in.data(), sizeof(Offer), constants.byte, comm);
   if (rc != MPI_SUCCESS) return rc;
   take(s, receives, in);
+  if (!neighbours)
+    for (const Offer& o : in) s.wish = std::max<int>(s.wish, o.need);
   ++s.turn;
   if (neighbours && !s.grid) all_good(comm, true);
   return MPI_SUCCESS;

@@ -15,8 +15,9 @@
 //     slab. A receiver takes every offer, into device or host memory, so nothing has to be answered.
 //  3. Blocks that are not offered (host memory, too large for the slab) go through the library as before, in a call
 //     with the offered ones' counts set to zero on both sides.
-//     A slab is as large as the call that it began with needs (powers of two from 64 KiB, UNDERTOW_MPI_IPC_MB at most);
-//     the 1st, 2nd, 4th, 8th … call after that asks whether some rank needs more, and all make larger ones.
+//     A slab is as large as the call that it began with needs, a quarter of UNDERTOW_MPI_IPC_MB at least and that at
+//     most. The offers of MPI_Alltoallw say what each rank needs, and all make larger slabs in the next call; with
+//     neighbours, where a rank does not hear of all others, every eighth call asks.
 //  4. A slab has two halves, used in turn. A half is packed again two calls later; by then each reader has sent its offers
 //     of the call between, which it does after reading. That holds where everyone hears from all its readers
 //     (MPI_Alltoallw, grids); other graphs, and a change between the two calls, take a barrier.

@@ -113,27 +113,32 @@ def large_blocks_go_through_the_library() -> None:
 
 
 def slabs_grow() -> None:
-    """They begin as small as the first call, and hold more from the 1st, 2nd, 4th … call after it on."""
-    new, before = comm.Dup(), device_bytes()
+    """They begin with a quarter of the most, and hold larger blocks from the call on that follows the first of these;
+    with neighbours from the next eighth call on."""
+    everyone, ring, before = comm.Dup(), comm.Create_cart([size], [True]), device_bytes()
     out, into = squares()
-    transposed(new, out, into, 0)
-    assert REFUSED or device_bytes() - before <= 256 + (2 << 16), device_bytes() - before
-    kib = 40
-    for turn in range(1, 10):
-        kib = kib * 2 if turn in (2, 4, 8) else kib  # 40, 80, 160, 320 KiB for each rank
-        count = (kib << 10) // 4
-        total, ends = count * size, [[count] * size, [4 * count * r for r in range(size)], [MPI.INT] * size]
-        mine, got = Mine(data(rank, total) + turn), Mine(blank(total))
-        took = pinned()
-        new.Alltoallw([mine.mpi(), *ends], [got.mpi(), *ends])
-        assert (pinned() == took) is not REFUSED, turn
-        want = np.concatenate([data(r, total)[count * rank : count * (rank + 1)] + turn for r in range(size)])
-        assert np.array_equal(got.read(), want), turn
-        del mine, got
-    least = (kib << 10) * size
+    transposed(everyone, out, into, 0)
+    assert REFUSED or device_bytes() - before <= 256 + (512 << 10), device_bytes() - before
+    count = (300 << 10) // 4
+    for on, n, call in ((everyone, size, "Alltoallw"), (ring, 2, "Neighbor_alltoallw")):
+        total, took = count * n, []
+        for turn in range(10):
+            mine, got = Mine(data(rank, total) + turn), Mine(blank(total))
+            few = 10 if turn < 2 else count
+            ends = [[few] * n, [4 * count * r for r in range(n)], [MPI.INT] * n]
+            begun = pinned()
+            getattr(on, call)([mine.mpi(), *ends], [got.mpi(), *ends])
+            took.append(pinned() > begun)
+            if on is everyone:
+                for r in range(size):
+                    want = (data(r, total) + turn)[count * rank :][:few]
+                    assert np.array_equal(got.read()[count * r :][:few], want), (turn, r)
+        first, last = (3, 10) if on is everyone else (9, 10)
+        assert REFUSED or (took[2] and not any(took[first:last])), took
     grown = device_bytes() - before
-    assert REFUSED or not device.is_fake or 2 * least <= grown <= 256 + (2 << 20), grown
-    new.Free()
+    assert REFUSED or not device.is_fake or 2 * (600 << 10) <= grown <= 2 * (256 + (2 << 20)) + 8 * total, grown
+    everyone.Free()
+    ring.Free()
 
 
 def grids_and_graphs() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -74,7 +74,9 @@ def plan(
         )
     console = Console(highlight=False)
     ranks, mine = (context, -(-seq_len // context)) if context > 1 else (0, seq_len)
-    made = make_plan(shape, batch, mine, budget_bytes=budget, host_bytes=host_bytes, chunk=chunk, ranks=ranks)
+    # With sharded weights a neighbour's are not there in backward: every layer's input is kept.
+    kind: dict[str, Any] = {"ranks": ranks, "every": 1 if shards > 1 else None}
+    made = make_plan(shape, batch, mine, budget_bytes=budget, host_bytes=host_bytes, chunk=chunk, **kind)
     console.print(f"{shape.parameters / 1e9:.2f} G parameters: {format_bytes(resident)} of weights, gradients, state")
     if context > 1:
         console.print(
@@ -86,7 +88,7 @@ def plan(
     console.print(f"work        {sum(work.values()) / 1e15:.2f} PFLOP a step")
     if machine:
         console.print(f"time        {_seconds(Machine.load(Path(machine)), work):.1f} s a step, from {machine}")
-    console.print(_lengths(shape, batch, budget, host_bytes, context))
+    console.print(_lengths(shape, batch, budget, host_bytes, kind))
 
 
 def shape_of(model: str) -> DecoderShape:
@@ -128,9 +130,10 @@ def longest(fits) -> int:
     return low * 1024
 
 
-def _lengths(shape: DecoderShape, batch: int, budget: int, host: int, context: int) -> Table:
+def _lengths(shape: DecoderShape, batch: int, budget: int, host: int, kind: dict[str, Any]) -> Table:
     """Of a whole sequence; checkpointing is counted with the buffers of the same ring."""
     table = Table("way", "longest sequence", title="what would fit (predicted)", title_justify="left")
+    context = max(1, kind["ranks"] or 1)
     row = shape.layers * shape.width * shape.element_size * batch
 
     def plain(chunked: bool, offload: bool):
@@ -142,7 +145,7 @@ def _lengths(shape: DecoderShape, batch: int, budget: int, host: int, context: i
         return fits
 
     def ours(**how):
-        how |= {"budget_bytes": budget, "ranks": context if context > 1 else 0}
+        how |= {"budget_bytes": budget, **kind}
         return lambda tokens: "exceeds" not in make_plan(shape, batch, tokens, **how).reason
 
     ways = {

@@ -4,9 +4,9 @@ Such a call cannot be cut into chunks, but all else in the layer can. `SplitCall
 each chunk and collects q, k and v; runs the attention once; and runs the layer again for each chunk with its rows of
 the result in hand. Backward goes through these halves the other way round: the second half of every chunk gives the
 gradient of the attention's result, one backward of the attention gives those of q, k and v, and the first half of every
-chunk carries them on. Projections before attention are thus computed three times more than in one chunk (1 % of a step
-at 128K tokens of a Llama-3-8B); the attention, whose messages every rank must send as often as the others, is not: one
-forward and one backward, and another forward in backward where its stash was not kept.
+chunk carries them on. Projections before attention are thus computed three times more than in one chunk (2 % of the
+FLOPs of a Llama-3-8B at 128K tokens). The attention, whose messages every rank must send as often as the others, is
+not: one forward and one backward, and another forward in backward where its stash was not kept.
 
 Legend: B batch, T tokens, C rows of a chunk, H heads, D and E head dims, d channels.
 """

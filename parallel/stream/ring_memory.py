@@ -1,7 +1,7 @@
 """What ring attention allocates while it runs, read off the schedule that it would run: an estimate for plans.
 
 The schedule is `ring_kv`, which most models take; others hold up to twice as much. Bytes grow with the rows of a rank,
-so a short sequence tells those of any; from four ranks on they do not grow with the ranks.
+so a short sequence tells those of any; from six ranks on they do not grow with the ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NAMES = {2: "bfloat16", 4: "float32", 8: "float64"}
 def ring_bytes(shape: DecoderShape, rows: int, ranks: int) -> tuple[int, int]:
     """Bytes of one call's buffers, results among them, in forward and backward, for `rows` of one of `ranks`."""
     forward, backward = _per_block(
-        min(ranks, 4), shape.heads, shape.kv_heads, shape.head_dim, NAMES[shape.element_size]
+        min(ranks, 6), shape.heads, shape.kv_heads, shape.head_dim, NAMES[shape.element_size]
     )
     return forward * rows // ROWS, backward * rows // ROWS
 

@@ -1,6 +1,7 @@
 """`undertow stream plan`, the example and the Trainer callback."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,19 @@ def test_plan_prints_the_plan_and_what_would_fit(capsys):
     out = capsys.readouterr().out
     for word in ("chunks", "layer inputs", "peak", "PFLOP", "gradient checkpointing", "K tokens"):
         assert word in out
+
+
+@pytest.mark.slow
+def test_one_rank_of_several(capsys):
+    """As the guide says; and with sharded weights no input is computed again."""
+    guide = (Path(__file__).parents[2] / "docs" / "stream-backprop.md").read_text()
+    assert main(["plan", "--model", "llama3-8b", "--seq-len", "1048576", "--context", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "each of 2 ranks" in out and "1 x 524288" in out
+    assert "908 K" in out and "908K" in guide and "272 K" in out and "272K" in guide
+    for shards, kept in (("1", False), ("2", True)):
+        assert main(["plan", "--model", "llama3-8b", "--seq-len", "524288", "--host", "60GB", "--shards", shards]) == 0
+        assert ("derived" not in capsys.readouterr().out) == kept
 
 
 def test_time_comes_from_a_machine_file(tmp_path, capsys):

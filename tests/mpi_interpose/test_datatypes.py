@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow  # on the checkout only
 
 KINDS = (
     "named dup contiguous vector hvector indexed hindexed indexed_block hindexed_block struct subarray darray resized "
-    "pair"
+    "pair f90_real f90_complex f90_integer"  # of value_index both MPIs make none but the named pairs
 )
 
 

@@ -35,8 +35,9 @@ class Types:
         if roll < 0.12:
             return self.rng.choice(PAIRS)
         if roll < 0.16:
+            kind, numbers = self.rng.choice((("real", (6, 30)), ("complex", (6, 30)), ("integer", (9,))))
             try:
-                return MPI.Datatype.Create_f90_real(6, 30)
+                return getattr(MPI.Datatype, f"Create_f90_{kind}")(*numbers)
             except (MPI.Exception, NotImplementedError):
                 return MPI.DOUBLE
         if roll < 0.2 and MPI.Get_version() >= (4, 1):

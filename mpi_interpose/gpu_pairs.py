@@ -23,7 +23,7 @@ LEGEND = {
     "lib": "the library reads device memory itself; datatypes with gaps are packed by our kernel first",
     "pin": "through pinned host memory",
     "ipc": "as pin; the w collectives could go through the sender's device memory, but for UNDERTOW_MPI_IPC=0",
-    "IPC": "as pin, w collectives with blocks of 256 KiB or more through the sender's device memory, where that is fast",
+    "IPC": "as pin, w collectives with blocks of 256 KiB or more through the sender's device memory where that is fast",
     "host": "neither rank has a card: host memory, as without a GPU",
     "off": "given to the library as they are (UNDERTOW_MPI_GPU=off)",
 }

@@ -12,7 +12,8 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 
+from ..dist.log import get_logger
 from ..dist.trace import Trace
 from ..dist.version import __version__
 from .coordinate import Coordinator
@@ -30,6 +32,7 @@ from .manifest import METADATA, BadCheckpoint, FileRecord, Manifest, ObjectRecor
 from .retention import Retention, to_remove
 from .save import Save, SaveReport
 
+log = get_logger(__name__)
 WORDS = 16  # of a rank that are kept in the store: each has been heard long before so many others are said
 
 
@@ -89,6 +92,9 @@ class Committer:
         self._metrics: dict[int, Mapping[str, float]] = {}
         self._said: deque[str] = deque()
         self._left: deque[tuple[int, Path]] = deque()  # of refused saves, to which other ranks may still write
+        self._reaper = ThreadPoolExecutor(1, thread_name_prefix=f"undertow-reaper-{tier}")
+        self._leaving: set[int] = set()  # steps that `_going` removes
+        self._going: Future[None] | None = None
         self._thread = threading.Thread(target=self._loop, name=f"undertow-commit-{tier}", daemon=True)
         self._thread.start()
 
@@ -102,9 +108,11 @@ class Committer:
         return self._open > 0
 
     def drain(self) -> None:
-        """Wait until every part handed over has ended."""
+        """Wait until every part handed over has ended, and what retention removes is gone."""
         with self._idle:
             self._idle.wait_for(lambda: self._open == 0)
+        if self._going is not None:
+            self._going.result()
 
     def reports(self) -> list[SaveReport]:
         """Of the parts that have ended since the last call; for the training thread, which alone knows the fences."""
@@ -119,6 +127,7 @@ class Committer:
     def close(self) -> None:
         self._queue.put(None)
         self._thread.join()
+        self._reaper.shutdown()
 
     def refuse(self, number: int, step: int, reason: str, scratch: Path) -> None:
         """On the training thread of a rank that gives the save `number` up before it has a part: its vote against, and
@@ -236,6 +245,8 @@ class Committer:
                 | ({"metrics": dict(metrics)} if (metrics := save.attempt.metrics) else {}),
                 plan.rendered,
             )
+            if self._going is not None and save.step in self._leaving:
+                self._going.result()  # its folder gets this name again
             self.folder.commit(scratch, manifest, metadata)
             self._retain()
         except BaseException as error:
@@ -260,9 +271,22 @@ class Committer:
                 if step not in self._metrics:
                     with suppress(BadCheckpoint):  # damaged: it has no metrics, and restore will set it aside
                         self._metrics[step] = metrics_of(read_manifest(self.folder.final(step)))
-        for step in to_remove(steps, self._keep, self._metrics):
-            self.folder.remove(step)
+        steps = to_remove(steps, self._keep, self._metrics)
+        for step in steps:
+            self.folder.invalidate(step)
             self._metrics.pop(step, None)
+        if steps:
+            if self._going is not None:
+                self._going.result()  # never behind by more than one
+            self._leaving, self._going = set(steps), self._reaper.submit(self._reap, steps)
+
+    def _reap(self, steps: Sequence[int]) -> None:
+        """Give the disk's room back, beside the next save: on some file systems a large file takes long to remove."""
+        for step in steps:
+            try:
+                self.folder.remove(step)
+            except OSError as error:
+                log.warning("cannot remove the checkpoint of step %d (%s)", step, error)
 
     def _dcp_metadata(self, save: Save, objects: Mapping[str, ObjectRecord]) -> bytes:
         """The .metadata file; made anew only when an object's place has changed, because pickling it holds the

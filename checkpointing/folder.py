@@ -214,6 +214,10 @@ class Folder:
             log.warning("cannot note the start in %s (%s)", path, error.strerror)
         return starts
 
+    def invalidate(self, step: int) -> None:
+        """From now on it is no checkpoint; `remove` gives its room back."""
+        self.ops.unlink(self.final(step) / COMMIT)
+
     def remove(self, step: int) -> None:
         self.ops.rmtree(self.final(step))
 

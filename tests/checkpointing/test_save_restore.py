@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -223,3 +225,46 @@ def test_files_follow_the_umask(tmp_path):
     made = [path for path in (tmp_path / "c").rglob("*")]
     assert made
     assert all(path.stat().st_mode & 0o027 == 0 for path in made)
+
+
+class SlowToRemove(FileOps):
+    """Large folders are removed only when `go` is set."""
+
+    def __init__(self) -> None:
+        super().__init__(direct=False)
+        self.go, self.begun = threading.Event(), threading.Event()
+
+    def rmtree(self, path: Path) -> None:
+        if path.name.startswith("step-"):
+            self.begun.set()
+            assert self.go.wait(240)
+        super().rmtree(path)
+
+
+def test_the_next_commit_does_not_wait_for_what_is_removed(tmp_path):
+    """From its turn on an old checkpoint is none, though its bytes go later; its name can be taken again at once."""
+    job, ops = Job(layers=1), SlowToRemove()
+    with job.checkpointer(tmp_path, keep=1, ops=ops) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step)
+        assert ops.begun.wait(240)
+        ckpt.save(3)
+        deadline_s = time.monotonic() + 240
+        while ckpt.folder.committed() != [3]:
+            assert time.monotonic() < deadline_s, "the third waits for the first to go"
+            time.sleep(0.01)
+        assert (tmp_path / "step-000000001").exists() and not ops.go.is_set()
+        ops.go.set()
+        ckpt.wait()
+        ops.go.clear()
+        ops.begun.clear()
+        ckpt.save(4)
+        assert ops.begun.wait(240)  # of step 3
+        state = job.state()
+        ckpt.save(3)  # of a run that goes back to it
+        ckpt.fence()
+        job.advance(1)
+        ops.go.set()
+        assert [report.ok for report in ckpt.wait()] == [True] * 5
+        assert ckpt.restore() == 3 and same(job.state(), state)
+        assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000000003"]

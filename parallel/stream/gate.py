@@ -53,8 +53,11 @@ def keep_faster(engine: Engine, model: nn.Module, step: Callable[[], object], ro
     """Run `step` (forward and backward) both ways, `rounds` times after one warm-up, and leave the faster way on.
 
     Gradients that `step` leaves in `model` are thrown away and those from before are put back; generators are left as
-    they were found. Call it on every rank. `UserError` when there is no round.
+    they were found. Call it on every rank. `UserError` when there is no round, and with an attention of one's own: the
+    plain way would call the model's, which sees the rows of this rank alone.
     """
+    if engine.attend is not None:
+        raise UserError("keep_faster with attend", remedy="time both ways by hand, the plain one with that attention")
     if rounds < 1:
         raise UserError(f"{rounds} rounds", expected="at least 1")
     before = [(p, p.grad) for p in model.parameters()]

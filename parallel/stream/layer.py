@@ -296,6 +296,8 @@ class KeptLayer(torch.autograd.Function):
         found = [(out, g) for out, g in zip(outputs, gradients) if g is not None and out.requires_grad]
         wanted = [inner, *params] if inner.requires_grad else list(params)
         del outputs
+        if not found:
+            return None, None, *(None for _ in params)
         try:
             grads = torch.autograd.grad([out for out, _ in found], wanted, [g for _, g in found], allow_unused=True)
         except torch.OutOfMemoryError:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from .unread import Product, zeros
+from .unread import zeros
 
 LOW = (torch.bfloat16, torch.float16)
 BLOCK_ROWS = 512  # rows that a CPU converts to float32 at a time
@@ -122,9 +122,9 @@ class _TakeOver(TorchFunctionMode):
             if func is F.linear:
                 x, weight, bias = _of_linear(*args, **kwargs)
                 if self._add and self._sums.holds(weight, 2) and x.dtype == weight.dtype:
-                    return _Linear.apply(x, weight, bias, self._sums, id(weight) in self._unread)
+                    return Product.apply(x, weight, bias, self._sums, id(weight) in self._unread)
                 if id(weight) in self._marked and weight.dim() == 2 and x.dtype == weight.dtype:
-                    return Product.apply(x, weight, bias, id(weight) in self._unread)
+                    return Product.apply(x, weight, bias, None, id(weight) in self._unread)
             elif self._add and func in _PRODUCTS and len(args) == 2 and not kwargs:
                 weight, x = args if self._sums.holds(args[0], 1) else reversed(args)
                 if self._sums.holds(weight, 1) and _scales(weight, x):
@@ -141,11 +141,14 @@ def _scales(weight: Tensor, x: Any) -> bool:
     return isinstance(x, Tensor) and x.dim() > 1 and x.dtype in types and x.shape[-1:] == weight.shape
 
 
-class _Linear(torch.autograd.Function):
-    """F.linear whose gradients of weight and bias go to the sums instead of to autograd."""
+class Product(torch.autograd.Function):
+    """F.linear that knows its weight again in the graph; with `unread` zeros stand in for the result. Gradients of
+    weight and bias go to the sums, or to autograd without any."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sums: WeightSums, unread: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sums: WeightSums | None, unread: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.sums, ctx.bias, ctx.weight_id = sums, bias, id(weight)
         return zeros(x, weight) if unread else F.linear(x, weight, bias)
@@ -154,15 +157,18 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        rows = dy.flatten(0, -2)
-        add_product(ctx.sums.total(weight), rows, x.flatten(0, -2))
-        dx, dbias = dy @ weight if ctx.needs_input_grad[0] else None, None
-        if ctx.sums.holds(ctx.bias, 1):
-            total = ctx.sums.total(ctx.bias)
+        rows, sums, dweight, dbias = dy.flatten(0, -2), ctx.sums, None, None
+        if sums is not None:
+            add_product(sums.total(weight), rows, x.flatten(0, -2))
+        elif ctx.needs_input_grad[1]:
+            dweight = rows.T @ x.flatten(0, -2)
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        if sums is not None and sums.holds(ctx.bias, 1):
+            total = sums.total(ctx.bias)
             total += rows.sum(0, dtype=total.dtype)
         elif ctx.needs_input_grad[2]:
             dbias = rows.sum(0)
-        return dx, None, dbias, None, None
+        return dx, dweight, dbias, None, None
 
 
 class _Scale(torch.autograd.Function):

@@ -6,6 +6,7 @@ import torch
 from undertow.dist.errors import UserError
 from undertow.parallel.stream import stream_backprop
 from undertow.parallel.stream.gate import Verdict, keep_faster
+from undertow.parallel.stream.protocol import causal_attention
 
 pytestmark = pytest.mark.slow  # together more than ten seconds
 
@@ -141,6 +142,8 @@ def test_streaming_stays_where_plain_does_not_fit(family, seed):
         assert verdict.streams and verdict.ratio is None and not engine.plain and "runs out" in str(verdict)
         with pytest.raises(UserError, match="0 rounds"):
             keep_faster(engine, model, step, rounds=0)
+    with stream_backprop(model, attend=causal_attention) as engine, pytest.raises(UserError, match="with attend"):
+        keep_faster(engine, model, step)
 
 
 def test_a_verdict_reads_as_one_line():

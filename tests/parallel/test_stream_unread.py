@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from undertow.parallel.stream import stream_backprop
-from undertow.parallel.stream.unread import Product, may_leave_out, unread
+from undertow.parallel.stream.sums import Product
+from undertow.parallel.stream.unread import may_leave_out, unread
 
 DOWN, OUT = "mlp.down_proj.weight", "self_attn.o_proj.weight"
 
@@ -28,7 +29,7 @@ def test_what_each_kind_of_layer_leaves_out(kind, expected, chunk, family, gradi
     calls = []
     plain = Product.forward
     with stream_backprop(model, chunk=chunk, stash=False) as engine, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Product, "forward", staticmethod(lambda ctx, *a: calls.append(a[3]) or plain(ctx, *a)))
+        patch.setattr(Product, "forward", staticmethod(lambda ctx, *a: calls.append(a[4]) or plain(ctx, *a)))
         for _ in range(2):
             _, mine = gradients_of(model, **inputs)
             assert_same_gradients(mine, exact)
@@ -51,7 +52,8 @@ def test_hooks_see_no_zeros(family, gradients_of, seed):
 
 def test_a_second_reader_is_seen(seed):
     inner, last, x = nn.Linear(8, 8), nn.Linear(8, 8), torch.randn(2, 3, 8, requires_grad=True)
-    y = x + Product.apply(torch.tanh(Product.apply(x, inner.weight, inner.bias, False)), last.weight, last.bias, True)
+    middle = torch.tanh(Product.apply(x, inner.weight, inner.bias, None, False))
+    y = x + Product.apply(middle, last.weight, last.bias, None, True)
     assert unread(y, ()) == {id(last.weight)}
     assert unread(y, (y,)) == set() and unread(y, (y * 2,)) == set() and unread(y.sigmoid(), ()) == set()
     assert unread(x, ()) == set()

@@ -2,8 +2,9 @@
 
 Small blocks may reverse what large ones show, and so may a window, float32 or another GPU, so nothing is assumed: the
 ways take turns on the tensors of the call itself, and another than the first in `select.ORDER` must win by 3 % in the
-median. That happens on CUDA only, once per kind and process; in a schedule it falls into the rehearsal, before any
-message is posted. A way that fails, or whose answer is another than the first one's, is left out with a warning.
+median. That happens on CUDA only, once per kind and process; in a schedule it mostly falls into the rehearsal, before
+any message is posted. Lengths of one power of two are one kind: documents whose ends differ in every batch must not be
+measured in every batch. A way that fails, or whose answer is another than the first one's, is left out with a warning.
 Ranks may choose apart: all ways are exact, though they round in different places. Under
 `torch.use_deterministic_algorithms(True)` nothing is measured and the first way is taken, so that runs repeat.
 """
@@ -49,6 +50,11 @@ def fastest(key: Hashable, ways: Mapping[str, Way], device: torch.device, label:
         others = ", ".join(f"{name} {speed:.2f}×" for name, speed in speeds.items() if name != names[0])
         _lines.append(f"{label}: {_found[key]} (measured: {others} as fast as {names[0]})")
     return _found[key]
+
+
+def size_class(length: int) -> int:
+    """What of a length makes a kind of call: its power of two."""
+    return length.bit_length()
 
 
 def may_measure(device: torch.device) -> bool:
@@ -142,7 +148,8 @@ class Measured:
     ) -> Any:  # fmt: skip
         q, k, v = given
         how: Any = {"causal": causal, "window": window}
-        key = (phase, q.device, q.dtype, q.shape, k.shape, v.shape[3], causal, window,
+        sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[3], v.shape[3], *map(size_class, (q.shape[2], k.shape[2])))
+        key = (phase, q.device, q.dtype, sizes, causal, window,
                torch.backends.cuda.cudnn_sdp_enabled(), torch.are_deterministic_algorithms_enabled())  # fmt: skip
         args = (rest[0], *given, *rest[1:]) if rest else given
         backend = _backends.get(key)
@@ -154,6 +161,8 @@ class Measured:
             backend = ways[fastest(key, calls, q.device, label)]
             if key in _found or len(ways) == 1:
                 _backends[key] = backend
+        elif not backend.supports(*given, **how):  # another length of its kind
+            backend = select.choose(*given, **how)
         return getattr(backend, phase)(*args, scale=scale, **how)
 
 

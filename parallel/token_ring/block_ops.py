@@ -12,7 +12,6 @@ Legend: N rows, B batch, H query heads, G key heads, D and E head dims; blocks a
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 
@@ -34,7 +33,6 @@ from .whole_blocks import FEWEST_TILES, plan_of
 
 Tensors = Sequence[Tensor]
 _COLUMNS = 8  # flash kernels take head dims in multiples of 8
-_tables = itertools.count()  # blocks of different tables are measured apart
 
 
 def _heads_first(x_NBHD: Tensor) -> Tensor:
@@ -82,7 +80,7 @@ def ops(
     """The table for schedules of `problem` in which `inner` ranks exchange heads. `kernel`: 'auto' or a backend's name.
     `pick` replaces the choice for each tile, and then all blocks go by tiles."""
     whole_too = pick is None and kernel in ("auto", flex.NAME)
-    pick, number = pick or picker(kernel), next(_tables)
+    pick = pick or picker(kernel)
 
     @cache
     def plan(device: torch.device, **block: int) -> flex.Plan:
@@ -100,7 +98,9 @@ def ops(
             way = tiled
         else:
             ways = {"tiles": tiled, "one call": whole}
-            key = phase, number, tuple(block.items()), q.device
+            lengths = (q.shape[2], k.shape[2], count)
+            key = (phase, q.device, q.dtype, q.shape[:2], k.shape[1], q.shape[3], v.shape[3],
+                   *map(measured.size_class, lengths))  # fmt: skip
             label = f"{phase} {list(q.shape)} × {list(k.shape)}, {count} tiles"
             way = ways[measured.fastest(key, ways, q.device, label)]
         way()

@@ -211,6 +211,12 @@ def test_calls_go_to_the_backend_that_was_found(seed, monkeypatch):
         grads = measured._MEASURED.backward(dout, q, k, v, out, lse, **how)
     assert both == {"forward": ["tiled"] * 2, "backward": ["cpu_flash"] * 2}
     assert len(asked) == 2  # once for each phase
+    measured._MEASURED.forward(q[:, :, 1:], k, v, **how)  # documents are of other lengths in every batch
+    assert len(asked) == 2 and both["forward"] == ["tiled"] * 3
+    monkeypatch.setattr(select.backend("tiled"), "supports", lambda *given, **how: False)
+    measured._MEASURED.forward(q[:, :, 2:], k, v, **how)
+    assert both["forward"][3:] == ["cpu_flash"], "a length that the way found for its kind does not take"
+    monkeypatch.undo()
     exact = reference.backward(dout, q, k, v, out, lse, **how)
     assert all(relative(a, b) < 1e-12 for a, b in zip(grads, exact))
 

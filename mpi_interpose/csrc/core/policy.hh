@@ -73,7 +73,7 @@ class Policy {
       if (k && far[k] > kSpread * (far[0] + 0.25)) break;
       const double w = 1 / std::pow(far[k] + 0.02, 2);
       weight += w;
-      log_ratio += w * std::log(near[k]->without / near[k]->with);
+      log_ratio += w * (std::log(near[k]->without / near[k]->with) - kOtherElements * elements_apart(want, *near[k]));
       // Times grow with the bytes; a fixed part of a call is left out, so that savings are never overstated upwards.
       log_without += w * (std::log(near[k]->without) + std::min(0.0, want.bytes - near[k]->bytes) * std::log(2.0));
       share += w * near[k]->share;
@@ -92,6 +92,9 @@ class Policy {
  private:
   static constexpr int kClasses = 6, kNear = 3;
   static constexpr double kReach = 3, kSpread = 2;
+  // A gain measured with other elements is worth less by the square root of 2 for each octave that their sizes differ: a
+  // library may be that much quicker with larger ones.
+  static constexpr double kOtherElements = 0.35;
   struct Row {
     double block, step, bytes;  // in octaves
     double leaf;                // in octaves; -1: not known
@@ -118,10 +121,13 @@ class Policy {
     const auto power = [](int64_t v) { return __builtin_ctzll(static_cast<uint64_t>(v)); };
     return {octave(block), octave(step), octave(bytes), leaf > 0 ? octave(leaf) : -1, std::min(4, power(b)), std::max(0, std::min(6, power(s) - 6))};
   }
+  static double elements_apart(const Row& a, const Row& b) {  // in octaves
+    return a.leaf < 0 || b.leaf < 0 ? 0 : std::abs(a.leaf - b.leaf);
+  }
   static double distance(const Row& a, const Row& b) {
     return std::abs(a.block - b.block) + 0.5 * std::abs(a.step - b.step) + 0.5 * std::abs(a.bytes - b.bytes) +
            0.4 * std::abs(a.align - b.align) + 0.15 * std::abs(a.alias - b.alias) +
-           (a.leaf < 0 || b.leaf < 0 ? 0 : 0.5 * std::abs(a.leaf - b.leaf));
+           0.5 * elements_apart(a, b);
   }
   static const char* next_line(const char* at) {
     const char* end = std::strchr(at, '\n');

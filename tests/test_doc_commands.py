@@ -68,6 +68,7 @@ CLAIMS = {
     "python benchmarks/attention_choice": "tests/benchmarks/test_attention_programs.py",
     "undertow workloads": "tests/examples/workloads/test_cli.py",
     "torchrun undertow workloads": "tests/examples/workloads/test_equivalence.py",
+    "undertow stream plan": "tests/parallel/test_stream_cli.py",
     "undertow mpi run": "tests/mpi_interpose/test_cli.py",
     "undertow mpi doctor": "tests/mpi_interpose/test_cli.py",
     "undertow mpi explain": "tests/mpi_interpose/test_cli.py",

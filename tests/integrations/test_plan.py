@@ -165,7 +165,7 @@ def test_memory_is_that_of_real_steps(model, batch, tokens, stream, seed):
     names = {"width": "hidden_size", "heads": "num_attention_heads", "layers": "num_hidden_layers"}
     names |= {"kv_heads": "num_key_value_heads", "hidden": "intermediate_size", "tied": "tie_word_embeddings"}
     config = {names.get(key, f"{key}_size"): value for key, value in asdict(model).items()}
-    shape = DecoderShape.from_config(config, element_size=4)
+    shape = DecoderShape.from_config({"model_type": "llama", **config}, element_size=4)
     job = Job(shape, 1, tokens, batch, state_bytes=8, sharded=False, stream=stream)
     low, high = (0.85, 1.03) if stream == "off" else (0.75, 1.1)
     assert low <= memory.peak / preflight(job).peak_bytes <= high, (memory.peak, preflight(job))

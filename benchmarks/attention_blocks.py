@@ -9,8 +9,8 @@ gives them, so nothing is timed that would not run. Each distinct operation is t
 interleaved, the median), and a rank's time is the sum over its program. Then, for the shortest length and the most
 ranks, what a merge and the attention beside it cost each other (`attention_beside`). Nothing is sent: what is modelled
 elsewhere from these figures says so. With ``--flex`` FlexAttention is timed too (compiled first, which takes a while),
-blocks of several tiles in one call; that is what the measured choice of kernel='auto' sees. Cells are run from short to
-long until `--seconds` is used up; tables come last.
+blocks of several tiles in one call; that is what kernel='auto+flex' sees. Cells are run from short to long until
+`--seconds` is used up; tables come last.
 """
 
 from __future__ import annotations

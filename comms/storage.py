@@ -113,6 +113,7 @@ class Storage:
             elif value.slot not in buffers:
                 buffers[value.slot] = torch.empty(layout.nbytes[value.slot], dtype=torch.uint8, device=device)
         self.outputs = {name: self.tensors[name] for name in layout.outputs}
+        self.inputs = frozenset(inputs)
 
     def rows(self, part: Slice) -> torch.Tensor:
         """The slice's rows: the tensor itself where they are all of it, else a view."""

@@ -114,9 +114,12 @@ def _once(call: Way, device: torch.device) -> float:
 
 
 class Measured:
-    """A backend that hands each call to the fastest of those that accept it."""
+    """A backend that hands each call to the fastest of those that accept it. `compiled`: FlexAttention among them."""
 
     NAME = "measured"
+
+    def __init__(self, *, compiled: bool = False) -> None:
+        self.compiled = compiled
 
     def supports(self, q_BHLD: Tensor, k_BGLD: Tensor, v_BGLE: Tensor, *, causal: bool, window: int | None) -> bool:
         return True
@@ -149,12 +152,12 @@ class Measured:
         q, k, v = given
         how: Any = {"causal": causal, "window": window}
         sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[3], v.shape[3], *map(size_class, (q.shape[2], k.shape[2])))
-        key = (phase, q.device, q.dtype, sizes, causal, window,
+        key = (phase, self.compiled, q.device, q.dtype, sizes, causal, window,
                torch.backends.cuda.cudnn_sdp_enabled(), torch.are_deterministic_algorithms_enabled())  # fmt: skip
         args = (rest[0], *given, *rest[1:]) if rest else given
         backend = _backends.get(key)
         if backend is None:
-            ways = {b.NAME: b for b in select.candidates(*given, **how)}
+            ways = {b.NAME: b for b in select.candidates(*given, **how, compiled=self.compiled)}
             calls = {name: partial(getattr(b, phase), *args, scale=scale, **how) for name, b in ways.items()}
             mask = f"causal, window {window}" if window else "causal" if causal else "full"
             label = f"{phase} {list(q.shape)} × {list(k.shape)} {str(q.dtype)[6:]} {mask}"
@@ -166,14 +169,17 @@ class Measured:
         return getattr(backend, phase)(*args, scale=scale, **how)
 
 
-_MEASURED = cast(Backend, Measured())
+_MEASURED, _WITH_FLEX = (cast(Backend, Measured(compiled=compiled)) for compiled in (False, True))
 
 
 def choose(q_BHLD: Tensor, k_BGLD: Tensor, v_BGLE: Tensor, *, causal: bool, window: int | None) -> Backend:
     """The measured backend on CUDA, elsewhere the first that accepts the call (a CPU has one kernel)."""
-    if q_BHLD.is_cuda:
-        return _MEASURED
-    return select.choose(q_BHLD, k_BGLD, v_BGLE, causal=causal, window=window)
+    return _MEASURED if q_BHLD.is_cuda else select.choose(q_BHLD, k_BGLD, v_BGLE, causal=causal, window=window)
+
+
+def choose_or_compile(q_BHLD: Tensor, k_BGLD: Tensor, v_BGLE: Tensor, *, causal: bool, window: int | None) -> Backend:
+    """As `choose`, with FlexAttention among what is measured."""
+    return _WITH_FLEX if q_BHLD.is_cuda else select.choose(q_BHLD, k_BGLD, v_BGLE, causal=causal, window=window)
 
 
 def report() -> list[str]:

@@ -3,7 +3,7 @@
 The order is what one H100 measured (see docs/stream-backprop.md): cuDNN, FlashAttention-2, then plain tiles; on a CPU
 torch's flash kernel, then plain tiles. `backend("tiled")` asks for one by name. `candidates` are those that are worth a
 measurement (see `measured`): also the memory-efficient kernel where no flash kernel takes the call (float32), and
-FlexAttention where cuDNN has no kernel and the block is large enough for a compilation to pay.
+with `compiled`, FlexAttention where cuDNN has no kernel and the block is large enough for a compilation to pay.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def choose(q_BHLD: Tensor, k_BGLD: Tensor, v_BGLE: Tensor, *, causal: bool, wind
     return next(b for b in ORDER if b.supports(q_BHLD, k_BGLD, v_BGLE, causal=causal, window=window))
 
 
-def candidates(q_BHLD: Tensor, k_BGLD: Tensor, v_BGLE: Tensor, *, causal: bool, window: int | None) -> list[Backend]:
+def candidates(
+    q_BHLD: Tensor, k_BGLD: Tensor, v_BGLE: Tensor, *, causal: bool, window: int | None, compiled: bool = False
+) -> list[Backend]:
     """All that are worth a measurement for this call; first the one that `choose` takes."""
     given, how = (q_BHLD, k_BGLD, v_BGLE), {"causal": causal, "window": window}
     found = [choose(*given, **how)]
@@ -42,6 +44,6 @@ def candidates(q_BHLD: Tensor, k_BGLD: Tensor, v_BGLE: Tensor, *, causal: bool, 
     if not fast and efficient.supports(*given, **how):  # it repeats key heads, and is slower than those
         fast.append(efficient)
     large = q_BHLD.shape[2] * k_BGLD.shape[2] >= COMPILED_PAIRS
-    if large and cudnn not in fast and flex.supports(*given, **how):
+    if compiled and large and cudnn not in fast and flex.supports(*given, **how):
         fast.append(flex)
     return found + [b for b in cast(list[Backend], fast) if b is not found[0]]

@@ -93,7 +93,8 @@ def token_ring_attention(
     `wire_dtype`: what partial results and gradients are kept and sent in; None takes that of q where nothing is lost by
     it (each block is one kernel call, which rounds to it anyway), else that of the sums; see docs/token-ring.md.
     `kernel`: what computes a block. 'auto' times those that can on CUDA (see `blocks.measured`) and takes the CPU's
-    elsewhere; a name of `blocks.select.ALL` takes that one, or raises `UserError` for a block that it cannot compute.
+    elsewhere; 'auto+flex' also compiles and times FlexAttention; a name of `blocks.select.ALL` takes that one, or
+    raises `UserError` for a block that it cannot compute.
     """
     refuse_what_kernels_lack({"dropout": dropout, "softcap": softcap, "alibi_slopes": alibi_slopes})
     q_BLHD, k_BLGD, v_BLGE = _as_autocast((q_BLHD, k_BLGD, v_BLGE))

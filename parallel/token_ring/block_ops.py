@@ -48,10 +48,14 @@ def _pick(x_BHND: Tensor, start: int, stop: int, tile: Tile) -> Tensor:
     return part.flip(2) if tile.kind == BACKWARDS else part
 
 
+WITH_FLEX = "auto+flex"
+CHOICES = {"auto": measured.choose, WITH_FLEX: measured.choose_or_compile}
+
+
 def picker(kernel: str) -> Callable[..., Backend]:
     """What chooses the backend of each tile: 'auto' measures on CUDA, a backend's name takes that one."""
-    if kernel == "auto":
-        return measured.choose
+    if kernel in CHOICES:
+        return CHOICES[kernel]
     wanted = named(kernel)
 
     def pick(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None) -> Backend:
@@ -77,9 +81,9 @@ def ops(
     kernel: str = "auto",
     pick: Callable[..., Backend] | None = None,
 ) -> Ops:
-    """The table for schedules of `problem` in which `inner` ranks exchange heads. `kernel`: 'auto' or a backend's name.
+    """The table for schedules of `problem` in which `inner` ranks exchange heads. `kernel`: as `picker` takes it.
     `pick` replaces the choice for each tile, and then all blocks go by tiles."""
-    whole_too = pick is None and kernel in ("auto", flex.NAME)
+    whole_too = pick is None and kernel in (WITH_FLEX, flex.NAME)
     pick = pick or picker(kernel)
 
     @cache

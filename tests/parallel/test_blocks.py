@@ -236,7 +236,9 @@ def test_what_is_worth_a_measurement(able, rows, wanted, monkeypatch):
     for name in ("cudnn", "flash2", "efficient", "flex", "cpu_flash"):
         monkeypatch.setattr(select.backend(name), "supports", lambda *given, _can=name in able, **how: _can)
     q = torch.empty(1, 2, rows, 16)
-    assert [b.NAME for b in select.candidates(q, q, q, causal=True, window=None)] == wanted
+    call = dict(causal=True, window=None)
+    assert [b.NAME for b in select.candidates(q, q, q, **call, compiled=True)] == wanted
+    assert [b.NAME for b in select.candidates(q, q, q, **call)] == [name for name in wanted if name != "flex"]
 
 
 def test_masks_share_what_is_compiled_below_autograd(seed, flex_on_cpu, monkeypatch):

@@ -37,7 +37,7 @@ class Footprint:
         if self.streamed is None:
             return plain_flops(job.shape, job.batch, job.tokens)
         chunks = len(self.streamed.bounds)
-        return step_flops(job.shape, job.batch, job.tokens, chunks=chunks, **self.streamed.fractions)
+        return step_flops(job.shape, job.batch, job.tokens, chunks=chunks, ranks=0, **self.streamed.fractions)
 
     def traffic_bytes(self, job: Job) -> float:
         """Reads and writes of a rank's memory outside products: element-wise operations, clipping, the optimizer."""

@@ -2,8 +2,8 @@
 
 The memory is page-aligned (direct I/O writes from it), in huge pages where the kernel has them (a write of 16 MiB is
 then made of fewer pieces), touched once at the start so that no save pays for page faults, and registered with CUDA
-when there is a device, so that copies into it are asynchronous. When every slot is taken, `reserve` waits: a budget
-smaller than the state costs waiting at the fence, never a failure.
+when there is a device, so that copies into it are asynchronous. When every slot is taken, `await_room` waits: a
+budget smaller than the state costs waiting at the fence, never a failure.
 """
 
 from __future__ import annotations
@@ -33,8 +33,12 @@ class Memory(Protocol):
 
     chunk_bytes: int
 
-    def reserve(self, count: int, *, wait: bool) -> list[int]:
-        """Room for up to `count` chunks, at least one of them if `wait`."""
+    def reserve(self, count: int) -> list[int]:
+        """Room for up to `count` chunks, none if there is none now."""
+        ...
+
+    def await_room(self) -> None:
+        """Return when there may be room: when some was given back, or soon."""
         ...
 
     def slot(self, room: int, chunk: int) -> int:
@@ -88,16 +92,18 @@ class Arena:
         """Slots in use now."""
         return self.slots - len(self._free)
 
-    def reserve(self, count: int, *, wait: bool) -> list[int]:
-        """Up to `count` free slots; waits for the first one if asked to."""
+    def reserve(self, count: int) -> list[int]:
+        """Up to `count` free slots."""
         with self._changed:
-            if wait:
-                self._changed.wait_for(lambda: self._free or self._closed)
             if self._closed:
                 raise RuntimeError("the checkpoint arena is closed")
             taken = [self._free.popleft() for _ in range(min(count, len(self._free)))]
             self.peak = max(self.peak, self.occupied)
             return taken
+
+    def await_room(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._free or self._closed, timeout=0.01)
 
     def slot(self, room: int, chunk: int) -> int:
         return room

@@ -41,8 +41,11 @@ class Generation:
         before, self._framed[slot] = self._framed[slot], 1
         return not before
 
-    def reserve(self, count: int, *, wait: bool) -> list[int]:
+    def reserve(self, count: int) -> list[int]:
         return [0] * count
+
+    def await_room(self) -> None:
+        """There is room for every chunk."""
 
     def slot(self, room: int, chunk: int) -> int:
         return chunk

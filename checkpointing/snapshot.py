@@ -85,37 +85,47 @@ class Snapshot:
     def fill_next(self, *, wait: bool = True) -> bool:
         """Claim the next few chunks and issue their copies; False when there are none left, or no free slot and not
         `wait`."""
-        if self.error or self._next >= len(self._filled):
-            return False
         try:
-            rooms = self._memory.reserve(self._copier.chunks_at_once, wait=wait)
-            with self._changed:
-                count = 0 if self.error else min(len(rooms), len(self._filled) - self._next)
-                first, self._next = self._next, self._next + count
-            slots = [self._memory.slot(room, first + index) for index, room in enumerate(rooms)]
-            for slot in slots[count:]:
-                self._memory.release(slot)
-            if not count:
-                return False
+            while not (claim := self._claim()):
+                if claim is None or not wait:
+                    return False
+                self._memory.await_room()
+            first, slots = claim
             try:
-                self._fill(first, slots[:count])
+                self._fill(first, slots)
                 mark = self._copier.mark()
             except BaseException:
-                for slot in slots[:count]:
+                for slot in slots:
                     self._memory.release(slot)
                 raise
         except BaseException as error:
             self.fail(error)
             return False
-        for index, slot in enumerate(slots[:count]):
+        for index, slot in enumerate(slots):
             self._on_chunk(self, first + index, slot, mark)
         with self._changed:
             self._marks.append((first, mark))
-            self._filled[first : first + count] = [True] * count
+            self._filled[first : first + len(slots)] = [True] * len(slots)
             while self._through < len(self._filled) and self._filled[self._through]:
                 self._through += 1
             self._changed.notify_all()
         return True
+
+    def _claim(self) -> tuple[int, list[int]] | tuple[()] | None:
+        """The next chunks' first number, and their slots; () without room now, None when no chunk is left.
+
+        Room and chunks are taken in one step: a thread that waited for room while another took the last chunk would
+        wait for the disk, although all is copied.
+        """
+        with self._changed:
+            left = len(self._filled) - self._next
+            if self.error or not left:
+                return None
+            rooms = self._memory.reserve(min(self._copier.chunks_at_once, left))
+            if not rooms:
+                return ()
+            first, self._next = self._next, self._next + len(rooms)
+        return first, [self._memory.slot(room, first + index) for index, room in enumerate(rooms)]
 
     def _fill(self, first: int, slots: Sequence[int]) -> None:
         """Issue the copies of chunks first, first + 1, … into `slots`."""

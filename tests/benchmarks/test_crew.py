@@ -38,7 +38,7 @@ def test_a_crew_works_by_name_and_ends_when_dropped():
 
 
 def test_all_arms_of_the_overlap_benchmark_are_right():
-    trial = overlap.trial(2, 64, 1.0, seed=0)
+    trial = overlap.trial(2, (64, 64, 64), 1.0, seed=0)
     for arm in trial.arms:
         assert arm.run().answer is True, arm.name
     assert "pieces" in next(arm for arm in trial.arms if arm.name == "auto").run().extras

@@ -8,6 +8,8 @@ change a few elements of a large tensor as not detectable.
 from __future__ import annotations
 
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from ckpt_job import CHUNK_BYTES, HeldOps, Job, same
+
+from undertow.checkpointing.arena import Arena
 
 
 def through_data(job: Job) -> None:
@@ -142,3 +146,22 @@ def test_whatever_the_moment_a_committed_save_is_right(tmp_path, writer):
                 assert ckpt.restore() == step
                 assert same(job.state(), before)
                 job.model.load_state_dict({k[6:]: v for k, v in after.items() if k.startswith("model.")})
+
+
+def test_a_fence_does_not_wait_for_room_that_no_chunk_needs(tmp_path, monkeypatch):
+    """The other thread takes the last chunk, and with it the last slot, while this one asks for room."""
+    reserve = Arena.reserve
+
+    def late(arena, count):
+        if threading.current_thread() is threading.main_thread():
+            time.sleep(0.1)  # long enough for the other thread to take all that it is let take
+        return reserve(arena, count)
+
+    monkeypatch.setattr(Arena, "reserve", late)
+    job, ops = Job(), HeldOps()
+    job.advance(0)
+    with job.checkpointer(tmp_path, ops=ops) as ckpt:
+        ckpt.save(1)
+        ckpt.fence()  # holds for good if it waits for a write
+        ops.let_go.set()
+        assert [report.ok for report in ckpt.wait()] == [True]

@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 
 from undertow.benchmarks import stream_backprop, stream_session
-from undertow.benchmarks.stream_session import GRACE_S, PARTS, command, gather, main
+from undertow.benchmarks.stream_session import GRACE_S, PARTS, TOGETHER, TOGETHER_S, command, gather, main
 
 CALL_S = 600  # the longest that one call on the GPU machine lasts
 
 
 def test_groups_fit_one_call_and_all_of_it_half_an_hour():
-    for group in {part.group for part in PARTS}:
+    assert TOGETHER_S + GRACE_S <= 560  # parts that share a process share its limit
+    for group in {part.group for part in PARTS} - {TOGETHER}:
         assert sum(part.seconds for part in PARTS if part.group == group) <= CALL_S - GRACE_S
-    assert sum(part.seconds for part in PARTS if part.group == 1) <= 280
-    assert sum(part.seconds for part in PARTS) <= 1700
+    assert sum(part.seconds for part in PARTS if part.group == "1") <= 280
+    assert sum(part.seconds for part in PARTS if part.group != TOGETHER) <= 1700
     assert len({part.name for part in PARTS}) == len(PARTS)
 
 
@@ -41,6 +42,26 @@ def test_a_part_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
     assert "chunks: failed with code 3" in printed and "depth: failed with code 3" in printed
     (tmp_path / "depth.json").write_text(json.dumps({"rows": []}))
     assert gather(tmp_path) == []
+
+
+def test_a_part_that_fails_in_the_common_process_leaves_the_others_and_is_told(tmp_path, monkeypatch, capsys):
+    limits = list[float]()
+
+    def measured(words: list[str]) -> int:
+        options = dict(word.removeprefix("--").split("=", 1) for word in words)
+        limits.append(float(options["seconds"]))
+        if options["json"].endswith("half-million.json"):
+            raise RuntimeError("no such kernel")
+        Path(options["json"]).write_text(json.dumps({"rows": [1]}))
+        return 0
+
+    monkeypatch.setattr(stream_backprop, "main", measured)
+    parts = [part.name for part in PARTS if part.group == TOGETHER]
+    assert main(["--out", str(tmp_path), "--here", *parts]) == 1
+    printed = capsys.readouterr()
+    assert "half-million: failed" in printed.out and "no such kernel" in printed.err
+    assert {file.stem for file in gather(tmp_path)} == set(parts) - {"half-million"}
+    assert len(limits) == len(parts) and max(limits) < TOGETHER_S
 
 
 def test_an_arm_may_bring_its_own_chunks():

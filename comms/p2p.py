@@ -21,7 +21,7 @@ from .check import check, out_of_order
 from .graph import need
 from .link import EmulatedLink, LinkModel
 from .mpi_group import MpiGroup, MpiTransport
-from .ops import Ops, table
+from .ops import Op, Ops, table
 from .p2p_run import Part, Run, part_of
 from .problems import ScheduleError
 from .queue_order import queue_order
@@ -31,6 +31,7 @@ from .storage import Storage
 from .transport import Gloo, Nccl, Transport, private_store
 
 _KEPT = 256  # schedules whose proofs are remembered
+_TABLES = 8  # sets of operations with which one schedule is rehearsed: others have kernels of their own
 
 
 class P2P:
@@ -74,7 +75,7 @@ class P2P:
             self._transport = EmulatedLink(self._transport, link)
         self._ready: dict[str, Part] = {}  # by digest, the latest used last
         self._queued: dict[str, Queued] = {}  # likewise, where lanes are streams
-        self._rehearsed: set[str] = set()  # digests
+        self._rehearsed: dict[str, list[list[Op]]] = {}  # by digest: with which operations it was
         self._workers: dict[str, Worker] = {}
         self._streams: Streams | None = CudaStreams(self.device) if self.device.type == "cuda" else None
         self._broken: list[Any] = []  # the failed run: its tensors must outlive messages on their way
@@ -90,6 +91,7 @@ class P2P:
             oldest = next(iter(self._ready))
             del self._ready[oldest]
             self._queued.pop(oldest, None)
+            self._rehearsed.pop(oldest, None)
         return found
 
     def _prepare(self, schedule: Schedule) -> Part:
@@ -132,9 +134,11 @@ class P2P:
             functions = table(schedule, ops)
             if queued := self._queued.get(schedule.digest):
                 run = QueuedRun(self, part, queued, storage, functions)
-                if schedule.digest not in self._rehearsed:
+                called = [functions[name] for name in sorted(schedule.operations)]
+                rehearsed = self._rehearsed.setdefault(schedule.digest, [])
+                if called not in rehearsed and len(rehearsed) < _TABLES:
                     run.rehearse()
-                    self._rehearsed.add(schedule.digest)
+                    rehearsed.append(called)
             else:
                 run = Run(self, part, storage, functions)
             try:

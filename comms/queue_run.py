@@ -10,6 +10,7 @@ allocates for itself belongs to its lane's stream and stays there.
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,6 +25,18 @@ from .storage import Storage
 
 if TYPE_CHECKING:
     from .p2p import P2P
+
+
+_thread = threading.local()
+
+
+def queueing() -> bool:
+    """Is this thread putting a schedule on the device's streams, messages among it?
+
+    An operation that is called then must not wait for the device: what it reads may not have come yet, and a peer may
+    stand still until this rank has queued the rest. So nothing can be timed or compared, which a rehearsal is for.
+    """
+    return getattr(_thread, "queueing", False)
 
 
 class Streams(Protocol):
@@ -116,6 +129,7 @@ class QueuedRun:
         for stream in queued.lanes.values():
             queued.start.wait(stream)
         events, traced = queued.events, self.owner.trace.enabled
+        _thread.queueing = True
         try:
             for index, step in enumerate(queued.order.steps):
                 stream = stream_of[step.node.lane]
@@ -133,6 +147,7 @@ class QueuedRun:
                 if step.marked or mark_all:
                     events[index].record(stream)
         finally:
+            _thread.queueing = False
             if now is not own:
                 streams.use(own)
         for index in queued.order.ends:

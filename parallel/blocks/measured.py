@@ -2,11 +2,12 @@
 
 Small blocks may reverse what large ones show, and so may a window, float32 or another GPU, so nothing is assumed: the
 ways take turns on the tensors of the call itself, and another than the first in `select.ORDER` must win by 3 % in the
-median. That happens on CUDA only, once per kind and process; in a schedule it mostly falls into the rehearsal, before
-any message is posted. Lengths of one power of two are one kind: documents whose ends differ in every batch must not be
-measured in every batch. A way that fails, or whose answer is another than the first one's, is left out with a warning.
-Ranks may choose apart: all ways are exact, though they round in different places. Under
-`torch.use_deterministic_algorithms(True)` nothing is measured and the first way is taken, so that runs repeat.
+median. That happens on CUDA only, once per kind and process; in a schedule it falls into the rehearsal, before any
+message is posted, and while one is being queued nothing is measured and the first way is taken. Lengths of one power
+of two are one kind: documents whose ends differ in every batch must not be measured in every batch. A way that fails,
+or whose answer is another than the first one's, is left out with a warning. Ranks may choose apart: all ways are
+exact, though they round in different places. Under `torch.use_deterministic_algorithms(True)` nothing is measured and
+the first way is taken, so that runs repeat.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ...comms.queue_run import queueing
 from ...dist.log import get_logger
 from . import select
 from .types import Backend
@@ -42,7 +44,7 @@ def fastest(key: Hashable, ways: Mapping[str, Way], device: torch.device, label:
     """
     if key not in _found:
         names = list(ways)
-        if len(names) == 1 or not may_measure(device):
+        if len(names) == 1 or queueing() or not may_measure(device):
             return names[0]  # not kept: it may be measured later
         speeds = _measure(ways, device, label)
         best = max(speeds, key=speeds.__getitem__)

@@ -26,7 +26,7 @@ from undertow.comms.builders.reduce_scatter import direct_reduce_scatter, ring_r
 from undertow.comms.ops import gemm, table
 from undertow.comms.p2p import P2P
 from undertow.comms.queue_order import queue_order
-from undertow.comms.queue_run import Queued, QueuedRun
+from undertow.comms.queue_run import Queued, QueuedRun, queueing
 from undertow.comms.schedule_text import parse
 from undertow.comms.storage import Storage
 from undertow.comms.transport import Nccl, private_store
@@ -376,9 +376,11 @@ def _rehearsing(rank, world, schedule, streams):
         wanted = executor.run(schedule, {"x": x, "w": w})["out"].clone()
         calls: list[tuple[str, ...]] = []
         finite: list[bool] = []
+        queued_by: list[bool] = []
 
         def counted(name, op):
             def call(reads, writes, **params):
+                queued_by.append(queueing())
                 calls.append((name, *(str(tuple(t.shape)) for t in (*reads, *writes))))
                 finite.extend(bool(t.isfinite().all()) for t in reads)
                 op(reads, writes, **params)
@@ -397,9 +399,37 @@ def _rehearsing(rank, world, schedule, streams):
         run.rehearse()
         same = all(torch.equal(before[name], storage.tensors[name]) for name in ("x", "w")) and all(finite)
         rehearsed = list(calls)
+        apart = not any(queued_by)
         calls.clear()
+        queued_by.clear()
         run.go()
-        return same, rehearsed, sorted(set(calls)), torch.equal(storage.outputs["out"], wanted)
+        apart = apart and all(queued_by) and not queueing()
+        return same, rehearsed, sorted(set(calls)), torch.equal(storage.outputs["out"], wanted), apart
+
+
+def _with_other_operations(rank, world, schedule, streams):
+    """A second table for the same schedule is rehearsed too; the tables that came before are not again."""
+    with P2P(timeout_s=240) as executor:
+        executor._streams = streams()
+        x, w = torch.randn(sum_of_rows(schedule, rank), 6), torch.randn(6, 5)
+        during: list[bool] = []
+
+        def gemm(reads, writes, **params):
+            during.append(queueing())
+            torch.mm(*reads, out=writes[0])
+
+        found = []
+        for ops in (None, {"gemm": gemm}, None, {"gemm": gemm}):
+            during.clear()
+            executor.run(schedule, {"x": x, "w": w}, ops)
+            found.append((during.count(False) > 0, during.count(True) > 0))
+        return found
+
+
+def test_other_operations_are_rehearsed_for_themselves(ranks, fake_streams):
+    schedule = gemm_reduce_scatter(2, 4, 6, 5, algorithm="ring", subchunks=2)
+    for found in ranks(2, _with_other_operations, schedule, fake_streams):
+        assert found == [(False, False), (True, True), (False, False), (False, True)]
 
 
 def sum_of_rows(schedule, rank):
@@ -408,6 +438,7 @@ def sum_of_rows(schedule, rank):
 
 def test_a_rehearsal_does_each_kind_of_operation_once_and_sends_nothing(ranks, fake_streams):
     schedule = gemm_reduce_scatter(2, 4, 6, 5, algorithm="ring", subchunks=2)
-    for same, rehearsed, kinds, right in ranks(2, _rehearsing, schedule, fake_streams):
+    for same, rehearsed, kinds, right, apart in ranks(2, _rehearsing, schedule, fake_streams):
         assert same and right
+        assert apart, "operations of a rehearsal may measure, those of a run must not"
         assert sorted(rehearsed) == kinds and len(kinds) >= 2

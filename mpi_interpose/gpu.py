@@ -44,6 +44,8 @@ def load() -> ctypes.CDLL:
         ("gpu_host_path", None, [small]),
         ("gpu_ring", None, [integer]),
         ("gpu_use_kernels", None, [small, small]),
+        ("gpu_use_kernel", text, [text]),
+        ("gpu_serves", small, [pointer, integer, ctypes.c_uint64, ctypes.c_uint64, small, text]),
         ("gpu_pack", text, [pointer, integer, pointer, pointer]),
         ("gpu_unpack", text, [pointer, integer, pointer, pointer, integer]),
         ("gpu_enqueue", text, [pointer, integer, pointer, pointer, small, pointer]),
@@ -79,6 +81,14 @@ def ring(half_bytes: int) -> None:
 def use_kernels(single: bool = True, wide_tiles: bool = True) -> None:
     """Which kernels the next launches may be: those for one piece, and tiles of 16-byte words; for measurements."""
     load().undertow_gpu_use_kernels(int(single), int(wide_tiles))
+
+
+def use_kernel(name: str = "") -> None:
+    """The kernel of the next launches of one piece where it serves, as 'nest 1x128'; '' as the library chooses.
+
+    For measurements; the names are those of csrc/gpu/choose.hh, and InterposeError lists them.
+    """
+    _check(load().undertow_gpu_use_kernel(name.encode()))
 
 
 def direct_up_to(text: str, packing: bool, block: int) -> int:
@@ -131,6 +141,13 @@ class GpuPlan(Plan):
     def enqueue(self, count: int, user: int, packed: int, packing: bool, stream: int) -> None:
         """Queue a pack or unpack between device (or pinned) addresses on `stream`, a CUstream; returns at once."""
         _check(self._lib.undertow_gpu_enqueue(self._plan, count, user, packed, int(packing), stream))
+
+    def served_by(self, kernel: str, count: int, user: int, packed: int, packing: bool) -> bool:
+        """Whether this is one piece that the kernel named as for `use_kernel` serves; needs no device."""
+        found = self._lib.undertow_gpu_serves(self._plan, count, user, packed, int(packing), kernel.encode())
+        if found < 0:
+            raise InterposeError(f"device pack: {self._lib.undertow_gpu_error().decode()}")
+        return bool(found)
 
     def describe(self, count: int, user: int, packed: int) -> str:
         """The pieces a launch would get, one line each; needs no device."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from .compile import CSRC, Unit, cache_folder, run
 from .errors import InterposeError
 
-SOURCES = ("driver", "lower", "paths", "context", "device", "ring", "slab")
+SOURCES = ("driver", "choose", "lower", "paths", "context", "device", "ring", "slab")
 PTX = CSRC / "gpu" / "kernels.ptx"
 ASSEMBLED = (80, 90)  # code for sm_80 serves 8.x, that for sm_90 is Hopper's
 MAGIC = (0xBA55ED50).to_bytes(4, "little")  # a fatbin begins so

@@ -21,7 +21,7 @@ from .gpu_build import PTX as TARGET
 from .gpu_build import find_tool
 
 SOURCE = CSRC / "gpu" / "kernels.cu"
-INCLUDED = CSRC / "gpu" / "pieces.hh"
+INCLUDED = tuple(CSRC / "gpu" / name for name in ("pieces.hh", "shapes.hh"))
 ARCHITECTURE = "compute_75"  # the oldest that CUDA 13 compiles for; the driver translates it for every newer device
 PTX_VERSION = "8.0"  # readable by drivers from R525 (CUDA 12.0) on; the kernels use nothing newer
 
@@ -39,8 +39,8 @@ def release(nvcc: str) -> str:
 
 def heading(version: str) -> str:
     """The first line of the shipped text."""
-    digest = hashlib.sha256(SOURCE.read_bytes() + INCLUDED.read_bytes()).hexdigest()
-    return f"// {SOURCE.name} and {INCLUDED.name} {digest}, nvcc {version}"
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in (SOURCE, *INCLUDED))).hexdigest()
+    return f"// {SOURCE.name}, {', '.join(file.name for file in INCLUDED)} {digest}, nvcc {version}"
 
 
 def compiled() -> str:

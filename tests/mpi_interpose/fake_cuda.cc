@@ -19,7 +19,7 @@
 #include <utility>
 #include <vector>
 
-#include "pieces.hh"
+#include "shapes.hh"
 
 using undertow::gpu::Batch;
 using undertow::gpu::One;
@@ -125,6 +125,50 @@ void run(const Piece& given, bool packing) {
     char* u = reach(p.user + static_cast<uint64_t>(user), word);
     char* k = reach(p.packed + static_cast<uint64_t>(packed), word);
     packing ? std::memcpy(k, u, word) : std::memcpy(u, k, word);
+  }
+}
+
+// The kernels for a number of loops: by name what they are, by their own arithmetic what they move.
+struct Shaped {
+  std::string form;
+  int log, loops, most;  // words per thread, or the side of a tile
+};
+std::map<std::string, Shaped> g_shaped;
+
+const Shaped* shaped_of(const void* f) {
+  for (const auto& each : g_shaped)
+    if (&each.second == f) return &each.second;
+  return nullptr;
+}
+
+void move_word(uint64_t user, uint64_t packed, int log, bool packing) {
+  const size_t word = size_t(1) << log;
+  char *u = reach(user, word), *k = reach(packed, word);
+  packing ? std::memcpy(k, u, word) : std::memcpy(u, k, word);
+}
+
+template <int D>
+void run(const Shaped& f, const undertow::gpu::Loops<D>& s, unsigned grid, unsigned threads) {
+  const unsigned per = f.form == "gather" ? 16u >> f.log : f.most;
+  if (f.form == "gather" && (!s.packing || s.packed % 16 || s.words % per)) die("no whole accesses to gather", s.packed);
+  if (uint64_t(grid) * threads * per < s.words || uint64_t(grid - 1) * threads * per >= s.words) die("a grid of another size", grid);
+  for (uint32_t t = 0; t < s.words; ++t) {
+    int64_t user, packed;
+    if (f.form == "both") undertow::gpu::spot<D, true>(s, t, f.log, user, packed);
+    else undertow::gpu::spot<D, false>(s, t, f.log, user, packed);
+    move_word(s.user + user, s.packed + packed, f.log, s.packing);
+  }
+}
+
+void run(const Shaped& f, const undertow::gpu::Crossing& c, unsigned grid) {
+  const unsigned side = f.most;
+  if (grid != c.across * c.down * c.outer_n) die("a grid of another size", grid);
+  for (unsigned tile = 0; tile < grid; ++tile) {
+    const undertow::gpu::Corner at = undertow::gpu::corner(c, tile, side);
+    for (unsigned o = 0; o < side && o < at.o_left; ++o)
+      for (unsigned i = 0; i < side && i < at.i_left; ++i)
+        move_word(c.user + at.user + int64_t(o) * c.o_user + int64_t(i) * c.i_user,
+                  c.packed + at.packed + int64_t(o) * c.o_packed + (int64_t(i) << f.log), f.log, c.packing);
   }
 }
 
@@ -255,6 +299,7 @@ int cuDeviceGetCount(int* n) { return *n = cards(), 0; }
 int cuDeviceGetName(char* name, int n, int) { return std::snprintf(name, n, "no GPU"), 0; }
 int cuDeviceGetAttribute(int* value, int, int) { return *value = 2, 0; }
 int cuDevicePrimaryCtxRetain(void** c, int card) { return *c = &g_contexts[card], 0; }
+std::string g_image;  // the PTX that was loaded last, or nothing that names its kernels
 int cuModuleLoadData(void** module, const void* image) {
   if (!g_current || failing("cuModuleLoadData")) return kInvalidContext;
   if (std::memcmp(image, "\x50\xed\x55\xba", 4) == 0) {  // a fatbin; FAKE_CUDA_FAIL=fatbin is a driver too old for it
@@ -262,6 +307,7 @@ int cuModuleLoadData(void** module, const void* image) {
     return failing("fatbin") ? kNoBinary : (*module = g_current, 0);
   }
   if (!std::strstr(static_cast<const char*>(image), ".entry undertow_copy(")) return kInvalid;
+  g_image = static_cast<const char*>(image);
   return *module = g_current, 0;
 }
 int cuModuleGetFunction(void** f, void* module, const char* name) {
@@ -269,6 +315,16 @@ int cuModuleGetFunction(void** f, void* module, const char* name) {
   int log, unroll;
   *f = module;
   if (std::strcmp(name, "undertow_copy") == 0) return 0;
+  char form[16];
+  Shaped made{"", 0, 0, 1};
+  const int parts = std::sscanf(name, "undertow_%15[a-z]_%d_%d_%d", form, &made.log, &made.loops, &made.most);
+  if (parts >= 3 && std::strcmp(form, "one") != 0) {
+    made.form = form;
+    if (made.form == "cross") made.most = made.loops;
+    if (!g_image.empty() && !std::strstr(g_image.c_str(), (std::string(".entry ") + name + "(").c_str())) return kInvalid;
+    std::lock_guard<std::mutex> guard(g_lock);
+    return *f = &g_shaped.emplace(name, made).first->second, 0;
+  }
   if (std::sscanf(name, "undertow_one_%d_%d", &log, &unroll) != 2 || log > 4 || (unroll != 1 && unroll != 4)) return kInvalid;
   *f = &one[log][unroll == 4];
   g_ones[*f] = {log, unroll};
@@ -306,9 +362,28 @@ int cuStreamWaitEvent(void* s, void* e, unsigned) {
 }
 int cuLaunchKernel(void* f, unsigned grid, unsigned, unsigned, unsigned threads, unsigned, unsigned, unsigned, void* stream,
                    void** arguments, void**) {
-  if (!g_current || !grid || threads != undertow::gpu::kThreads || failing("cuLaunchKernel")) return kInvalid;
+  if (!g_current || !grid || failing("cuLaunchKernel")) return kInvalid;
   std::lock_guard<std::mutex> guard(g_lock);
   ++g_launches;
+  if (const Shaped* found = shaped_of(f)) {
+    const Shaped shaped = *found;
+    if (shaped.form == "cross") {
+      const auto c = *static_cast<const undertow::gpu::Crossing*>(arguments[0]);
+      if (threads != undertow::gpu::kThreads) return kInvalid;
+      enqueue(stream, [=] { run(shaped, c, grid); });
+    } else if (shaped.loops == 1) {
+      const auto s = *static_cast<const undertow::gpu::Loops<1>*>(arguments[0]);
+      enqueue(stream, [=] { run(shaped, s, grid, threads); });
+    } else if (shaped.loops == 2) {
+      const auto s = *static_cast<const undertow::gpu::Loops<2>*>(arguments[0]);
+      enqueue(stream, [=] { run(shaped, s, grid, threads); });
+    } else {
+      const auto s = *static_cast<const undertow::gpu::Loops<3>*>(arguments[0]);
+      enqueue(stream, [=] { run(shaped, s, grid, threads); });
+    }
+    return 0;
+  }
+  if (threads != undertow::gpu::kThreads) return kInvalid;
   if (const auto found = g_ones.find(f); found != g_ones.end()) {
     const One one = *static_cast<const One*>(arguments[0]);
     const Piece& p = one.piece;

@@ -4,6 +4,7 @@ run on a GPU where there is one."""
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import io
 import os
@@ -37,7 +38,8 @@ NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def stand_in() -> Path:
     """The folder of a libcuda.so.1 without a GPU."""
     source = HERE / "fake_cuda.cc"
-    key = hashlib.sha256(source.read_bytes() + (CSRC / "gpu" / "pieces.hh").read_bytes()).hexdigest()[:16]
+    parts = [source, *(CSRC / "gpu" / name for name in ("pieces.hh", "shapes.hh"))]
+    key = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:16]
     folder = cache_folder() / f"test-cuda-{key}"
     library = folder / "libcuda.so.1"
     if not library.exists():
@@ -498,6 +500,76 @@ for n in (512, 511, 0):  # transposes of 16-byte words go through tiles from 4 M
     assert child(code, stand_in) == f"1 {tiles}\n{loops}{loops}"
 
 
+CHOSEN = """
+import random, sys
+sys.path.insert(0, PROGRAMS)
+import numpy as np
+from device_memory import Device
+from undertow.mpi_interpose import gpu
+device, rng, served = Device(), random.Random(SEED), {}
+names = ["general", *(f"nest {u}x{n}" for u in (1, 2, 4) for n in (64, 128, 256)), "stream 128", "gather 64",
+         "gather 256", "both 128", "both 256", "cross 16", "cross 32", "cross 64"]
+for turn in range(60):
+    word = 1 << rng.randrange(5)
+    block = word * (1 if turn % 2 else rng.randint(1, 9))
+    if turn % 2:  # two loops that cross, perhaps with one around them
+        n, m = rng.randint(8, 70), rng.randint(8, 70)
+        row = word * n + word * rng.randint(0, 3)
+        dims = [(n, word), (m, row)]
+        if turn % 4 == 1:
+            dims.insert(0, (rng.randint(2, 3), row * m + word))
+        extent = row * m * 3 + 3 * word
+    else:
+        dims, extent = [], block
+        for _ in range(rng.randint(1, 4)):
+            step = extent + word * rng.randint(0, 3)
+            dims.insert(0, (rng.randint(2, 9), step))
+            extent = dims[0][0] * step
+    text = f"(bytes {block})"
+    for count, step in reversed(dims):
+        text = f"(loop {count} {step} {text})"
+    plan, at = gpu.GpuPlan(text, extent), word * rng.randint(0, 2)
+    places = [at + sum(k * s for k, (_, s) in zip(index, dims)) for index in np.ndindex(*(n for n, _ in dims))]
+    index = (np.array(places)[:, None] + np.arange(block)).reshape(-1)
+    values = np.frombuffer(rng.randbytes(extent + 64), "u1")
+    user, packed = device.array(values), device.empty(plan.size)
+    new = np.frombuffer(rng.randbytes(plan.size), "u1")
+    after = values.copy()
+    after[index] = new
+    for name in names:
+        gpu.use_kernel(name)
+        for packing in (True, False):
+            good = plan.served_by(name, 1, user.address + at, packed.address, packing)
+            served[name] = served.get(name, 0) + good
+            if not good:
+                continue
+            if packing:
+                user.write(values)
+                packed.write(np.zeros(plan.size, "u1"))
+                plan.pack(1, user.address + at, packed.address)
+                assert (packed.read() == values[index]).all(), (name, text)
+            else:
+                user.write(values)
+                packed.write(new)
+                plan.unpack(1, packed.address, user.address + at)
+                assert (user.read() == after).all(), (name, text)
+print(sorted(served.items()))
+for name in ("nest 3x128", "cross 48", "gather", "nest 1x128 "):
+    try:
+        gpu.use_kernel(name)
+    except gpu.InterposeError as error:
+        assert repr(name) in str(error) and "nest 1x128" in str(error)
+    else:
+        raise AssertionError(name)
+"""
+
+
+def test_every_kernel_that_serves_a_type_moves_its_bytes(stand_in: Path, seed: int) -> None:
+    """Against numpy's indexing: loops with and without blocks of several words, transposes, ends of tiles."""
+    served = dict(ast.literal_eval(child(f"PROGRAMS, SEED = {str(PROGRAMS)!r}, {seed}\n{CHOSEN}", stand_in)))
+    assert min(served.values()) >= 5, served
+
+
 @pytest.mark.parametrize(
     "ir, user, want",
     [
@@ -589,7 +661,7 @@ def test_the_machine_code_holds_every_kernel() -> None:
     assert held is not None and gpu_build.held_by(held)
     images, ptx = held.read_bytes().split(b"\x7fELF")[1:], gpu_build.PTX.read_text()
     entries = set(re.findall(r"\.entry (\w+)\(", ptx))
-    assert len(images) == len(gpu_build.ASSEMBLED) and len(entries) == 11
+    assert len(images) == len(gpu_build.ASSEMBLED) and "undertow_copy" in entries and len(entries) > 11
     assert all(b"\0.text." + name.encode() + b"\0" in image for name in entries for image in images)
 
 

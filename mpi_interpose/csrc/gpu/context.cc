@@ -77,8 +77,41 @@ Result Context::find_kernels(const void* image) {
   return 0;
 }
 
+// Found when first asked for: most programs use few of them.
+Handle Context::kernel(const Choice& choice, const Piece& piece) {
+  std::atomic<Handle>& slot = shaped_[kernel_code(choice, piece)];
+  Handle found = slot.load(std::memory_order_acquire);
+  if (!found) {
+    const std::string name = kernel_name(choice, piece);
+    must(cuda.cuModuleGetFunction(&found, module_, name.c_str()), ("finding the kernel " + name).c_str());
+    slot.store(found, std::memory_order_release);
+  }
+  return found;
+}
+
+// False: the general kernels are to do it.
+bool Context::launch_one(const Piece& piece, bool packing, Handle on) {
+  const Choice choice = kernels.one && serves(*kernels.one, piece, packing) ? *kernels.one : choose(piece, packing);
+  if (choice.form == Form::General) return false;
+  Crossing crossing;
+  Loops<kNestDims> loops;
+  void* argument = &loops;
+  if (choice.form == Form::Cross) {
+    crossing = crossing_of(piece, choice, packing);
+    argument = &crossing;
+  } else {
+    loops = loops_of(piece, choice, packing);
+  }
+  must(cuda.cuLaunchKernel(kernel(choice, piece), grid_of(choice, piece), 1, 1, choice.threads, 1, 1, 0, on, &argument, nullptr),
+       "launching a pack kernel");
+  ++counters.launches;
+  ++counters.pieces;
+  return true;
+}
+
 // Pieces in order, as many per launch as fit its arguments; every launch is one kernel over all its pieces.
 void Context::launch(const std::vector<Piece>& pieces, bool packing, Handle on) {
+  if (pieces.size() == 1 && launch_one(pieces[0], packing, on)) return;
   if (kernels.single && pieces.size() == 1 && pieces[0].kind != kCrossed) {
     One one{pieces[0], packing, 0};
     void* arguments[] = {&one};

@@ -1,6 +1,7 @@
 // One per CUDA context that owns memory we were given: the loaded kernel, a stream, scratch memory and tables.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <unordered_map>
@@ -53,6 +54,8 @@ class Context {
   };
   void load_kernels();
   Result find_kernels(const void* image);
+  Handle kernel(const Choice& choice, const Piece& piece);
+  bool launch_one(const Piece& piece, bool packing, Handle on);
   Kept& kept(const Plan& plan);
   Address upload(Kept& kept, const void* data, size_t bytes);
   void drop(Kept& kept);
@@ -60,6 +63,7 @@ class Context {
   Handle module_ = nullptr, kernel_ = nullptr;
   Handle carrier_ = nullptr, worked_[2] = {}, moved_[2] = {};  // a stream for copies, and per half what it waits for
   Handle ones_[5][2] = {};  // for a launch of one piece: log2 of its word, whether a thread takes several
+  std::atomic<Handle> shaped_[kKernelCodes] = {};  // by kernel_code
   std::mutex lock_;
   std::unordered_map<const Node*, std::unique_ptr<Kept>> tables_;
   int64_t table_bytes_ = 0;

@@ -6,7 +6,7 @@
 // Types whose loops cross memory order (a transpose) go through a tile in shared memory, so that both sides are read and
 // written along rows.
 // `python -m undertow.mpi_interpose.gpu_kernels` compiles this file to kernels.ptx, which is what is shipped.
-#include "pieces.hh"
+#include "shapes.hh"
 
 using namespace undertow::gpu;
 
@@ -150,6 +150,108 @@ __device__ __forceinline__ void walk(const Batch& batch) {
   }
 }
 
+// ---- a number of loops that is known when this is compiled ----------------------------------------------------------
+
+enum Hint { kPlain, kPackedStreams };
+
+// U words per thread, a block's threads apart.
+template <int Log, int D, int U, bool kBoth, Hint kHint>
+__device__ __forceinline__ void nest(const Loops<D>& s) {
+  using Word = typename WordOf<Log>::type;
+  const uint32_t first = blockIdx.x * (blockDim.x * U) + threadIdx.x;
+  char* user[U];
+  char* packed[U];
+  Word v[U];
+#pragma unroll
+  for (int i = 0; i < U; ++i) {
+    int64_t u, k;
+    spot<D, kBoth>(s, first + i * blockDim.x, Log, u, k);
+    user[i] = reinterpret_cast<char*>(s.user) + u;
+    packed[i] = reinterpret_cast<char*>(s.packed) + k;
+  }
+  if (s.packing) {
+#pragma unroll
+    for (int i = 0; i < U; ++i)
+      if (first + i * blockDim.x < s.words) v[i] = *reinterpret_cast<const Word*>(user[i]);
+#pragma unroll
+    for (int i = 0; i < U; ++i)
+      if (first + i * blockDim.x < s.words) {
+        Word* to = reinterpret_cast<Word*>(packed[i]);
+        if constexpr (kHint == kPackedStreams) __stcs(to, v[i]);
+        else *to = v[i];
+      }
+  } else {
+#pragma unroll
+    for (int i = 0; i < U; ++i)
+      if (first + i * blockDim.x < s.words) {
+        const Word* from = reinterpret_cast<const Word*>(packed[i]);
+        if constexpr (kHint == kPackedStreams) v[i] = __ldcs(from);
+        else v[i] = *from;
+      }
+#pragma unroll
+    for (int i = 0; i < U; ++i)
+      if (first + i * blockDim.x < s.words) *reinterpret_cast<Word*>(user[i]) = v[i];
+  }
+}
+
+// Packs of words below 16 bytes: as many as fill one store of 16 bytes.
+template <int Log, int D>
+__device__ __forceinline__ void gather(const Loops<D>& s) {
+  using Word = typename WordOf<Log>::type;
+  constexpr int kPer = 16 >> Log;
+  const uint32_t at = blockIdx.x * blockDim.x + threadIdx.x;
+  if (at >= s.words / kPer) return;
+  union {
+    uint4 all;
+    Word each[kPer];
+  } v;
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    int64_t u, k;
+    spot<D, false>(s, at * kPer + i, Log, u, k);
+    v.each[i] = *reinterpret_cast<const Word*>(reinterpret_cast<const char*>(s.user) + u);
+  }
+  reinterpret_cast<uint4*>(s.packed)[at] = v.all;
+}
+
+// A tile of T x T words, a block's 256 threads; a thread's loads are all on their way before the first is laid down.
+template <int Log, int T>
+__device__ __forceinline__ void cross(const Crossing& c) {
+  using Word = typename WordOf<Log>::type;
+  __shared__ Word square[T][T + 1];
+  constexpr int kRows = kThreads / T, kSteps = T / kRows;
+  const Corner at = corner(c, blockIdx.x, T);
+  char* const user = reinterpret_cast<char*>(c.user) + at.user;
+  char* const packed = reinterpret_cast<char*>(c.packed) + at.packed;
+  const uint32_t lane = threadIdx.x % T, row = threadIdx.x / T;
+  // Along the user's side lanes follow o, along the packed side they follow i.
+  const bool near_o = lane < at.o_left, near_i = lane < at.i_left;
+  char* const user_lane = user + product(lane, c.o_user);
+  char* const packed_lane = packed + (static_cast<int64_t>(lane) << Log);
+  Word v[kSteps];
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) {
+    const uint32_t r = row + s * kRows;
+    if (c.packing) {
+      if (near_o && r < at.i_left) v[s] = *reinterpret_cast<const Word*>(user_lane + product(r, c.i_user));
+    } else {
+      if (near_i && r < at.o_left) v[s] = *reinterpret_cast<const Word*>(packed_lane + product(r, c.o_packed));
+    }
+  }
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) square[row + s * kRows][lane] = v[s];
+  __syncthreads();
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) {
+    const uint32_t r = row + s * kRows;
+    if (c.packing) {
+      if (near_i && r < at.o_left) *reinterpret_cast<Word*>(packed_lane + product(r, c.o_packed)) = square[lane][r];
+    } else {
+      if (near_o && r < at.i_left) *reinterpret_cast<Word*>(user_lane + product(r, c.i_user)) = square[lane][r];
+    }
+  }
+}
+
 }  // namespace undertow::gpu::words
 
 // One piece that is no transpose, a block for each of its tiles. Named by log2 of the word and the words per thread.
@@ -170,3 +272,45 @@ static_assert(kUnroll == 4, "the names above end with it");
 extern "C" __global__ void __launch_bounds__(kThreads, 4) undertow_copy(const __grid_constant__ Batch batch) {
   words::walk(batch);
 }
+
+// Named by the log2 of the word, the loops, and the words per thread or the side of a tile; see choose.cc.
+#define UNDERTOW_KERNEL(NAME, ARGUMENTS, ...)                                                                        \
+  extern "C" __global__ void __launch_bounds__(kThreads) undertow_##NAME(const __grid_constant__ ARGUMENTS a) {      \
+    words::__VA_ARGS__(a);                                                                                           \
+  }
+#define UNDERTOW_NEST(LOG, D, U) UNDERTOW_KERNEL(nest_##LOG##_##D##_##U, Loops<D>, nest<LOG, D, U, false, words::kPlain>)
+#define UNDERTOW_LOOPS(LOG, D)                                                                                       \
+  UNDERTOW_NEST(LOG, D, 1)                                                                                           \
+  UNDERTOW_KERNEL(both_##LOG##_##D, Loops<D>, nest<LOG, D, 1, true, words::kPlain>)
+#define UNDERTOW_LARGE(LOG, D)                                                                                       \
+  UNDERTOW_NEST(LOG, D, 2)                                                                                           \
+  UNDERTOW_NEST(LOG, D, 4)                                                                                           \
+  UNDERTOW_KERNEL(stream_##LOG##_##D, Loops<D>, nest<LOG, D, 1, false, words::kPackedStreams>)
+#define UNDERTOW_GATHER(LOG, D) UNDERTOW_KERNEL(gather_##LOG##_##D, Loops<D>, gather<LOG, D>)
+#define UNDERTOW_CROSS(LOG, T) UNDERTOW_KERNEL(cross_##LOG##_##T, Crossing, cross<LOG, T>)
+#define UNDERTOW_EACH(WHAT, LOG) WHAT(LOG, 1) WHAT(LOG, 2) WHAT(LOG, 3)
+
+UNDERTOW_EACH(UNDERTOW_LOOPS, 0)
+UNDERTOW_EACH(UNDERTOW_LOOPS, 1)
+UNDERTOW_EACH(UNDERTOW_LOOPS, 2)
+UNDERTOW_EACH(UNDERTOW_LOOPS, 3)
+UNDERTOW_EACH(UNDERTOW_LOOPS, 4)
+UNDERTOW_EACH(UNDERTOW_LARGE, 2)
+UNDERTOW_EACH(UNDERTOW_LARGE, 3)
+UNDERTOW_EACH(UNDERTOW_LARGE, 4)
+UNDERTOW_EACH(UNDERTOW_GATHER, 0)
+UNDERTOW_EACH(UNDERTOW_GATHER, 1)
+UNDERTOW_EACH(UNDERTOW_GATHER, 2)
+UNDERTOW_EACH(UNDERTOW_GATHER, 3)
+UNDERTOW_CROSS(0, 32)
+UNDERTOW_CROSS(1, 32)
+UNDERTOW_CROSS(2, 32)
+UNDERTOW_CROSS(3, 32)
+UNDERTOW_CROSS(4, 32)
+UNDERTOW_CROSS(0, 64)
+UNDERTOW_CROSS(1, 64)
+UNDERTOW_CROSS(2, 64)
+UNDERTOW_CROSS(3, 64)
+UNDERTOW_CROSS(3, 16)
+UNDERTOW_CROSS(4, 16)
+static_assert(kNestDims == 3, "UNDERTOW_EACH goes to that");

@@ -10,8 +10,6 @@ Kernels kernels;
 namespace {
 
 constexpr int kMaxNest = 24;
-constexpr uint32_t kShortSide = 8;   // a crossed pair of loops this short is left to the flat kernel
-constexpr int64_t kNearStep = 32;    // steps up to a sector count as "along the row"
 constexpr uint32_t kWideTilesFrom = 1u << 18;  // 16-byte words cross through tiles from 4 MiB on; below, the cache does
 constexpr uint32_t kWave = 1u << 19;  // about what a large device holds at several words per thread; below, one each
 
@@ -108,12 +106,7 @@ struct Maker {
   }
 
   static bool crossed(const Piece& p) {
-    if (p.ndims < 2 || p.block != 1) return false;
-    if (p.word_log2 > 3 && (!kernels.wide_tiles || p.words < kWideTilesFrom)) return false;
-    const PieceDim &o = p.dims[p.ndims - 2], &i = p.dims[p.ndims - 1];
-    const int64_t near = std::llabs(o.user), far = std::llabs(i.user);
-    return near < far && near <= kNearStep && o.n >= kShortSide && i.n >= kShortSide &&
-           i.packed == (1ll << p.word_log2);
+    return crosses(p) && (p.word_log2 <= 3 || (kernels.wide_tiles && p.words >= kWideTilesFrom));
   }
 };
 

@@ -2,9 +2,10 @@
 #pragma once
 
 #include <functional>
+#include <optional>
 #include <vector>
 
-#include "pieces.hh"
+#include "choose.hh"
 #include "plan.hh"
 
 namespace undertow::gpu {
@@ -41,6 +42,7 @@ std::vector<Piece> lower(const Plan& plan, int64_t count, uint64_t user, uint64_
 struct Kernels {
   bool single = true;      // a launch of one piece that is no transpose has a kernel for its word, with short arguments
   bool wide_tiles = true;  // transposes of 16-byte words go through shared memory, as those of smaller words do
+  std::optional<Choice> one;  // for a launch of one piece, where it serves; else what `choose` says
 };
 extern Kernels kernels;
 

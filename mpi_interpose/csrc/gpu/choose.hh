@@ -1,0 +1,45 @@
+// Which kernel a launch of one piece gets. Pure: a function of the piece, the direction and what was measured.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "shapes.hh"
+
+namespace undertow::gpu {
+
+enum class Form : uint8_t {
+  General,  // any piece: the kernels of kernels.cu that read a Piece
+  Nest,     // loops, dense on the packed side
+  Stream,   // Nest, whose packed side passes the caches as a stream
+  Gather,   // Nest, packs only: a thread reads words for one packed access of 16 bytes
+  Both,     // loops with steps on both sides; a transpose is numbered in the order of the side that is written
+  Cross,    // a transpose through tiles
+};
+
+struct Choice {
+  Form form = Form::General;
+  uint8_t unroll = 1;      // words per thread (Nest)
+  uint8_t side = 0;        // of a tile (Cross)
+  uint16_t threads = 256;  // of a block (all but Cross)
+};
+
+// "general", "nest UxTHREADS", "stream 1xTHREADS", "gather THREADS", "both THREADS", "cross SIDE"; throws Failure otherwise.
+Choice read_choice(const std::string& text);
+
+// Whether that kernel is there and can serve the piece.
+bool serves(const Choice& choice, const Piece& piece, bool packing);
+Choice choose(const Piece& piece, bool packing);
+std::string kernel_name(const Choice& choice, const Piece& piece);  // of all but General
+constexpr int kKernelCodes = 1024;
+int kernel_code(const Choice& choice, const Piece& piece);  // below kKernelCodes; alike where names are
+
+// Whether the two innermost loops cross memory order, so that tiles may serve.
+bool crosses(const Piece& piece);
+
+// Arguments; the piece must be served. For Both, `packing` decides the order of a transpose's loops.
+Loops<kNestDims> loops_of(const Piece& piece, const Choice& choice, bool packing);
+Crossing crossing_of(const Piece& piece, const Choice& choice, bool packing);
+uint32_t grid_of(const Choice& choice, const Piece& piece);  // thread blocks of the launch
+
+}  // namespace undertow::gpu

@@ -182,14 +182,14 @@ def _bind_gloo(launch: Launch, address: str) -> None:
     """Choose gloo's interface: its own way, by the host's name, fails where that name has no or a wrong address."""
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return
-    ours = "127.0.0.1" if launch.one_host else _address_towards(address)
+    ours = "127.0.0.1" if launch.one_host else address_towards(address)
     for name, addresses in psutil.net_if_addrs().items():
         if any(entry.family == socket.AF_INET and entry.address == ours for entry in addresses):
             os.environ["GLOO_SOCKET_IFNAME"] = name
             return
 
 
-def _address_towards(address: str) -> str:
+def address_towards(address: str) -> str:
     """Our IPv4 address on the way to `address`; on rank 0's own host, the way out of it. '' when there is none."""
     for target in (address, "192.0.2.1"):  # the second is a documentation address: it selects the default route
         try:

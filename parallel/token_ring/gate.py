@@ -3,7 +3,8 @@
 A model of the machine can be wrong about the machine; a measurement of the calls themselves cannot. For each problem
 and phase the plain ring, the plain all-gather (where its buffers are not much larger), the planner's choice and its
 best of each kind of movement take turns; then the slowest rank's times decide, alike on all ranks. Another must beat
-the ring by 3 % in the median and in all rounds but one, so that noise does not switch it on. All arms are exact, but
+the ring by 3 % in the median and in all rounds but one, so that noise does not switch it on; where calls are long,
+after three rounds, in all of them. All arms are exact, but
 they add in different orders: where a resumed run must repeat every bit, name a schedule, or take 'predicted', which
 measures nothing.
 """
@@ -27,6 +28,7 @@ MOVES = {
     **dict.fromkeys(("ulysses", "ulysses_ring", "ulysses_token"), "heads"),
 }
 ROUNDS = 5  # timed calls of each arm; one more before them plans it
+FEW_ROUNDS, LONG_S = 3, 0.3  # of calls that take longer than that in the median
 WIN = 1.03  # least median speed-up over the ring
 Result = TypeVar("Result")
 
@@ -58,7 +60,7 @@ class ScheduleGate:
 
     def run(self, execute: Callable[[str], Result], device: torch.device) -> Result:
         """`execute(name)` for the schedule whose turn it is, timed until the choice has been made."""
-        if not self.chosen and self._calls == (ROUNDS + 1) * len(self.arms):
+        if not self.chosen and self._calls in [(rounds + 1) * len(self.arms) for rounds in (FEW_ROUNDS, ROUNDS)]:
             self._decide()
         if self.chosen:
             return execute(self.chosen)
@@ -78,13 +80,17 @@ class ScheduleGate:
         return result
 
     def _decide(self) -> None:
-        """Collective: the slowest rank's time of each call counts; each arm's first call, which plans it, does not."""
+        """Collective: the slowest rank's time of each call counts; each arm's first call, which plans it, does not.
+        After few rounds of short calls nothing is decided."""
         mine = torch.tensor([seconds[1:] for seconds in self._seconds], dtype=torch.float64)
         slowest = torch.stack(self._gather(mine)).max(0).values
+        few = slowest.shape[1] < ROUNDS
+        if few and slowest.median() < LONG_S:
+            return
         ratios = slowest[0] / slowest
         self.speed = dict(zip(self.arms, ratios.median(1).values.tolist()))
         best = max(self.arms, key=self.speed.__getitem__)
-        often = int((ratios[self.arms.index(best)] > 1).sum()) >= ROUNDS - 1
+        often = int((ratios[self.arms.index(best)] > 1).sum()) >= slowest.shape[1] - (not few)
         self.chosen = best if self.speed[best] >= WIN and often else DEFAULT
 
     def __str__(self) -> str:

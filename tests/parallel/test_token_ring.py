@@ -26,6 +26,7 @@ from undertow.parallel import shard_sequence, token_ring_attention, unshard_sequ
 from undertow.parallel.blocks import flex
 from undertow.parallel.masks import Mask
 from undertow.parallel.partition import LAYOUTS, positions_of
+from undertow.parallel.token_ring import gate
 from undertow.parallel.token_ring.block_ops import ops
 from undertow.parallel.token_ring.executors import forget, home
 from undertow.parallel.token_ring.planner import Rates, bound, choose, predict
@@ -525,13 +526,13 @@ def _gated(rank, world):
     q, k, v = (torch.randn(1, n, 2, 16) for n in (4, 512, 512))
     options: Any = dict(lengths=(4 * world, 512 * world), layout="contiguous", backward_schedule="predicted")
     found = [token_ring_attention(q, k, v, **options) for _ in range(6 * 5 + 1)]
-    (gate,) = where.gates.values()  # the backward has none
-    texts = [str(gate)]
+    (mine,) = where.gates.values()  # the backward has none
+    texts = [str(mine)]
     token_ring_attention(q, k, v, schedule="ring_kv", **options)
     for out in found[1:]:
         torch.testing.assert_close(out, found[0])  # float32: arms add in different orders
     forget()
-    return gate.chosen, gate.speed, texts
+    return mine.chosen, mine.speed, texts
 
 
 def test_the_clock_decides_alike_on_all_ranks(ranks):
@@ -540,6 +541,26 @@ def test_the_clock_decides_alike_on_all_ranks(ranks):
     assert chosen == other and chosen not in ("ring_kv", "all_gather_kv"), speed
     assert speed[chosen] == max(speed.values()) >= 1.03 and speed["ring_kv"] == 1
     assert chosen in texts[0] and "measured" in texts[0] and "predicted" in texts[0]
+
+
+def test_long_calls_are_measured_in_fewer_rounds_and_must_win_all_of_them(monkeypatch):
+    """Seconds per arm and round are made up; the other rank is always a little slower."""
+
+    def decided(rows: list[list[float]], calls: int) -> tuple[str, int]:
+        measured: Any = gate.ScheduleGate.__new__(gate.ScheduleGate)
+        measured.arms, measured.chosen, measured._calls = ("ring_kv", "token_ring"), "", calls
+        measured.speed, asked = {}, []
+        measured._gather = lambda mine: asked.append(mine) or [mine, mine * 1.01]
+        measured._seconds = [[9.0, *row] for row in rows]
+        measured.run(lambda name: name, torch.device("cpu"))
+        return measured.chosen, len(asked)
+
+    few, all_of_them = ((rounds + 1) * 2 for rounds in (gate.FEW_ROUNDS, gate.ROUNDS))
+    assert decided([[0.5] * 3, [0.4] * 3], few) == ("token_ring", 1)
+    assert decided([[0.5] * 3, [0.4, 0.4, 0.51]], few) == ("ring_kv", 1), "one round of three was lost"
+    assert decided([[0.05] * 3, [0.04] * 3], few) == ("", 1), "short calls go on"
+    assert decided([[0.05] * 5, [0.04] * 4 + [0.06]], all_of_them) == ("token_ring", 1)
+    assert decided([[0.5] * 2, [0.4] * 2], few - 2) == ("", 0)
 
 
 def _wired(rank, world):

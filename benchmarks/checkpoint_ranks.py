@@ -1,9 +1,9 @@
 """Checkpoints of FSDP2 training on the GPUs of one host: what they cost the slowest rank, at every step or every k-th.
 
-Each arm trains the same model for a few steps, with its saves, and all ranks wait for the slowest. Ours is the host
-tier at every step (memory that outlives the processes), and the disk (fsync, checksums, a commit that all ranks agree
-on); `dcp.async_save` is torch's own, without checksums. Before anything is timed, what each arm saved is read back by
-stock `dcp.load` and compared bit by bit, on every rank.
+Each arm trains the same model for a few steps, with its saves, and all ranks wait for the slowest. A case is one model
+and one place: host memory that outlives the processes, at every step; or the disk, at every 8th step, ours with fsync,
+checksums and a commit that all ranks agree on, beside torch's own `dcp.async_save` without these. Before anything is
+timed, what each arm saved is read back by stock `dcp.load` and compared bit by bit, on every rank.
 
     torchrun --nproc-per-node 2 -m undertow bench checkpoint_ranks --minutes 6
 
@@ -36,7 +36,7 @@ from undertow.checkpointing import Checkpointer
 from undertow.dist.errors import UserError
 from undertow.examples.lm import ByteLM
 
-STEPS = 8
+STEPS = {"host": 16, "disk": 8}  # of one sample; a save to disk at the first of them
 
 
 class Sharded(Loop):
@@ -133,12 +133,12 @@ def _local(value: Any) -> torch.Tensor:
     return value.to_local() if hasattr(value, "to_local") else value
 
 
-def sample(job: Sharded, way: Any, every: int, steps: int) -> Measured:
+def sample(job: Sharded, way: Any, host: bool, steps: int) -> Measured:
     job.synchronize()
     dist.barrier()
     began_s = time.perf_counter()
     for index in range(steps):
-        if way is not None and index % every == 0:
+        if way is not None and (host or index == 0):
             way.save()
         job.train()
     job.synchronize()
@@ -149,10 +149,11 @@ def sample(job: Sharded, way: Any, every: int, steps: int) -> Measured:
     return Measured(0, seconds, {"step_ms": 1e3 * seconds / steps, "all_saved_s": durable_s})
 
 
+HOST = "undertow host, every step"
 _open: list[Sharded] = []
 
 
-def trial(size: Size, device: torch.device) -> Trial:
+def trial(size: Size, place: str, device: torch.device) -> Trial:
     while _open:
         _close(_open.pop())
     base = os.environ.get("UNDERTOW_BENCH_DIR") or None
@@ -160,19 +161,20 @@ def trial(size: Size, device: torch.device) -> Trial:
     dist.broadcast_object_list(made, 0)
     job = Sharded(size, device, Path(str(made[0])))
     _open.append(job)
-    ways: dict[str, tuple[Any, int]] = {
-        "no checkpoints": (None, 1),
-        "undertow host, every step": (Ours(job, "host", host=True), 1),
-        f"undertow disk, every {STEPS}": (Ours(job, "disk", host=False), STEPS),
-        f"dcp.async_save, every {STEPS}": (Dcp(job, "dcp"), STEPS),
-    }
-    checks = {name: wrong(job, way) if way is not None else 0 for name, (way, _) in ways.items()}
+    host, steps = place == "host", STEPS[place]
+    ways: dict[str, Any] = {"no checkpoints": None}
+    if host:
+        ways[HOST] = Ours(job, "host", host=True)
+    else:
+        ways[f"undertow disk, every {steps}"] = Ours(job, "disk", host=False)
+        ways[f"dcp.async_save, every {steps}"] = Dcp(job, "dcp")
+    checks = {name: wrong(job, way) if way is not None else 0 for name, way in ways.items()}
 
-    def arm(name: str, way: Any, every: int) -> Arm:
-        run: Callable[[], Measured] = partial(sample, job, way, every, STEPS)
+    def arm(name: str, way: Any) -> Arm:
+        run: Callable[[], Measured] = partial(sample, job, way, host, steps)
         return Arm(name, run, reference=lambda: checks[name])
 
-    return Trial([arm(name, *way) for name, way in ways.items()], reference=lambda: 0)
+    return Trial([arm(name, way) for name, way in ways.items()], reference=lambda: 0)
 
 
 def _close(job: Sharded) -> None:
@@ -191,9 +193,11 @@ def cases(context: Context) -> Sequence[Case]:
     cuda = torch.cuda.is_available()
     sizes = [MEDIUM, LARGE] if cuda else [TINY]
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    ours = {"host": HOST, "disk": f"undertow disk, every {STEPS['disk']}"}
     return [
-        Case(size.name, partial(trial, size, device), "no checkpoints", "undertow host, every step", warm_ups=1)
+        Case(f"{size.name}, {place}", partial(trial, size, place, device), "no checkpoints", ours[place], warm_ups=1)
         for size in (sizes[:1] if context.quick else sizes)
+        for place in ours
     ]
 
 

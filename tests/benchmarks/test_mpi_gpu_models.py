@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from undertow.benchmarks import facts, mpi_gpu_pack, mpi_gpu_pages, mpi_gpu_paths, mpi_gpu_record
+from undertow.benchmarks import (
+    facts,
+    mpi_gpu_bound,
+    mpi_gpu_pack,
+    mpi_gpu_pages,
+    mpi_gpu_paths,
+    mpi_gpu_record,
+    mpi_gpu_traffic,
+    mpi_gpu_variants,
+)  # fmt: skip
+from undertow.benchmarks.mpi_gpu_rivals import Layout
+from undertow.dist.errors import UserError
 from undertow.mpi_interpose import gpu
 from undertow.mpi_interpose.compile import CSRC
 from undertow.mpi_interpose.errors import InterposeError
@@ -174,3 +185,45 @@ def test_a_run_is_kept_by_one_command(tmp_path: Path, capsys: pytest.CaptureFixt
     (root / mpi_gpu_record.GUIDE).write_text("no marks")
     assert mpi_gpu_record.main([str(out / "mpi/mpi_gpu_messages.json"), "--root", str(root)]) == 1
     assert "expected one, ended by" in capsys.readouterr().err
+
+
+def test_the_bytes_that_must_move_are_those_of_a_count_byte_by_byte() -> None:
+    made = [Layout("", block, ((n, stride),)) for block, n, stride in ((4, 64, 8), (12, 40, 16), (100, 9, 128))]
+    made += [Layout("", 8, ((3, 2000), (5, 24))), Layout("", 4, ((16, 4), (8, 64))), Layout("", 4, (), (0, 40, 96, 12))]
+    made.append(Layout("", 32, ((256, 64),)))
+    for layout in made:
+        at = [0]
+        for count, stride in layout.dims:
+            at = [a + k * stride for a in at for k in range(count)]
+        bytes_of = {a + k for a in (layout.offsets or at) for k in range(layout.block)}
+        for packing in (True, False):
+            sectors = {b // 32 for b in bytes_of}
+            read = 64 * len({b // 64 for b in bytes_of})
+            if not packing:
+                part = {s // 2 for s in sectors if not all(32 * s + k in bytes_of for k in range(32))}
+                read = layout.size + 64 * len(part)
+            want = (read, layout.size if packing else 32 * len(sectors))
+            assert mpi_gpu_bound.bytes_moved(layout, packing) == want, layout
+    halves = made[-1]
+    assert mpi_gpu_bound.ceiling(halves, True) == pytest.approx(2 / 3) and mpi_gpu_bound.cache_bytes(halves) == 24576
+    with pytest.raises(ValueError, match="blocks; at most"):
+        mpi_gpu_bound.ceiling(Layout("x", 4, ((1 << 12, 1 << 20), (1 << 12, 8))), True)
+
+
+def test_counted_traffic_is_shown_beside_what_must_move() -> None:
+    found = mpi_gpu_traffic.cases(1)
+    counted = [tuple(4 * value for value in mpi_gpu_bound.bytes_moved(layout, packing)) for _, layout, packing in found]
+    lines = mpi_gpu_traffic.table(counted, 1).splitlines()
+    assert "| copy | 1.00 | 1.00 | 1.00 | 1.00 | 100% |" in lines
+    assert "| unpack 4 B blocks, gaps as large | 3.00 | 2.00 | 3.00 | 2.00 | 40% |" in lines
+    with pytest.raises(UserError, match="10 ranges"):
+        mpi_gpu_traffic.table(counted[1:], 1)
+
+
+def test_every_cell_of_the_kernels_trial_is_a_layout() -> None:
+    known = {(layout.name, layout.size) for layout in mpi_gpu_pack.layouts(short=False)}
+    assert known.issuperset(mpi_gpu_variants.FIRST) and len(set(mpi_gpu_variants.FIRST)) == len(mpi_gpu_variants.FIRST)
+    row = {"way": "pack", "name": "x", "size": 1024, "wrong": ["cross 32"],
+           "samples": {"general": [2e-6], "nest 1x128": [1e-6], "!torch": [1.5e-6], "!copy": [5e-7]}}  # fmt: skip
+    assert mpi_gpu_variants.line(row).endswith("!copy 0.50  nest 1x128 1.00  !torch 1.50  general 2.00 WRONG: cross 32")
+    assert "nest 1x128   general / it 2.00, torch / it 1.50, copy / it 0.50" in mpi_gpu_variants.decided(row)

@@ -570,6 +570,15 @@ def test_every_kernel_that_serves_a_type_moves_its_bytes(stand_in: Path, seed: i
     assert min(served.values()) >= 5, served
 
 
+@pytest.mark.gpu
+@NO_GPU
+def test_every_kernel_that_serves_a_type_moves_its_bytes_on_a_gpu(seed: int) -> None:
+    done = subprocess.run([sys.executable, "-c", f"PROGRAMS, SEED = {str(PROGRAMS)!r}, {seed}\n{CHOSEN}"],
+                          capture_output=True, text=True, timeout=280)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert min(dict(ast.literal_eval(done.stdout)).values()) >= 5, done.stdout
+
+
 @pytest.mark.parametrize(
     "ir, user, want",
     [

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 _FULL_SIZES = tuple(8 * 8**i for i in range(8)) + (64 << 20,)  # 8 B, 64 B, … 16 MiB, 64 MiB
 _QUICK_SIZES = (8, 4096, 64 << 10, 1 << 20, 8 << 20)
+_FAST_SIZE = 256 << 20  # between devices 8 MiB pass within the latency, and would tell nothing of the rate
 
 
 class Wire(Protocol):
@@ -27,8 +28,9 @@ class Wire(Protocol):
     def both(self, outgoing: Any, incoming: Any) -> None: ...
 
 
-def sizes(quick: bool) -> tuple[int, ...]:
-    return _QUICK_SIZES if quick else _FULL_SIZES
+def sizes(quick: bool, fast: bool = False) -> tuple[int, ...]:
+    """Bytes of the messages, ascending; `fast` for links of tens of GB/s and more."""
+    return (_QUICK_SIZES if quick else _FULL_SIZES) + ((_FAST_SIZE,) if fast else ())
 
 
 def trips(nbytes: int, quick: bool) -> int:
@@ -36,17 +38,17 @@ def trips(nbytes: int, quick: bool) -> int:
     return max(5, full // 4) if quick else full
 
 
-def play(wire: Wire, first: bool, quick: bool) -> Iterator[tuple[int, float]]:
+def play(wire: Wire, first: bool, quick: bool, fast: bool = False) -> Iterator[tuple[int, float]]:
     """Yield (bytes, median seconds of one way) for each size; both sides iterate, `first` begins."""
-    for nbytes in sizes(quick):
+    for nbytes in sizes(quick, fast):
         message = wire.message(nbytes)
         times = [_trip_s(wire, message, first) for _ in range(trips(nbytes, quick) + 2)]
         yield nbytes, statistics.median(times[2:]) / 2
 
 
-def both_ways(wire: Wire, quick: bool) -> tuple[int, float]:
+def both_ways(wire: Wire, quick: bool, fast: bool = False) -> tuple[int, float]:
     """(bytes, median seconds) when the largest message travels in both directions at once."""
-    nbytes = sizes(quick)[-1]
+    nbytes = sizes(quick, fast)[-1]
     outgoing, incoming = wire.message(nbytes), wire.message(nbytes)
     times = [_s(lambda: wire.both(outgoing, incoming)) for _ in range(trips(nbytes, quick) + 2)]
     return nbytes, statistics.median(times[2:])

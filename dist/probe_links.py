@@ -78,9 +78,9 @@ def measure(launch: Launch, device: torch.device, *, quick: bool) -> Iterator[tu
 def _pair(rank: int, peer: int, device: torch.device, quick: bool) -> Link | None:
     if rank not in (0, peer):
         return None
-    wire = TorchWire(peer if rank == 0 else 0, device)
-    samples = list(play(wire, rank == 0, quick))
-    _, both_s = both_ways(wire, quick)
+    wire, fast = TorchWire(peer if rank == 0 else 0, device), device.type == "cuda"
+    samples = list(play(wire, rank == 0, quick, fast))
+    _, both_s = both_ways(wire, quick, fast)
     return Link.fit(samples, duplex=is_duplex(samples[-1][1], both_s)) if rank == 0 else None
 
 
@@ -88,7 +88,7 @@ def _ring(launch: Launch, device: torch.device, quick: bool) -> Link:
     """The slowest rank's median when all ranks shift at once; rank r sends to r + 1."""
     to, source = (launch.rank + 1) % launch.world_size, (launch.rank - 1) % launch.world_size
     wire, samples = TorchWire(to, device), []
-    for nbytes in sizes(quick):
+    for nbytes in sizes(quick, fast=device.type == "cuda"):
         outgoing, incoming = wire.message(nbytes), wire.message(nbytes)
         times = []
         for _ in range(trips(nbytes, quick) + 2):

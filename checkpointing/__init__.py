@@ -4,8 +4,18 @@ from .checkpointer import Checkpointer
 from .drop_in import async_save
 from .frequency import Frequency
 from .mirror import Mirror
+from .partner import Partner
 from .preemption import Preemption
 from .retention import Retention
 from .stored import open_checkpoint
 
-__all__ = ["Checkpointer", "Frequency", "Mirror", "Preemption", "Retention", "async_save", "open_checkpoint"]
+__all__ = [
+    "Checkpointer",
+    "Frequency",
+    "Mirror",
+    "Partner",
+    "Preemption",
+    "Retention",
+    "async_save",
+    "open_checkpoint",
+]

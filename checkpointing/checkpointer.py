@@ -32,6 +32,7 @@ from .layout import CHUNK_BYTES
 from .live import LiveState
 from .mirror import Mirror
 from .observe import Observer
+from .partner import Partner
 from .pipeline import Pipeline
 from .preemption import Preempter, Preemption
 from .reports import Reports
@@ -50,7 +51,8 @@ class Checkpointer:
     `every`: steps between saves to disk (0: only when `save` is called; a `Frequency` chooses). `keep`: how many newest
     checkpoints to retain (None: all; a `Retention` has more rules). `mirror`: a second folder to copy some of them to.
     `host_every`: steps between saves to host memory, which survives a killed process but not the machine;
-    `host_generations` of them are held (one always valid, one being written, one being flushed). `per_rank`: objects
+    `host_generations` of them are held (one always valid, one being written, one being flushed). `partner`: each is
+    copied to another machine's memory too, which the loss of a machine then leaves. `per_rank`: objects
     whose state differs by rank. `arena_bytes`: host memory for bytes on their way (default: the rank's part of the
     state, at most half of what is free). `timeout_s`: how long ranks wait for each other. `preemption`: signals upon
     which `step` saves at once and sets `preempted`. `allow_types`: classes that may be unpickled from stored objects.
@@ -67,6 +69,7 @@ class Checkpointer:
         mirror: Mirror | None = None,
         host_every: int = 0,
         host_generations: int = 3,
+        partner: Partner | None = None,
         per_rank: dict[str, Any] | None = None,
         rng: bool = True,
         arena_bytes: int | None = None,
@@ -85,6 +88,8 @@ class Checkpointer:
                 f"every={every}, host_every={host_every}, keep={keep}",
                 expected="every ≥ 0, host_every ≥ 0, and keep ≥ 1 or None",
             )
+        if partner is not None and not host_every:
+            raise UserError("partner without host_every", expected="a save to host memory", remedy="pass host_every=1")
         if not objects:
             raise UserError("nothing to checkpoint was given", remedy="pass model=…, optimizer=… by name")
         self.host_every = host_every
@@ -100,6 +105,7 @@ class Checkpointer:
             self._coordinator,
             keep=keep,
             mirror=mirror,
+            partner=partner,
             host_generations=host_generations if host_every else 0,
             ops=ops or FileOps(),
             timeout_s=timeout_s,
@@ -229,6 +235,12 @@ class Checkpointer:
     def reports(self) -> list[SaveReport]:
         """What became of the saves that have ended, tier by tier, oldest first."""
         return self._reports.ended
+
+    @property
+    def origins(self) -> list[dict[str, int]]:
+        """Where the last `restore` found the state of each rank: bytes of every source, or of the folder's checkpoint.
+        Empty when nothing was restored."""
+        return self._restorer.origins
 
     @property
     def failures(self) -> int:

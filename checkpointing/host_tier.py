@@ -57,6 +57,8 @@ class _Slot:
 class HostTier:
     """`generations` checkpoints in shared memory for the checkpoint folder `root`."""
 
+    tier = "host"
+
     def __init__(self, root: Path, coordinator: Coordinator, *, generations: int) -> None:
         if generations < 2:
             raise UserError(

@@ -6,7 +6,7 @@ the state before names and shapes have been compared, so a checkpoint of another
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,9 +64,11 @@ def load_from(
     allowed: Sequence[type],
     untouched: Collection[str] = (),
     exchange: Exchange = alone,
+    before: Callable[[Mapping[str, torch.Tensor]], None] = lambda targets: None,
 ) -> None:
     """The same from any source; the objects named in `untouched` stay as they are. With several ranks, `exchange`
-    brings every rank's word, and what one of them refuses, all refuse."""
+    brings every rank's word, and what one of them refuses, all refuse. `before` is told what will be filled; when it
+    raises, nothing has been."""
     manifest = reader.manifest
     state = state.without(untouched) if untouched else state
     mine, values = compare(state, state.leaves(), manifest), {}
@@ -78,6 +80,7 @@ def load_from(
     materialise_optimizers(state, manifest)
     leaves = state.leaves()
     targets = targets_of(state, leaves, manifest)
+    before(targets)
     load_tensors(targets, reader, show=state.rank == 0)
     apply_objects(state, leaves, targets, manifest, values)
 
@@ -131,20 +134,23 @@ def targets_of(state: AppState, leaves: Sequence[Leaf], manifest: Manifest) -> d
 @torch.no_grad()
 def load_tensors(targets: Mapping[str, torch.Tensor], reader: Source, *, show: bool) -> None:
     """Fill the targets in place from the checkpoint, resharding as needed; `show`: with a bar if it takes long."""
-    metadata = dcp_metadata(reader.manifest)
-    shards = {
-        MetadataIndex(key, shard.offsets): shard
-        for key, record in reader.manifest.tensors.items()
-        for shard in record.shards
-    }
-    items = create_default_local_load_plan(dict(targets), metadata).items
+    items = items_of(targets, reader.manifest)
     with Progress(len(items), f"load {reader.path.name}", show, unit="part", patient=True) as bar:
-        for item in items:
-            source = reader.shard(item.storage_index.fqn, shards[_bare(item.storage_index)])
+        for item, shard in items:
+            source = reader.shard(item.storage_index.fqn, shard)
             for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths)):
                 source = source.narrow(dim, offset, length)
             _target(targets[item.dest_index.fqn], item).copy_(source)
             bar.update()
+
+
+def items_of(targets: Mapping[str, torch.Tensor], manifest: Manifest) -> list[tuple[ReadItem, ShardRecord]]:
+    """What of which stored box goes where into `targets`."""
+    shards = {
+        MetadataIndex(key, shard.offsets): shard for key, record in manifest.tensors.items() for shard in record.shards
+    }
+    items = create_default_local_load_plan(dict(targets), dcp_metadata(manifest)).items
+    return [(item, shards[_bare(item.storage_index)]) for item in items]
 
 
 def _bare(index: MetadataIndex) -> MetadataIndex:
@@ -161,7 +167,12 @@ def _target(value: torch.Tensor, item: ReadItem) -> torch.Tensor:
 def read_objects(state: AppState, reader: Source, allowed: Sequence[type]) -> dict[str, Any]:
     """The non-tensor values that this rank needs, before anything is changed: one of them may be refused."""
     manifest = reader.manifest
-    return {key: reader.object(key, allowed) for key in manifest.objects if _mine(manifest.paths[key], state.rank)}
+    return {key: reader.object(key, allowed) for key in own_objects(state, manifest)}
+
+
+def own_objects(state: AppState, manifest: Manifest) -> list[str]:
+    """The stored objects that this rank reads."""
+    return [key for key in manifest.objects if _mine(manifest.paths[key], state.rank)]
 
 
 def apply_objects(

@@ -14,6 +14,8 @@ from ..dist.trace import Trace
 from .coordinate import Coordinator
 from .fit import Fit
 from .foreign import Names, open_on_all
+from .partner_restore import MemoryRestore
+from .partner_tier import PartnerTier
 from .recover import choose
 from .restore import load, load_from
 from .state import AppState
@@ -37,22 +39,44 @@ class Restorer:
     ) -> None:
         self._state, self._tiers, self._coordinator, self._allow = state, tiers, coordinator, tuple(allow)
         self._timeout_s, self._trace = timeout_s, trace
+        self.origins: list[dict[str, int]] = []  # of the last restore, by rank: how much came from where
 
     def newest(self, step: int | None) -> int | None:
         """Load the newest checkpoint that verifies on all ranks, or exactly `step` and set later ones aside; its step,
         or None if there is none."""
         with self._trace.span("restore"):
-            found = choose(self._tiers.folders, self._coordinator, step=step, timeout_s=self._timeout_s)
-            if found is None:
+            number = self._from_partners(step)
+            if number is None:
+                number = self._from_folders(step)
+            if number is None:
                 return None
-            folder, number, manifest = found
-            path = folder.final(number)
-            load(self._state, path, manifest, self._allow, self._exchange)
             if self._coordinator.rank == 0 and (starts := self._tiers.folder.count_start(number)) > 1:
                 log.warning("start %d from step %d without a newer checkpoint in between", starts, number)
             if step is not None:
                 self._tiers.roll_back(number)
+        return number
+
+    def _from_folders(self, step: int | None) -> int | None:
+        found = choose(self._tiers.folders, self._coordinator, step=step, timeout_s=self._timeout_s)
+        if found is None:
+            return None
+        folder, number, manifest = found
+        path = folder.final(number)
+        load(self._state, path, manifest, self._allow, self._exchange)
+        nbytes = sum(record.nbytes for record in manifest.files.values())
+        self.origins = [{str(path): nbytes}] * self._coordinator.world
         log.info("restored step %d from %s", number, path)
+        return number
+
+    def _from_partners(self, step: int | None) -> int | None:
+        """From the memory of all machines, where a save there is as new as those in the folders."""
+        tier = self._tiers.host
+        if not isinstance(tier, PartnerTier):
+            return None
+        kept = [found for folder in self._tiers.folders for found in folder.committed()]
+        back = MemoryRestore(tier, self._state, self._allow, self._exchange, timeout_s=self._timeout_s)
+        number = back.newest(step, max(kept, default=None))
+        self.origins = back.origins
         return number
 
     def foreign(self, path: Path, names: Names, *, verify: bool) -> None:

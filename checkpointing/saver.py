@@ -85,14 +85,14 @@ class Saver:
     def _claim(self, attempt: Attempt) -> tuple[Attempt, Claim | None]:
         """A generation of host memory for `attempt`; where there is none, its other tiers go on without."""
         host, claimed = self._tiers.host, None
-        if host is not None and "host" in attempt.tiers:
+        if host is not None and host.tier in attempt.tiers:
             try:
                 host.prepare(attempt.at("host"), self._live.plan, pinned=self._live.pinned)
             except PeerLost as error:  # on all ranks
-                self._reports.take(dropped(attempt, ["host"], str(error)))
+                self._reports.take(dropped(attempt, [host.tier], str(error)))
             else:
                 claimed = host.claim(attempt.at("claim"), attempt.step, flush="disk" in attempt.tiers)
-        return (attempt.without("host") if claimed is None else attempt), claimed
+        return (attempt.without(host.tier) if host is not None and claimed is None else attempt), claimed
 
     def _arena(self, attempt: Attempt) -> Memory:
         """The arena, made on all ranks or none."""

@@ -31,6 +31,8 @@ from .folder import Folder
 from .generation import HostFile
 from .host_tier import HostTier
 from .mirror import Mirror, MirrorFile
+from .partner import Partner
+from .partner_tier import PartnerTier
 from .pipeline import Pipeline
 from .retention import Retention
 from .save import Save
@@ -50,6 +52,7 @@ class Tiers:
         *,
         keep: int | Retention | None,
         mirror: Mirror | None,
+        partner: Partner | None,
         host_generations: int,
         ops: FileOps,
         timeout_s: float,
@@ -57,13 +60,18 @@ class Tiers:
     ) -> None:
         self.coordinator, self._timeout_s, self._trace = coordinator, timeout_s, trace
         self.folder = Folder(root, ops)
-        self.host = HostTier(root, coordinator, generations=host_generations) if host_generations else None
+        self.host: HostTier | PartnerTier | None = None
+        if host_generations and partner is not None:
+            ways = {"timeout_s": timeout_s, "trace": trace}
+            self.host = PartnerTier(root, coordinator, partner, generations=host_generations, **ways)
+        elif host_generations:
+            self.host = HostTier(root, coordinator, generations=host_generations)
         self._mirror, self._mirrored, self._attempts = mirror, -1, 0
         self._mirror_folder = Folder(Path(mirror.root), ops) if mirror else None
         self._take()
         self._committers = {"disk": self._committer("disk", self.folder, keep)}
         if self.host is not None:
-            self._committers["host"] = self._committer("host", self.host.folder, None)
+            self._committers[self.host.tier] = self._committer(self.host.tier, self.host.folder, None)
         if self._mirror_folder is not None and mirror is not None:
             self._committers["mirror"] = self._committer("mirror", self._mirror_folder, mirror.keep)
 
@@ -73,8 +81,8 @@ class Tiers:
 
     @property
     def folders(self) -> list[Folder]:
-        """Where to look for a checkpoint, nearest first."""
-        host = None if self.host is None else self.host.folder
+        """Where to look for a checkpoint, nearest first; what partners hold is not in a folder."""
+        host = self.host.folder if isinstance(self.host, HostTier) else None
         return [folder for folder in (host, self.folder, self._mirror_folder) if folder is not None]
 
     def _committer(self, tier: str, folder: Folder, keep: int | Retention | None) -> Committer:
@@ -82,6 +90,8 @@ class Tiers:
 
     def _take(self) -> None:
         problem = ""
+        if isinstance(self.host, PartnerTier):
+            self.host.introduce()
         if self.coordinator.rank == 0:
             try:
                 self.folder.take()
@@ -96,8 +106,12 @@ class Tiers:
         else:
             problem = self.coordinator.hear("open", 0, deadline_s=time.monotonic() + self._timeout_s)
         if problem:
+            if isinstance(self.host, PartnerTier):
+                self.host.close(remove=False)
             self.coordinator.part()
             raise UserError(problem)
+        if isinstance(self.host, PartnerTier):
+            self.host.join()
 
     def attempt(self, step: int, *, disk: bool, host: bool, metrics: Mapping[str, float] | None = None) -> Attempt:
         """The next try to save, now. All ranks ask for each alike, and whatever becomes of it: that is how they number
@@ -106,7 +120,9 @@ class Tiers:
         mirror, far = self._mirror, False
         if mirror is not None and disk and step // mirror.every > self._mirrored // mirror.every:
             self._mirrored, far = step, True
-        asked = {"host": host and self.host is not None, "disk": disk, "mirror": far}
+        asked = {"disk": disk, "mirror": far}
+        if self.host is not None:
+            asked = {self.host.tier: host} | asked
         tiers = tuple(tier for tier, wanted in asked.items() if wanted)
         return Attempt(self._attempts, step, tiers, time.monotonic(), metrics or {})
 
@@ -135,10 +151,16 @@ class Tiers:
         name, parts, takers = save.plan.shard_name, [], []
         memory = arena() if self.host is None or claimed is None else self.host.generation(claimed[0])
         if self.host is not None and claimed is not None:
-            kept = HostFile(claimed[1] / name, self.host.generation(claimed[0]), copier)
-            takers.append(lambda snapshot, chunk, slot, mark: kept.note(mark))
             after = partial(self.host.done, claimed[0], save.step, "host")
-            parts.append((self._committers["host"], Part(save, kept, disposable=False, after=after)))
+            if isinstance(self.host, PartnerTier):
+                copy = self.host.file(claimed, save, copier)
+                takers.append(copy.take)
+                part = Part(save, copy, disposable=False, after=after, follows=True)
+            else:
+                kept = HostFile(claimed[1] / name, self.host.generation(claimed[0]), copier)
+                takers.append(lambda snapshot, chunk, slot, mark: kept.note(mark))
+                part = Part(save, kept, disposable=False, after=after)
+            parts.append((self._committers[self.host.tier], part))
         if "disk" in save.attempt.tiers:
             path, far = self.folder.scratch(save.step, self.coordinator.token) / name, None
             if self._mirror_folder is not None and "mirror" in save.attempt.tiers:
@@ -169,7 +191,10 @@ class Tiers:
         def rhythm(steps: int | None) -> str:
             return "as often as measured" if steps is None else f"every {steps} steps" if steps else "when asked"
 
-        lines = [] if self.host is None else [f"  host    {rhythm(host_every)} → {self.host.folder.root}"]
+        if isinstance(self.host, PartnerTier):
+            lines = [self.host.explain(rhythm(host_every))]
+        else:
+            lines = [] if self.host is None else [f"  host    {rhythm(host_every)} → {self.host.folder.root}"]
         lines.append(
             f"  disk    {rhythm(every)} → {self.folder.root}, through {format_bytes(arena_bytes)} of host memory"
         )
@@ -179,12 +204,14 @@ class Tiers:
 
     def roll_back(self, step: int) -> None:
         """After an explicit restore: newer checkpoints are set aside, or a restart would jump back into them."""
+        if isinstance(self.host, PartnerTier):
+            self.host.forget_after(step)
         if self.coordinator.rank:
             return
         for folder in filter(None, (self.folder, self._mirror_folder)):
             for later in [found for found in folder.committed() if found > step]:
                 log.info("set aside the newer checkpoint %d as %s", later, folder.set_aside(later, "left"))
-        if self.host is not None:
+        if isinstance(self.host, HostTier):
             self.host.forget_after(step)
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Measured, Trial
 from undertow.benchmarks.crew import Crew
 from undertow.benchmarks.overlap_choice import known
-from undertow.comms.cost import overlapped_scatter_seconds
+from undertow.comms.cost import overlapped_columns_seconds, overlapped_scatter_seconds
 from undertow.comms.link import LinkModel
 from undertow.parallel.overlap_gate import ARMS, ROUNDS
 from undertow.parallel.overlap_team import Team
@@ -71,7 +71,9 @@ def trial(world: int, shape: tuple[int, int, int], ratio: float, seed: int) -> T
     why = crew.run("decide")[1][0]
     scatter_s = ratio * product_s
     predicted = {
-        arm.name: overlapped_scatter_seconds(world, product_s, scatter_s, arm.subchunks)
+        arm.name: (overlapped_columns_seconds if arm.columns else overlapped_scatter_seconds)(
+            world, product_s, scatter_s, arm.subchunks
+        )
         if arm.overlap
         else product_s + scatter_s
         for arm in ARMS

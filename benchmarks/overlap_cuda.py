@@ -3,10 +3,11 @@
 One rank of a world of eight makes its bf16 product; what a peer should get goes to pinned host memory, and what it
 would send comes from there, as many bytes as a real rank moves each way. Sequential is one cuBLAS call and all copies
 behind it, in the same engine; beside it stands what a script would have, one `mm` and one copy each way. `pieces` is
-what the gate chose (0: sequential; negative: that many, by the Triton kernel that counts its tiles), `ideal` the
-speed-up of a perfect overlap, (product + copies) / max(product, copies), `copy/gemm` their ratio, and `triton/cublas`
-the whole product's time by that kernel, from times measured just before. Every answer is compared with the float32 sum,
-and every byte in the peers' memory with the product. Each row of `auto` keeps what the gate says of its choice.
+what the gate chose (0: sequential; negative: that many, by the Triton kernel that counts its tiles; with `columns` 1
+they are columns for all ranks, else rows of each), `ideal` the speed-up of a perfect overlap, (product + copies) /
+max(product, copies), `copy/gemm` their ratio, and `triton/cublas` the whole product's time by that kernel, from times
+measured just before. Every answer is compared with the float32 sum, and every byte in the peers' memory with the
+product. Each row of `auto` keeps what the gate says of its choice.
 `--filter table`, `wide` and `sweep` run a part; with `--minutes` the most telling cases come first, and the JSON is
 written after each.
 """
@@ -28,11 +29,12 @@ from undertow.comms.chunk_plan import chunk_rows
 from undertow.comms.cuda_events import Call
 from undertow.comms.cuda_messengers import PinnedMessenger
 from undertow.comms.overlap_cuda import CudaOverlapEngine
+from undertow.comms.placement import Placement
 from undertow.dist.errors import UserError
 from undertow.parallel import overlap_gate
 from undertow.parallel.kernels.tracked_matmul import tracked_matmul, tracked_product, unusable
 from undertow.parallel.overlap_gate import CUDA_ARMS
-from undertow.parallel.overlap_team import rows_of
+from undertow.parallel.overlap_team import panel_of, rows_of
 
 WORLD = 8
 TABLE = [(4096, 8192, 16384), (8192, 8192, 8192), (4096, 8192, 8192), (8192, 8192, 28672), (2048, 8192, 16384),
@@ -79,17 +81,27 @@ class _Rank:
     def scatter(self, arm: overlap_gate.Arm, *, check: bool = False) -> torch.Tensor:
         """This rank's rows of the sum. `check`: compare what the peers got with the product, bit by bit."""
         y = self.a.new_empty(self.a.shape[0], self.b.shape[1])
-        plan = self.engine.plan(self.sizes, arm.subchunks)
+        plan = self.engine.plan(self.sizes, arm.subchunks, self.b.shape[1] if arm.columns else 0)
         tracked = tracked_product(self.a, self.b, y) if arm.tracked else None
-        product = rows_of(self.a, self.b, y)
-        out = self.engine.reduce_scatter(plan, product, y, overlap=arm.overlap, tracked=tracked)
+        product, panel = rows_of(self.a, self.b, y), panel_of(self.a, self.b)
+        out = self.engine.reduce_scatter(plan, product, y, overlap=arm.overlap, tracked=tracked, panel=panel)
         if check:
             torch.cuda.synchronize()
-            rows = y[self.sizes[0] :]  # of all others
+            rows = y[self.sizes[0] :]  # of all others, by rows or by pieces of columns
             sent = self.messenger.sent(rows).to(rows.device)  # where they are compared fastest
             if not torch.equal(sent.view(torch.int16), rows.view(-1).view(torch.int16)):
                 raise AssertionError(f"the other ranks got other bytes than were made: {arm.name}")
         return out
+
+    def wanted(self, arm: overlap_gate.Arm, own: torch.Tensor) -> torch.Tensor:
+        """The right answer: `own`, this rank's rows of its product, plus what its peers hold; pieces of columns take
+        that as it lies, piece after piece."""
+        plan = self.engine.plan(self.sizes, arm.subchunks, self.b.shape[1] if arm.columns else 0)
+        theirs, place = self.partials.to(own.device).to(own.dtype).sum(0), Placement(plan, own)
+        total = own.clone()
+        for piece in plan.chunk(0):
+            place.summed(total, piece).add_(place.landed(theirs, piece))
+        return total
 
 
 def rank_of(m: int, n: int, k: int, seed: int) -> _Rank:
@@ -117,7 +129,7 @@ def trial(m: int, n: int, k: int, seed: int) -> Trial:
     """Buffers on the GPU and in pinned memory, and the arms over them."""
     rank = rank_of(m, n, k, seed)
     a, b = rank.a, rank.b
-    own = a[: rank.sizes[0]].float() @ b.float() + rank.partials.to(a.device).float().sum(0)
+    own = a[: rank.sizes[0]].float() @ b.float()
     why_not = unusable(a, b)
     usable = [arm for arm in CUDA_ARMS if not (arm.tracked and why_not)]
     for arm in usable:
@@ -130,27 +142,35 @@ def trial(m: int, n: int, k: int, seed: int) -> Trial:
         "ideal": (product_s + copies_s) / max(product_s, copies_s),
         "copy/gemm": copies_s / product_s,
         "pieces": float(chosen.subchunks * chosen.overlap * (-1 if chosen.tracked else 1)),
+        "columns": float(chosen.columns),
         **known(WORLD, 2.0 * m * n * k, m * n * 2 * (WORLD - 1) / WORLD, product_s, copies_s),
     }
     if not why_not:
         facts["triton/cublas"] = _seconds(partial(_counted, a, b)) / product_s
 
     arms = [
-        Arm(arm.name, partial(rank.scatter, arm), device="cuda") if arm in usable else Arm.missing(arm.name, why_not)
+        Arm(arm.name, partial(rank.scatter, arm), device="cuda", reference=partial(rank.wanted, arm, own))
+        if arm in usable
+        else Arm.missing(arm.name, why_not)
         for arm in CUDA_ARMS
     ]
+    right = partial(rank.wanted, chosen, own)
     arms += [
-        Arm("auto", partial(rank.scatter, chosen), device="cuda", said=gate.explain(), facts=facts),
+        Arm("auto", partial(rank.scatter, chosen), device="cuda", reference=right, said=gate.explain(), facts=facts),
         Arm(PLAIN, _plain(rank), device="cuda"),
     ]
-    return Trial(arms, reference=lambda: own)
+    return Trial(arms, reference=partial(rank.wanted, CUDA_ARMS[0], own))
 
 
 def _decided(rank: _Rank, arms: list[overlap_gate.Arm]) -> overlap_gate.Gate:
     """The gate that has chosen for this product, from calls of its own."""
-    gate = overlap_gate.Gate(arms, lambda mine: [mine])
+    gate, (k, n) = overlap_gate.Gate(arms, lambda mine: [mine]), rank.b.shape
+
+    def can(arm: overlap_gate.Arm) -> bool:
+        return not arm.columns or overlap_gate.fewer_reads(arm, rank.sizes, k, n)
+
     while gate.chosen() is None:
-        at = gate.choose("product")
+        at = gate.choose("product", can=can)
         if gate.measuring("product"):
             gate.took("product", at, _seconds(partial(rank.scatter, gate.arms[at]), repeats=1))
     return gate

@@ -2,10 +2,11 @@
 
     python -m undertow.benchmarks.overlap_traffic --shape 4096 8192 16384
 
-It runs itself under `ncu`, one range for each way: sequential, cuBLAS pieces, and the Triton kernel that counts its
-tiles. A range counts all of the device's memory traffic while it lasts, copy engines included; the rank is that of
-`bench overlap_cuda`, one of eight, with pinned host memory as the link. `least` is what the operands, the product, the
-copies and the sum must move if every byte moves once. T3's hardware saves on the scatter: sums form in memory, so what
+It runs itself under `ncu`, one range for each way: sequential, cuBLAS pieces of rows and of columns, and the Triton
+kernel that counts its tiles. A range counts all of the device's memory traffic while it lasts, copy engines included;
+the rank is that of `bench overlap_cuda`, one of eight, with pinned host memory as the link. `least` is what the
+operands, the product, the copies and the sum must move if every byte moves once. What the plan of pieces says that
+their products read of the operands stands beside it. T3's hardware saves on the scatter: sums form in memory, so what
 arrives and what leaves is neither written nor read again. Software cannot, and should stay at the sequential's bytes.
 The last two rows are what the simulator's algebra gives for a ring on T3's machine, beside its own sequential.
 """
@@ -19,11 +20,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from undertow.comms.chunk_plan import chunk_rows
 from undertow.comms.t3_paper.closed_form import traffic_bytes
 from undertow.dist.errors import UserError
+from undertow.parallel.overlap_gate import CUDA_ARMS, cut
 
 READ, WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"
-WAYS = ("sequential", "overlap, 2 pieces", "tracked, 2 pieces")
+PIECES = ("overlap, 1 piece", "overlap, 2 pieces", "columns, 4 pieces", "columns, 8 pieces")
+WAYS = ("sequential", *PIECES, "tracked, 2 pieces")
 WORLD = 8
 
 
@@ -64,16 +68,23 @@ def markdown(shape: Sequence[int], ways: Sequence[tuple[int, int]]) -> str:
     """One row for each way, beside the least and the sequential way."""
     if len(ways) != len(WAYS):
         raise UserError(f"ncu measured {len(ways)} ranges", expected=f"{len(WAYS)}: {'; '.join(WAYS)}")
+    m, n, k = shape
+    sizes = chunk_rows(m, WORLD)
+    plans = {arm.name: 2 * cut(arm, 0, sizes, n).reads(k, n) for arm in CUDA_ARMS if arm.name in PIECES}
     rows = [("least", least(*shape)), *zip(WAYS, ways)]
     lines = [f"M×N×K = {'×'.join(map(str, shape))}, rank 0 of {WORLD}", ""]
-    lines += ["| way | read GB | written GB | all / sequential |", "|---|---:|---:|---:|"]
+    lines += [
+        "| way | read GB | written GB | all / sequential | operands, by the plan, GB |",
+        "|---|---:|---:|---:|---:|",
+    ]
     rows += [
         ("simulator, ring: sequential", claimed("sequential", *shape)),
         ("simulator, ring: T3", claimed("t3", *shape)),
     ]
     for name, (r, w) in rows:
         whole = sum(claimed("sequential", *shape) if name.startswith("simulator") else ways[0])
-        lines.append(f"| {name} | {r / 1e9:.3f} | {w / 1e9:.3f} | {(r + w) / whole:.3f} |")
+        planned = f"{plans[name] / 1e9:.3f}" if name in plans else ""
+        lines.append(f"| {name} | {r / 1e9:.3f} | {w / 1e9:.3f} | {(r + w) / whole:.3f} | {planned} |")
     return "\n".join(lines) + "\n"
 
 

@@ -4,12 +4,18 @@ Rows are split into one chunk per rank, and a chunk into sub-chunks. Reduce-scat
 2024, sections 4.2 and 4.4): rank r begins with the chunk of rank r + 1 and ends with its own, which needs no message.
 All-gather is the mirror image: own rows first, then those of r + 1, which arrive first. Without the stagger all ranks
 ask for one link at once, and next to nothing is hidden. The plan is pure: it knows no tensor, group or clock.
+
+A chunk is cut into rows or into columns. A product of some rows reads the whole second operand, one of some columns the
+whole first, so pieces read again what they do not cut: `reads` counts that, and the smaller operand should be the one
+that is read often. A product of columns has a piece for every owner, so columns need fewer products than rows do; the
+own rows are one product, made last as ever.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from ..dist.errors import UserError
 from .builders.draft import bounds, pieces
@@ -18,23 +24,64 @@ from .builders.reduce_scatter import chunk_order
 from .schedule import Schedule
 
 
+@lru_cache(maxsize=1024)  # asked for at every call of a layer
 def chunk_rows(rows: int, world: int) -> tuple[int, ...]:
     """How many of `rows` each rank keeps: as torch.chunk cuts, so that DTensor's Shard agrees."""
     each = -(-rows // world)
     return tuple(max(0, min(each, rows - rank * each)) for rank in range(world))
 
 
+def panels(columns: int, parts: int) -> list[tuple[int, int]]:
+    """`columns` in at most `parts` pieces as wide as each other, but for a last one that may be narrower.
+
+    Widths are multiples of the 256 columns of a kernel's tile where the pieces are that wide, of 8 (16 bytes of half
+    precision, as kernels want rows to begin) where they are at least that.
+    """
+    unit = next(unit for unit in (256, 8, 1) if columns >= unit * parts or unit == 1)
+    width = max(1, -(-columns // (parts * unit)) * unit)
+    return [(left, min(left + width, columns)) for left in range(0, columns, width)]
+
+
 @dataclass(frozen=True)
 class Piece:
-    """Rows [low, high) of the whole product: sub-chunk `part` of the chunk that rank `owner` keeps."""
+    """Rows [low, high) of the whole product: sub-chunk `part` of the chunk that rank `owner` keeps.
+
+    `left`, `right`: of these rows the columns [left, right); all of them where both are 0.
+    """
 
     owner: int
     part: int
     low: int
     high: int
+    left: int = 0
+    right: int = 0
 
     def __str__(self) -> str:
-        return f"chunk {self.owner} part {self.part} (rows {self.low}–{self.high})"
+        columns = f", columns {self.left}–{self.right}" if self.right else ""
+        return f"chunk {self.owner} part {self.part} (rows {self.low}–{self.high}{columns})"
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one product makes: rows [low, high), of them the columns [left, right) or, where both are 0, all; and of
+    which pieces it is the last part."""
+
+    low: int
+    high: int
+    left: int
+    right: int
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Hop:
+    """What leaves and comes together, `part` of the chunks: after the products of `blocks` the pieces of `sends` go to
+    their owners, and pieces of the own chunk come from other ranks, (source, piece)."""
+
+    part: int
+    blocks: tuple[Block, ...]
+    sends: tuple[Piece, ...]
+    receives: tuple[tuple[int, Piece], ...]
 
 
 @dataclass(frozen=True)
@@ -43,7 +90,8 @@ class ChunkPlan:
 
     `sizes`: rows of each rank's chunk. `subchunks`: pieces of a chunk (empty ones are left out). `tile_rows`: rows that
     one tile of the kernel covers; a piece has `tiles(piece)` of them, and the tracker counts that many. `algorithm`:
-    'direct' (each piece straight to its owner) or 'ring'; the engines run 'direct', `schedule` gives either.
+    'direct' (each piece straight to its owner) or 'ring'; the engines run 'direct', `schedule` gives either. `columns`:
+    of the product, where chunks are cut into pieces of columns; 0: of rows.
     """
 
     rank: int
@@ -51,6 +99,7 @@ class ChunkPlan:
     subchunks: int = 1
     algorithm: str = "direct"
     tile_rows: int = 0
+    columns: int = 0
 
     def __post_init__(self) -> None:
         if not self.sizes or min(self.sizes) < 0 or not 0 <= self.rank < len(self.sizes):
@@ -61,6 +110,11 @@ class ChunkPlan:
             raise UserError(
                 f"algorithm {self.algorithm!r} with {self.subchunks} subchunks",
                 expected="'direct' or 'ring', at least 1",
+            )
+        if self.columns < 0 or (self.columns and (self.tile_rows or self.algorithm != "direct")):
+            raise UserError(
+                f"pieces of {self.columns} columns, {self.algorithm}, with tiles of {self.tile_rows} rows",
+                expected="columns ≥ 0, and 'direct' without tile_rows where there are some",
             )
 
     @property
@@ -82,6 +136,12 @@ class ChunkPlan:
 
     @cached_property
     def _chunks(self) -> list[tuple[Piece, ...]]:
+        if self.columns:
+            cut = panels(self.columns, self.subchunks)
+            return [
+                tuple(Piece(owner, part, low, high, *ends) for part, ends in enumerate(cut) if low < high)
+                for owner, (low, high) in enumerate(bounds(self.sizes))
+            ]
         return [
             tuple(Piece(owner, part, *rows) for part, rows in enumerate(pieces(*ends, self.subchunks)))
             for owner, ends in enumerate(bounds(self.sizes))
@@ -90,7 +150,68 @@ class ChunkPlan:
     @cached_property
     def scatter_order(self) -> tuple[Piece, ...]:
         """For product → reduce-scatter: others' pieces first, staggered; the own ones last."""
-        return tuple(p for owner in chunk_order(self.world, self.rank, self.algorithm) for p in self.chunk(owner))
+        order = chunk_order(self.world, self.rank, self.algorithm)
+        if self.columns:
+            foreign = (p for part in range(self.parts) for owner in order[:-1] for p in self.chunk(owner)[part:][:1])
+            return (*foreign, *self.chunk(self.rank))
+        return tuple(p for owner in order for p in self.chunk(owner))
+
+    @property
+    def parts(self) -> int:
+        """The most pieces of a chunk."""
+        return len(panels(self.columns, self.subchunks)) if self.columns else self.subchunks
+
+    @cached_property
+    def hops(self) -> tuple[Hop, ...]:
+        """For product → reduce-scatter: what every rank makes and exchanges, in the same order on all of them."""
+        others = range(1, self.world)
+        if self.columns:  # all owners' pieces at once, whose rows lie above and below the own ones
+            return tuple(self._hop(part, others, self._around(part)) for part in range(self.parts))
+        return tuple(
+            self._hop(part, (step,), tuple(_of_rows(p) for p in self.chunk((self.rank + step) % self.world)[part:][:1]))
+            for step in others
+            for part in range(self.parts)
+        )
+
+    def _hop(self, part: int, steps: Iterable[int], blocks: tuple[Block, ...]) -> Hop:
+        own = self.chunk(self.rank)[part:][:1]
+        sends = tuple(p for step in steps for p in self.chunk((self.rank + step) % self.world)[part:][:1])
+        receives = tuple(((self.rank - step) % self.world, piece) for step in steps for piece in own)
+        return Hop(part, blocks, sends, receives)
+
+    def _around(self, part: int) -> tuple[Block, ...]:
+        """The products of a piece of columns: the rows below the own ones, then those above."""
+        low, high = self.own
+        left, right = panels(self.columns, self.subchunks)[part]
+        found = []
+        for first, last, owners in ((high, self.rows, range(self.rank + 1, self.world)), (0, low, range(self.rank))):
+            if first < last:
+                ready = tuple(piece for owner in owners for piece in self.chunk(owner)[part:][:1])
+                found.append(Block(first, last, left, right, ready))
+        return tuple(found)
+
+    @cached_property
+    def kept(self) -> tuple[Block, ...]:
+        """The products of the own rows, after all hops."""
+        own = self.chunk(self.rank)
+        if not self.columns:
+            return tuple(_of_rows(piece) for piece in own)
+        return (Block(*self.own, 0, self.columns, own),) if own else ()
+
+    def expect(self, rank: int, world: int, *, rows: bool = False) -> None:
+        """`UserError` where an engine of `rank` cannot run this plan; `rows`: a pattern of pieces of rows only."""
+        if (self.rank, self.world) != (rank, world) or self.algorithm != "direct":
+            raise UserError(
+                f"a {self.algorithm} plan of rank {self.rank} of {self.world}",
+                expected=f"a direct one of rank {rank} of {world}",
+            )
+        if rows and self.columns:
+            raise UserError("a plan of columns", expected="one of rows: only a reduce-scatter is cut into columns")
+
+    def reads(self, k: int, n: int) -> int:
+        """Numbers that the products read of their operands [rows, k] and [k, n], each its rows and its columns once."""
+        blocks = [block for hop in self.hops for block in hop.blocks] + list(self.kept)
+        return sum((b.high - b.low) * k + k * (b.right - b.left or n) for b in blocks)
 
     @cached_property
     def gather_order(self) -> tuple[Piece, ...]:
@@ -109,6 +230,8 @@ class ChunkPlan:
 
     def schedule(self, k: int, n: int, dtype: str = "float32", *, overlap: bool = True) -> Schedule:
         """The same exchange as a schedule, to be checked, simulated or drawn."""
+        if self.columns:
+            raise UserError("a schedule of pieces of columns", expected="pieces of rows (columns=0)")
         return gemm_reduce_scatter(
             self.world,
             list(self.sizes),
@@ -119,3 +242,7 @@ class ChunkPlan:
             subchunks=self.subchunks,
             overlap=overlap,
         )
+
+
+def _of_rows(piece: Piece) -> Block:
+    return Block(piece.low, piece.high, 0, 0, (piece,))

@@ -103,3 +103,12 @@ def overlapped_scatter_seconds(world: int, gemm_s: float, scatter_s: float, subc
     behind the sends.
     """
     return max(gemm_s, gemm_s / (world * subchunks) + scatter_s)
+
+
+def overlapped_columns_seconds(world: int, gemm_s: float, scatter_s: float, pieces: int) -> float:
+    """The same by equal pieces of columns, each with the rows of every other rank, and by the own rows at last.
+
+    The first piece must be computed before anything is sent; only the own rows hide the sends of the last one.
+    """
+    foreign_s = gemm_s * (world - 1) / world
+    return max(gemm_s, foreign_s + scatter_s / pieces, foreign_s / pieces + scatter_s)

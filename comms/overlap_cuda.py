@@ -17,30 +17,33 @@ the events are used: a captured count would be true at every replay.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ..dist.errors import UserError
 from . import cuda_driver
-from .chunk_plan import ChunkPlan, Piece
+from .chunk_plan import Block, ChunkPlan, Piece
 from .cuda_counts import Counts, Tracked
 from .cuda_events import Call, Events, Run
 from .cuda_messengers import CudaMessenger, NcclMessenger, Rows
 from .cuda_watch import Exchange, Watch
-from .overlap_engine import Product, add_in_order
+from .overlap_engine import add_in_order
+from .placement import Panel, Placement, Product, by_rows
 from .stream_wait import Counted
 
 END = 1.5  # of the time-out: when a rank that waits for a lost one ends
 _KEPT = 64  # plans
+Fill = Callable[[Any], None]  # queue the product of a block, or of a piece
 
 
 class CudaOverlapEngine:
     """The ranks of `group` that multiply together, over NCCL, or over `messenger`. Use from one thread.
 
     All tensors are on `device`. Calls are queued, not waited for; a piece that has not come after `timeout_s` is named
-    in the log, and by `PeerLost` from the next call; half as long again after that the process ends, as by NCCL.
+    in the log, and by `PeerLost` from the next call; half as long again after that the process ends, as by NCCL. `add`
+    stands in for `add_in_order`, with the same result.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class CudaOverlapEngine:
         device: torch.device,
         timeout_s: float = 300.0,
         messenger: CudaMessenger | None = None,
+        add: Callable[[list[torch.Tensor], torch.Tensor], None] = add_in_order,
     ) -> None:
         self.messenger = messenger or NcclMessenger(group, device, END * timeout_s)
         self.rank, self.world, self.device = self.messenger.rank, self.messenger.world, device
@@ -60,14 +64,14 @@ class CudaOverlapEngine:
             enter=cuda_driver.let_capture if device.type == "cuda" else lambda: None,
         )
         self._events = Events(torch.cuda.Event)
-        self._plans: dict[tuple[tuple[int, ...], int], ChunkPlan] = {}
-        self._counts = Counts(device)
+        self._plans: dict[tuple[tuple[int, ...], int, int], ChunkPlan] = {}
+        self._counts, self._add = Counts(device), add
 
-    def plan(self, sizes: tuple[int, ...], subchunks: int = 1) -> ChunkPlan:
-        key = sizes, subchunks
+    def plan(self, sizes: tuple[int, ...], subchunks: int = 1, columns: int = 0) -> ChunkPlan:
+        key = sizes, subchunks, columns
         found = self._plans.get(key)
         if found is None:
-            found = self._plans[key] = ChunkPlan(self.rank, sizes, subchunks)
+            found = self._plans[key] = ChunkPlan(self.rank, sizes, subchunks, columns=columns)
             if len(self._plans) > _KEPT:
                 del self._plans[next(iter(self._plans))]
         return found
@@ -80,9 +84,11 @@ class CudaOverlapEngine:
         *,
         overlap: bool = True,
         tracked: Tracked | None = None,
+        panel: Panel | None = None,
     ) -> torch.Tensor:
         """As `OverlapEngine.reduce_scatter`; by `tracked`, which must make the same `y`, where it is given."""
         out = y_MN.new_empty(plan.own[1] - plan.own[0], y_MN.shape[1])
+        plan.expect(self.rank, self.world)
         if self._collectively(plan, overlap, y_MN):
             product(0, plan.rows)
             if len(set(plan.sizes)) == 1:
@@ -90,8 +96,8 @@ class CudaOverlapEngine:
             else:
                 dist.reduce_scatter(out, list(y_MN.split(plan.sizes)), group=self.messenger.group)
             return out
-        run = self._begin()
-        self._scatter(run, plan, product, y_MN, out, overlap, tracked)
+        run, place = self._begin(), Placement(plan, y_MN)
+        self._scatter(run, plan, place.fill(product, panel), place, out, overlap, tracked)
         self._end(run)
         return out
 
@@ -105,12 +111,14 @@ class CudaOverlapEngine:
         tracked: Tracked | None = None,
     ) -> torch.Tensor:
         """As `OverlapEngine.all_reduce`; by `tracked`, which must make the same `y`, where it is given."""
+        plan.expect(self.rank, self.world, rows=True)
         if self._collectively(plan, overlap, y_MN):
             product(0, plan.rows)
             dist.all_reduce(y_MN, group=self.messenger.group)
             return y_MN
         whole, run = torch.empty_like(y_MN), self._begin()
-        self._scatter(run, plan, product, y_MN, whole[slice(*plan.own)], overlap, tracked)
+        place = Placement(plan, y_MN)
+        self._scatter(run, plan, by_rows(product), place, whole[slice(*plan.own)], overlap, tracked)
         summed = run.call.event(run.current)
         left = came = None
         for part in range(plan.subchunks):
@@ -125,6 +133,7 @@ class CudaOverlapEngine:
         self, plan: ChunkPlan, shard: torch.Tensor, whole: torch.Tensor, use: Product, *, overlap: bool = True
     ) -> None:
         """As `OverlapEngine.all_gather`."""
+        plan.expect(self.rank, self.world, rows=True)
         if self._collectively(plan, overlap, whole):
             if len(set(plan.sizes)) == 1:
                 dist.all_gather_into_tensor(whole, shard, group=self.messenger.group)
@@ -137,6 +146,7 @@ class CudaOverlapEngine:
         start, arrived = run.call.event(run.current), dict[Piece, Any]()
         order, own = plan.gather_order, len(plan.chunk(self.rank))
         left = came = None
+        fill = by_rows(use)
         for step in range(1, self.world):
             source = (self.rank + step) % self.world
             for part in range(plan.subchunks):
@@ -146,13 +156,13 @@ class CudaOverlapEngine:
                     arrived[piece] = ends[1]
             if step == 1 and overlap:  # the own rows have left
                 for at, piece in enumerate(order[:own]):
-                    self._make(run, at, start, use, piece)
+                    self._make(run, at, start, fill, (piece,))
         if not overlap or self.world == 1:
             _wait(run.current, came)
             use(0, plan.rows)
         else:
             for at, piece in enumerate(order[own:], own):
-                self._make(run, at, start, use, piece, arrived[piece])
+                self._make(run, at, start, fill, (piece,), arrived[piece])
             self._join(run, len(order))
         _wait(run.current, left, came)
         self._end(run)
@@ -176,51 +186,46 @@ class CudaOverlapEngine:
         self,
         run: Run,
         plan: ChunkPlan,
-        product: Product,
-        y: torch.Tensor,
+        fill: Fill,
+        place: Placement,
         out: torch.Tensor,
         overlap: bool,
         tracked: Tracked | None,
     ) -> None:
         """This rank's rows of the sum into `out`."""
-        base, own = plan.own[0], plan.chunk(self.rank)
+        own = plan.chunk(self.rank)
         landings = self.messenger.landings(out)  # of the other ranks
         if not overlap:
-            product(0, plan.rows)
+            fill(Block(0, plan.rows, 0, 0, ()))
         start = run.call.event(run.current)
         counted: dict[Piece, Counted] = {}
         if overlap and tracked is not None and not run.capturing:
             counted = self._counts.queue(run, plan, tracked, start)
         arrived: dict[Piece, Any] = {}
         left, at = None, 0
-        for step in range(1, self.world):
-            owner, source = (self.rank + step) % self.world, (self.rank - step) % self.world
-            landing = landings[source - (source > self.rank)]
-            for part in range(plan.subchunks):
-                sends: Rows = []
-                made: Any = start
-                for piece in plan.chunk(owner)[part : part + 1]:
-                    if counted:
-                        made = counted[piece]
-                    elif overlap:
-                        made, at = self._make(run, at, start, product, piece), at + 1
-                    sends = _numbers(y, piece.low, piece.high, owner)
-                receives: Rows = []
-                for piece in own[part : part + 1]:
-                    receives = _numbers(landing, piece.low - base, piece.high - base, source)
-                gone, came = self._exchange(run, "partial sums", made, sends, receives, part)
-                left = gone or left
-                for piece in own[part : part + 1]:
-                    arrived[piece] = came  # the last rank's comes last
-        for piece in own if overlap and not counted else ():
-            self._make(run, at, start, product, piece)
+        for hop in plan.hops:
+            made: Any = start
+            if counted and hop.sends:
+                made = counted[hop.sends[0]]
+            elif overlap and hop.blocks and not counted:
+                made, at = self._make(run, at, start, fill, hop.blocks), at + 1
+            sends = _numbers((place.made(piece), piece.owner) for piece in hop.sends)
+            receives = _numbers(
+                (place.landed(landings[source - (source > self.rank)], piece), source) for source, piece in hop.receives
+            )
+            gone, came = self._exchange(run, "partial sums", made, sends, receives, hop.part)
+            left = gone or left
+            for _, piece in hop.receives:
+                arrived[piece] = came  # the last rank's comes last
+        for block in plan.kept if overlap and not counted else ():
+            self._make(run, at, start, fill, (block,))
             at += 1
         self._join(run, at)
-        parts = [*landings[: self.rank], y[slice(*plan.own)], *landings[self.rank :]]
         for piece in own:
             _wait(run.current, arrived.get(piece))
-            low, rows = piece.low - base, piece.high - piece.low
-            add_in_order([rank.narrow(0, low, rows) for rank in parts], out.narrow(0, low, rows))
+            parts = [place.landed(landing, piece) for landing in landings]
+            parts.insert(self.rank, place.made(piece))
+            self._add(parts, place.summed(out, piece))
         self.messenger.finish(run.current)
         _wait(run.current, left)  # before the caller may free or change y
 
@@ -229,8 +234,8 @@ class CudaOverlapEngine:
         to, source = (self.rank - step) % self.world, (self.rank + step) % self.world
         sends, receives = plan.chunk(self.rank)[part : part + 1], plan.chunk(source)[part : part + 1]
         return (
-            [each for piece in sends for each in _numbers(whole, piece.low, piece.high, to)],
-            [each for piece in receives for each in _numbers(whole, piece.low, piece.high, source)],
+            _numbers((whole.narrow(0, piece.low, piece.high - piece.low), to) for piece in sends),
+            _numbers((whole.narrow(0, piece.low, piece.high - piece.low), source) for piece in receives),
         )
 
     def _exchange(
@@ -239,15 +244,17 @@ class CudaOverlapEngine:
         ends = self.messenger.exchange(run.call, after, sends, receives, pull=pull)
         events = [event for event in ends if event is not None]
         if events and not run.capturing:
-            to, source = (rows[0][1] if rows else None for rows in (sends, receives))
+            to, source = (rows[-1][1] if rows else None for rows in (sends, receives))
             self._watch.expect(Exchange(self.rank, what, part, to, source), events, run.call)
         return ends
 
     def _capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def _make(self, run: Run, at: int, start: Any, product: Product, piece: Piece, needed: Any | None = None) -> Any:
-        """Queue the `at`-th piece; the event behind which it is made."""
+    def _make(
+        self, run: Run, at: int, start: Any, fill: Fill, blocks: Sequence[Block | Piece], needed: Any | None = None
+    ) -> Any:
+        """Queue the products of the `at`-th piece; the event behind which they are made."""
         stream = self._streams[at % len(self._streams)]
         torch.cuda.set_stream(stream)
         try:
@@ -255,7 +262,8 @@ class CudaOverlapEngine:
                 start.wait(stream)
             if needed is not None:
                 needed.wait(stream)
-            product(piece.low, piece.high)
+            for block in blocks:
+                fill(block)
             return run.call.event(stream)
         finally:
             torch.cuda.set_stream(run.current)
@@ -267,7 +275,6 @@ class CudaOverlapEngine:
 
     def _collectively(self, plan: ChunkPlan, overlap: bool, whole: torch.Tensor) -> bool:
         """Whether one collective of the group does it; `UserError` for a plan of other ranks."""
-        self._usable(plan)
         unwanted = not overlap or (self._capturing() and not self.messenger.capturable)
         if unwanted and self.world > 1 and self.messenger.group is not None:
             return True
@@ -276,13 +283,6 @@ class CudaOverlapEngine:
     def _most(self, plan: ChunkPlan, whole: torch.Tensor) -> int:
         return max(plan.sizes) * whole.shape[1] * whole.element_size()
 
-    def _usable(self, plan: ChunkPlan) -> None:
-        if (plan.rank, plan.world) != (self.rank, self.world) or plan.algorithm != "direct":
-            raise UserError(
-                f"a {plan.algorithm} plan of rank {plan.rank} of {plan.world}",
-                expected=f"a direct one of rank {self.rank} of {self.world}",
-            )
-
 
 def _wait(stream: Any, *events: Any) -> None:
     for event in events:
@@ -290,6 +290,6 @@ def _wait(stream: Any, *events: Any) -> None:
             event.wait(stream)
 
 
-def _numbers(rows: torch.Tensor, low: int, high: int, peer: int) -> Rows:
-    """Rows [low, high) for or from a rank, unless they hold no number."""
-    return [(rows.narrow(0, low, high - low), peer)] if high > low and rows.shape[1] else []
+def _numbers(rows: Iterable[tuple[torch.Tensor, int]]) -> Rows:
+    """Those for or from a rank that hold numbers."""
+    return [each for each in rows if each[0].numel()]

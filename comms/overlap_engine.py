@@ -16,18 +16,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..dist.errors import PeerLost, UndertowError, UserError
+from ..dist.errors import PeerLost, UndertowError
 from ..dist.trace import Trace
 from .board import Worker
-from .chunk_plan import ChunkPlan, Piece
+from .chunk_plan import Block, ChunkPlan, Piece
 from .link import LinkModel
 from .output_map import OutputMap, Rule
+from .placement import Panel, Placement, Product, by_rows
 from .slow_messenger import SlowMessenger
 from .tracker import Tracker, TrackerStopped
 from .trigger import GlooMessenger, Messenger, fire
 
 _MAPS = {"scatter": OutputMap.reduce_scatter, "gather": OutputMap.all_gather, "spread": OutputMap.spread}
-Product = Callable[[int, int], None]  # make rows [low, high) of the product
 _SPREAD = 1 << 14  # tags of an all-reduce's second half, beside those of its first
 _KEPT = 64  # plans whose trackers and staging buffers are kept
 
@@ -68,18 +68,27 @@ class OverlapEngine:
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
         self._broken: list[Any] = []  # of the failed call: tensors must outlive messages on their way
 
-    def plan(self, sizes: tuple[int, ...], subchunks: int = 1) -> ChunkPlan:
-        return ChunkPlan(self.rank, sizes, subchunks)
+    def plan(self, sizes: tuple[int, ...], subchunks: int = 1, columns: int = 0) -> ChunkPlan:
+        return ChunkPlan(self.rank, sizes, subchunks, columns=columns)
 
     def reduce_scatter(
-        self, plan: ChunkPlan, product: Product, y_MN: torch.Tensor, *, overlap: bool = True
+        self,
+        plan: ChunkPlan,
+        product: Product,
+        y_MN: torch.Tensor,
+        *,
+        overlap: bool = True,
+        panel: Panel | None = None,
     ) -> torch.Tensor:
         """Make `y` by `product`, and return this rank's rows of its sum over the ranks. Collective.
 
         `product(low, high)` must fill y[low:high]. `overlap=False` makes all of `y` first and sends then: the same bits
-        where the product's rows do not depend on how many are made at once.
+        where the product's rows do not depend on how many are made at once. A plan of columns is made by
+        `panel(low, high, left, right, out)`, which must fill `out` with these rows and columns, and `y` is its memory:
+        contiguous, and not the product's matrix (`placement`).
         """
-        return self._scatter(plan, product, y_MN, overlap, y_MN.new_empty((plan.own[1] - plan.own[0], y_MN.shape[1])))
+        out = y_MN.new_empty((plan.own[1] - plan.own[0], y_MN.shape[1]))
+        return self._scatter(plan, Placement(plan, y_MN).fill(product, panel), y_MN, overlap, out)
 
     def all_reduce(
         self, plan: ChunkPlan, product: Product, y_MN: torch.Tensor, *, overlap: bool = True
@@ -88,7 +97,7 @@ class OverlapEngine:
 
         A piece of the own chunk goes to everyone as soon as it is summed, while later ones are still on their way.
         """
-        self._usable(plan)
+        self._usable(plan, rows=True)
         whole = torch.empty_like(y_MN)
         ready = self._prepare("spread", plan, None)
         epoch = ready.tracker.begin()
@@ -98,7 +107,7 @@ class OverlapEngine:
             for piece in plan.gather_order:
                 if piece.owner != self.rank:
                     arrivals[piece] = self._expect(whole[piece.low : piece.high], piece, piece.owner, ready.tag)
-            self._scatter(plan, product, y_MN, overlap, whole[low:high], ready, epoch, whole)
+            self._scatter(plan, by_rows(product), y_MN, overlap, whole[low:high], ready, epoch, whole)
             for piece, handle in arrivals.items():
                 self._arrived(handle, piece, piece.owner)
         except BaseException as error:
@@ -109,7 +118,7 @@ class OverlapEngine:
     def _scatter(
         self,
         plan: ChunkPlan,
-        product: Product,
+        fill: Callable[[Block], None],
         y_MN: torch.Tensor,
         overlap: bool,
         out: torch.Tensor,
@@ -122,26 +131,26 @@ class OverlapEngine:
         ready = self._prepare("scatter", plan, y_MN)
         epoch = ready.tracker.begin()
         arrivals: dict[tuple[int, int], Any] = {}
-        own = plan.chunk(self.rank)
-        base = plan.own[0]
+        own, place = plan.chunk(self.rank), Placement(plan, y_MN)
         try:
-            for peer, rows in ready.staged.items():
+            for peer, landing in ready.staged.items():
                 for piece in own:
-                    here = rows[piece.low - base : piece.high - base]
-                    arrivals[peer, piece.part] = self._expect(here, piece, peer, ready.tag)
-            sending = [self._thread.submit(lambda: self._fire(ready, epoch, y_MN))]
+                    arrivals[peer, piece.part] = self._expect(place.landed(landing, piece), piece, peer, ready.tag)
+            sending = [self._thread.submit(lambda: self._fire(ready, epoch, place))]
             if spread is not None and whole is not None:
-                sending.append(self._thread.submit(lambda: self._fire(spread, spread_epoch, whole)))
+                spreading = Placement(plan, whole)
+                sending.append(self._thread.submit(lambda: self._fire(spread, spread_epoch, spreading)))
             if not overlap:
-                self._make("all rows", product, 0, plan.rows)
-            for piece in plan.scatter_order:
+                self._make("all rows", fill, Block(0, plan.rows, 0, 0, ()))
+            for block in (*(block for hop in plan.hops for block in hop.blocks), *plan.kept):
                 if overlap:
-                    self._make(str(piece), product, piece.low, piece.high)
-                ready.tracker.bump(piece, plan.tiles(piece))
+                    self._make(", ".join(map(str, block.pieces)), fill, block)
+                for piece in block.pieces:
+                    ready.tracker.bump(piece, plan.tiles(piece))
             for piece in own:
                 for peer in ready.staged:
                     self._arrived(arrivals[peer, piece.part], piece, peer)
-                self._add(ready, piece, base, y_MN, out)
+                self._add(ready, piece, place, out)
                 if spread is not None:
                     spread.tracker.bump(piece)
             for each in sending:
@@ -155,7 +164,7 @@ class OverlapEngine:
         self, plan: ChunkPlan, shard: torch.Tensor, whole: torch.Tensor, use: Product, *, overlap: bool = True
     ) -> None:
         """Fill `whole` with all ranks' `shard`s, and call `use(low, high)` for its rows as they arrive. Collective."""
-        self._usable(plan)
+        self._usable(plan, rows=True)
         ready = self._prepare("gather", plan, None)
         epoch = ready.tracker.begin()
         arrivals: dict[Piece, Any] = {}
@@ -167,14 +176,15 @@ class OverlapEngine:
             whole[low:high].copy_(shard)
             for piece in plan.chunk(self.rank):
                 ready.tracker.bump(piece)
-            sending = self._thread.submit(lambda: self._fire(ready, epoch, whole))
+            place, fill = Placement(plan, whole), by_rows(use)
+            sending = self._thread.submit(lambda: self._fire(ready, epoch, place))
             for piece in plan.gather_order:
                 if piece in arrivals:
                     self._arrived(arrivals[piece], piece, piece.owner)
                 if overlap:
-                    self._make(str(piece), use, piece.low, piece.high)
+                    self._make(str(piece), fill, piece)
             if not overlap:
-                self._make("all rows", use, 0, plan.rows)
+                self._make("all rows", fill, Block(0, plan.rows, 0, 0, ()))
             self._left(sending.get())
         except BaseException as error:
             self._fail(ready, error, arrivals, whole)
@@ -186,14 +196,10 @@ class OverlapEngine:
         if not self._broken:
             self.messenger.close()
 
-    def _usable(self, plan: ChunkPlan) -> None:
+    def _usable(self, plan: ChunkPlan, *, rows: bool = False) -> None:
         if self._broken:
             raise UndertowError(f"rank {self.rank}: this engine has failed before; close it and make a new one")
-        if (plan.rank, plan.world) != (self.rank, self.world) or plan.algorithm != "direct":
-            raise UserError(
-                f"a {plan.algorithm} plan of rank {plan.rank} of {plan.world}",
-                expected=f"a direct one of rank {self.rank} of {self.world}",
-            )
+        plan.expect(self.rank, self.world, rows=rows)
 
     def _prepare(self, kind: str, plan: ChunkPlan, y: torch.Tensor | None) -> _Prepared:
         key = (kind, plan) if y is None else (kind, plan, y.shape[1], y.dtype)
@@ -210,11 +216,11 @@ class OverlapEngine:
             del self._prepared[next(iter(self._prepared))]
         return found
 
-    def _fire(self, ready: _Prepared, epoch: int, source: torch.Tensor) -> list[tuple[Rule, Any]]:
+    def _fire(self, ready: _Prepared, epoch: int, place: Placement) -> list[tuple[Rule, Any]]:
         """In the communication thread."""
 
         def send(rule: Rule) -> Any:
-            rows = source[rule.piece.low : rule.piece.high]
+            rows = place.made(rule.piece)
             if not rows.numel():
                 return None
             with self.trace.span(f"send {rule.piece} to {rule.dst}", lane="send"):
@@ -225,19 +231,18 @@ class OverlapEngine:
 
         return fire(ready.rules, ready.tracker, epoch, send, self.timeout_s)
 
-    def _make(self, name: str, product: Product, low: int, high: int) -> None:
+    def _make(self, name: str, fill: Callable[[Any], None], what: Block | Piece) -> None:
         with self.trace.span(f"product {name}", lane="compute"):
-            product(low, high)
+            fill(what)
 
-    def _add(self, ready: _Prepared, piece: Piece, base: int, y: torch.Tensor, out: torch.Tensor) -> None:
+    def _add(self, ready: _Prepared, piece: Piece, place: Placement, out: torch.Tensor) -> None:
         """The partials of one own piece in rank order, rounded once."""
-        here = slice(piece.low - base, piece.high - base)
         parts = [
-            y[piece.low : piece.high] if peer == self.rank else ready.staged[peer][here]
+            place.made(piece) if peer == self.rank else place.landed(ready.staged[peer], piece)
             for peer in range(self.world)
             if peer == self.rank or peer in ready.staged
         ]
-        add_in_order(parts, out[here])
+        add_in_order(parts, place.summed(out, piece))
 
     def _expect(self, rows: torch.Tensor, piece: Piece, peer: int, tag: int) -> Any:
         """Post the receive of a piece; None when it is empty."""

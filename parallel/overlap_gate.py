@@ -1,11 +1,11 @@
 """Whether overlap pays: a model of the machine proposes, measured calls decide.
 
-For each product (operation, shapes, dtype) the model predicts every arm. It leaves out what pieces cost the product, so
-it is an upper bound: an arm with which even it finds nothing to hide is never tried. The others take turns with the
-sequential one on the first calls; then the slowest rank's times, round by round, decide alike on all ranks. An arm must
-win by 3 % and in all rounds but one, so that noise does not switch it on. Without a measured Machine all arms are
-tried. All arms add in the same order, but a BLAS may round a product otherwise when it gets fewer rows at a time: where
-a resumed run must repeat every bit, fix the arm.
+For each product (operation, shapes, dtype) the model predicts every arm. Of what pieces cost the product it knows the
+bytes that they read again, so it is an upper bound: an arm with which even it finds nothing to hide is never tried. The
+others take turns with the sequential one on the first calls; then the slowest rank's times, round by round, decide
+alike on all ranks. An arm must win by 3 % and in all rounds but one, so that noise does not switch it on. Without a
+measured Machine all arms are tried. All arms add in the same order, but a BLAS may round a product otherwise when it
+gets fewer rows at a time: where a resumed run must repeat every bit, fix the arm.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..comms.cost import overlapped_scatter_seconds
+from ..comms.chunk_plan import ChunkPlan
+from ..comms.cost import overlapped_columns_seconds, overlapped_scatter_seconds
 from ..dist.machine import Machine
 
 ROUNDS = 5  # timed calls of each arm; one more before them warms it up
@@ -29,27 +30,51 @@ class Arm:
     """A way to run a product. `subchunks`: pieces of a rank's chunk; `overlap` False is the sequential way.
 
     `tracked`: one kernel that counts its tiles (`kernels.tracked_matmul`), instead of a product for each piece.
+    `columns`: the pieces are columns, each with rows for every rank, instead of rows (`chunk_plan`).
     """
 
     name: str
     subchunks: int
     overlap: bool
     tracked: bool = False
+    columns: bool = False
 
 
 SEQUENTIAL = Arm("sequential", 1, False)
-ARMS = (SEQUENTIAL, *(Arm(f"overlap, {n} piece{'s' if n > 1 else ''}", n, True) for n in (1, 2, 4)))
-CUDA_ARMS = (*ARMS, *(Arm(f"tracked, {n} pieces", n, True, True) for n in (2, 4, 8)))
+ROW_ARMS = tuple(Arm(f"overlap, {n} piece{'s' if n > 1 else ''}", n, True) for n in (1, 2, 4))
+COLUMN_ARMS = tuple(Arm(f"columns, {n} pieces", n, True, columns=True) for n in (2, 4, 8))
+ARMS = (SEQUENTIAL, *ROW_ARMS, *COLUMN_ARMS[:2])
+CUDA_ARMS = (SEQUENTIAL, *ROW_ARMS, *COLUMN_ARMS, *(Arm(f"tracked, {n} pieces", n, True, True) for n in (2, 4, 8)))
+
+
+def cut(arm: Arm, rank: int, sizes: tuple[int, ...], n: int) -> ChunkPlan:
+    """The plan of an arm for a product of `n` columns."""
+    return ChunkPlan(rank, sizes, arm.subchunks, columns=n if arm.columns else 0)
+
+
+def fewer_reads(arm: Arm, sizes: tuple[int, ...], k: int, n: int) -> bool:
+    """Whether pieces of columns read less of their operands than rows that begin to leave as early would.
+
+    The first of T pieces of columns is made after (W - 1) / (W T) of the product, the first of t pieces of rows after
+    1 / (W t), so T columns stand beside T / (W - 1) rows. The rank in the middle, whose products are the most, counts
+    for all, so that all choose alike.
+    """
+    world = len(sizes)
+    if world < 2:
+        return False
+    rows = ChunkPlan(world // 2, sizes, max(1, round(arm.subchunks / (world - 1))))
+    return cut(arm, world // 2, sizes, n).reads(k, n) < rows.reads(k, n)
 
 
 @dataclass(frozen=True)
 class Rates:
     """What the model needs: floating-point operations and bytes per second of one rank while all are busy, and the
-    seconds that one message costs."""
+    seconds that one message costs. `memory_bytes_per_s`: at which a product reads its operands, where that is known."""
 
     flops: float
     bytes_per_s: float
     latency_s: float
+    memory_bytes_per_s: float = float("inf")
 
     @classmethod
     def of(cls, machine: Machine, dtype: str, device: str, link: str = "") -> Rates | None:
@@ -57,15 +82,19 @@ class Rates:
         names = [link] if link else ["gloo_ring", "gloo"] if device == "cpu" else ["nccl_ring", "nccl"]
         found = next((machine.links[name] for name in names if name in machine.links), None)
         flops = machine.flops.get(f"gemm/{dtype}")
-        return None if found is None or flops is None else cls(flops, found.bytes_per_s, found.latency_s)
+        if found is None or flops is None:
+            return None
+        memory = 2 * machine.copies.get("d2d", float("inf")) if device != "cpu" else float("inf")  # it reads and writes
+        return cls(flops, found.bytes_per_s, found.latency_s, memory)
 
-    def seconds(self, arm: Arm, world: int, flops: float, nbytes: float) -> float:
-        """One product of `flops` whose collective moves `nbytes` out of this rank."""
-        gemm_s, link_s = flops / self.flops, nbytes / self.bytes_per_s
+    def seconds(self, arm: Arm, world: int, flops: float, nbytes: float, reads: float = 0.0) -> float:
+        """One product of `flops` whose collective moves `nbytes` out of this rank; its pieces read `reads` bytes."""
+        gemm_s, link_s = max(flops / self.flops, reads / self.memory_bytes_per_s), nbytes / self.bytes_per_s
         messages_s = (world - 1) * arm.subchunks * self.latency_s
         if not arm.overlap:
             return gemm_s + link_s + messages_s
-        return overlapped_scatter_seconds(world, gemm_s, link_s, arm.subchunks) + messages_s
+        hidden = overlapped_columns_seconds if arm.columns else overlapped_scatter_seconds
+        return hidden(world, gemm_s, link_s, arm.subchunks) + messages_s
 
 
 @dataclass

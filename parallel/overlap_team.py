@@ -22,7 +22,8 @@ from ..comms.chunk_plan import ChunkPlan
 from ..comms.cuda_messengers import CudaMessenger, NcclMessenger
 from ..comms.link import LinkModel
 from ..comms.overlap_cuda import END, CudaOverlapEngine
-from ..comms.overlap_engine import OverlapEngine, Product
+from ..comms.overlap_engine import OverlapEngine
+from ..comms.placement import Panel, Product
 from ..comms.symmetric_messenger import SymmetricMessenger, why_not
 from ..dist.errors import UserError
 from ..dist.launch_env import detect
@@ -31,19 +32,21 @@ from ..dist.machine import Machine
 from ..dist.trace import Trace
 from . import overlap_plain
 from .kernels.tracked_matmul import tracked_product
-from .overlap_gate import ARMS, CUDA_ARMS, Arm, Gate, Rates
+from .overlap_gate import ARMS, CUDA_ARMS, ROW_ARMS, Arm, Gate, Rates, cut, fewer_reads
 
 log = get_logger(__name__)
+SCATTER, SUM, GATHER = "matmul_reduce_scatter", "matmul_all_reduce", "all_gather_matmul"
 TRANSPORTS = ("auto", "symmetric", "nccl")
-MODES = {"auto": None, "off": 0, "on": len(ARMS) - 1}
+MODES = {"auto": None, "off": 0, "on": len(ROW_ARMS)}
 
 
 class Team:
     """The ranks of `group` (None: all) that multiply together. Create, use and `close` on every rank alike.
 
     `overlap`: 'auto' measures each product's arms and keeps the fastest (see `overlap_gate`), 'on' takes the finest
-    overlap of those without Triton, 'off' none, and the name of one of `overlap_gate.CUDA_ARMS` that one;
-    UNDERTOW_DISABLE=1 is 'off'. All but 'auto' repeat every bit from run to run. `device`: CPU (gloo) or CUDA.
+    pieces of rows, 'off' none, and the name of one of `overlap_gate.CUDA_ARMS` that one (of columns only where a
+    product is reduced and scattered, else of rows); UNDERTOW_DISABLE=1 is 'off'. All but 'auto' repeat every bit from
+    run to run. `device`: CPU (gloo) or CUDA.
     `transport` between GPUs: 'symmetric' (copy engines into the peers' mapped memory, as much as the largest product,
     on one host), 'nccl', or 'auto': the first where all ranks can. UNDERTOW_OVERLAP_TRANSPORT stands in for 'auto'.
     `machine`: the measured rates for the gate's model, of the default file if there is one; rank 0's counts. `link`
@@ -83,7 +86,7 @@ class Team:
             fixed, why = 0, "UNDERTOW_DISABLE"
         self.gate, self._chooses = Gate(arms, self._gather, fixed=fixed, why=why), fixed is None
         self._settled: dict[Hashable, tuple[ChunkPlan, Arm]] = {}  # what the gate has decided, for good
-        self._plain: set[Hashable] = set()  # of these, what `overlap_plain` does
+        self._plain: dict[Hashable, int] = {}  # of these, what `overlap_plain` does: rows of its result
         self._mesh: DeviceMesh | None = None
 
     @property
@@ -96,28 +99,29 @@ class Team:
 
     def reduce_scatter(self, a_MK: Tensor, b_KN: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """This rank's rows of the sum of all a @ b; `sizes`: rows of each rank."""
-        kind, n = "matmul_reduce_scatter", b_KN.shape[1]
-        if (kind, a_MK.shape[1], n, sizes, a_MK.dtype) in self._plain:
-            return overlap_plain.reduce_scatter(a_MK, b_KN, sizes[0], self.group)
-        return self._scatter(kind, self.engine.reduce_scatter, a_MK, b_KN, n, sizes)
+        case = SCATTER, a_MK.shape, b_KN.shape, sizes, a_MK.dtype
+        if (rows := self._plain.get(case)) is not None:
+            return overlap_plain.reduce_scatter(a_MK, b_KN, rows, self.group)
+        return self._scatter(case, self.engine.reduce_scatter, a_MK, b_KN, b_KN.shape[1], sizes)
 
     def all_reduce(self, a_MK: Tensor, b_KN: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """The sum of all a @ b, the same bits on all ranks; `sizes`: rows that each rank adds up."""
-        kind, n = "matmul_all_reduce", b_KN.shape[1]
-        if (kind, a_MK.shape[1], n, sizes, a_MK.dtype) in self._plain:
+        case = SUM, a_MK.shape, b_KN.shape, sizes, a_MK.dtype
+        if case in self._plain:
             return overlap_plain.all_reduce(a_MK, b_KN, self.group)
-        return self._scatter(kind, self.engine.all_reduce, a_MK, b_KN, 2 * n, sizes)
+        return self._scatter(case, self.engine.all_reduce, a_MK, b_KN, 2 * b_KN.shape[1], sizes)
 
     def all_gather(self, a_rK: Tensor, bs: Sequence[Tensor], sizes: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
         """(all ranks' rows of a [M, K], its product with each b); `sizes`: rows of each rank."""
+        case = GATHER, a_rK.shape, *[b.shape for b in bs], sizes, a_rK.dtype
+        if (rows := self._plain.get(case)) is not None:
+            return overlap_plain.all_gather(a_rK, bs, rows, self.group)
         if a_rK.shape[0] != sizes[self.rank]:
             raise UserError(
                 f"rank {self.rank} has {a_rK.shape[0]} of {sum(sizes)} rows",
                 expected=f"{sizes[self.rank]} (cut as torch.chunk does)",
             )
-        kind, k, n = "all_gather_matmul", a_rK.shape[1], sum(b.shape[1] for b in bs)
-        if (kind, k, n, sizes, a_rK.dtype) in self._plain:
-            return overlap_plain.all_gather(a_rK, bs, sum(sizes), self.group)
+        k, n = a_rK.shape[1], sum(b.shape[1] for b in bs)
         whole = a_rK.new_empty(sum(sizes), k)
         outs = [a_rK.new_empty(sum(sizes), b.shape[1]) for b in bs]
         products = [rows_of(whole, b, out) for b, out in zip(bs, outs)]
@@ -127,14 +131,16 @@ class Team:
                 product(low, high)
 
         self._run(
-            kind, k, n, k, sizes, a_rK.dtype,
+            case, k, n, k, sizes, a_rK.dtype,
             lambda plan, arm: self.engine.all_gather(plan, a_rK, whole, use, overlap=arm.overlap),
+            lambda arm: not arm.tracked and not arm.columns,
         )  # fmt: skip
         return whole, outs
 
     def _scatter(
-        self, kind: str, pattern: Callable[..., Tensor], a: Tensor, b: Tensor, row_numbers: int, sizes: tuple[int, ...]
-    ) -> Tensor:
+        self, case: tuple, pattern: Callable[..., Tensor], a: Tensor, b: Tensor, row_numbers: int,
+        sizes: tuple[int, ...],
+    ) -> Tensor:  # fmt: skip
         y = a.new_empty(a.shape[0], b.shape[1])
         product = rows_of(a, b, y)
 
@@ -142,39 +148,47 @@ class Team:
             return tracked_product(a, b, y) if self.device.type == "cuda" else None
 
         def call(plan: ChunkPlan, arm: Arm) -> Tensor:
-            more = {"tracked": tracked()} if arm.tracked else {}
+            more: dict[str, Any] = {"tracked": tracked()} if arm.tracked else {}
+            more |= {"panel": panel_of(a, b)} if plan.columns else {}
             return pattern(plan, product, y, overlap=arm.overlap, **more)
 
         def can(arm: Arm) -> bool:
+            if arm.columns:
+                return case[0] == SCATTER and fewer_reads(arm, sizes, a.shape[1], b.shape[1])
             return not arm.tracked or tracked() is not None
 
-        return self._run(kind, a.shape[1], b.shape[1], row_numbers, sizes, y.dtype, call, can)
+        return self._run(case, a.shape[1], b.shape[1], row_numbers, sizes, y.dtype, call, can)
 
     def _run(
-        self, kind: str, k: int, n: int, row_numbers: int, sizes: tuple[int, ...], dtype: torch.dtype,
-        call: Callable[[ChunkPlan, Arm], Any], can: Callable[[Arm], bool] = lambda arm: not arm.tracked,
+        self, case: tuple, k: int, n: int, row_numbers: int, sizes: tuple[int, ...], dtype: torch.dtype,
+        call: Callable[[ChunkPlan, Arm], Any], can: Callable[[Arm], bool],
     ) -> Any:  # fmt: skip
-        """`row_numbers`: how many numbers of each row travel. `can`: whether an arm can run it."""
-        case = kind, k, n, sizes, dtype
+        """`case`: what the choice is kept for, its kind first. `row_numbers`: how many numbers of each row travel.
+        `can`: whether an arm can run it."""
         if (settled := self._settled.get(case)) is not None:  # a device may wait for this host
             return call(*settled)
         if len(sizes) != self.world:
             raise UserError(f"rows for {len(sizes)} ranks", expected=f"one number for each of {self.world}")
         name = str(dtype).removeprefix("torch.")
-        key = f"{kind} M={sum(sizes)} N={n} K={k} {name}"
+        key = f"{case[0]} M={sum(sizes)} N={n} K={k} {name}"
         rates = self._rates(name)
         nbytes = sum(sizes) * row_numbers * dtype.itemsize * (self.world - 1) / self.world
         flops = 2.0 * sum(sizes) * n * k
-        predict = None if rates is None else lambda arm: rates.seconds(arm, self.world, flops, nbytes)
-        chosen = self.gate.choose(key, predict, can)
+
+        def predict(arm: Arm) -> float:
+            assert rates is not None
+            reads = 0 if arm.tracked or not arm.overlap else cut(arm, self.world // 2, sizes, n).reads(k, n)
+            return rates.seconds(arm, self.world, flops, nbytes, reads * dtype.itemsize)
+
+        chosen = self.gate.choose(key, None if rates is None else predict, can)
         arm: Arm = self.gate.arms[chosen]
-        plan = self.engine.plan(sizes, arm.subchunks)
+        plan = self.engine.plan(sizes, arm.subchunks, n if arm.columns and case[0] == SCATTER else 0)
         if not self.gate.measuring(key):
             self._settled[case] = plan, arm
             if self._chooses:  # a fall-back must not be silent
                 log.info("overlap: %s", self.gate.explain(key))
             if self.device.type == "cuda" and self.world > 1 and not arm.overlap and len(set(sizes)) == 1:
-                self._plain.add(case)
+                self._plain[case] = sizes[0] if case[0] == SCATTER else sum(sizes)
             return call(plan, arm)
         began_s = self._start()
         found = call(plan, arm)
@@ -240,6 +254,15 @@ def gpu_messenger(
             raise UserError(f"overlap transport 'symmetric': {reason}", remedy="'auto' or 'nccl'")
         log.info("pieces of products are sent by NCCL: %s", reason)
     return NcclMessenger(group, device, END * timeout_s)
+
+
+def panel_of(a: Tensor, b: Tensor) -> Panel:
+    """Fill a tensor with some rows and columns of a @ b."""
+
+    def panel(low: int, high: int, left: int, right: int, out: Tensor) -> None:
+        torch.mm(a.narrow(0, low, high - low), b.narrow(1, left, right - left), out=out)
+
+    return panel
 
 
 def rows_of(a: Tensor, b: Tensor, y: Tensor) -> Product:

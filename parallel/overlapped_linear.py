@@ -37,15 +37,18 @@ def matmul_reduce_scatter(
     A, B = _cast(A, B)
     _fits(A, B)
     team, dim, average = team_of(group, A.device), _dim(scatter_dim, A.ndim), _average(reduce_op)
+    if dim == 0 and A.ndim == 2:  # as it is: a view costs the host as much as a short product
+        out = _scattered(A, B, team, chunk_rows(A.shape[0], team.world))
+        return out / team.world if average else out
     if dim == A.ndim - 1:  # columns of the product are rows of its transpose
         flat = A.reshape(torch.Size(A.shape[:-1]).numel(), A.shape[-1])
-        part = _ReduceScatter.apply(B.t(), flat.t(), team, chunk_rows(B.shape[1], team.world))
+        part = _scattered(B.t(), flat.t(), team, chunk_rows(B.shape[1], team.world))
         out = part.t().unflatten(0, A.shape[:-1])
     else:
         first = A.movedim(dim, 0)
         sizes, rest = chunk_rows(first.shape[0], team.world), torch.Size(first.shape[1:-1]).numel()
         rows = first.reshape(first.shape[0] * rest, A.shape[-1])
-        flat = _ReduceScatter.apply(rows, B, team, tuple(size * rest for size in sizes))
+        flat = _scattered(rows, B, team, tuple(size * rest for size in sizes))
         out = flat.reshape(sizes[team.rank], *first.shape[1:-1], B.shape[1]).movedim(0, dim)
     out = out / team.world if average else out
     return out if dim == 0 else out.clone(memory_format=torch.contiguous_format)  # also where a dimension is 1
@@ -71,10 +74,14 @@ def all_gather_matmul(
     team, dim = team_of(group, A_shard.device), _dim(gather_dim, A_shard.ndim)
     if dim == A_shard.ndim - 1:
         raise UserError(f"gather_dim {gather_dim} of {A_shard.ndim} dimensions", expected="not the last: it is summed")
+    if A_shard.ndim == 2:
+        sizes = chunk_rows(total if total is not None else A_shard.shape[0] * team.world, team.world)
+        whole, *outs = _gathered(A_shard.contiguous(), team, sizes, Bs)
+        return whole if return_A else None, outs
     first = A_shard.movedim(dim, 0).contiguous()
     whole_rows, rest = total if total is not None else first.shape[0] * team.world, first.shape[1:-1].numel()
     sizes = tuple(size * rest for size in chunk_rows(whole_rows, team.world))
-    whole, *outs = _AllGather.apply(first.flatten(0, -2), team, sizes, *Bs)
+    whole, *outs = _gathered(first.flatten(0, -2), team, sizes, Bs)
     shape = (whole_rows, *first.shape[1:-1])
     results = [out.reshape(*shape, out.shape[-1]).movedim(0, dim) for out in outs]
     return (whole.reshape(*shape, first.shape[-1]).movedim(0, dim) if return_A else None), results
@@ -94,12 +101,27 @@ def matmul_all_reduce(A: Tensor, B: Tensor, reduce_op: str = "sum", group: Group
     return out / team.world if average else out
 
 
+def _scattered(a: Tensor, b: Tensor, team: Team, sizes: tuple[int, ...]) -> Tensor:
+    """Of two-dimensional operands; recorded for a backward only where one is wanted."""
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        return _ReduceScatter.apply(a, b, team, sizes)
+    return team.reduce_scatter(a, b, sizes)
+
+
+def _gathered(a: Tensor, team: Team, sizes: tuple[int, ...], bs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The whole of `a` and its products, likewise."""
+    if torch.is_grad_enabled() and (a.requires_grad or any(b.requires_grad for b in bs)):
+        return _AllGather.apply(a, team, sizes, *bs)
+    whole, outs = team.all_gather(a, bs, sizes)
+    return whole, *outs
+
+
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, team: Team, sizes: tuple[int, ...]) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(a, b)
         ctx.how = team, sizes
-        return team.reduce_scatter(a.detach(), b.detach(), sizes)
+        return team.reduce_scatter(a, b, sizes)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -112,7 +134,7 @@ class _ReduceScatter(torch.autograd.Function):
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, team: Team, sizes: tuple[int, ...], *bs: Tensor) -> Any:  # type: ignore[override]
-        whole, outs = team.all_gather(a.detach(), [b.detach() for b in bs], sizes)
+        whole, outs = team.all_gather(a, bs, sizes)
         ctx.save_for_backward(whole, *bs)
         ctx.how = team, sizes
         ctx.mark_non_differentiable(whole)
@@ -134,7 +156,7 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, team: Team) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(a, b)
-        return team.all_reduce(a.detach(), b.detach(), chunk_rows(a.shape[0], team.world))
+        return team.all_reduce(a, b, chunk_rows(a.shape[0], team.world))
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

@@ -40,9 +40,13 @@ def test_least_by_hand_and_the_table():
     # a ring of 2, in chunks: written 2 + 2 and read 3; T3: written 1 + 1 and read 0
     assert claimed("sequential", 4, 5, 3, world=2) == (54 + 3 * 20, 4 * 20)
     assert claimed("t3", 4, 5, 3, world=2) == (54, 2 * 20)
-    text = markdown((4096, 8192, 16384), [(100, 100), (110, 100), (90, 90)])
-    assert [row.split("|")[4].strip() for row in text.splitlines()[5:8]] == ["1.000", "1.050", "0.900"]
-    with pytest.raises(UserError, match="2 ranges"):
+    text = markdown((4096, 8192, 16384), [(100, 100), (110, 100), (90, 90)] * 2)
+    rows = [[cell.strip() for cell in row.split("|")] for row in text.splitlines()[5:11]]
+    assert [row[4] for row in rows] == ["1.000", "1.050", "0.900"] * 2
+    a, b = 2 * 4096 * 16384 / 1e9, 2 * 16384 * 8192 / 1e9  # GB of the operands
+    wanted = [a + 8 * b, a + 16 * b, (4 * 7 + 1) / 8 * a + 2 * b, (8 * 7 + 1) / 8 * a + 2 * b]
+    assert [row[5] for row in rows] == ["", *(f"{gigabytes:.3f}" for gigabytes in wanted), ""]
+    with pytest.raises(UserError, match=f"{len(WAYS) - 1} ranges"):
         markdown((1, 1, 1), [(1, 1)] * (len(WAYS) - 1))
 
 

@@ -19,11 +19,12 @@ import torch
 import torch.distributed as dist
 
 from undertow.comms.actions import Compute, Send
-from undertow.comms.chunk_plan import ChunkPlan, chunk_rows
-from undertow.comms.cost import overlapped_scatter_seconds
+from undertow.comms.chunk_plan import ChunkPlan, chunk_rows, panels
+from undertow.comms.cost import overlapped_columns_seconds, overlapped_scatter_seconds
 from undertow.comms.link import Bucket, LinkModel
 from undertow.comms.output_map import OutputMap
 from undertow.comms.overlap_engine import OverlapEngine
+from undertow.comms.placement import Placement
 from undertow.comms.tracker import Tracker, TrackerStopped
 from undertow.dist.errors import PeerLost, UndertowError, UserError
 from undertow.dist.trace import Trace
@@ -40,6 +41,36 @@ def test_every_plan_makes_every_row_once_and_its_own_last(world):
             own = [piece for piece in plan.scatter_order if piece.owner == rank]
             assert list(plan.scatter_order[len(plan.scatter_order) - len(own) :]) == own
             assert list(plan.gather_order[: len(own)]) == own
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_pieces_of_columns_make_every_number_once_in_memory_of_their_own(world):
+    """What one rank sends in a hop is what the other receives in it, and no two pieces share memory."""
+    for rows, columns in ((0, 5), (1, 5), (7, 300), (24, 1030)):
+        sizes = chunk_rows(rows, world)
+        plans = [ChunkPlan(rank, sizes, 3, columns=columns) for rank in range(world)]
+        for rank, plan in enumerate(plans):
+            y = torch.full((rows, columns), -1.0)
+            place, made = Placement(plan, y), torch.zeros(rows, columns)
+            for block in (*(block for hop in plan.hops for block in hop.blocks), *plan.kept):
+                made[block.low : block.high, block.left : block.right] += 1
+                assert place.block(block).shape == (block.high - block.low, block.right - block.left)
+            assert bool((made == 1).all())
+            for number, piece in enumerate(plan.scatter_order):
+                mine = place.made(piece)
+                assert mine.is_contiguous() or piece.owner == rank
+                assert bool((mine == -1).all())
+                mine.fill_(number)
+            assert bool((y != -1).all())
+            sent = [(part, p.owner, p.left, p.right) for part, hop in enumerate(plan.hops) for p in hop.sends]
+            for owner, other in enumerate(plans):
+                came = [(part, owner, p.left, p.right) for part, h in enumerate(other.hops) for s, p in h.receives
+                        if s == rank]  # fmt: skip
+                assert came == [each for each in sent if each[1] == owner]
+    assert panels(8192, 8) == [(left, left + 1024) for left in range(0, 8192, 1024)]
+    assert panels(1030, 4) == [(0, 512), (512, 1024), (1024, 1030)] and panels(5, 4) == [(0, 2), (2, 4), (4, 5)]
+    with pytest.raises(UserError, match="pieces of columns"):
+        plans[0].schedule(4, 6)
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -78,6 +109,7 @@ def _storm(rank: int, world: int, seed: int, iterations: int, rows: int) -> None
     engine = OverlapEngine()
     delays, numbers = random.Random(seed + rank), torch.Generator().manual_seed(seed)
     plan = engine.plan(chunk_rows(rows, world), 3)
+    by_columns = engine.plan(plan.sizes, 3, 5)
     low, high = plan.own
     y, whole = torch.empty(rows, 5), torch.empty(rows, 5)
     for _ in range(iterations):
@@ -92,6 +124,16 @@ def _storm(rank: int, world: int, seed: int, iterations: int, rows: int) -> None
 
         out = engine.reduce_scatter(plan, product, y)
         assert torch.equal(out, everyone.sum(0)[low:high])
+        y.fill_(torch.nan)
+
+        def panel(
+            first: int, last: int, left: int, right: int, into: torch.Tensor, mine: torch.Tensor = everyone[rank]
+        ) -> None:
+            if delays.random() < 0.2:
+                time.sleep(delays.random() * 1e-3)
+            into.copy_(mine[first:last, left:right])
+
+        assert torch.equal(engine.reduce_scatter(by_columns, product, y, panel=panel), out)
         seen = torch.zeros(rows, 5)
 
         def use(first: int, last: int, seen: torch.Tensor = seen) -> None:
@@ -133,12 +175,12 @@ def test_sums_are_in_rank_order_whoever_owns_them_and_rounded_once(ranks):
 class _Virtual:
     """One rank of a world of threads on a virtual clock: products take `tile_s` per row, links a token bucket."""
 
-    def __init__(self, rank: int, world: int, mail: Any, bytes_per_s: float, width: int) -> None:
-        self.rank, self.world, self.mail, self.width = rank, world, mail, width
-        self.now_s, self.made_s, self.link = 0.0, dict[int, float](), Bucket(bytes_per_s)
+    def __init__(self, rank: int, world: int, mail: Any, bytes_per_s: float) -> None:
+        self.rank, self.world, self.mail = rank, world, mail
+        self.now_s, self.made_s, self.link = 0.0, dict[int, float](), Bucket(bytes_per_s)  # made: by place in memory
 
     def post_send(self, rows: torch.Tensor, to: int, tag: int) -> Any:
-        made_s = self.made_s[int(rows.storage_offset()) // self.width]
+        made_s = self.made_s[int(rows.storage_offset())]
         gone_s = self.link.take(made_s, rows.numel() * rows.element_size())
         self.mail[self.rank, to, tag].put((rows.clone(), gone_s))
         return None, gone_s
@@ -160,24 +202,33 @@ class _Virtual:
 @pytest.mark.parametrize("subchunks", [1, 4])
 @pytest.mark.parametrize("ratio", [0.5, 1.0, 2.0])
 def test_the_engine_takes_the_closed_form_on_a_virtual_clock(world, subchunks, ratio):
-    """The real engine, all ranks as threads: max(g, g / (W T) + s), exactly; g + s when it does not overlap."""
-    width, each = 5, 12
+    """The real engine, all ranks as threads: max(g, g / (W T) + s) by rows, exactly; g + s when it does not overlap. By
+    columns the slowest rank takes its form: ranks in the middle make a piece by two products, and begin to send early.
+    """
+    width, each = 8, 12
     nbytes, gemm_s = (world - 1) * each * width * 4, 1.0
-    times: dict[bool, list[float]] = {True: [0.0] * world, False: [0.0] * world}
-    for overlap, mail in ((o, defaultdict(queue.Queue)) for o in (True, False)):
+    times: dict[str, list[float]] = {way: [0.0] * world for way in ("rows", "columns", "sequential")}
+    for way, mail in ((way, defaultdict(queue.Queue)) for way in times):
 
-        def one(rank: int, overlap: bool = overlap, mail: Any = mail) -> None:
-            clock = _Virtual(rank, world, mail, nbytes / (ratio * gemm_s), width)
+        def one(rank: int, way: str = way, mail: Any = mail) -> None:
+            clock = _Virtual(rank, world, mail, nbytes / (ratio * gemm_s))
             engine = OverlapEngine(messenger=clock, timeout_s=240)
-            plan = engine.plan((each,) * world, subchunks)
+            plan = engine.plan((each,) * world, subchunks, width if way == "columns" else 0)
+            y = torch.ones(each * world, width)
+
+            def takes(numbers: int, start: int) -> None:
+                clock.now_s += gemm_s * numbers / y.numel()
+                clock.made_s.update(dict.fromkeys(range(start, start + numbers), clock.now_s))
 
             def product(low: int, high: int) -> None:
-                clock.now_s += gemm_s * (high - low) / (each * world)
-                clock.made_s |= dict.fromkeys(range(low, high), clock.now_s)
+                takes((high - low) * width, low * width)
 
-            out = engine.reduce_scatter(plan, product, torch.ones(each * world, width), overlap=overlap)
+            def panel(low: int, high: int, left: int, right: int, into: torch.Tensor) -> None:
+                takes(into.numel(), int(into.storage_offset()))
+
+            out = engine.reduce_scatter(plan, product, y, overlap=way != "sequential", panel=panel)
             assert torch.equal(out, torch.full((each, width), float(world)))
-            times[overlap][rank] = clock.now_s
+            times[way][rank] = clock.now_s
             engine.close()
 
         threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world)]
@@ -185,8 +236,12 @@ def test_the_engine_takes_the_closed_form_on_a_virtual_clock(world, subchunks, r
             thread.start()
         for thread in threads:
             thread.join(240)
-    assert times[True] == pytest.approx([overlapped_scatter_seconds(world, gemm_s, ratio, subchunks)] * world, rel=1e-9)
-    assert times[False] == pytest.approx([gemm_s + ratio] * world, rel=1e-9)
+    by_rows, by_columns = (
+        f(world, gemm_s, ratio, subchunks) for f in (overlapped_scatter_seconds, overlapped_columns_seconds)
+    )
+    assert times["rows"] == pytest.approx([by_rows] * world, rel=1e-9)
+    assert max(times["columns"]) == pytest.approx(by_columns, rel=1e-9)
+    assert times["sequential"] == pytest.approx([gemm_s + ratio] * world, rel=1e-9)
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import logging
 
@@ -15,6 +16,7 @@ from undertow.dist.errors import UserError
 from undertow.parallel import all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter, overlap_plain
 from undertow.parallel.overlap_gate import ARMS
 from undertow.parallel.overlap_team import Team, close_teams, team_of
+from undertow.parallel.tensor_parallel import RowParallelLinear, token_share
 
 SHAPES = [((12,), 5, 3), ((12, 6), 7, 6), ((6, 12, 6), 1, 6), ((12, 6), 0, 12)]  # leading dims, K, N
 
@@ -27,11 +29,11 @@ def _like_torch(rank: int, world: int, seed: int) -> None:
     """Zeros and ones: every order of sums gives the same bits."""
     name = dist.distributed_c10d._get_default_group().group_name
     generator = torch.Generator().manual_seed(seed + rank)
-    for mode, dtype in itertools.product(("off", "on"), (torch.float32, torch.bfloat16)):
+    for mode, dtype in itertools.product(("off", "on", "columns, 2 pieces"), (torch.float32, torch.bfloat16)):
         team = Team(overlap=mode)
         for lead, k, n in SHAPES:
             a, b = _bits(*lead, k, dtype=dtype, generator=generator), _bits(k, n, dtype=dtype, generator=generator)
-            if mode == "on":  # not contiguous either
+            if mode != "off":  # not contiguous either
                 a, b = a.transpose(0, -1).contiguous().transpose(0, -1), b.t().contiguous().t()
             for dim in range(len(lead) + 1):
                 if dim < len(lead) or n % world == 0:
@@ -132,6 +134,39 @@ def _disabled(rank: int, world: int) -> str:
 def test_the_switch_turns_overlap_off_and_says_so(ranks):
     assert set(ranks(2, _disabled)) == {"matmul_reduce_scatter M=4 N=2 K=2 float32: sequential (UNDERTOW_DISABLE)"}
     assert ARMS[0].overlap is False
+
+
+def _in_columns(rank: int, world: int, seed: int) -> None:
+    """A row-parallel layer with a bias, 7 tokens and 5 columns: like the whole layer, forward and backward, to the
+    rounding of sums of 12 in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    x, target = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((7, 2, 12), (7, 2, 5)))
+    whole = torch.nn.Linear(12, 5, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    wide = x.clone().requires_grad_()
+    want = whole(wide)
+    (want * target).sum().backward()
+    with contextlib.closing(Team(overlap="columns, 4 pieces")) as team:
+        layer = RowParallelLinear.from_linear(copy.deepcopy(whole), team)
+        here = x.chunk(world, -1)[rank].clone().requires_grad_()  # a part of each row: it is not contiguous
+        out = layer(here)
+        mine = token_share(7, team)
+        torch.testing.assert_close(out, want[mine], rtol=1e-12, atol=1e-12)
+        (out * target[mine]).sum().backward()
+        assert wide.grad is not None and here.grad is not None and whole.weight.grad is not None
+        torch.testing.assert_close(here.grad, wide.grad.chunk(world, -1)[rank], rtol=1e-12, atol=1e-12)
+        found = [p.grad.to_local() for p in layer.parameters()]
+        for got, full in zip(found, (whole.weight.grad.chunk(world, 1)[rank], whole.bias.grad), strict=True):
+            torch.testing.assert_close(got, full, rtol=1e-12, atol=1e-12)
+        why = "sequential (one rank)" if world == 1 else "columns, 4 pieces (as asked for)"
+        assert f"matmul_reduce_scatter M=14 N=5 K={12 // world} float64: {why}" in team.explain()
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_layer_in_columns_is_the_whole_layer(ranks, seed, world):
+    ranks(world, _in_columns, seed)
 
 
 def _plainly(rank: int, world: int, seed: int) -> None:

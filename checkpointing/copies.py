@@ -24,6 +24,7 @@ class HostCopier:
 
     device = torch.device("cpu")
     chunks_at_once = 1  # how many chunks `Snapshot` hands over in one call
+    queues = False  # whether `copy` returns at once, so that the training thread may as well call it
 
     def begin(self) -> None:
         """Called by the training thread when a snapshot starts."""
@@ -59,6 +60,7 @@ class CudaCopier(HostCopier):
     """State on one CUDA device. Copies run on a stream of their own, after what the training stream had queued."""
 
     chunks_at_once = 16  # 256 MiB: few calls, and the first chunks reach the flush soon
+    queues = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

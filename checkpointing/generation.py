@@ -73,8 +73,9 @@ class HostFile:
         self._marks: list = []
 
     def note(self, mark: object) -> None:
-        """A chunk's copies have been issued."""
-        self._marks.append(mark)
+        """A chunk's copies have been issued; those of many chunks share a mark."""
+        if not self._marks or self._marks[-1] is not mark:
+            self._marks.append(mark)
 
     def begin(self) -> None:
         """The copies bring its bytes."""

@@ -6,6 +6,7 @@ replaced, and what is not a tensor of a module or an optimizer is read anew each
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -54,7 +55,7 @@ class LiveState:
         if self._watch is not None and self._watch.unchanged():
             fresh = self.state.fresh_leaves(self._names)
             if signature(fresh) == self._fresh_key:
-                found = {**self._watch.fixed, **{leaf.key: local(leaf.value) for leaf in fresh}}
+                found = ChainMap({leaf.key: local(leaf.value) for leaf in fresh}, self._watch.fixed)
                 for place, key in self._renewed:
                     self._eager[place] = found[key]
                 return found
@@ -82,6 +83,7 @@ class LiveState:
         self._renewed = [
             (place, index.fqn) for place, index in enumerate(self.plan.eager) if index.fqn not in watch.fixed
         ]
+        self.staging.settle(self._eager, {place for place, _ in self._renewed})
         sources = [values[index.fqn] for index in self.plan.lazy]
         self.addresses = np.fromiter(map(torch.Tensor.data_ptr, sources), np.int64, len(sources))
         if not self._sources or self.addresses.tolist() != [t.data_ptr() for t in self._sources]:

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ class Manifest:
     objects: dict[str, ObjectRecord]
     paths: dict[str, tuple[str | int, ...]]
     facts: dict[str, Any] = field(default_factory=dict)
-    rendered: str = ""
+    rendered: bytes = b""
 
     def dumps(self) -> bytes:
         changing = {
@@ -90,12 +90,11 @@ class Manifest:
             "step": self.step,
             "world_size": self.world_size,
             "chunk_bytes": self.chunk_bytes,
-            "files": {name: asdict(record) for name, record in self.files.items()},
-            "objects": {key: asdict(record) for key, record in self.objects.items()},
+            "files": self.files,
+            "objects": self.objects,
             "facts": self.facts,
         }
-        static = self.rendered or render(self.tensors, self.paths)
-        return f"{json.dumps(changing, separators=(',', ':'))[:-1]},{static}}}".encode()
+        return b"".join((_json(changing)[:-1], b",", self.rendered or render(self.tensors, self.paths), b"}"))
 
     @classmethod
     def loads(cls, data: bytes, where: Path) -> Manifest:
@@ -209,10 +208,14 @@ def _texts(raw: Any) -> tuple[str, ...]:
     return tuple(_text(value) for value in raw)
 
 
-def render(tensors: Mapping[str, TensorRecord], paths: Mapping[str, tuple[str | int, ...]]) -> str:
+def render(tensors: Mapping[str, TensorRecord], paths: Mapping[str, tuple[str | int, ...]]) -> bytes:
     """The members "tensors" and "paths" of the manifest's JSON object."""
-    members = {"tensors": {key: asdict(record) for key, record in tensors.items()}, "paths": dict(paths)}
-    return json.dumps(members, separators=(",", ":"))[1:-1]
+    return _json({"tensors": dict(tensors), "paths": dict(paths)})[1:-1]
+
+
+def _json(value: Any) -> bytes:
+    """Records are written as objects of their fields (`asdict` would copy every number in them first)."""
+    return json.dumps(value, separators=(",", ":"), default=vars).encode()
 
 
 def checksum(data: Any) -> str:

@@ -54,7 +54,7 @@ class SavePlan:
     objects: tuple[MetadataIndex, ...]
     metadata: Metadata | None = None
     tensors: dict[str, TensorRecord] = field(default_factory=dict)
-    rendered: str = ""
+    rendered: bytes = b""
 
     @property
     def shard_name(self) -> str:

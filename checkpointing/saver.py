@@ -115,7 +115,7 @@ class Saver:
         way = (live.staging, live.copier, memory, on_chunk, seals, live.addresses)
         save.snapshot = Snapshot(attempt.step, live.plan, sources, *way)
         self._fences.begun(save)
-        if live.copier.device.type == "cuda":  # queueing copies is cheap here, and late ones would be waited for
+        if live.copier.queues:  # that is cheap, and late copies would be waited for
             while save.snapshot.fill_next(wait=False):
                 pass
         save.call_s = time.monotonic() - attempt.began_s

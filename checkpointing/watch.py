@@ -31,7 +31,7 @@ class Watch:
         for module in state.modules.values():
             for part in module.modules():
                 self._owners += [part._parameters, part._buffers, part._modules]
-        optimizers = [*state.optimizers.values(), *map(own_part, state.optimizers.values())]
+        optimizers = list(dict.fromkeys([*state.optimizers.values(), *map(own_part, state.optimizers.values())]))
         self._optimizers = [(o, o.state, o.param_groups) for o in optimizers]
         for optimizer in optimizers:
             self._owners += [optimizer.state, *optimizer.state.values()]
@@ -39,6 +39,8 @@ class Watch:
         plain = all(isinstance(owner, dict) for owner in self._owners)  # a scripted module's are not
         if not plain:
             self._owners = [dict(owner.items()) for owner in self._owners]
+        self._empty = [owner for owner in self._owners if not owner]  # most of a model's
+        self._owners = [owner for owner in self._owners if owner]
         self._sizes = [*map(len, self._owners)], [*map(len, self._lists)]
         self._keys, held = list(chain.from_iterable(self._owners)), list(_held(self._owners))
         self._values = held
@@ -50,18 +52,22 @@ class Watch:
             and (id(leaf.value) in known or local_tensor(leaf.value).data_ptr() in known or leaf.value.numel() == 0)
             for leaf in fixed
         )
-        self._tensors = [local_tensor(leaf.value) for leaf in fixed if isinstance(leaf.value, torch.Tensor)]
-        self._plain = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
-        self._sharded = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+        parts = [local_tensor(leaf.value) for leaf in fixed if isinstance(leaf.value, torch.Tensor)]
+        self.fixed = {leaf.key: part for leaf, part in zip(fixed, parts)}
+        saved = {part.data_ptr() for part in parts if part.numel()}
+        once = {id(tensor): tensor for tensor in tensors}.values()  # the same one may have several holders
+        once = [tensor for tensor in once if not tensor.numel() or local_tensor(tensor).data_ptr() in saved]
+        self._sharded = [tensor for tensor in once if isinstance(tensor, DTensor)]
         self._parts = list(map(_local, self._sharded))  # to_local() would cost 5 µs each
+        self._whole = [*(tensor for tensor in once if not isinstance(tensor, DTensor)), *self._parts]
         self._places = self._where()
-        self.fixed = {leaf.key: tensor for leaf, tensor in zip(fixed, self._tensors)}
 
     def unchanged(self) -> bool:
         """Whether every watched dictionary holds the same objects as before, at the same addresses."""
         return (
             self.usable
             and all(o.state is state and o.param_groups is groups for o, state, groups in self._optimizers)
+            and not any(self._empty)
             and ([*map(len, self._owners)], [*map(len, self._lists)]) == self._sizes
             and all(map(is_, chain.from_iterable(self._owners), self._keys))
             and all(map(is_, _held(self._owners), self._values))
@@ -71,8 +77,7 @@ class Watch:
 
     def _where(self) -> tuple[list[int], list[torch.Size]]:
         """Where the tensors' data lie: `.data` may be given another storage, or another shape of the same one."""
-        whole = [*self._plain, *self._parts]
-        return list(map(torch.Tensor.data_ptr, whole)), list(map(_shape, whole))
+        return list(map(torch.Tensor.data_ptr, self._whole)), list(map(_shape, self._whole))
 
 
 _shape, _local = attrgetter("shape"), attrgetter("_local_tensor")

@@ -47,20 +47,14 @@ class Place:
 
 
 def pair(places: Sequence[Place], *, across_hosts: bool) -> tuple[int, ...]:
-    """partner[r], to which rank r copies. `UserError` when there is none that the loss of r's machine would spare."""
+    """partner[r], to which rank r copies; none at all when there is none that the loss of r's machine would spare: a
+    job that goes on with one machine left must still start."""
     hosts: dict[str, list[int]] = {}
     for rank, place in enumerate(places):
         hosts.setdefault(place.host, []).append(rank)
-    if len(places) < 2:
-        raise UserError("one rank has no partner", expected="several ranks", remedy="leave out partner=…")
+    if len(places) < 2 or (len(hosts) == 1 and across_hosts):
+        return ()
     if len(hosts) == 1:
-        if across_hosts:
-            raise UserError(
-                f"all {len(places)} ranks are on {places[0].host}: copies there are lost with it",
-                expected="ranks on several machines",
-                remedy="leave out partner=… (host_every alone survives a killed process), or for a trial pass "
-                "Partner(across_hosts=False)",
-            )
         return tuple((rank + 1) % len(places) for rank in range(len(places)))
     names, found = list(hosts), [0] * len(places)
     for index, name in enumerate(names):

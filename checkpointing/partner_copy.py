@@ -46,15 +46,17 @@ class PartnerOps(FileOps):
         self._path, self._errand = Path(), Errand("", 0, 0, 0, 0)
         self._sealed = False
 
-    def begin(self, link: Link, path: Path, errand: Errand, nbytes: int) -> None:
-        """From now on what is written into the folder `path` belongs to this errand, and `nbytes` of shard follow."""
+    def begin(self, link: Link | None, path: Path, errand: Errand, nbytes: int) -> None:
+        """From now on what is written into the folder `path` belongs to this errand, and `nbytes` of shard follow.
+        Without a `link` all of it stays here."""
         self._link, self._path, self._errand, self._sealed = link, path, errand, False
-        link.start()
-        link.tell({"do": "begin", "nbytes": nbytes, **asdict(errand)})
+        if link is not None:
+            link.start()
+            link.tell({"do": "begin", "nbytes": nbytes, **asdict(errand)})
 
     def chunk(self, begin: int, view: memoryview, total: str) -> None:
-        assert self._link is not None
-        self._link.tell({"do": "chunk", "begin": begin, "nbytes": len(view), "sum": total}, view)
+        if self._link is not None:
+            self._link.tell({"do": "chunk", "begin": begin, "nbytes": len(view), "sum": total}, view)
 
     def write_file(self, path: Path, data: bytes) -> None:
         super().write_file(path, data)
@@ -64,15 +66,17 @@ class PartnerOps(FileOps):
             self._link.tell({"do": "file", "name": path.name, "nbytes": len(data), "sum": checksum(data)}, data)
 
     def fsync_dir(self, path: Path) -> None:
-        if self._link is not None and path == self._path:
+        if path != self._path:
+            return
+        if self._link is not None:
             self._link.ask({"do": "sync" if self._sealed else "seal"})
-            if not self._sealed:
-                seal(path, self._errand.save, self._errand.step, self._errand.number)
-            self._sealed = True
+        if not self._sealed:
+            seal(path, self._errand.save, self._errand.step, self._errand.number)
+        self._sealed = True
 
     def end(self) -> None:
         """Nothing is on its way any more; a half-sent copy is cut off."""
-        link, self._link = self._link, None
+        link, self._link, self._path = self._link, None, Path()
         if link is not None:
             link.close()
 
@@ -108,7 +112,7 @@ class PartnerFile:
         generation: Generation,
         image: Image,
         errand: Errand,
-        link: Link,
+        link: Link | None,
         ops: PartnerOps,
         *,
         copier: HostCopier,

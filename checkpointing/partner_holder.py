@@ -31,11 +31,11 @@ class _Copy:
 class Holder:
     """Receives into `rooms` and reads from `memory`."""
 
-    def __init__(self, memory: PartnerMemory) -> None:
-        self.memory = memory
+    memory: PartnerMemory
+
+    def __init__(self) -> None:
         self.rooms: dict[Room, Held] = {}
         self._copies: dict[int, _Copy | None] = {}
-        self.received_bytes = 0
 
     def handle(self, rank: int, wire: Wire, head: Head) -> None:
         """Act upon one line of `rank`. `OSError` and `ValueError` end the connection."""
@@ -62,7 +62,6 @@ class Holder:
             wire.fill(view)
             if checksum(view) != head["sum"]:
                 copy.problem = f"bytes [{begin}, {begin + nbytes}) arrived damaged"
-        self.received_bytes += nbytes
 
     def _file(self, rank: int, wire: Wire, head: Head) -> None:
         copy, name, nbytes = self._copies.get(rank), str(head["name"]), int(head["nbytes"])

@@ -20,13 +20,13 @@ import torch
 
 from ..dist.errors import PeerLost
 from .manifest import BadCheckpoint, Manifest, checksum
-from .partner import machine_of
+from .partner_crew import name_of
 from .partner_holder import read
 from .partner_memory import OPS, READ
 from .partner_survey import Candidate, Copy
-from .partner_tier import PartnerTier, name_of
+from .partner_tier import PartnerTier
 from .partner_wire import Link
-from .reader import Reader
+from .reader import Reader, dtype_of
 from .restore import items_of
 
 FETCHERS = 4  # threads, with a connection each, per rank
@@ -41,7 +41,7 @@ class MemoryReader(Reader):
         here = tier.coordinator
         super().__init__(tier.memory.root / f"{READ}{here.token}-{here.round}", manifest)
         self._tier, self._candidate, self._timeout_s = tier, candidate, timeout_s
-        self._here = machine_of(tier.places)[here.rank]
+        self._here = tier.crew.leaders[here.rank]
         self._threads = threading.local()
         self._links: list[Link] = []
         self._seen: dict[str, int] = {}
@@ -52,8 +52,12 @@ class MemoryReader(Reader):
 
     def spans(self, targets: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, int, int]]:
         """(file, begin, end) of the boxes that fill `targets`."""
-        for _, shard in items_of(targets, self.manifest):
-            yield shard.file, shard.start, shard.start + shard.length
+        for item, shard in items_of(targets, self.manifest):
+            width = dtype_of(self.manifest.tensors[item.storage_index.fqn].dtype).itemsize
+            first = last = 0  # elements of the box that is asked for, in the row-major shard
+            for offset, length, size in zip(item.storage_offsets, item.lengths, shard.sizes):
+                first, last = first * size + offset, last * size + offset + length - 1
+            yield shard.file, shard.payload + first * width, shard.payload + (last + 1) * width
 
     def gather(self, spans: Iterable[tuple[str, int, int]]) -> None:
         """Have the chunks of `spans` on this machine, verified. `BadCheckpoint` where no copy of one is good."""
@@ -117,7 +121,7 @@ class MemoryReader(Reader):
                 if checksum(data) != record.chunks[chunk]:
                     raise BadCheckpoint("is damaged")
             except (OSError, PeerLost, BadCheckpoint, ValueError) as error:
-                where = name_of(self._tier.places[copy.leader])
+                where = name_of(self._tier.crew.places[copy.leader])
                 bad.append(f"{'its rank' if copy.own else 'its partner'}'s on {where}: {error}")
                 continue
             if not near or bad or target != self._tier.memory.path(copy.entry, file):
@@ -138,7 +142,7 @@ class MemoryReader(Reader):
         """This thread's connection to a machine's leader."""
         links = self._threads.__dict__.setdefault("links", {})
         if leader not in links:
-            links[leader] = self._tier.link(leader, purpose="read", timeout_s=self._timeout_s)
+            links[leader] = self._tier.crew.link(leader, purpose="read", timeout_s=self._timeout_s)
             self._links.append(links[leader])
         links[leader].start()
         return links[leader]

@@ -5,7 +5,6 @@ All ranks go through the same steps and agree after each: what one of them canno
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -73,7 +72,7 @@ class MemoryRestore:
             )
             self.origins = self._all("origin", dict(reader.origin))
         finally:
-            if self._tier.leads:  # all have read, or none will
+            if self._tier.crew.leads:  # all have read, or none will
                 self._tier.memory.remove(reader.path.name)
 
     def _together(self, name: str, act: Callable[[], None]) -> None:
@@ -88,11 +87,7 @@ class MemoryRestore:
 
     def _all(self, name: str, word: object) -> list:
         """Every rank's word, through rank 0."""
-        name = self._name(name)
-        self._here.say(name, word)
-        if self._here.rank == 0:
-            self._here.say(f"{name}/all", self._here.hear_all(name, timeout_s=self._timeout_s))
-        return self._here.hear(f"{name}/all", 0, deadline_s=time.monotonic() + 2 * self._timeout_s)
+        return self._tier.crew.table(self._name(name), word, timeout_s=self._timeout_s)
 
     def _name(self, name: str) -> str:
         return f"restore/{self._here.round}/memory/{name}"

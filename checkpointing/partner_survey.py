@@ -81,7 +81,7 @@ def survey(tier: PartnerTier, name: str, step: int | None, newest: int | None, *
     """What memory holds and is as new as the `newest` step in the folders (rank 0 knows it), or is exactly `step`; all
     ranks get the same."""
     here = tier.coordinator
-    here.say(name, (here.rank, tier.memory.entries() if tier.leads else []))
+    here.say(name, (here.rank, tier.memory.entries() if tier.crew.leads else []))
     if here.rank == 0:
         found = candidates(here.hear_all(name, timeout_s=timeout_s))
         found = [one for one in found if (one.step == step if step is not None else one.step >= (newest or 0))]

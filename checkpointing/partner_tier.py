@@ -8,33 +8,28 @@ store and the connections of `partner_wire`.
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from ..dist import launch
 from ..dist.errors import PeerLost, UserError
-from ..dist.host import host_identity
-from ..dist.log import get_logger
 from ..dist.trace import Trace
 from ..dist.units import format_bytes
-from . import host_tier
 from .coordinate import Coordinator
 from .copies import HostCopier
 from .generation import Generation
-from .partner import Partner, Place, machine_of, pair
+from .host_tier import WAIT_S
+from .partner import Partner
 from .partner_copy import Errand, PartnerFile, PartnerFolder, PartnerOps
+from .partner_crew import Crew, alone, name_of
 from .partner_holder import Holder
 from .partner_memory import Held, PartnerMemory, invalidate
-from .partner_wire import Link, Server
+from .partner_wire import Link
 from .plan import SavePlan
 from .save import Save
 
-log = get_logger(__name__)
 HELD = 2  # one committed, one on its way
 
 
@@ -58,17 +53,10 @@ class PartnerTier:
             raise UserError(
                 f"host_generations is {generations}", expected="at least 2: one valid while the other is written"
             )
-        self.coordinator, self.option, self._count = coordinator, option, generations
-        self._timeout_s, self._trace = timeout_s, trace
-        self.memory = PartnerMemory(Path(option.memory or host_tier.SHARED_MEMORY), root)
-        self.holder = Holder(self.memory)
-        self.secret = ""
-        self.places: tuple[Place, ...] = ()
-        self.partners: tuple[int, ...] = ()
-        address = option.address or _own_address(coordinator.rank)
-        self._server = Server(address, lambda: self.secret, self.holder.handle)
-        host = option.host or host_identity()
-        self._place = Place(host, str(self.memory.memory.resolve()), address, self._server.port)
+        self.coordinator, self._option, self._count, self._trace = coordinator, option, generations, trace
+        self.holder = Holder()
+        self.crew = Crew(coordinator, option, self.holder.handle, timeout_s=timeout_s)
+        self.memory = self.holder.memory = PartnerMemory(self.crew.memory, root)
         self._ops = PartnerOps()
         self.folder = PartnerFolder(self.memory.root, self._ops, lambda: list(self._committed))
         self._link: Link | None = None
@@ -86,37 +74,18 @@ class PartnerTier:
         self._said: deque[str] = deque()
         self.skipped = 0
 
-    # -- meeting ------------------------------------------------------------------------------------------------------
-
-    def introduce(self) -> None:
-        """All ranks: say where this one is."""
-        self.coordinator.say("partner/place", self._place)
-
     def take(self) -> None:
-        """Rank 0: choose the partners and tell everyone. `UserError` where there are none."""
-        places = self.coordinator.hear_all("partner/place", timeout_s=self._timeout_s)
-        partners = pair(places, across_hosts=self.option.across_hosts)
-        self.coordinator.say("partner/table", (tuple(places), partners, secrets.token_hex(16)))
+        """Rank 0: choose the partners."""
+        self.crew.choose()
 
     def join(self) -> None:
         """All ranks, when rank 0 has said that all is well."""
-        deadline_s = time.monotonic() + self._timeout_s
-        self.places, self.partners, self.secret = self.coordinator.hear("partner/table", 0, deadline_s=deadline_s)
-        to = self.partners[self.coordinator.rank]
-        self._link = self.link(to, purpose="send", timeout_s=self.option.timeout_s)
-        if self.leads:
+        self.crew.join()
+        if self.crew.partners:
+            to = self.crew.partners[self.crew.rank]
+            self._link = self.crew.link(to, purpose="send", timeout_s=self._option.timeout_s)
+        if self.crew.leads:
             self.memory.clear()
-        log.info("rank %d copies its saves to rank %d on %s", self.coordinator.rank, to, name_of(self.places[to]))
-
-    def link(self, rank: int, *, purpose: str, timeout_s: float) -> Link:
-        """A connection to `rank`."""
-        place, me = self.places[rank], self.coordinator.rank
-        return Link(me, place.address, place.port, self.secret, purpose=purpose, timeout_s=timeout_s)
-
-    @property
-    def leads(self) -> bool:
-        """Whether this rank looks after its machine's folder."""
-        return machine_of(self.places)[self.coordinator.rank] == self.coordinator.rank
 
     # -- memory -------------------------------------------------------------------------------------------------------
 
@@ -126,14 +95,14 @@ class PartnerTier:
             return
         self._plan = None
         try:
-            self.coordinator.together(name, partial(self._prepare, name, plan, pinned), timeout_s=host_tier.WAIT_S)
+            self.coordinator.together(name, partial(self._prepare, name, plan, pinned), timeout_s=WAIT_S)
         except BaseException:
             self._drop()
             raise
         self._plan, self._proven = plan, True
 
     def _prepare(self, name: str, plan: SavePlan, pinned: bool) -> None:
-        me = self.coordinator.rank
+        me = self.crew.rank
         sizes = self._table(f"{name}/size", plan.image.size)  # whoever has said it has sent all it had to send
         self._drop()
         self.memory.make()
@@ -146,7 +115,7 @@ class PartnerTier:
             path = self._entry("own", me, slot)
             self.folder.ops.mkdir(path)
             self._mine.append(Generation(path / plan.shard_name, plan, pinned=pinned))
-        for owner in self._owners(me):
+        for owner in self.crew.owners(me):
             for slot in range(HELD):
                 room = (owner, self._plans, slot)
                 self.holder.rooms[room] = Held(self._entry("held", owner, slot), f"__{owner}_0.distcp", sizes[owner])
@@ -154,26 +123,17 @@ class PartnerTier:
         self._table(f"{name}/open", True)  # nobody sends before all have room
 
     def _table(self, name: str, word: object) -> list:
-        """Every rank's word, through rank 0."""
-        unless, here = f"{name.rsplit('/', 1)[0]}/verdict", self.coordinator
-        here.say(name, word)
-        if here.rank == 0:
-            here.say(f"{name}/all", here.hear_all(name, timeout_s=host_tier.WAIT_S, unless=unless))
-        return here.hear(f"{name}/all", 0, deadline_s=time.monotonic() + host_tier.WAIT_S, unless=unless)
-
-    def _owners(self, rank: int) -> list[int]:
-        """The ranks whose partner `rank` is."""
-        return [owner for owner, partner in enumerate(self.partners) if partner == rank]
+        return self.crew.table(name, word, timeout_s=WAIT_S, unless=f"{name.rsplit('/', 1)[0]}/verdict")
 
     def _need(self, rank: int, sizes: list[int]) -> int:
-        return self._count * sizes[rank] + HELD * sum(sizes[owner] for owner in self._owners(rank))
+        return self._count * sizes[rank] + HELD * sum(sizes[owner] for owner in self.crew.owners(rank))
 
     def _shortage(self, sizes: list[int], free: list[int]) -> str:
-        leaders = machine_of(self.places)
+        leaders = self.crew.leaders
         for leader in sorted(set(leaders)):
             need = sum(self._need(rank, sizes) for rank in range(len(sizes)) if leaders[rank] == leader)
             if need > free[leader]:
-                place = self.places[leader]
+                place = self.crew.places[leader]
                 return (
                     f"{self._count} generations of each rank's state and {HELD} of its partner's need "
                     f"{format_bytes(need)} on {name_of(place)}, where {place.memory} has {format_bytes(free[leader])}"
@@ -238,7 +198,6 @@ class PartnerTier:
         own, path = claimed
         number, token = save.attempt.number, self.coordinator.token
         errand = Errand(f"{token}/{number}", save.step, number, self._plans, self._chosen[own])
-        assert self._link is not None
         return PartnerFile(
             path / save.plan.shard_name,
             self._mine[own],
@@ -266,7 +225,7 @@ class PartnerTier:
             for name in [name for name in self._made if not name.startswith(now)]:
                 self.memory.remove(name)
                 self._made.discard(name)
-            if self.leads:
+            if self.crew.leads:
                 self._remove_foreign()
 
     def _remove_foreign(self, *, but: int | None = None) -> None:
@@ -285,7 +244,7 @@ class PartnerTier:
         """All ranks: the job goes on from `step`, found in memory (None: from elsewhere); later ones are forgotten, and
         so is what other jobs have left of other steps."""
         self._known, self._committed = True, [] if step is None else [step]
-        if self.leads:
+        if self.crew.leads:
             self._remove_foreign(but=step)
 
     def forget_after(self, step: int) -> None:
@@ -294,7 +253,7 @@ class PartnerTier:
             slot.step = None if slot.step is not None and slot.step > step else slot.step
         self._committed = [found for found in self._committed if found <= step]
         for entry in self.memory.entries():
-            if entry.step > step and (entry.name in self._made or self.leads):
+            if entry.step > step and (entry.name in self._made or self.crew.leads):
                 invalidate(self.memory.root / entry.name)
 
     # -- ending -------------------------------------------------------------------------------------------------------
@@ -308,11 +267,11 @@ class PartnerTier:
     def close(self, *, remove: bool) -> None:
         """Unmap, and keep the newest checkpoint only, or with `remove` nothing."""
         self._ops.end()
-        self._server.close()
+        self.crew.close()
         if remove:
             self._committed = []
         self._drop()
-        if remove and self._known and self.places and self.leads:
+        if remove and self._known and self.crew.places and self.crew.leads:
             self._remove_foreign()
         with suppress(OSError):
             if remove and not [path for path in self.memory.root.iterdir() if path.is_dir()]:
@@ -320,14 +279,16 @@ class PartnerTier:
 
     def explain(self, rhythm: str) -> str:
         """Two lines: who copies to whom, and the memory it takes."""
-        me = self.coordinator.rank
-        to = self.partners[me]
-        lines = [f"  partner {rhythm} → {self.memory.root}, and rank {to} on {name_of(self.places[to])}"]
-        own = sum(generation.nbytes for generation in self._mine)
-        held = sum(held.nbytes for held in self.holder.rooms.values())
-        ranks = ", ".join(map(str, self._owners(me))) or "none"
-        sizes = f": {format_bytes(own)} + {format_bytes(held)}" if self._mine else ""
-        lines.append(f"          memory here {self._count} × own + {HELD} × that of rank {ranks}{sizes}")
+        crew, held = self.crew, self.holder.rooms.values()
+        lines = [f"  partner {rhythm} → {self.memory.root}"]
+        if not crew.partners:
+            return f"{lines[0]}\n          {alone(crew.places)}"
+        to = crew.partners[crew.rank]
+        lines[0] += f", and rank {to} on {name_of(crew.places[to])}"
+        ranks = ", ".join(map(str, crew.owners(crew.rank))) or "none"
+        sizes = [sum(one.nbytes for one in self._mine), sum(one.nbytes for one in held)]
+        text = f": {format_bytes(sizes[0])} + {format_bytes(sizes[1])}" if self._mine else ""
+        lines.append(f"          memory here {self._count} × own + {HELD} × that of rank {ranks}{text}")
         return "\n".join(lines)
 
 
@@ -338,16 +299,3 @@ def _free(slots: list[_Slot]) -> int | None:
         index for index, slot in enumerate(slots) if not slot.users and (slot.step is None or slot.step != newest)
     ]
     return min(usable, key=lambda index: -1 if (step := slots[index].step) is None else step, default=None)
-
-
-def name_of(place: Place) -> str:
-    """A machine's name for people."""
-    return place.host.rsplit("/", 1)[-1]
-
-
-def _own_address(rank: int) -> str:
-    """Where the other ranks reach this one: as rank 0's store is reached, or from where the way to it begins."""
-    master = launch.detect().master_addr
-    if rank == 0 or master.startswith("127.") or master == "localhost":
-        return "127.0.0.1" if master == "localhost" else master
-    return launch.address_towards(master) or master

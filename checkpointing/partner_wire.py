@@ -8,6 +8,7 @@ cannot take something reads on, and says why when it is asked.
 
 from __future__ import annotations
 
+import hmac
 import json
 import os
 import socket
@@ -52,9 +53,9 @@ class Wire:
         self._peer, self._rest, self._pause = peer, b"", pause
         _OPEN.add(peer)
 
-    def hurry(self) -> None:
-        """From now on receiving gives up as sending does: an answer is due."""
-        self._peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, self._pause)
+    def hurry(self, now: bool = True) -> None:
+        """From now on receiving gives up as sending does (an answer is due), or no more."""
+        self._peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, self._pause if now else struct.pack("ll", 0, 0))
 
     def send(self, head: Head, payload: Any = b"") -> None:
         self._peer.sendall(json.dumps(head).encode() + b"\n")
@@ -211,8 +212,10 @@ class Server:
     def _serve(self, wire: Wire) -> None:
         # an end is no event: the copy that was under way never becomes valid, and the sender knows
         with suppress(OSError, ValueError, KeyError, TypeError):
-            hello = wire.head()
-            if hello is not None and self._secret() and hello.get("secret") == self._secret():
+            wire.hurry()
+            hello, secret = wire.head(), self._secret()
+            if hello is not None and secret and hmac.compare_digest(str(hello.get("secret")), secret):
+                wire.hurry(False)
                 if hello["purpose"] == "send":
                     self._end_older(int(hello["rank"]), wire)
                 wire.send({})

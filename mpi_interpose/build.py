@@ -28,6 +28,7 @@ GLUE = (
     "decode",
     "prove",
     "types",
+    "passing",
     "report",
     "model",
     "transfer",

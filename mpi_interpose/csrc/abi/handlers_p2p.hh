@@ -1,37 +1,81 @@
 // Handlers of point-to-point calls. Blocking sends pack and call; receives unpack what the status says arrived;
 // nonblocking and persistent ones leave an entry in the request table. The library's call is made at once and in the
-// program's order, so the non-overtaking rule is the library's own.
+// program's order, so the non-overtaking rule is the library's own. Each first asks whether the call is known to pass
+// (passing.hh); that part is compiled into the entry, so that such a call costs one look and a jump.
 #pragma once
 
+#include "passing.hh"
 #include "requests.hh"
 #include "round.hh"
 
 namespace undertow {
 
+#define UNDERTOW_IN_ENTRY __attribute__((always_inline)) inline
+#define UNDERTOW_APART __attribute__((noinline))
+
 inline void count_call(Site site, bool taken) {
-  sites[site].calls.fetch_add(1, std::memory_order_relaxed);
-  if (taken) sites[site].taken.fetch_add(1, std::memory_order_relaxed);
+  count_loosely(sites[site].calls);
+  if (taken) add(sites[site].taken, 1);
 }
 
+// Whether a message passes without being asked about; counts it. Freed requests that are still polled, and a round under
+// the clock, need the long way.
+UNDERTOW_IN_ENTRY bool passes_at_once(Site site, Use use, int64_t count, MPI_Datatype type, MPI_Comm comm, int peer) {
+  if (gpu::possible() || any_orphans() || this_round.timed) return false;
+  Passing* p = known_to_pass(use, count, type, comm, peer);
+  if (!p) return false;
+  count_loosely(p->calls);
+  count_loosely(sites[site].calls);
+  return true;
+}
+
+// After a call that was not taken: remembers it when the next one like it will not be, either.
+template <class Side>
+void learn(const Side& side, Use use, int64_t count, MPI_Datatype type, MPI_Comm comm, int peer, uint64_t age) {
+  if ((side.verdict == Verdict::PassAlways || !usable_peer(peer)) && mode == Mode::Auto)
+    will_pass(use, count, type, comm, peer, side.record, age);
+}
+inline uint64_t now_known() { return passing_age.load(std::memory_order_relaxed); }
+
 template <class F, class N>
-int on_send(F next, Site site, void* buf, N count, MPI_Datatype type, int dest, int tag, MPI_Comm comm) {
+UNDERTOW_APART int send_asked(F next, Site site, void* buf, N count, MPI_Datatype type, int dest, int tag, MPI_Comm comm) {
   poll_orphans();
+  const uint64_t age = now_known();
   SendSide side(buf, count, type, Peer(comm, dest), usable_peer(dest), kGain, Timed::Call);
   count_call(site, side.taken());
+  learn(side, kSendUse, count, type, comm, dest, age);
   return next(side.buf, count, side.type, dest, tag, comm);
 }
 
 template <class F, class N>
-int on_isend(F next, Site site, void* buf, N count, MPI_Datatype type, int dest, int tag, MPI_Comm comm,
+UNDERTOW_IN_ENTRY int on_send(F next, Site site, void* buf, N count, MPI_Datatype type, int dest, int tag, MPI_Comm comm) {
+  if (!passes_at_once(site, kSendUse, count, type, comm, dest))
+    return send_asked(next, site, buf, count, type, dest, tag, comm);
+  return next(buf, count, type, dest, tag, comm);
+}
+
+template <class F, class N>
+UNDERTOW_APART int isend_asked(F next, Site site, void* buf, N count, MPI_Datatype type, int dest, int tag, MPI_Comm comm,
              MPI_Request* request) {
   poll_orphans();
   round_enter();
+  const uint64_t age = now_known();
   SendSide side(buf, count, type, Peer(comm, dest), usable_peer(dest) && request, kGain, Timed::Round);
   count_call(site, side.taken());
+  learn(side, kSendUse, count, type, comm, dest, age);
   const int rc = next(side.buf, count, side.type, dest, tag, comm, request);
   if (rc == MPI_SUCCESS && side.taken()) attach(side, count, buf, false, false, *request);
   round_leave(request, rc);
   return rc;
+}
+
+template <class F, class N>
+UNDERTOW_IN_ENTRY int on_isend(F next, Site site, void* buf, N count, MPI_Datatype type, int dest, int tag, MPI_Comm comm,
+                               MPI_Request* request) {
+  if (!passes_at_once(site, kSendUse, count, type, comm, dest))
+    return isend_asked(next, site, buf, count, type, dest, tag, comm, request);
+  ++this_round.posts;
+  return next(buf, count, type, dest, tag, comm, request);
 }
 
 template <class F, class N>
@@ -49,8 +93,10 @@ template <class Call>
 int receive(Site site, void* buf, int64_t count, MPI_Datatype type, const Peer& peer, MPI_Status* status, bool allowed,
             Timed timed, Call call) {
   poll_orphans();
+  const uint64_t age = now_known();
   RecvSide side(buf, count, type, peer, allowed, kGain, timed);
   count_call(site, side.taken());
+  if (peer.known) learn(side, kRecvUse, count, type, peer.comm, peer.rank, age);
   if (!side.taken()) return call(buf, type, status);
   MPI_Status local;
   MPI_Status* st = ignored(status) ? &local : status;
@@ -60,11 +106,19 @@ int receive(Site site, void* buf, int64_t count, MPI_Datatype type, const Peer& 
 }
 
 template <class F, class N>
-int on_recv(F next, Site site, void* buf, N count, MPI_Datatype type, int source, int tag, MPI_Comm comm,
-            MPI_Status* status) {
+UNDERTOW_APART int recv_asked(F next, Site site, void* buf, N count, MPI_Datatype type, int source, int tag, MPI_Comm comm,
+                              MPI_Status* status) {
   return receive(site, buf, count, type, Peer(comm, source), status, usable_peer(source), Timed::Call, [&](void* b, MPI_Datatype t, MPI_Status* s) {
     return next(b, count, t, source, tag, comm, s);
   });
+}
+
+template <class F, class N>
+UNDERTOW_IN_ENTRY int on_recv(F next, Site site, void* buf, N count, MPI_Datatype type, int source, int tag, MPI_Comm comm,
+                              MPI_Status* status) {
+  if (!passes_at_once(site, kRecvUse, count, type, comm, source))
+    return recv_asked(next, site, buf, count, type, source, tag, comm, status);
+  return next(buf, count, type, source, tag, comm, status);
 }
 
 template <class F, class N>
@@ -75,13 +129,25 @@ int on_mrecv(F next, Site site, void* buf, N count, MPI_Datatype type, MPI_Messa
 }
 
 template <class F, class N>
-int on_sendrecv(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, int dest, int stag, void* rbuf, N rcount,
-                MPI_Datatype rtype, int source, int rtag, MPI_Comm comm, MPI_Status* status) {
+UNDERTOW_APART int sendrecv_asked(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, int dest, int stag, void* rbuf,
+                                  N rcount, MPI_Datatype rtype, int source, int rtag, MPI_Comm comm, MPI_Status* status) {
+  const uint64_t age = now_known();
   SendSide send(sbuf, scount, stype, Peer(comm, dest), usable_peer(dest));
-  if (send.taken()) sites[site].taken.fetch_add(1, std::memory_order_relaxed);
+  if (send.taken()) add(sites[site].taken, 1);
+  learn(send, kSendUse, scount, stype, comm, dest, age);
   return receive(site, rbuf, rcount, rtype, Peer(comm, source), status, usable_peer(source), Timed::No, [&](void* b, MPI_Datatype t, MPI_Status* s) {
     return next(send.buf, scount, send.type, dest, stag, b, rcount, t, source, rtag, comm, s);
   });
+}
+
+template <class F, class N>
+UNDERTOW_IN_ENTRY int on_sendrecv(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, int dest, int stag, void* rbuf,
+                                  N rcount, MPI_Datatype rtype, int source, int rtag, MPI_Comm comm, MPI_Status* status) {
+  Passing* const send = known_to_pass(kSendUse, scount, stype, comm, dest);
+  if (!send || !passes_at_once(site, kRecvUse, rcount, rtype, comm, source))
+    return sendrecv_asked(next, site, sbuf, scount, stype, dest, stag, rbuf, rcount, rtype, source, rtag, comm, status);
+  count_loosely(send->calls);
+  return next(sbuf, scount, stype, dest, stag, rbuf, rcount, rtype, source, rtag, comm, status);
 }
 
 // One buffer is both sides: packed into the slab, exchanged there, unpacked from there.
@@ -96,16 +162,27 @@ int on_sendrecv_replace(F next, Site site, void* buf, N count, MPI_Datatype type
 }
 
 template <class F, class N>
-int on_irecv(F next, Site site, void* buf, N count, MPI_Datatype type, int source, int tag, MPI_Comm comm,
+UNDERTOW_APART int irecv_asked(F next, Site site, void* buf, N count, MPI_Datatype type, int source, int tag, MPI_Comm comm,
              MPI_Request* request) {
   poll_orphans();
   round_enter();
+  const uint64_t age = now_known();
   RecvSide side(buf, count, type, Peer(comm, source), usable_peer(source) && request, kGain, Timed::Round);
   count_call(site, side.taken());
+  learn(side, kRecvUse, count, type, comm, source, age);
   const int rc = next(side.buf, count, side.type, source, tag, comm, request);
   if (rc == MPI_SUCCESS && side.taken()) attach(side, count, buf, true, false, *request);
   round_leave(request, rc);
   return rc;
+}
+
+template <class F, class N>
+UNDERTOW_IN_ENTRY int on_irecv(F next, Site site, void* buf, N count, MPI_Datatype type, int source, int tag, MPI_Comm comm,
+                               MPI_Request* request) {
+  if (!passes_at_once(site, kRecvUse, count, type, comm, source))
+    return irecv_asked(next, site, buf, count, type, source, tag, comm, request);
+  ++this_round.posts;
+  return next(buf, count, type, source, tag, comm, request);
 }
 
 template <class F, class N>

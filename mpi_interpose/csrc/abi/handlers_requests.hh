@@ -9,6 +9,31 @@
 
 namespace undertow {
 
+// An array that lies on the stack while it is small. Its elements are not initialised.
+template <class T>
+class Few {
+ public:
+  Few() {}
+  ~Few() {
+    if (at_ != few_) delete[] at_;
+  }
+  Few(const Few&) = delete;
+  Few& operator=(const Few&) = delete;
+  void resize(size_t n) {  // once
+    if (n > kFew) at_ = new T[n];
+    size_ = n;
+  }
+  size_t size() const { return size_; }
+  T* data() { return at_; }
+  T& operator[](size_t i) { return at_[i]; }
+
+ private:
+  static constexpr size_t kFew = 32;
+  T few_[kFew];
+  T* at_ = few_;
+  size_t size_ = 0;
+};
+
 inline void prepare_start(MPI_Request request) {
   Entry* e = entry_of(request);
   if (!e) return;
@@ -92,20 +117,20 @@ int on_request_free(F next, Site site, MPI_Request* request) {
 
 // The entries behind an array of requests, claimed; those that a call did not settle are put back.
 struct Batch {
-  std::vector<Entry*> entries;
-  std::vector<MPI_Status> own_statuses;
+  Few<Entry*> entries;
+  Few<MPI_Status> own_statuses;
   MPI_Request* requests;
   bool any = false;
 
   Batch(int n, MPI_Request* users) : requests(users) {
     poll_orphans();
     if (!any_entries() || !requests || n <= 0) return;
-    entries.assign(static_cast<size_t>(n), nullptr);
+    entries.resize(static_cast<size_t>(n));
     for (int i = 0; i < n; ++i) any |= (entries[i] = claim(requests[i])) != nullptr;
   }
   ~Batch() {
-    for (Entry* e : entries)
-      if (e) restore(e);
+    for (size_t i = 0; i < entries.size(); ++i)
+      if (entries[i]) restore(entries[i]);
   }
   Batch(const Batch&) = delete;
   Batch& operator=(const Batch&) = delete;
@@ -134,6 +159,10 @@ struct Batch {
 template <class F>
 int on_waitall(F next, Site site, int n, MPI_Request* requests, MPI_Status* statuses) {
   RoundEnd end(n, requests);
+  if (!any_entries() && !any_orphans()) {
+    count_call(site, false);
+    return end.done(next(n, requests, statuses));
+  }
   Batch batch(n, requests);
   count_call(site, batch.any);
   if (!batch.any) return end.done(next(n, requests, statuses));

@@ -17,7 +17,7 @@ inline bool absent(Site site) { return undertow_next[site] == undertow_absents[s
 struct Asked {
   int n;
   MPI_Request* requests;
-  std::vector<MPI_Status> own_statuses;
+  Few<MPI_Status> own_statuses;
   bool any = false;
 
   Asked(Site site, int count, MPI_Request* users) : n(count), requests(users) {
@@ -27,7 +27,7 @@ struct Asked {
   }
   MPI_Status* statuses(MPI_Status* users) {
     if (!ignored(users)) return users;
-    own_statuses.resize(n > 0 ? n : 1);
+    own_statuses.resize(static_cast<size_t>(n > 0 ? n : 1));
     return own_statuses.data();
   }
   bool null(int i) const { return handle_key(requests[i]) == handle_key(constants.request_null); }

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <string>
 
+#include "passing.hh"
 #include "policy.hh"
 #include "report.hh"
 #include "resolve.hh"
@@ -68,7 +69,7 @@ Slot slot_of(Record& r, Use use, int link, int64_t bytes) {
 
 void credit(Record& r, Use use, int link, int64_t bytes) {
   const float saved = slot_of(r, use, link, bytes).saving_ns.load(std::memory_order_relaxed);
-  if (saved > 0) r.tally[use].saved_ns.fetch_add(static_cast<int64_t>(saved), std::memory_order_relaxed);
+  if (saved > 0) add(r.tally[use].saved_ns, static_cast<int64_t>(saved));
 }
 
 }  // namespace
@@ -163,38 +164,36 @@ bool in_round(Record& r, Use use, int link, int64_t bytes) {
 }
 
 // A message in auto mode: the table must see `gain` for every link the peer may have, and no samples may speak against.
-bool wins(Record& r, Use use, int64_t bytes, const Peer& peer, double gain, Timed timed, Stopwatch* watch) {
-  if (!g_messages) return false;
+Verdict wins(Record& r, Use use, int64_t bytes, const Peer& peer, double gain, Timed timed, Stopwatch* watch) {
+  const auto verdict = [](bool ours) { return ours ? Verdict::Take : Verdict::Pass; };
+  if (!g_messages) return Verdict::PassAlways;
   const LinkSet links = links_of(peer);
-  if (links & kNobody) return false;
+  if (links & kNobody) return Verdict::PassAlways;
   int last = 0;
   for (int link = 0; link < kLinks; ++link) {
     if (!(links >> link & 1)) continue;
-    if (model_ratio(r, use, link, bytes) < gain) return false;
+    if (model_ratio(r, use, link, bytes) < gain) return Verdict::PassAlways;
     last = link;
   }
   if (timed == Timed::Round && links == 1u << last) {
     const bool ours = in_round(r, use, last, bytes);
     if (ours) credit(r, use, last, bytes);
-    return ours;
+    return verdict(ours);
   }
   if (timed == Timed::Call && links == 1u << last) {
     const Choice choice =
         online_of(r, use, last, bytes).choose(kMessageRule, model_ratio(r, use, last, bytes), true);
     if (choice.timed && (!choice.ours || proved(r))) watch->start(&r, use, last, bytes, choice.ours);
     if (choice.ours) credit(r, use, last, bytes);
-    return choice.ours;
+    return verdict(choice.ours);
   }
   for (int link = 0; link < kLinks; ++link)
-    if (links >> link & 1 && !online_of(r, use, link, bytes).takes(true)) return false;
+    if (links >> link & 1 && !online_of(r, use, link, bytes).takes(true)) return Verdict::Pass;
   credit(r, use, last, bytes);
-  return true;
+  return Verdict::Take;
 }
 
 }  // namespace
-
-// A count that threads may lose now and then, for calls that pass through: a locked addition costs as much as the rest.
-void count_passed(Tally& t) { t.passed.store(t.passed.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed); }
 
 bool small_enough(int64_t bytes) {
   if (bytes <= kLargestCopy) return true;
@@ -202,17 +201,26 @@ bool small_enough(int64_t bytes) {
   return false;
 }
 
-bool wanted(Record* r, Use use, int64_t count, const Peer& peer, double gain, Timed timed, Stopwatch* watch) {
-  if (!r || count <= 0 || r->plan.size == 0 || r->wrong.load(std::memory_order_relaxed)) return false;
+Verdict judge(Record* r, Use use, int64_t count, const Peer& peer, double gain, Timed timed, Stopwatch* watch) {
+  if (!r) return Verdict::PassAlways;
+  if (count <= 0 || r->plan.size == 0 || r->wrong.load(std::memory_order_relaxed)) return Verdict::Pass;
   Tally& t = r->tally[use];
+  const auto pass = [&](Verdict how) {
+    count_loosely(t.passed);
+    return how;
+  };
   int64_t bytes;
-  if (mode == Mode::Auto && r->plan.form(count).cls == Class::Contiguous) return count_passed(t), false;
-  if (__builtin_mul_overflow(count, r->plan.size, &bytes)) return false;
-  if (!small_enough(bytes)) return count_passed(t), false;
-  if ((mode == Mode::Auto && !wins(*r, use, bytes, peer, gain, timed, watch)) || !proved(*r)) return count_passed(t), false;
-  t.taken.fetch_add(1, std::memory_order_relaxed);
-  t.bytes.fetch_add(bytes, std::memory_order_relaxed);
-  return true;
+  if (mode == Mode::Auto && r->plan.form(count).cls == Class::Contiguous) return pass(Verdict::PassAlways);
+  if (__builtin_mul_overflow(count, r->plan.size, &bytes)) return Verdict::Pass;
+  if (!small_enough(bytes)) return pass(Verdict::Pass);
+  if (mode == Mode::Auto) {
+    const Verdict won = wins(*r, use, bytes, peer, gain, timed, watch);
+    if (won != Verdict::Take) return pass(won);
+  }
+  if (!proved(*r)) return pass(Verdict::Pass);
+  add(t.taken, 1);
+  add(t.bytes, bytes);
+  return Verdict::Take;
 }
 
 }  // namespace undertow
@@ -237,6 +245,7 @@ extern "C" __attribute__((visibility("default"))) long undertow_measure_leaf(MPI
 }
 extern "C" __attribute__((visibility("default"))) void undertow_measure_mode(int mode) {
   undertow::mode = mode ? undertow::Mode::Force : undertow::Mode::Auto;
+  undertow::passing_changed();
 }
 // The link to a rank of MPI_COMM_WORLD as the model names it; "unknown" when it may be one of several.
 extern "C" __attribute__((visibility("default"))) const char* undertow_measure_link(int rank) {

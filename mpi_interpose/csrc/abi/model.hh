@@ -48,10 +48,13 @@ class Stopwatch {
 // How a message may be timed: not at all, as one blocking call, or with the round of nonblocking ones that it is in.
 enum class Timed { No, Call, Round };
 
+// Take it; pass it; or pass it and every other call alike, whatever the running program measures.
+enum class Verdict { Take, Pass, PassAlways };
+
 // For messages; counts the decision. Collectives ask for more gain. `watch` is started where a blocking call is timed.
-bool wanted(Record* record, Use use, int64_t count, const Peer& peer, double gain, Timed timed, Stopwatch* watch);
+Verdict judge(Record* record, Use use, int64_t count, const Peer& peer, double gain, Timed timed, Stopwatch* watch);
 inline bool wanted(Record* record, Use use, int64_t count, const Peer& peer, double gain) {
-  return wanted(record, use, count, peer, gain, Timed::No, nullptr);
+  return judge(record, use, count, peer, gain, Timed::No, nullptr) == Verdict::Take;
 }
 
 }  // namespace undertow

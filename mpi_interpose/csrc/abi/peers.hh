@@ -19,9 +19,9 @@ const char* link_name(int link);           // socket, host, remote
 struct Peer {
   MPI_Comm comm;
   int rank;
-  bool one = false;
+  bool known = false, one = false;  // a communicator was named; one rank of it was
   Peer() = default;
-  Peer(MPI_Comm c, int r) : comm(c), rank(r), one(r != MPI_ANY_SOURCE) {}
+  Peer(MPI_Comm c, int r) : comm(c), rank(r), known(true), one(r != MPI_ANY_SOURCE) {}
 };
 
 uint64_t host_number();  // of the host (or the word in UNDERTOW_MPI_PLACE) where this rank runs

@@ -11,6 +11,7 @@
 
 #include "device.hh"
 #include "kernels.hh"
+#include "passing.hh"
 
 namespace undertow {
 
@@ -207,6 +208,7 @@ void report_mismatch(const Record& record, const char* what, int64_t at) {
 void report_write(int rank, int size) {
   const char* wish = std::getenv("UNDERTOW_MPI_REPORT");
   if (!wish || !*wish) return;
+  passing_count();
   each_live([](Record& r) { report_retired(r); });
   if (std::string(wish) == "stderr") {
     if (rank == 0) write_text(stderr, rank);

@@ -1,8 +1,9 @@
 // See requests.hh.
 #include "requests.hh"
 
-#include <mutex>
-#include <unordered_map>
+#include <algorithm>
+
+#include "maybe_lock.hh"
 
 namespace undertow {
 namespace {
@@ -11,7 +12,41 @@ constexpr size_t kShards = 16;
 
 struct Shard {
   std::mutex lock;
-  std::unordered_map<uintptr_t, Entry*> entries;
+  std::vector<Entry*> buckets = std::vector<Entry*>(64);
+  size_t entries = 0;
+
+  Entry*& bucket(uintptr_t key) { return buckets[(key * 0x9e3779b97f4a7c15ull) >> 20 & (buckets.size() - 1)]; }
+  void put(Entry* e) {
+    if (entries++ == 2 * buckets.size()) grow();
+    Entry*& first = bucket(handle_key(e->request));
+    e->next = first;
+    first = e;
+  }
+  void grow() {
+    std::vector<Entry*> old(2 * buckets.size());
+    old.swap(buckets);
+    for (Entry* e : old)
+      while (e) {
+        Entry* const next = e->next;
+        Entry*& first = bucket(handle_key(e->request));
+        e->next = first;
+        first = e;
+        e = next;
+      }
+  }
+  Entry* find(uintptr_t key) {
+    Entry* e = bucket(key);
+    while (e && handle_key(e->request) != key) e = e->next;
+    return e;
+  }
+  void remove(Entry* e) {
+    for (Entry** at = &bucket(handle_key(e->request)); *at; at = &(*at)->next)
+      if (*at == e) {
+        *at = e->next;
+        --entries;
+        return;
+      }
+  }
 };
 
 Shard* shards() {
@@ -20,60 +55,63 @@ Shard* shards() {
 }
 Shard& shard_of(uintptr_t key) { return shards()[(key * 0x9e3779b97f4a7c15ull) >> 60]; }
 
-std::atomic<int64_t> g_live{0};
 std::mutex g_orphan_lock;
 std::vector<Entry*>* g_orphans = new std::vector<Entry*>;
-std::atomic<int64_t> g_orphan_count{0};
 
 void destroy(Entry* e) {
-  slab_put(e->slab);
-  release(e->record);
+  if (e->slab) slab_put(e->slab);
+  if (e->record) release(e->record);
+  delete e->later;
   delete e;
-}
-
-void take_out(Entry* e) {
-  Shard& s = shard_of(handle_key(e->request));
-  std::lock_guard<std::mutex> guard(s.lock);
-  const auto found = s.entries.find(handle_key(e->request));
-  if (found != s.entries.end() && found->second == e) s.entries.erase(found);
 }
 
 void put_in(Entry* e) {
   Shard& s = shard_of(handle_key(e->request));
-  std::lock_guard<std::mutex> guard(s.lock);
-  s.entries[handle_key(e->request)] = e;
+  MaybeLock guard(s.lock);
+  s.put(e);
 }
 
 void remove(Entry* e) {
-  if (!e->claimed) take_out(e);
+  if (!e->claimed) {
+    Shard& s = shard_of(handle_key(e->request));
+    MaybeLock guard(s.lock);
+    s.remove(e);
+  }
   e->claimed = false;
-  g_live.fetch_sub(1, std::memory_order_relaxed);
+  add(live_entries, -1);
 }
 
 void unpack_entry(Entry* e, MPI_Status* status) {
   if (!e->receive || e->done) return;
+  e->done = true;
+  if (e->later) return e->later->finish(status);
   const int64_t n = received_bytes(status);
   if (n > 0) unpack_slab(*e->record, e->count, e->slab, e->user, n);
-  e->done = true;
 }
 
 }  // namespace
 
-bool threads_may_race = false;
+std::atomic<int64_t> live_entries{0}, orphan_count{0};
+uintptr_t complete_request = 0;
 
-bool any_entries() { return g_live.load(std::memory_order_relaxed) != 0; }
+void requests_init() {
+#if defined(OPEN_MPI) && !defined(UNDERTOW_ABI)
+  complete_request = reinterpret_cast<uintptr_t>(find_data("ompi_request_empty"));
+#endif
+}
 
 Entry* entry_of(MPI_Request request) {
   Shard& s = shard_of(handle_key(request));
-  std::lock_guard<std::mutex> guard(s.lock);
-  const auto found = s.entries.find(handle_key(request));
-  return found == s.entries.end() ? nullptr : found->second;
+  MaybeLock guard(s.lock);
+  return s.find(handle_key(request));
 }
 
 Entry* claim(MPI_Request request) {
-  Entry* e = entry_of(request);
-  if (e && threads_may_race) {
-    take_out(e);
+  Shard& s = shard_of(handle_key(request));
+  MaybeLock guard(s.lock);
+  Entry* e = s.find(handle_key(request));
+  if (e) {
+    s.remove(e);
     e->claimed = true;
   }
   return e;
@@ -88,7 +126,7 @@ void restore(Entry* e) {
 void enter(Entry* e, MPI_Request request) {
   e->request = request;
   put_in(e);
-  g_live.fetch_add(1, std::memory_order_relaxed);
+  add(live_entries, 1);
 }
 
 void deliver(Entry* e, MPI_Status* status) {
@@ -119,10 +157,8 @@ void adopt_orphan(Entry* e) {
   remove(e);
   std::lock_guard<std::mutex> guard(g_orphan_lock);
   g_orphans->push_back(e);
-  g_orphan_count.fetch_add(1);
+  orphan_count.fetch_add(1);
 }
-
-namespace {
 
 void drain_orphans(bool wait) {
   // The library may call the program's error handler, and that may come here again: then somebody is polling already.
@@ -145,19 +181,13 @@ void drain_orphans(bool wait) {
     destroy(e);
     (*g_orphans)[i] = g_orphans->back();
     g_orphans->pop_back();
-    g_orphan_count.fetch_sub(1);
+    orphan_count.fetch_sub(1);
   }
   inside = false;
 }
 
-}  // namespace
-
-void poll_orphans() {
-  if (g_orphan_count.load(std::memory_order_relaxed)) drain_orphans(false);
-}
-
 void finish_orphans() {
-  if (g_orphan_count.load()) drain_orphans(true);
+  if (orphan_count.load()) drain_orphans(true);
 }
 
 }  // namespace undertow

@@ -102,6 +102,7 @@ void start() {
   int level = MPI_THREAD_MULTIPLE;
   threads_may_race = own.Query_thread(&level) != MPI_SUCCESS || level == MPI_THREAD_MULTIPLE;
   types_init();
+  requests_init();
   model_init();
   undertow_gate = 1;
 }

@@ -5,8 +5,9 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <mutex>
 #include <vector>
+
+#include "maybe_lock.hh"
 
 namespace undertow {
 namespace {
@@ -61,9 +62,7 @@ char* carve(int64_t bytes) {
 }
 
 int class_of(int64_t bytes) {
-  int c = 8;
-  while ((1ll << c) < bytes) ++c;
-  return c;
+  return bytes <= 256 ? 8 : 64 - __builtin_clzll(static_cast<uint64_t>(bytes - 1));
 }
 
 }  // namespace
@@ -79,7 +78,7 @@ char* slab_get(int64_t bytes, const void* device) {
   const int64_t whole = kHeader + (1ll << c);
   char* block = nullptr;
   {
-    std::lock_guard<std::mutex> guard(g_lock);
+    MaybeLock guard(g_lock);
     if (!g_idle[c].empty()) {
       char* slab = g_idle[c].back();
       g_idle[c].pop_back();
@@ -112,7 +111,7 @@ void slab_put(char* slab) {
   if (header.size_class < 0) return device_slab_put(block, kHeader + header.bytes);
   const int c = header.size_class;
   {
-    std::lock_guard<std::mutex> guard(g_lock);
+    MaybeLock guard(g_lock);
     if (header.carved || g_idle_bytes + (1ll << c) <= kKeepBytes) {
       g_idle[c].push_back(slab);
       g_idle_bytes += 1ll << c;
@@ -196,7 +195,21 @@ void unpack_slab(Record& r, int64_t count, const char* slab, void* user, int64_t
   slab_put(other);
 }
 
-int64_t received_bytes(MPI_Status* status) {
+namespace {
+
+// Open MPI's status says it in plain; the fields are in its mpi.h, and a part of its ABI.
+template <class Status>
+auto said(const Status* s, int) -> decltype(static_cast<int64_t>(s->_ucount)) {
+  return s->_cancelled ? 0 : static_cast<int64_t>(s->_ucount);
+}
+// So does that of MPICH and its relatives: the lowest bit of the second word, and the count around it.
+template <class Status>
+auto said(const Status* s, int) -> decltype(static_cast<int64_t>(s->count_lo + s->count_hi_and_cancelled)) {
+  const auto high = static_cast<uint64_t>(static_cast<uint32_t>(s->count_hi_and_cancelled)) >> 1;
+  return s->count_hi_and_cancelled & 1 ? 0 : static_cast<int64_t>(high << 32 | static_cast<uint32_t>(s->count_lo));
+}
+template <class Status>
+int64_t said(const Status* status, long) {
   int cancelled = 0;
   own.Test_cancelled(status, &cancelled);
   if (cancelled) return 0;
@@ -204,5 +217,9 @@ int64_t received_bytes(MPI_Status* status) {
   if (own.Get_elements_x(status, constants.byte, &n) != MPI_SUCCESS || n < 0) return 0;
   return n;
 }
+
+}  // namespace
+
+int64_t received_bytes(MPI_Status* status) { return said(status, 0); }
 
 }  // namespace undertow

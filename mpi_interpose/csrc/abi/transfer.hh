@@ -32,6 +32,7 @@ struct SendSide {
   MPI_Datatype type;
   Record* record = nullptr;
   char* slab = nullptr;
+  Verdict verdict = Verdict::Pass;
   Stopwatch watch;
 
   SendSide(void* user, int64_t count, MPI_Datatype datatype, const Peer& peer, bool allowed = true,
@@ -40,7 +41,14 @@ struct SendSide {
     if (!allowed) return;
     const bool device = device_side(user, datatype);
     Record* r = device ? device_wanted(datatype, kSendUse, count) : record_of(datatype);
-    if (!r || !(device || wanted(r, kSendUse, count, peer, gain, timed, &watch))) return;
+    if (!device) {
+      verdict = judge(r, kSendUse, count, peer, gain, timed, &watch);
+      if (verdict != Verdict::Take) {
+        record = r;
+        return;
+      }
+    }
+    if (!r) return;
     const MPI_Datatype twin = twin_of(r, device);
     if (handle_key(twin) == handle_key(constants.type_null)) return;
     slab = slab_get(count * r->plan.size, device ? user_bytes(*r, user) : nullptr);
@@ -71,6 +79,7 @@ struct RecvSide {
   int64_t count;
   Record* record = nullptr;
   char* slab = nullptr;
+  Verdict verdict = Verdict::Pass;
   Stopwatch watch;
 
   RecvSide(void* target, int64_t n, MPI_Datatype datatype, const Peer& peer, bool allowed = true,
@@ -79,7 +88,14 @@ struct RecvSide {
     if (!allowed) return;
     const bool device = device_side(target, datatype);
     Record* r = device ? device_wanted(datatype, kRecvUse, n) : record_of(datatype);
-    if (!r || !(device || wanted(r, kRecvUse, n, peer, gain, timed, &watch))) return;
+    if (!device) {
+      verdict = judge(r, kRecvUse, n, peer, gain, timed, &watch);
+      if (verdict != Verdict::Take) {
+        record = r;
+        return;
+      }
+    }
+    if (!r) return;
     const MPI_Datatype twin = twin_of(r, device);
     if (handle_key(twin) == handle_key(constants.type_null)) return;
     slab = slab_get(n * r->plan.size, device ? user_bytes(*r, target) : nullptr);

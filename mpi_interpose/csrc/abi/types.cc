@@ -10,6 +10,7 @@
 #include <mutex>
 #include <vector>
 
+#include "passing.hh"
 #include "report.hh"
 
 extern "C" const char undertow_built_for[], undertow_flavour_name[];
@@ -82,6 +83,7 @@ int on_delete(MPI_Datatype, int, void* attribute, void*) {
     if (look(record->key) == record) store(record->key, nullptr);
   }
   record->dead.store(true);
+  passing_retired(*record);  // the handle may be another type's next
   release(record);
   return MPI_SUCCESS;
 }
@@ -122,6 +124,7 @@ Record* admit(MPI_Datatype type) {
   }
   std::lock_guard<std::mutex> guard(g_lock);
   store(record->key, record);
+  passing_changed();  // a type that was not understood may have had this handle
   return record;
 }
 

@@ -32,6 +32,7 @@ from undertow.comms.overlap_cuda import CudaOverlapEngine
 from undertow.comms.placement import Placement
 from undertow.dist.errors import UserError
 from undertow.parallel import overlap_gate
+from undertow.parallel.kernels.ordered_sum import ordered_sum
 from undertow.parallel.kernels.tracked_matmul import tracked_matmul, tracked_product, unusable
 from undertow.parallel.overlap_gate import CUDA_ARMS
 from undertow.parallel.overlap_team import panel_of, rows_of
@@ -122,7 +123,8 @@ def rank_of(m: int, n: int, k: int, seed: int) -> _Rank:
         return flat.narrow(0, int(rows.storage_offset()), rows.numel())  # it lies as what lands does
 
     messenger = PinnedMessenger(0, WORLD, device, incoming)
-    return _Rank(a, b, partials, CudaOverlapEngine(device=device, messenger=messenger), messenger, sizes)
+    engine = CudaOverlapEngine(device=device, messenger=messenger, add=ordered_sum)
+    return _Rank(a, b, partials, engine, messenger, sizes)
 
 
 def trial(m: int, n: int, k: int, seed: int) -> Trial:

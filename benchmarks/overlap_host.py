@@ -19,7 +19,9 @@ import torch
 
 from undertow.benchmarks.overlap_cuda import WORLD, rank_of
 from undertow.comms import cuda_driver
+from undertow.comms.overlap_engine import add_in_order
 from undertow.dist.errors import UserError
+from undertow.parallel.kernels.ordered_sum import ordered_sum
 from undertow.parallel.overlap_gate import CUDA_ARMS
 
 REPEATS = 20  # of a single kind of call between two waits for the device
@@ -67,6 +69,14 @@ def parts(device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "a copy from pinned memory by torch", lambda: y.copy_(there, non_blocking=True)
     (source, nbytes), (target, _) = cuda_driver.place(y), cuda_driver.place(there)
     yield "a copy to pinned memory by address", lambda: cuda_driver.copy(stream, target, source, nbytes)
+    seven = [(target + at * 1024, source + at * 1024, 1024) for at in range(7)]
+    yield "seven such copies", lambda: [cuda_driver.copy(stream, *each) for each in seven]
+    yield "seven such copies in one call", lambda: cuda_driver.copy_all(stream, seven)
+    parts, out = [torch.zeros_like(y) for _ in range(8)], torch.empty_like(y)
+    yield "a sum of eight by torch", lambda: add_in_order(parts, out)
+    yield "a sum of eight by one kernel", lambda: ordered_sum(parts, out)
+    yield "the bytes and the address of rows", lambda: cuda_driver.place(y)
+    yield "a view of a piece of columns", lambda: y.as_strided((32, 8), (8, 1), 64)
 
 
 def main() -> int:
@@ -80,7 +90,7 @@ def main() -> int:
     print("\n| way | pieces | host, us | for each piece |\n|---|---:|---:|---:|")
     rank = rank_of(256, 512, 512, 0)
     for arm in CUDA_ARMS:
-        pieces = WORLD * arm.subchunks
+        pieces = arm.subchunks + 1 if arm.columns else WORLD * arm.subchunks
         took = microseconds(lambda arm=arm: rank.scatter(arm), repeats=1)
         print(f"| {arm.name} | {pieces} | {took:.0f} | {took / pieces:.1f} |", flush=True)
     return 0

@@ -31,6 +31,7 @@ from ..dist.log import get_logger
 from ..dist.machine import Machine
 from ..dist.trace import Trace
 from . import overlap_plain
+from .kernels.ordered_sum import ordered_sum
 from .kernels.tracked_matmul import tracked_product
 from .overlap_gate import ARMS, CUDA_ARMS, ROW_ARMS, Arm, Gate, Rates, cut, fewer_reads
 
@@ -74,7 +75,9 @@ class Team:
             self.engine = OverlapEngine(group, timeout_s=timeout_s, link=link, trace=trace)
         elif link is None:
             messenger = gpu_messenger(group, self.device, timeout_s, transport)
-            self.engine = CudaOverlapEngine(group, device=self.device, timeout_s=timeout_s, messenger=messenger)
+            self.engine = CudaOverlapEngine(
+                group, device=self.device, timeout_s=timeout_s, messenger=messenger, add=ordered_sum
+            )
         else:
             raise UserError("an emulated link around NCCL", expected="device='cpu': the emulation holds host threads")
         self.rank, self.world, self.link = self.engine.rank, self.engine.world, link

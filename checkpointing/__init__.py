@@ -1,5 +1,6 @@
 """Lazy, asynchronous, multi-level checkpoints: state to tiers and back."""
 
+from .bucket import Bucket
 from .checkpointer import Checkpointer
 from .drop_in import async_save
 from .frequency import Frequency
@@ -10,6 +11,7 @@ from .retention import Retention
 from .stored import open_checkpoint
 
 __all__ = [
+    "Bucket",
     "Checkpointer",
     "Frequency",
     "Mirror",

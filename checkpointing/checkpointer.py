@@ -19,6 +19,7 @@ from ..dist import launch
 from ..dist.errors import UserError
 from ..dist.machine import Machine
 from ..dist.trace import Trace
+from .bucket import Bucket
 from .budget import Budget
 from .coordinate import Coordinator, current_rank
 from .due import Due
@@ -49,7 +50,8 @@ class Checkpointer:
     """Saves and restores the named `objects` (modules, optimizers, anything with state_dict) under `root`.
 
     `every`: steps between saves to disk (0: only when `save` is called; a `Frequency` chooses). `keep`: how many newest
-    checkpoints to retain (None: all; a `Retention` has more rules). `mirror`: a second folder to copy some of them to.
+    checkpoints to retain (None: all; a `Retention` has more rules). `mirror`: a second folder to copy some of them to,
+    `bucket`: a place in an object store (S3, GCS, Azure).
     `host_every`: steps between saves to host memory, which survives a killed process but not the machine;
     `host_generations` of them are held (one always valid, one being written, one being flushed). `partner`: each is
     copied to another machine's memory too, which the loss of a machine then leaves. `per_rank`: objects
@@ -67,6 +69,7 @@ class Checkpointer:
         every: int | Frequency = 0,
         keep: int | Retention | None = 3,
         mirror: Mirror | None = None,
+        bucket: Bucket | None = None,
         host_every: int = 0,
         host_generations: int = 3,
         partner: Partner | None = None,
@@ -105,6 +108,7 @@ class Checkpointer:
             self._coordinator,
             keep=keep,
             mirror=mirror,
+            bucket=bucket,
             partner=partner,
             host_generations=host_generations if host_every else 0,
             ops=ops or FileOps(),

@@ -26,13 +26,15 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 from ..dist.log import get_logger
 from ..dist.trace import Trace
 from ..dist.version import __version__
+from .bucket_folder import BucketFolder
 from .coordinate import Coordinator
-from .folder import Folder, read_manifest
+from .folder import Folder
 from .manifest import METADATA, BadCheckpoint, FileRecord, Manifest, ObjectRecord, checksums, metrics_of
 from .retention import Retention, to_remove
 from .save import Save, SaveReport
 
 log = get_logger(__name__)
+Home = Folder | BucketFolder  # where the checkpoints of a tier are
 WORDS = 16  # of a rank that are kept in the store: each has been heard long before so many others are said
 
 
@@ -74,7 +76,7 @@ class Committer:
     def __init__(
         self,
         tier: str,
-        folder: Folder,
+        folder: Home,
         coordinator: Coordinator,
         *,
         keep: int | Retention | None,
@@ -106,6 +108,11 @@ class Committer:
     @property
     def busy(self) -> bool:
         return self._open > 0
+
+    @property
+    def waiting(self) -> int:
+        """Saves that have not ended, the one under way among them."""
+        return self._open
 
     def drain(self) -> None:
         """Wait until every part handed over has ended, and what retention removes is gone."""
@@ -248,7 +255,10 @@ class Committer:
             if self._going is not None and save.step in self._leaving:
                 self._going.result()  # its folder gets this name again
             self.folder.commit(scratch, manifest, metadata)
-            self._retain()
+            try:
+                self._retain()
+            except OSError as error:  # it is committed all the same
+                log.warning("cannot remove old checkpoints in %s (%s)", self.folder.root, error)
         except BaseException as error:
             with suppress(OSError):  # a late rank may still write there; the next job clears it away
                 if part.disposable:
@@ -270,7 +280,7 @@ class Committer:
             for step in steps:
                 if step not in self._metrics:
                     with suppress(BadCheckpoint):  # damaged: it has no metrics, and restore will set it aside
-                        self._metrics[step] = metrics_of(read_manifest(self.folder.final(step)))
+                        self._metrics[step] = metrics_of(self.folder.manifest(step))
         steps = to_remove(steps, self._keep, self._metrics)
         for step in steps:
             self.folder.invalidate(step)

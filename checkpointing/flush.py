@@ -21,13 +21,14 @@ from .manifest import FileRecord, checksum
 
 
 class ShardFile:
-    """One rank's shard file being written, with its folder; created by the first write. Thread-safe. `followed`:
-    another tier reads the chunks as they come (`read_chunk`), and calls `leave` in the end."""
+    """One rank's shard file being written, with its folder; created by the first write. Thread-safe. `followers`: so
+    many other tiers read the chunks as they come (`await_chunk`), and each calls `leave` in the end."""
 
-    def __init__(self, ops: FileOps, path: Path, image: Image, *, followed: bool = False) -> None:
+    def __init__(self, ops: FileOps, path: Path, image: Image, *, followers: int = 0) -> None:
         self.ops, self.path, self.image = ops, path, image
         self._handle = self._reader = -1
-        self._followed = followed
+        self._followers = followers
+        self._left: set[int] = set()
         self._written = bytearray(image.chunks)
         self.sums: list[str] = [""] * image.chunks
         self._issued = self._done = 0
@@ -39,7 +40,8 @@ class ShardFile:
                 self.ops.mkdir(self.path.parent)
                 rounded = -(-self.image.size // SECTOR) * SECTOR
                 self._handle = self.ops.create(self.path, rounded)
-                if self._followed:  # held open: the file is renamed, and retention may remove it before it is read
+                if len(self._left) < self._followers:
+                    # held open: the file is renamed, and retention may remove it before it is read
                     self._reader = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             return self._handle
 
@@ -62,11 +64,11 @@ class ShardFile:
                 self._changed.wait(timeout=0.2)
             return self._reader
 
-    def leave(self) -> None:
-        """The follower reads no more."""
+    def leave(self, follower: object) -> None:
+        """This follower reads no more; it may say so twice."""
         with self._changed:
-            self._followed = False
-            if self._reader >= 0:
+            self._left.add(id(follower))
+            if len(self._left) >= self._followers and self._reader >= 0:
                 handle, self._reader = self._reader, -1
                 os.close(handle)
 

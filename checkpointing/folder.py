@@ -19,6 +19,7 @@ import os
 import re
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from ..dist.errors import UserError
@@ -36,7 +37,8 @@ from .manifest import (
     commit_bytes,
     require_known_format,
 )
-from .verify import check_lengths
+from .reader import Reader
+from .verify import check_content, check_lengths
 
 log = get_logger(__name__)
 RESTARTS = "RESTARTS.json"
@@ -46,6 +48,8 @@ OURS = re.compile(r"^(\.?step-\d{9,}(\.(tmp|old|bad|left)-[0-9a-f-]+)?|LATEST|RE
 
 class Folder:
     """The checkpoints under `root`. Only rank 0 of the job that holds the lock changes anything here."""
+
+    unreachable = ""  # a disk that does not answer raises
 
     def __init__(self, root: Path, ops: FileOps) -> None:
         self.root, self.ops = root, ops
@@ -221,6 +225,22 @@ class Folder:
     def remove(self, step: int) -> None:
         self.ops.rmtree(self.final(step))
 
+    def manifest(self, step: int) -> Manifest:
+        """The manifest of `step`, after COMMIT.json has vouched for it; else `BadCheckpoint`."""
+        path = self.final(step)
+        found = read_manifest(path)
+        if found.step != step:
+            raise BadCheckpoint(f"{path} holds the checkpoint of step {found.step}")
+        return found
+
+    def check(self, step: int, manifest: Manifest, *, part: int, parts: int, on_bytes: Callable[[int], None]) -> None:
+        """Lengths, then the checksums of every `parts`-th chunk beginning with `part`."""
+        check_lengths(self.final(step), manifest)
+        check_content(self.final(step), manifest, part=part, parts=parts, on_bytes=on_bytes)
+
+    def reader(self, step: int, manifest: Manifest) -> Reader:
+        return Reader(self.final(step), manifest)
+
     def _aside(self, final: Path, why: str) -> Path:
         stamp = time.time_ns()
         while (aside := self.root / f".{final.name}.{why}-{stamp:x}").exists():  # clocks stand still and go back
@@ -245,10 +265,18 @@ def read_manifest(path: Path) -> Manifest:
         if not (path / name).is_file():  # reading a pipe that somebody has planted would never end
             raise BadCheckpoint(f"{path / name} is missing or no regular file")
     try:
-        commit = json.loads((path / COMMIT).read_bytes())
-        data = (path / MANIFEST).read_bytes()
-        promised, version = commit["manifest"], commit["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        commit, data = (path / COMMIT).read_bytes(), (path / MANIFEST).read_bytes()
+    except OSError as error:
+        raise BadCheckpoint(f"{path} has no readable commit ({type(error).__name__}: {error})") from error
+    return parse_manifest(commit, data, path)
+
+
+def parse_manifest(commit: bytes, data: bytes, path: Path) -> Manifest:
+    """The manifest in `data`, after the bytes of COMMIT.json have vouched for it; `path` is for messages."""
+    try:
+        word = json.loads(commit)
+        promised, version = word["manifest"], word["format"]
+    except (ValueError, KeyError, TypeError) as error:
         raise BadCheckpoint(f"{path} has no readable commit ({type(error).__name__}: {error})") from error
     require_known_format(version, path / COMMIT)
     if checksum(data) != promised:

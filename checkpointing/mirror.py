@@ -61,7 +61,7 @@ class MirrorFile:
                         raise BadCheckpoint(f"chunk {chunk} of {self.path.name} has changed on the disk")
                     with buffer[: _sectors(end - begin)] as rounded:
                         self.ops.pwrite(self._handle, rounded, begin)
-        self._written.leave()
+        self._written.leave(self)
 
     def wait(self) -> None:
         """Nothing to wait for: `begin` copies."""
@@ -72,7 +72,7 @@ class MirrorFile:
         return FileRecord(self._written.image.size, tuple(self._written.sums))
 
     def abandon(self) -> None:
-        self._written.leave()
+        self._written.leave(self)
         if self._handle >= 0:
             handle, self._handle = self._handle, -1
             self.ops.abandon(handle)

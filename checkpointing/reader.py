@@ -56,12 +56,17 @@ class Reader:
         """The value of `key`. `BadCheckpoint` when it holds a type that neither torch nor the user allows."""
         record = self.manifest.objects[key]
         data = self._map(record.file)[record.start : record.start + record.length]
-        try:
-            with torch.serialization.safe_globals(list(allowed)):
-                return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except Exception as error:
-            lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
-            reason = next((line for line in lines if "nsupported" in line or "Unpickler" in line), lines[0])
-            raise BadCheckpoint(
-                f"the object '{key}' of {self.path} cannot be read safely ({reason}); name its types in allow_types"
-            ) from error
+        return load_object(data, key, self.path, allowed)
+
+
+def load_object(data: bytes, key: str, where: Path, allowed: Sequence[type]) -> Any:
+    """The value of `key` from its archive, by torch's restricted unpickler; `where` is for the message."""
+    try:
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+        reason = next((line for line in lines if "nsupported" in line or "Unpickler" in line), lines[0])
+        raise BadCheckpoint(
+            f"the object '{key}' of {where} cannot be read safely ({reason}); name its types in allow_types"
+        ) from error

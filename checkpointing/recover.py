@@ -13,18 +13,17 @@ from collections.abc import Sequence
 from ..dist.errors import UserError
 from ..dist.log import get_logger
 from ..dist.progress import Progress
+from .committer import Home
 from .coordinate import Coordinator
-from .folder import Folder, read_manifest
 from .manifest import BadCheckpoint, Manifest
-from .verify import check_content, check_lengths
 
 log = get_logger(__name__)
 NOT_DAMAGE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
 
 
 def choose(
-    folders: Sequence[Folder], coordinator: Coordinator, *, step: int | None, timeout_s: float
-) -> tuple[Folder, int, Manifest] | None:
+    folders: Sequence[Home], coordinator: Coordinator, *, step: int | None, timeout_s: float
+) -> tuple[Home, int, Manifest] | None:
     """(folder, step, manifest) of the checkpoint to load, agreed by all ranks; None when there is none.
 
     A run whose every checkpoint is damaged is told so, and does not quietly begin again. The newest step over all
@@ -38,9 +37,12 @@ def choose(
         if coordinator.rank == 0:
             found = [(number, -place) for place, folder in enumerate(folders) for number in folder.committed()]
             usable = [entry for entry in found if step is None or entry[0] == step]
-            coordinator.say(name, (sorted({number for number, _ in found}), max(usable, default=None)))
-        steps, proposed = coordinator.hear(name, 0, deadline_s=time.monotonic() + timeout_s)
+            away = "; ".join(f"{f.root} does not answer: {f.unreachable}" for f in folders if f.unreachable)
+            coordinator.say(name, (sorted({number for number, _ in found}), max(usable, default=None), away))
+        steps, proposed, away = coordinator.hear(name, 0, deadline_s=time.monotonic() + timeout_s)
         if proposed is None:
+            if away:  # beginning anew would be taken for "there is none"
+                raise UserError(f"cannot tell which checkpoints there are ({away})", remedy="try again when it does")
             if step is None and not refused:
                 return None
             if step is None:
@@ -67,18 +69,14 @@ def choose(
             log.warning("checkpoint %d is damaged (%s); set aside as %s", number, refused, aside)
 
 
-def _verify(folder: Folder, coordinator: Coordinator, step: int) -> tuple[Manifest | None, str, bool]:
+def _verify(folder: Home, coordinator: Coordinator, step: int) -> tuple[Manifest | None, str, bool]:
     """The manifest, or what is wrong, and whether that is no damage (a later format, a file this user may not read)."""
-    path = folder.final(step)
     try:
-        manifest = read_manifest(path)
-        if manifest.step != step:
-            raise BadCheckpoint(f"{path} holds the checkpoint of step {manifest.step}")
-        check_lengths(path, manifest)
+        manifest = folder.manifest(step)
         rank, world = coordinator.rank, coordinator.world
         share = sum(record.nbytes for record in manifest.files.values()) // world  # of any rank, nearly
-        with Progress(share, f"verify {path.name}", rank == 0, unit="B", patient=True) as bar:
-            check_content(path, manifest, part=rank, parts=world, on_bytes=bar.update)
+        with Progress(share, f"verify {folder.final(step).name}", rank == 0, unit="B", patient=True) as bar:
+            folder.check(step, manifest, part=rank, parts=world, on_bytes=bar.update)
     except BadCheckpoint as error:
         return None, str(error), isinstance(error.__cause__, OSError) and error.__cause__.errno in NOT_DAMAGE
     except UserError as error:

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from ..dist.log import get_logger
 from ..dist.trace import Trace
+from .bucket_reader import BucketReader
 from .coordinate import Coordinator
 from .fit import Fit
 from .foreign import Names, open_on_all
 from .partner_restore import MemoryRestore
 from .partner_tier import PartnerTier
 from .recover import choose
-from .restore import load, load_from
+from .restore import load_from
 from .state import AppState
 from .tiers import Tiers
 
@@ -62,7 +63,9 @@ class Restorer:
             return None
         folder, number, manifest = found
         path = folder.final(number)
-        load(self._state, path, manifest, self._allow, self._exchange)
+        reader = folder.reader(number, manifest)
+        fetch = reader.fetch if isinstance(reader, BucketReader) else lambda targets: None
+        load_from(self._state, reader, self._allow, exchange=self._exchange, before=fetch)
         nbytes = sum(record.nbytes for record in manifest.files.values())
         self.origins = [{str(path): nbytes}] * self._coordinator.world
         log.info("restored step %d from %s", number, path)

@@ -1,4 +1,4 @@
-"""Where a save goes: host memory, the checkpoint folder, and a mirror of it, each optional, each with its committer.
+"""Where a save goes: host memory, the checkpoint folder, a mirror of it and a bucket, each with its own committer.
 
 A save is copied off the device once, into the memory that `route` names; the tiers share those bytes. Restoring looks
 into the folders in the order of `folders`, nearest first. A further kind of tier needs a `Folder`, a `TierFile` and a
@@ -22,7 +22,9 @@ from ..dist.trace import Trace
 from ..dist.units import format_bytes
 from .arena import Memory
 from .attempt import MEETINGS, Attempt
-from .committer import Committer, Part
+from .bucket import WAITING, Bucket, BucketFile
+from .bucket_folder import BucketFolder
+from .committer import Committer, Home, Part
 from .coordinate import Coordinator
 from .copies import HostCopier
 from .files import FileOps
@@ -52,6 +54,7 @@ class Tiers:
         *,
         keep: int | Retention | None,
         mirror: Mirror | None,
+        bucket: Bucket | None,
         partner: Partner | None,
         host_generations: int,
         ops: FileOps,
@@ -66,26 +69,31 @@ class Tiers:
             self.host = PartnerTier(root, coordinator, partner, generations=host_generations, **ways)
         elif host_generations:
             self.host = HostTier(root, coordinator, generations=host_generations)
-        self._mirror, self._mirrored, self._attempts = mirror, -1, 0
+        self._mirror, self._bucket, self._attempts = mirror, bucket, 0
+        self._sent = {"mirror": -1, "bucket": -1}  # the last step that went there
         self._mirror_folder = Folder(Path(mirror.root), ops) if mirror else None
+        self._bucket_folder = BucketFolder(bucket.open(), root, coordinator.token) if bucket else None
         self._take()
         self._committers = {"disk": self._committer("disk", self.folder, keep)}
         if self.host is not None:
             self._committers[self.host.tier] = self._committer(self.host.tier, self.host.folder, None)
         if self._mirror_folder is not None and mirror is not None:
             self._committers["mirror"] = self._committer("mirror", self._mirror_folder, mirror.keep)
+        if self._bucket_folder is not None and bucket is not None:
+            self._committers["bucket"] = self._committer("bucket", self._bucket_folder, bucket.keep)
 
     @property
     def committers(self) -> Sequence[Committer]:
         return tuple(self._committers.values())
 
     @property
-    def folders(self) -> list[Folder]:
+    def folders(self) -> list[Home]:
         """Where to look for a checkpoint, nearest first; what partners hold is not in a folder."""
         host = self.host.folder if isinstance(self.host, HostTier) else None
-        return [folder for folder in (host, self.folder, self._mirror_folder) if folder is not None]
+        found = (host, self.folder, self._mirror_folder, self._bucket_folder)
+        return [folder for folder in found if folder is not None]
 
-    def _committer(self, tier: str, folder: Folder, keep: int | Retention | None) -> Committer:
+    def _committer(self, tier: str, folder: Home, keep: int | Retention | None) -> Committer:
         return Committer(tier, folder, self.coordinator, keep=keep, timeout_s=self._timeout_s, trace=self._trace)
 
     def _take(self) -> None:
@@ -97,6 +105,8 @@ class Tiers:
                 self.folder.take()
                 if self._mirror_folder is not None:
                     self._mirror_folder.take()
+                if self._bucket_folder is not None:
+                    self._bucket_folder.take()
                 if self.host is not None:
                     self.host.take()
             except UserError as error:
@@ -117,10 +127,11 @@ class Tiers:
         """The next try to save, now. All ranks ask for each alike, and whatever becomes of it: that is how they number
         and mirror the same ones."""
         self._attempts += 1
-        mirror, far = self._mirror, False
-        if mirror is not None and disk and step // mirror.every > self._mirrored // mirror.every:
-            self._mirrored, far = step, True
-        asked = {"disk": disk, "mirror": far}
+        asked = {"disk": disk}
+        for tier, copy in (("mirror", self._mirror), ("bucket", self._bucket)):
+            asked[tier] = copy is not None and disk and step // copy.every > self._sent[tier] // copy.every
+            if asked[tier]:
+                self._sent[tier] = step
         if self.host is not None:
             asked = {self.host.tier: host} | asked
         tiers = tuple(tier for tier, wanted in asked.items() if wanted)
@@ -136,7 +147,7 @@ class Tiers:
             self.coordinator.decide(attempt.at("claim"), reason)
             for tier in attempt.tiers:
                 committer = self._committers[tier]
-                scratch = committer.folder.scratch(attempt.step, self.coordinator.token)
+                scratch = committer.folder.scratch(attempt.step, self._token(tier, attempt))
                 committer.refuse(attempt.number, attempt.step, reason, scratch)
 
     def route(
@@ -165,18 +176,34 @@ class Tiers:
             path, far = self.folder.scratch(save.step, self.coordinator.token) / name, None
             if self._mirror_folder is not None and "mirror" in save.attempt.tiers:
                 far = self._mirror_folder.scratch(save.step, self.coordinator.token) / name
-            file = ShardFile(self.folder.ops, path, save.plan.image, followed=far is not None)
+            sent = self._bucket_folder is not None and "bucket" in save.attempt.tiers
+            file = ShardFile(self.folder.ops, path, save.plan.image, followers=(far is not None) + sent)
             takers.append(partial(pipe.flush, file, memory, copier))
             parts.append((self._committers["disk"], Part(save, file, after=self._after_disk(save, claimed))))
             if far is not None:
                 copy = MirrorFile(self.folder.ops, far, file, lambda: save.snapshot.error)
                 parts.append((self._committers["mirror"], Part(save, copy, follows=True)))
+            if sent:
+                parts.append((self._committers["bucket"], Part(save, self._bucket_file(save, file), follows=True)))
 
         def on_chunk(snapshot: Snapshot, chunk: int, slot: int, mark: Any) -> None:
             for take in takers:
                 take(snapshot, chunk, slot, mark)
 
         return memory, parts, on_chunk
+
+    def _token(self, tier: str, attempt: Attempt) -> str:
+        """Distinguishes what this job writes from what others have; in a bucket one try from another, too."""
+        return f"{self.coordinator.token}-{attempt.number:x}" if tier == "bucket" else self.coordinator.token
+
+    def _bucket_file(self, save: Save, file: ShardFile) -> BucketFile:
+        assert self._bucket is not None and self._bucket_folder is not None
+        path = self._bucket_folder.scratch(save.step, self._token("bucket", save.attempt)) / save.plan.shard_name
+        late = ""
+        if self._committers["bucket"].waiting >= WAITING:
+            late = f"rank {self.coordinator.rank} still uploads earlier saves: the store is slower than saves come"
+        store = self._bucket_folder.store
+        return BucketFile(store, self._bucket, path, file, lambda: save.snapshot.error, refused=late)
 
     def _after_disk(self, save: Save, claimed: Claim | None) -> Callable[[bool], None]:
         def after(ok: bool) -> None:
@@ -200,6 +227,8 @@ class Tiers:
         )
         if self._mirror is not None and self._mirror_folder is not None:
             lines.append(f"  mirror  one of every {self._mirror.every} steps' → {self._mirror_folder.root}")
+        if self._bucket is not None:
+            lines.append(f"  bucket  one of every {self._bucket.every} steps' → {self._bucket.url}")
         return "\n".join(lines)
 
     def roll_back(self, step: int) -> None:
@@ -208,7 +237,7 @@ class Tiers:
             self.host.forget_after(step)
         if self.coordinator.rank:
             return
-        for folder in filter(None, (self.folder, self._mirror_folder)):
+        for folder in filter(None, (self.folder, self._mirror_folder, self._bucket_folder)):
             for later in [found for found in folder.committed() if found > step]:
                 log.info("set aside the newer checkpoint %d as %s", later, folder.set_aside(later, "left"))
         if isinstance(self.host, HostTier):
@@ -226,3 +255,5 @@ class Tiers:
         self.folder.release()
         if self._mirror_folder is not None:
             self._mirror_folder.release()
+        if self._bucket_folder is not None:
+            self._bucket_folder.release()

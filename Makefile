@@ -12,7 +12,7 @@ VENV ?= .venv
 PYTHON ?=
 ARGS ?=
 export VENV PYTHON
-TEST_EXTRAS = plots test mpi hf trl lightning deepspeed metrics workloads
+TEST_EXTRAS = plots test mpi hf trl lightning deepspeed metrics object-store workloads
 
 .PHONY: help demo test quick check wheel system clean
 

@@ -1,4 +1,4 @@
-"""What passes is remembered without being counted wrongly or outliving its datatype; many requests may share a handle."""
+"""What passes is remembered, counted rightly and forgotten with its datatype; many requests may share a handle."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def trial(m: int, n: int, k: int, seed: int) -> Trial:
     usable = [arm for arm in CUDA_ARMS if not (arm.tracked and why_not)]
     for arm in usable:
         rank.scatter(arm, check=True)
-    copies_s, product_s = _seconds(partial(_copies, rank)), _seconds(partial(torch.mm, a, b))
+    copies_s, product_s = _seconds(partial(copies, rank)), _seconds(partial(torch.mm, a, b))
     gate = _decided(rank, usable)
     chosen = gate.chosen()
     assert chosen is not None
@@ -184,7 +184,7 @@ def _counted(a: torch.Tensor, b: torch.Tensor) -> None:
     tracked_matmul(a, b, y, [(0, a.shape[0])], torch.zeros(1, dtype=torch.int32, device=a.device))
 
 
-def _copies(rank: _Rank) -> None:
+def copies(rank: _Rank) -> None:
     """All that leaves and all that comes, without a product."""
     y = rank.a.new_empty(rank.a.shape[0], rank.b.shape[1])
     staged = rank.messenger.landings(y[: rank.sizes[0]])

@@ -4,7 +4,9 @@
 
 A piece is sent by a dozen such calls. Where they take the host longer than the GPU takes for the piece, the GPU waits,
 and finer pieces are slower whatever they hide. The link is pinned host memory, and the shape is small, so that the host
-is what is measured: it queues no more than the device's queue holds, and the clock stops before it waits for that.
+is what is measured: it queues no more than the device's queue holds, and the clock stops before it waits for that. What
+is lost on the device itself shows where a whole call is queued while the device sleeps, beside the same call from idle;
+`of ideal` compares with the longer of product and copies alone.
 """
 
 from __future__ import annotations
@@ -13,19 +15,23 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
-from undertow.benchmarks.overlap_cuda import WORLD, rank_of
+from undertow.benchmarks.overlap_cuda import WORLD, copies, rank_of
 from undertow.comms import cuda_driver
 from undertow.comms.overlap_engine import add_in_order
 from undertow.dist.errors import UserError
 from undertow.parallel.kernels.ordered_sum import ordered_sum
+from undertow.parallel.kernels.tracked_matmul import unusable
 from undertow.parallel.overlap_gate import CUDA_ARMS
 
 REPEATS = 20  # of a single kind of call between two waits for the device
 ROUNDS = 15
+SLEEP_CYCLES = 20_000_000  # 10 ms and more, in which a call is queued
+SHAPES = ((2048, 8192, 16384), (4096, 8192, 16384))
 
 
 def microseconds(call: Callable[[], Any], repeats: int = REPEATS) -> float:
@@ -37,6 +43,23 @@ def microseconds(call: Callable[[], Any], repeats: int = REPEATS) -> float:
         for _ in range(repeats):
             call()
         times.append((time.perf_counter() - began_s) / repeats * 1e6)
+    return statistics.median(times[1:])
+
+
+def device_microseconds(call: Callable[[], Any], *, ahead: bool = True) -> float:
+    """The device's time for one `call`: `ahead`, while it sleeps until the host has queued all of it, as a model's own
+    work keeps it busy; else from idle, when the host's time counts where it is longer."""
+    times = []
+    for _ in range(ROUNDS + 1):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        if ahead:
+            torch.cuda._sleep(SLEEP_CYCLES)
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3)
     return statistics.median(times[1:])
 
 
@@ -79,6 +102,22 @@ def parts(device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "a view of a piece of columns", lambda: y.as_strided((32, 8), (8, 1), 64)
 
 
+def on_the_device(m: int, n: int, k: int) -> None:
+    """Print every way's time for one shape, queued ahead and from idle."""
+    rank = rank_of(m, n, k, 0)
+    alone = [device_microseconds(call) for call in (partial(torch.mm, rank.a, rank.b), partial(copies, rank))]
+    print(f"\nM×N×K = {m}×{n}×{k}: product {alone[0]:.0f} us, copies {alone[1]:.0f} us\n")
+    print(
+        "| way | device, us, queued ahead | of ideal | from an idle device, us | of ideal |\n|---|---:|---:|---:|---:|"
+    )
+    for arm in CUDA_ARMS:
+        if not (arm.tracked and unusable(rank.a, rank.b)):
+            took = [device_microseconds(partial(rank.scatter, arm), ahead=ahead) for ahead in (True, False)]
+            print(
+                f"| {arm.name} | " + " | ".join(f"{us:.0f} | {max(alone) / us:.2f}" for us in took) + " |", flush=True
+            )
+
+
 def main() -> int:
     if not torch.cuda.is_available():
         raise UserError("no CUDA device", remedy="run it on a machine with a GPU")
@@ -87,12 +126,14 @@ def main() -> int:
     print("| what | host, us |\n|---|---:|")
     for what, call in parts(device):
         print(f"| {what} | {microseconds(call):.1f} |")
-    print("\n| way | pieces | host, us | for each piece |\n|---|---:|---:|---:|")
     rank = rank_of(256, 512, 512, 0)
+    print("\n| way | pieces | host, us | for each piece |\n|---|---:|---:|---:|")
     for arm in CUDA_ARMS:
         pieces = arm.subchunks + 1 if arm.columns else WORLD * arm.subchunks
         took = microseconds(lambda arm=arm: rank.scatter(arm), repeats=1)
         print(f"| {arm.name} | {pieces} | {took:.0f} | {took / pieces:.1f} |", flush=True)
+    for shape in SHAPES:
+        on_the_device(*shape)
     return 0
 
 

@@ -429,7 +429,7 @@ def test_the_benchmark_of_one_gpu_is_right(rows, seed):
         patch.setattr(messenger, "_copy", lambda *_: None)
         with pytest.raises(AssertionError, match="other bytes"):
             rank.scatter(CUDA_ARMS[0], check=True)
-        overlap_cuda._copies(rank)
+        overlap_cuda.copies(rank)
         engine.close()
 
 

@@ -25,7 +25,7 @@ from undertow.comms.schedule import Schedule
 BLOCKS = 4
 MOST_PAIRS = 3  # of one schedule and phase, those that come up most often
 QUEUE_CYCLES = 20_000_000  # about 10 ms: all of a run is queued before its first block begins
-ATTEND = ("attend", "attend_backward")
+ATTEND = ("attend", "attend_backward", "attend_joined", "attend_backward_joined")
 
 Call = Callable[[], object]
 Placed = tuple[int, Compute]  # rank, action

@@ -2,58 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from ..actions import Slice
 from ..terms import Content, applied, combined, cut, op_text
-from .attention_shape import INPUTS, OF_QUERIES, RESULTS, Need, Shape, block_params
+from .attention_block import Block
+from .attention_shape import OF_QUERIES, RESULTS, Shape
 from .running import Running
 
 Named = Mapping[tuple[int, str], Content]  # by team and input
 
 
 def result_contents(
-    shape: Shape, content: Named, running: Mapping[tuple[int, str], Running], size: int, *, backward: bool
+    shape: Shape,
+    blocks: Sequence[Block],
+    content: Named,
+    running: Mapping[tuple[int, str], Running],
+    size: int,
+    *,
+    backward: bool,
 ) -> dict[tuple[int, str], list[tuple[Slice, Content]]]:
     """For each team and result (by name): its rows, piece by piece, and what each piece must hold.
 
-    `content`: what the inputs of each team are; `running`: the results, whose pieces are their segments.
+    `blocks`: the needs, each in one block. `content`: what the inputs of each team are; `running`: the results, whose
+    pieces are their segments. `ValueError` when the blocks are not the needs.
     """
-    op = "attend_backward" if backward else "attend"
+    wanted = Counter((i, j, n) for (i, j), needs in shape.needs.items() for n in needs if i == j or n.area)
+    if Counter((block.i, *part) for block in blocks for part in block.parts) != wanted:
+        raise ValueError("a need is in no block, or in two")
     done: dict[tuple[int, str], list[tuple[Slice, Content]]] = {}
-    output = 0
     for group in RESULTS[backward]:
         queries = group[0] in OF_QUERIES
         for team in range(size):
             result = running[team, group[0]]
-            mine = [
-                (i, j, need)
-                for (i, j), needs in shape.needs.items()
-                if (i if queries else j) == team
-                for need in needs
-                if i == j or need.area
-            ]
+            mine = _shares(blocks, team, queries, backward)
             for segment in result.segments:
-                blocks: list[list[Content]] = [[] for _ in group]
-                for i, j, need in mine:
-                    low, high = (need.q0, need.q1) if queries else (need.k0, need.k1)
+                parts: list[list[Content]] = [[] for _ in group]
+                for block, first, low, high in mine:
                     if not (low <= segment.start and segment.stop <= high):
                         continue
-                    first = output if need.q0 < need.q1 else 0
-                    call = op_text(op, sorted(block_params(i, j, need).items())), _args(content, i, j, need, backward)
-                    for at, into in enumerate(blocks):
+                    call = op_text(block.op(backward), sorted(block.params.items())), _args(content, block, backward)
+                    for at, into in enumerate(parts):
                         rows = segment.stop - segment.start
                         into.append(applied(*call, rows, output=first + at, start=segment.start - low))
-                for name, parts in zip(group, blocks):
+                for name, terms in zip(group, parts):
                     where = Slice(name, segment.start, segment.stop)
-                    done.setdefault((team, name), []).append((where, combined(result.op, parts)))
-        output += len(group)
+                    done.setdefault((team, name), []).append((where, combined(result.op, terms)))
     return done
 
 
-def _args(content: Named, i: int, j: int, need: Need, backward: bool) -> list[Content]:
-    ends = [
-        (content[i, n], need.q0, need.q1) if n in OF_QUERIES else (content[j, n], need.k0, need.k1)
-        for n in INPUTS[backward]
+def _shares(blocks: Sequence[Block], team: int, queries: bool, backward: bool) -> list[tuple[Block, int, int, int]]:
+    """(block, which of its results, first row, end) of what the team's queries, or keys, get."""
+    found = []
+    for block in blocks:
+        if queries:
+            found += [(block, 0, block.q0, block.q1)] if block.i == team else []
+            continue
+        first = 1 if block.q0 < block.q1 else 0  # dq comes before
+        for j, need in block.parts:
+            found += [(block, first, need.k0, need.k1)] if j == team else []
+            first += 2
+    return found
+
+
+def _args(content: Named, block: Block, backward: bool) -> list[Content]:
+    return [
+        cut(content[block.i if name in OF_QUERIES else j, name], *rows) for name, (j, _), rows in block.reads(backward)
     ]
-    return [cut(whole, low, high) for whole, low, high in ends if low < high]

@@ -19,10 +19,12 @@ from .routes import Route, direct, ring, two_level
 SCHEDULES = {
     "ring_kv": "keys and values go round a ring",
     "ring_kv_bookended": "ring_kv that begins and ends with half of the local block",
+    "ring_kv_joined": "ring_kv, two arrivals to a block where they are needed by the same queries",
     "ring_kv_bidirectional": "half of the keys and values go round each way",
     "token_ring": "queries go round a ring, results straight home",
     "token_ring_bookended": "token_ring that begins and ends with half of the local block",
     "all_gather_kv": "all keys and values to all ranks at once",
+    "all_gather_kv_joined": "all_gather_kv, all arrivals that the same queries need in one block",
     "need_only_kv": "keys and values straight to the ranks that need them",
     "need_only_q": "queries straight to the ranks that need them, results straight home",
     "double_ring": "keys and values: a ring of nodes, and a ring inside each",
@@ -33,6 +35,7 @@ SCHEDULES = {
 MOVING_QUERIES = ("token_ring", "token_ring_bookended", "need_only_q", "ulysses_token")
 BOOKENDED = ("ring_kv_bookended", "token_ring_bookended")
 HALVES = {"ring_kv_bidirectional": "all", **dict.fromkeys(BOOKENDED, "local")}  # which needs are cut into two
+JOINED = {"ring_kv_joined": 2, "all_gather_kv_joined": 1 << 30}  # the most arrivals in one block
 
 
 def moves_of(name: str) -> str:
@@ -45,14 +48,15 @@ def routes_of(name: str, size: int, *, causal: bool, node: int = 0) -> list[list
     """
     if name == "ring_kv_bidirectional":
         return [[ring(size), ring(size, -1)]]
-    if name == "all_gather_kv":
+    if name.startswith("all_gather_kv"):
         return [[direct(size, buffers=0, narrow=False)]]
     if name in ("need_only_kv", "need_only_q"):
         return [[direct(size)]]
     if name == "double_ring":
         near = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
         return [[two_level(size, node or near)]]
-    return [[ring(size)], [ring(size, -1)]] if causal and size > 2 else [[ring(size)]]
+    ways = [1, -1] if causal and size > 2 else [1]
+    return [[ring(size, way, buffers=2 * JOINED.get(name, 1))] for way in ways]
 
 
 def best_routes(
@@ -107,6 +111,6 @@ def even_attention(
         )
     size = world // inner
     needs = even_needs(size, rows * inner, causal=causal, halves=HALVES.get(name, ""))
-    shape = Shape((rows,) * world, (rows,) * world, heads, needs, inner)
+    shape = Shape((rows,) * world, (rows,) * world, heads, needs, inner, JOINED.get(name, 1))
     routes, _ = best_routes(name, shape, causal=causal, backward=backward)
     return attention(name, shape, routes, moves=moves_of(name), backward=backward, bookends=name in BOOKENDED)

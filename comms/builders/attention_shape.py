@@ -47,13 +47,15 @@ class Heads:
 
 @dataclass(frozen=True)
 class Shape:
-    """Rows of each rank, and the needs of each (query team, key team). A team is `inner` neighbouring ranks."""
+    """Rows of each rank, and the needs of each (query team, key team). A team is `inner` neighbouring ranks. `joined`:
+    how many arrivals may be one kernel call (see `attention_block`)."""
 
     q_rows: tuple[int, ...]
     kv_rows: tuple[int, ...]
     heads: Heads
     needs: Mapping[tuple[int, int], tuple[Need, ...]]
     inner: int = 1
+    joined: int = 1
 
     def __post_init__(self) -> None:
         if len(self.q_rows) % self.inner or self.heads.q_heads % self.inner or self.heads.kv_heads % self.inner:
@@ -87,15 +89,3 @@ class Shape:
 
     def team_rows(self, name: str, team: int) -> int:
         return sum(self.rows(name, team * self.inner + member) for member in range(self.inner))
-
-
-def block_params(i: int, j: int, need: Need) -> dict[str, int]:
-    """What the operations `attend` and `attend_backward` are told of a block."""
-    return {"q": i, "k": j, "q0": need.q0, "q1": need.q1, "k0": need.k0, "k1": need.k1}
-
-
-def block_flops(shape: Shape, need: Need, backward: bool) -> int:
-    """Floating-point operations of one block with one share of the heads: two products forward, five backward."""
-    h = shape.heads
-    width = 2 * (3 * h.head_dim + 2 * h.v_dim) if backward else 2 * (h.head_dim + h.v_dim)
-    return need.area * h.batch * (h.q_heads // shape.inner) * width

@@ -5,14 +5,15 @@ Every buffer that is used again is guarded: its next value waits for the last re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..actions import Slice
 from ..terms import Content, join, origin
+from .attention_block import Block, blocks_of
 from .attention_cargo import Cargo
 from .attention_goals import result_contents
 from .attention_heads import gathered, take
-from .attention_shape import INPUTS, OF_QUERIES, RESULTS, Need, Shape, block_flops, block_params
+from .attention_shape import INPUTS, RESULTS, Need, Shape
 from .draft import Draft
 from .routes import Route
 from .running import Running
@@ -39,6 +40,8 @@ class Team:
         self.size = draft.world // shape.inner
         self.suffix = ".h" if shape.inner > 1 else ""
         self.cargo = Cargo(shape, routes, moves, self.size, backward=backward)
+        self.blocks = blocks_of(shape, routes, moves, self.size)
+        self.away_buffers = 2 * max(len(block.parts) for block in self.blocks)
         self.returned = {"kv": ("dk",), "q": ("out", "dq")}[moves]
         self.places: dict[tuple[int, str], dict[int, Slice]] = {}
         self.content: dict[tuple[int, str], Content] = {}
@@ -55,12 +58,11 @@ class Team:
         return team * self.shape.inner + self.column
 
     def build(self) -> None:
-        for (i, j), needs in self.shape.needs.items():
-            for need in needs:
-                if i == j or need.area:
-                    self.running[i, RESULTS[self.backward][0][0]].expect(need.q0, need.q1)
-                    if self.backward:
-                        self.running[j, "dk"].expect(need.k0, need.k1)
+        for block in self.blocks:
+            self.running[block.i, RESULTS[self.backward][0][0]].expect(block.q0, block.q1)
+            for j, need in block.parts if self.backward else ():
+                self.running[j, "dk"].expect(need.k0, need.k1)
+        block_at = {(block.i, *block.parts[-1]): block for block in self.blocks}
         pairs = [(o, v) for o in range(self.size) for v in range(self.size) if o != v]
         last = max((route.step(*pair) for route in self.routes for pair in pairs), default=0)
         for step in range(last + 1):
@@ -69,10 +71,10 @@ class Team:
                     if route.step(owner, visitor) == step:
                         self._hop(owner, visitor, part)
             for team in range(self.size):
-                self._computes(team, step)
+                self._computes(team, step, block_at)
         for team in range(self.size):
             for need in self.shape.needs[team, team][1:] if self.bookends else ():
-                self._block(team, team, team, need, -1)
+                self._block(team, block_at[team, team, need], -1)
         self._goals()
 
     def begin(self, team: int) -> None:
@@ -146,34 +148,33 @@ class Team:
             return self.held[owner, place, part]
         return [Slice(n + self.suffix, 0, self.shape.team_rows(n, owner)) for n in self.cargo.payload], 0, ""
 
-    def _computes(self, place: int, step: int) -> None:
+    def _computes(self, place: int, step: int, block_at: Mapping[tuple[int, int, Need], Block]) -> None:
+        """The blocks whose last part is there in this step."""
         if step == 0:
             needs = self.shape.needs[place, place]
             for need in needs[:1] if self.bookends else needs:
-                self._block(place, place, place, need, -1)
+                self._block(place, block_at[place, place, need], -1)
             return
         for part, route in enumerate(self.routes):
             for owner in range(self.size):
                 if owner != place and route.step(owner, place) == step:
-                    for i, j, need in self.cargo.needs(place, owner, part):
-                        self._block(place, i, j, need, part)
+                    for key in self.cargo.needs(place, owner, part):
+                        if key in block_at:
+                            self._block(place, block_at[key], part)
 
-    def _block(self, place: int, i: int, j: int, need: Need, part: int) -> None:
-        """Compute one block at `place`, bring each result to where it is summed. `part` -1: nothing has travelled."""
-        owner = place if part < 0 else (j if self.moves == "kv" else i)
-        reads, slot = [], ""
-        for name in INPUTS[self.backward]:
-            low, high = (need.q0, need.q1) if name in OF_QUERIES else (need.k0, need.k1)
+    def _block(self, place: int, block: Block, part: int) -> None:
+        """Compute a block at `place`, bring each result to where it is summed. `part` -1: nothing has travelled."""
+        reads, slots = [], dict[str, None]()
+        for name, (j, _), (low, high) in block.reads(self.backward):
+            value, base = name + self.suffix, 0
             if part >= 0 and name in self.cargo.payload:
-                values, base, slot = self._held(owner, place, part)
+                values, base, slot = self._held(j if self.moves == "kv" else block.i, place, part)
                 value = values[self.cargo.payload.index(name)].value
-            else:
-                value, base = name + self.suffix, 0
-            if low < high:
-                reads.append(Slice(value, low - base, high - base))
+                slots |= {slot: None} if slot else {}
+            reads.append(Slice(value, low - base, high - base))
         writes, after = [], []
-        for group in RESULTS[self.backward]:
-            home, (low, high) = (i, (need.q0, need.q1)) if group[0] in OF_QUERIES else (j, (need.k0, need.k1))
+        of_keys = [(group, j, need.k0, need.k1) for j, need in block.parts for group in RESULTS[self.backward][1:]]
+        for group, home, low, high in [(RESULTS[self.backward][0], block.i, block.q0, block.q1), *of_keys]:
             if low == high:
                 continue
             running = self.running[home, group[0]]
@@ -182,7 +183,8 @@ class Team:
                 continue
             label = f"{'away' if home != place else 'part'}_{max(part, 0)}.{group[0]}"
             stays = home == place and running.begins(low, high)
-            where, label = self._slot(place, f"own.{group[0]}" if stays else label, 0 if stays else 2)
+            buffers = 0 if stays else self.away_buffers if group[0] == "dk" else 2
+            where, label = self._slot(place, f"own.{group[0]}" if stays else label, buffers)
             if where:
                 self._free(place, where, "compute")
             parts = [
@@ -196,13 +198,12 @@ class Team:
             after.append((group, home, parts, low, high, where, max(part, 0)))
         if not writes:  # no rows here: a rank with padding only
             return
-        op = "attend_backward" if self.backward else "attend"
         engine = f"attention_{'backward' if self.backward else 'forward'}/{self.shape.heads.dtype}"
-        flops = block_flops(self.shape, need, self.backward)
         self.draft.compute(
-            self.rank(place), op, reads, writes, flops=flops, engine=engine, params=block_params(i, j, need)
-        )
-        if slot:
+            self.rank(place), block.op(self.backward), reads, writes,
+            flops=block.flops(self.shape, self.backward), engine=engine, params=block.params,
+        )  # fmt: skip
+        for slot in slots:
             self.guards[place, slot].append(writes[0])
         for item in after:
             self._deliver(place, *item)
@@ -239,7 +240,9 @@ class Team:
     def _goals(self) -> None:
         pieces = {}
         if self.goals:
-            pieces = result_contents(self.shape, self.content, self.running, self.size, backward=self.backward)
+            pieces = result_contents(
+                self.shape, self.blocks, self.content, self.running, self.size, backward=self.backward
+            )
         for group in RESULTS[self.backward]:
             for team in range(self.size):
                 for name in group:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..actions import ITEM_BYTES
+from .attention_block import block_flops
 from .attention_cargo import Cargo
-from .attention_shape import INPUTS, OF_QUERIES, RESULTS, Need, Shape, block_flops
+from .attention_shape import INPUTS, OF_QUERIES, RESULTS, Need, Shape
 from .routes import Route
 from .running import Field
 

@@ -21,9 +21,9 @@ class Route:
     narrow: bool = True
 
 
-def ring(world: int, direction: int = 1, *, narrow: bool = True) -> Route:
+def ring(world: int, direction: int = 1, *, buffers: int = 2, narrow: bool = True) -> Route:
     """Neighbour to neighbour; `direction` 1 or -1."""
-    return Route(lambda o, v: (v - direction) % world, lambda o, v: (v - o) * direction % world, narrow=narrow)
+    return Route(lambda o, v: (v - direction) % world, lambda o, v: (v - o) * direction % world, buffers, narrow)
 
 
 def direct(world: int, *, buffers: int = 2, narrow: bool = True) -> Route:

@@ -217,7 +217,34 @@ def ops(
                     grad[:, :, slice(*ends)] += part
         return writes
 
-    return {"attend": attend, "attend_backward": attend_backward, **COMMON}
+    def attend_joined(reads: Tensors, writes: Tensors, **block: object) -> None:
+        """A block over the keys of several ranks, none of them hidden: one kernel call."""
+        q, k, v = (_heads_first(x) for x in (reads[0], torch.cat(list(reads[1::2])), torch.cat(list(reads[2::2]))))
+        kernel_of = pick(q, k, v, causal=False, window=None)
+        part, part_lse = kernel_of.forward(q, k, v, scale=scale, causal=False, window=None)
+        _heads_first(writes[0]).copy_(part)
+        _lse_heads_first(writes[1]).copy_(part_lse)
+
+    def attend_backward_joined(reads: Tensors, writes: Tensors, **block: object) -> None:
+        """Its gradients: dq of all the keys, and each rank's dk and dv."""
+        q, dout = map(_heads_first, reads[:2])
+        lse, delta = map(_lse_heads_first, reads[2:4])
+        k, v = (_heads_first(torch.cat(list(reads[at::2]))) for at in (4, 5))
+        out, v, dout = _standing_in(dout, delta, v, lse_gradient)
+        kernel_of = pick(q, k, v, causal=False, window=None)
+        dq, dk, dv = kernel_of.backward(dout, q, k, v, out, lse, scale=scale, causal=False, window=None)
+        _heads_first(writes[0]).copy_(dq)
+        for grad, parts in ((dk, writes[1::2]), (dv, writes[2::2])):
+            for part, rows in zip(parts, grad.split([part.shape[0] for part in parts], 2)):
+                _heads_first(part).copy_(rows[..., : part.shape[3]])
+
+    return {
+        "attend": attend,
+        "attend_backward": attend_backward,
+        "attend_joined": attend_joined,
+        "attend_backward_joined": attend_backward_joined,
+        **COMMON,
+    }
 
 
 def _standing_in(dout: Tensor, delta: Tensor, v: Tensor, column: bool) -> tuple[Tensor, Tensor, Tensor]:

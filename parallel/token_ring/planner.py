@@ -30,7 +30,7 @@ MARGIN = 0.97  # another schedule must be predicted to take at most so much of t
 _SIMULATED_RANKS = 16
 _MANY_RANKS, _FEW_SCHEDULES = 8, 5  # with more ranks than that, only so many schedules are simulated
 _ALWAYS = (DEFAULT, "all_gather_kv")  # the plain ways are always simulated
-_ATTENTION = {"attend": "attention_forward", "attend_backward": "attention_backward"}
+STARTS_S = (0.1e-3, 0.5e-3)  # of a GPU's attention kernels, forward and backward; see `Rates.start_s`
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,9 @@ class Rates:
 
     `attention`: (flops/s forward, backward); `copy_bytes_per_s` of one memory; `launch_s`: host time per operation.
     `drag`: how much of a merge's time the attention beside it loses, 0 to 1; all of it unless somebody has measured.
+    `start_s`: what an attention kernel loses, forward and backward, by filling the device and leaving it piece by
+    piece, at most as long as it computes. It is what makes small blocks slow: cuDNN's blocks of 4,096 to 16,384 rows
+    and 32 heads of 128 on an H200 (`benchmarks/attention_blocks.py`) lost 0.1 and 0.2 to 0.8 ms.
     """
 
     name: str
@@ -87,6 +90,7 @@ class Rates:
     network: Network
     launch_s: float = 0.0
     drag: float = 1.0
+    start_s: tuple[float, float] = (0.0, 0.0)
 
     @classmethod
     def of(cls, machine: Machine | None, dtype: str, *, topology: str = "ports") -> Rates:
@@ -108,14 +112,17 @@ class Rates:
             (flops("attention_forward"), flops("attention_backward")),
             copy,
             PRESETS[topology].network if topology in PRESETS else of_machine(known, topology=topology),
+            start_s=STARTS_S if "d2d" in machine.copies else (0.0, 0.0),
         )
 
     def op_seconds(self, schedule: Schedule) -> Seconds:
         """Seconds of every operation of `schedule`."""
 
         def seconds(action: Compute) -> float:
-            if action.op in _ATTENTION:
-                return self.launch_s + action.flops / self.attention[action.op == "attend_backward"]
+            if action.engine.startswith("attention_"):
+                backward = action.engine.startswith("attention_backward")
+                computing_s = action.flops / self.attention[backward]
+                return self.launch_s + computing_s + min(computing_s, self.start_s[backward])
             return (
                 self.launch_s
                 + schedule.nbytes(_owner(schedule, action), *action.reads, *action.writes) / 2 / self.copy_bytes_per_s

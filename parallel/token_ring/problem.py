@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 
 from ...comms.actions import ITEM_BYTES
 from ...comms.builders.attention import attention
-from ...comms.builders.attention_named import BOOKENDED, HALVES, SCHEDULES, best_routes, moves_of
+from ...comms.builders.attention_named import BOOKENDED, HALVES, JOINED, SCHEDULES, best_routes, moves_of
 from ...comms.builders.attention_shape import Heads, Need, Shape
 from ...comms.builders.attention_totals import Totals
 from ...comms.builders.routes import Route
@@ -88,6 +88,8 @@ class Problem:
             return f"{self.heads.q_heads} query and {self.heads.kv_heads} key heads cannot be dealt to {inner} ranks"
         if name in ("ulysses_ring", "ulysses_token") and inner in (1, self.world):
             return f"{self.world} ranks have no divisor that deals the heads evenly"
+        if name in JOINED and self.world < 3:
+            return "one arrival has no other to be joined with"
         return ""
 
     def kv_copies(self, name: str) -> int:
@@ -137,11 +139,12 @@ def _plan(problem: Problem, name: str, backward: bool) -> tuple[list[Route], lis
 
 def shape_of(problem: Problem, name: str) -> Shape:
     """The rows, heads and needs of the schedule called `name`."""
-    return _shape_of_teams(problem, problem.inner(name), problem.kv_copies(name), HALVES.get(name, ""))
+    joined = min(JOINED.get(name, 1), problem.world)
+    return _shape_of_teams(problem, problem.inner(name), problem.kv_copies(name), HALVES.get(name, ""), joined)
 
 
 @lru_cache(maxsize=256)
-def _shape_of_teams(problem: Problem, inner: int, copies: int, halves: str) -> Shape:
+def _shape_of_teams(problem: Problem, inner: int, copies: int, halves: str, joined: int) -> Shape:
     size, h = problem.world // inner, problem.heads
     needs = {(i, j): found for i in range(size) for j in range(size) if (found := _needs(problem, inner, i, j, halves))}
     return Shape(
@@ -155,6 +158,7 @@ def _shape_of_teams(problem: Problem, inner: int, copies: int, halves: str) -> S
         ),
         needs,
         inner,
+        joined,
     )
 
 

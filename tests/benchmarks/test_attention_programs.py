@@ -12,6 +12,7 @@ from undertow.benchmarks import attention_blocks, attention_choice, attention_mo
 def test_blocks_of_a_rank_are_timed(tmp_path, capsys):
     file = tmp_path / "blocks.json"
     arguments = ["--device", "cpu", "--dtype", "float32", "--lengths", "128", "--ranks", "2", "--heads", "4:2"]
+    arguments += ["--schedules", "ring_kv,token_ring,ring_kv_joined"]  # two ranks have nothing to join
     assert attention_blocks.main([*arguments, "--wires", "float32", "--repeats", "1", "--output", str(file)]) == 0
     rows = json.loads(file.read_text())["cells"]
     assert {(r["phase"], r["mask"], r["schedule"]) for r in rows} == {
@@ -34,6 +35,17 @@ def test_blocks_of_a_rank_are_timed(tmp_path, capsys):
     low, high = attention_modelled.measured_drags(str(file), "4:2")
     assert [low, high] == [min(max(f(b["drag"] for b in beside), 0), 1) for f in (min, max)]
     assert attention_modelled.measured_drags(str(file), "8:8") == attention_modelled.DRAGS
+
+
+def test_joined_blocks_are_timed_as_one_call(tmp_path):
+    file = tmp_path / "blocks.json"
+    arguments = ["--device", "cpu", "--dtype", "float32", "--lengths", "96", "--ranks", "4", "--heads", "2:1"]
+    arguments += ["--masks", "causal", "--schedules", "ring_kv,all_gather_kv_joined"]
+    assert attention_blocks.main([*arguments, "--wires", "float32", "--repeats", "1", "--output", str(file)]) == 0
+    shapes = {(r["schedule"], name) for r in json.loads(file.read_text())["cells"] for name in r["shapes"]}
+    plain = {("ring_kv", name) for name in ("24×24 causal", "24×12 full", "12×24 full")}
+    gathered = {("all_gather_kv_joined", f"{rows} joined") for rows in ("24×24", "24×36", "12×48", "12×72")}
+    assert shapes >= plain | gathered
 
 
 def test_blocks_of_windows_and_documents_are_timed(tmp_path, capsys):

@@ -110,6 +110,33 @@ def test_exact_in_every_legal_order(forward, layout, seed, attention_reference):
             torch.testing.assert_close(mine, wanted, atol=1e-9, rtol=0, msg=f"{name} by {backward}")
 
 
+@pytest.mark.parametrize("world", [3, 5])
+def test_joined_blocks_are_exact_and_fewer(world, seed, attention_reference):
+    """Keys of several ranks in one call: full, and causal in zigzag and in runs; a length that nothing divides."""
+    for mask, layout in ((Mask(), "contiguous"), (Mask(True), "zigzag"), (Mask(True), "contiguous")):
+        problem = Problem(world, 47, 47, Heads(2, 4, 2, 8, 4, "float64", "float64"), mask, layout)
+        q, k, v = tensors(problem)
+        out, lse = attention_reference.full_attention(q, k, v, mask, 0.3)
+        dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+        torch.autograd.backward((out, lse), (dout, dlse))
+        given = dict(q=q, k=k, v=v, dout=dout, lse=lse, delta=(dout * out).sum(-1) - dlse)
+        for name, backward in itertools.product(("ring_kv_joined", "all_gather_kv_joined"), (False, True)):
+            plan = problem.schedule(name, backward=backward)
+            check(plan, rendezvous=True)
+            both = plan, problem.schedule("ring_kv", backward=backward)
+            joined, plain = ([a.op for _, _, _, a in p.actions() if a.kind == "compute"] for p in both)
+            assert len(joined) < len(plain) and any(op.endswith("_joined") for op in joined)
+            names = given if backward else ("q", "k", "v")
+            inputs = [local_inputs(problem, name, r, **{n: given[n] for n in names}) for r in range(world)]
+            found = local.run(plan, inputs, ops(problem, 1, 0.3, lse_gradient=backward), seed=seed)
+            wanted: Any = dict(dq=q.grad, dk=k.grad, dv=v.grad) if backward else dict(out=out, lse=lse)
+            for rank, got in enumerate(found):
+                for result, x in wanted.items():
+                    at = positions_of((problem.k_spans if result in ("dk", "dv") else problem.q_spans)[rank])
+                    part = x.detach().transpose(0, 1)[at]
+                    torch.testing.assert_close(got[result], part, atol=1e-10, rtol=0, msg=f"{result} by {name}")
+
+
 def _shown(tiles, rows, keys):
     """[rows, keys] int: how many tiles show a pair, by what `Tile` says of its kinds."""
     count = torch.zeros(rows, keys, dtype=torch.int64)
@@ -185,8 +212,8 @@ def units(name, *, backward, q_heads=8, kv_heads=8, causal=False, world=4):
 def test_bytes_are_the_closed_forms(world, kv_heads):
     """Grouped key heads travel as they are; the numbers are those of docs/token-ring.md."""
     g, d, hops = 8 / kv_heads, 16, world - 1
-    for name in ("ring_kv", "ring_kv_bookended", "ring_kv_bidirectional", "all_gather_kv", "need_only_kv",
-                 "double_ring"):  # fmt: skip
+    names = ["ring_kv", "ring_kv_bookended", "ring_kv_bidirectional", "all_gather_kv", "need_only_kv", "double_ring"]
+    for name in names + (["ring_kv_joined", "all_gather_kv_joined"] if world > 2 else []):
         assert units(name, backward=False, kv_heads=kv_heads, world=world) == pytest.approx(hops * 2 / g)
         assert units(name, backward=True, kv_heads=kv_heads, world=world) == pytest.approx(hops * 4 / g)
     for name in ("token_ring", "token_ring_bookended", "need_only_q"):
@@ -310,7 +337,7 @@ def _load(path):
 @pytest.mark.parametrize("world", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_api_on_real_ranks(world, ranks, attention_reference):
     names = [n for n in SCHEDULES if world == 2 or (world == 3 and "ulysses_" not in n) or n == "ring_kv"]
-    names = [n for n in names if n not in ("ulysses_ring", "ulysses_token")]
+    names = [n for n in names if n not in ("ulysses_ring", "ulysses_token") and (world > 2 or "joined" not in n)]
     kinds = ["full", "causal", "window", "documents"]
     cases = [(n, names[-1 - i], LAYOUTS[i % 4], kinds[(i // 2) % 4]) for i, n in enumerate(names)]
     cases += [("auto", "auto", "zigzag", "causal"), ("auto", "auto", "striped", "window")]
@@ -520,6 +547,19 @@ def test_the_planner_moves_what_is_small():
     assert choice(4096, 8, names=(*pure, "ulysses")) == "ulysses"
 
 
+def test_blocks_are_joined_where_kernels_start_slowly_and_links_are_fast():
+    """Small blocks on fast links; on slow ones arrivals are not waited for, and without that cost nothing is gained."""
+    problem = Problem(8, 65536, 65536, Heads(1, 32, 8, 128, 128, "bfloat16"), Mask(True))
+    fast, slow = (Network(1e-6, port_bytes_per_s=rate) for rate in (4e11, 5e9))
+    gpu = Rates("a GPU", (660e12, 560e12), 2e12, fast, start_s=(1e-4, 5e-4))
+    plans = {name: problem.schedule(name) for name in ("ring_kv", "ring_kv_joined", "all_gather_kv_joined")}
+    seconds = {name: predict(plan, gpu) for name, plan in plans.items()}
+    assert seconds["all_gather_kv_joined"] < seconds["ring_kv_joined"] < seconds["ring_kv"]
+    assert choose(problem, gpu).name.endswith("_joined")
+    for rates in (replace(gpu, network=slow), replace(gpu, start_s=(0.0, 0.0), drag=0.0)):
+        assert not choose(problem, rates, names=tuple(plans)).name.endswith("_joined")
+
+
 def _gated(rank, world):
     """Few queries against many keys over a slow link: the assumed machine thinks little of it, the clock decides."""
     where = home(None, torch.device("cpu"), link=LinkModel(2e6, 1e-3))
@@ -604,15 +644,15 @@ def test_a_16_bit_wire_halves_what_comes_home_and_keeps_sums_wide(ranks):
 @pytest.mark.parametrize("world", [2, 4])
 def test_16_bit_blocks_and_results_have_the_bits_of_wide_ones_that_are_rounded_last(world, seed):
     """Every schedule and phase, in a random legal order, over blocks of one kernel call and of several."""
-    for mask, layout in ((Mask(True), "zigzag"), (Mask(True, window=11), "striped")):
+    for mask, layout in ((Mask(True), "zigzag"), (Mask(True, window=11), "striped"), (Mask(), "contiguous")):
         heads = Heads(1, 4, 4, 8, 8, "bfloat16")
         wide = Problem(world, 45, 45, replace(heads, wire="float32", result="float32"), mask, layout)
         narrow = replace(wide, heads=heads)
         whole = {n: torch.randn(1, 45, 4, 8).bfloat16() for n in ("q", "k", "v", "dout")}
         whole |= {n: torch.randn(1, 45, 4) for n in ("lse", "delta")}
         for name, backward in itertools.product(SCHEDULES, (False, True)):
-            if narrow.possible(name):
-                continue
+            if narrow.possible(name) or ("joined" in name) == mask.causal:
+                continue  # causal: bytes decide which way round a ring goes, and so what is joined with what
             names = ("q", "k", "v", *(("dout", "lse", "delta") if backward else ()))
             found = []
             for problem in (wide, narrow):

@@ -7,7 +7,6 @@ save alone, and training goes on.
 
 from __future__ import annotations
 
-import pickle
 import queue
 import threading
 import time
@@ -20,14 +19,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 
 from ..dist.log import get_logger
 from ..dist.trace import Trace
 from ..dist.version import __version__
 from .bucket_folder import BucketFolder
 from .coordinate import Coordinator
+from .dcp_metadata import DcpMetadata
 from .folder import Folder
 from .manifest import METADATA, BadCheckpoint, FileRecord, Manifest, ObjectRecord, checksums, metrics_of
 from .retention import Retention, to_remove
@@ -85,12 +83,11 @@ class Committer:
     ) -> None:
         self.tier, self.folder, self.coordinator = tier, folder, coordinator
         self._keep, self._timeout_s, self._trace = keep, timeout_s, trace
-        self._queue: queue.Queue[Part | None] = queue.Queue()
-        self._ended: queue.Queue[tuple[Save, str, float, float]] = queue.Queue()
+        self._queue: queue.SimpleQueue[Part | None] = queue.SimpleQueue()
+        self._ended: queue.SimpleQueue[tuple[Save, str, float, float]] = queue.SimpleQueue()
         self._open = 0
         self._idle = threading.Condition()
-        self._metadata_key: Any = None
-        self._metadata = b""
+        self._dcp: DcpMetadata | None = None  # of the last plan
         self._metrics: dict[int, Mapping[str, float]] = {}
         self._said: deque[str] = deque()
         self._left: deque[tuple[int, Path]] = deque()  # of refused saves, to which other ranks may still write
@@ -186,7 +183,7 @@ class Committer:
             self._say(f"{name}/verdict", verdict)
         else:
             deadline_s = time.monotonic() + 2 * self._timeout_s
-            verdict = self.coordinator.hear(f"{name}/verdict", 0, deadline_s=deadline_s)
+            verdict = self.coordinator.hear(f"{name}/verdict", 0, deadline_s=deadline_s, calm=True)
         if verdict:
             raise RuntimeError(verdict)
         return durable_s
@@ -229,7 +226,7 @@ class Committer:
         scratch = part.file.path.parent
         try:
             with self._trace.span("vote", step=save.step):
-                words = self.coordinator.hear_all(f"{name}/vote", timeout_s=self._timeout_s)
+                words = self.coordinator.hear_all(f"{name}/vote", timeout_s=self._timeout_s, calm=True)
             against = [word["reason"] for word in words if word["reason"]]
             against += [f"rank {rank} saves step {w['step']}" for rank, w in enumerate(words) if w["step"] != save.step]
             if against:
@@ -237,9 +234,11 @@ class Committer:
             self._clear_away(save.attempt.number, scratch)
             files = {file: record for word in words for file, record in word["files"].items()}
             objects = {key: record for word in words for key, record in word["objects"].items()}
-            metadata = self._dcp_metadata(save, objects)
-            files[METADATA] = checksums(metadata, plan.image.chunk_bytes)
             assert plan.metadata is not None
+            if self._dcp is None or self._dcp.metadata is not plan.metadata:
+                save_id = f"undertow-{self.coordinator.token}"
+                self._dcp = DcpMetadata(plan.metadata, plan.tensors, save_id, plan.image.chunk_bytes)
+            metadata, files[METADATA] = self._dcp.file(objects)
             manifest = Manifest(
                 save.step,
                 plan.world,
@@ -275,6 +274,8 @@ class Committer:
 
     def _retain(self) -> None:
         """Remove what no rule keeps; metrics are read only when a rule asks for them."""
+        if self._keep is None:
+            return
         steps = self.folder.committed()
         if isinstance(self._keep, Retention) and self._keep.best:
             for step in steps:
@@ -297,22 +298,3 @@ class Committer:
                 self.folder.remove(step)
             except OSError as error:
                 log.warning("cannot remove the checkpoint of step %d (%s)", step, error)
-
-    def _dcp_metadata(self, save: Save, objects: Mapping[str, ObjectRecord]) -> bytes:
-        """The .metadata file; made anew only when an object's place has changed, because pickling it holds the
-        interpreter lock that the training thread needs."""
-        metadata = save.plan.metadata
-        assert metadata is not None
-        key = (metadata, dict(objects))
-        before = self._metadata_key
-        if before is None or before[0] is not metadata or before[1] != key[1]:
-            storage = {
-                MetadataIndex(key, shard.offsets, position): _StorageInfo(shard.file, shard.start, shard.length)
-                for key, record in save.plan.tensors.items()
-                for position, shard in enumerate(record.shards)
-            }
-            storage |= {MetadataIndex(key): _StorageInfo(r.file, r.start, r.length) for key, r in objects.items()}
-            save_id = StorageMeta(save_id=f"undertow-{self.coordinator.token}")
-            whole = type(metadata)(metadata.state_dict_metadata, metadata.planner_data, storage, save_id)
-            self._metadata_key, self._metadata = key, pickle.dumps(whole)
-        return self._metadata

@@ -26,6 +26,7 @@ from .lifeline import Lifeline
 
 T = TypeVar("T")
 SOON_S, LATE_S = 0.0002, 0.05  # pauses between two looks for a word: an eighth of the time waited, between these
+CALM_S = 0.002  # the first pause of a background thread: each look takes the interpreter from the training thread
 
 
 def current_rank() -> int:
@@ -115,9 +116,10 @@ class Coordinator:
             raise PeerLost(problem)
         return done
 
-    def hear(self, name: str, rank: int, *, deadline_s: float, unless: str = "") -> Any:
+    def hear(self, name: str, rank: int, *, deadline_s: float, unless: str = "", calm: bool = False) -> Any:
         """The word of `rank`; waits until the monotonic time `deadline_s`, or until `rank` is known to be dead, or a
-        verdict on `unless` says why nobody will answer, then raises `PeerLost`."""
+        verdict on `unless` says why nobody will answer, then raises `PeerLost`. `calm`: nobody waits for this thread,
+        so it looks seldom."""
         key, began_s = f"{name}/{rank}", time.monotonic()
         while True:
             dead = rank in self.lifeline.gone  # asked before its last word is looked for
@@ -133,12 +135,21 @@ class Coordinator:
             now_s = time.monotonic()
             if now_s >= deadline_s:
                 raise PeerLost(f"rank {rank} did not answer '{name}' in time")
-            time.sleep(min(max(SOON_S, (now_s - began_s) / 8), LATE_S))
+            time.sleep(_pause_s(now_s - began_s, calm))
 
-    def hear_all(self, name: str, *, timeout_s: float, unless: str = "") -> list[Any]:
+    def hear_all(self, name: str, *, timeout_s: float, unless: str = "", calm: bool = False) -> list[Any]:
         """Every rank's word, in rank order."""
-        deadline_s = time.monotonic() + timeout_s
-        return [self.hear(name, rank, deadline_s=deadline_s, unless=unless) for rank in range(self.world)]
+        began_s = time.monotonic()
+        deadline_s = began_s + timeout_s
+        keys = [f"{name}/{rank}" for rank in range(self.world)]
+        while calm and not self.lifeline.gone and (now_s := time.monotonic()) < deadline_s:  # one look at all of them
+            with suppress(RuntimeError, dist.DistError):  # rank 0 is gone: `hear` says so
+                if self._mine.check(keys):
+                    return [pickle.loads(word) for word in self._mine.multi_get(keys)]
+                time.sleep(_pause_s(now_s - began_s, calm))
+                continue
+            break
+        return [self.hear(name, rank, deadline_s=deadline_s, unless=unless, calm=calm) for rank in range(self.world)]
 
     def part(self, *, timeout_s: float = 60.0) -> None:
         """Leave. Rank 0, whose process hosts the store, first waits until the others have read its last words; one that
@@ -152,3 +163,7 @@ class Coordinator:
     def forget(self, name: str) -> None:
         """Delete this rank's word, so that a long run does not fill the store."""
         self._mine.delete_key(f"{name}/{self.rank}")
+
+
+def _pause_s(waited_s: float, calm: bool) -> float:
+    return min(max(CALM_S, waited_s / 2) if calm else max(SOON_S, waited_s / 8), LATE_S)

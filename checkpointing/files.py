@@ -18,10 +18,15 @@ SECTOR = 4096  # alignment that O_DIRECT needs of offset, length and address on 
 
 
 class FileOps:
-    """Plain POSIX files. `direct` asks for O_DIRECT and falls back to buffered writes where it is refused."""
+    """Plain POSIX files. `direct` asks for O_DIRECT and falls back to buffered writes where it is refused. `syncs`:
+    whether fsync is called; in shared memory, which has no disk, it would only cost others the interpreter."""
 
-    def __init__(self, *, direct: bool = True) -> None:
-        self.direct = direct
+    def __init__(self, *, direct: bool = True, syncs: bool = True) -> None:
+        self.direct, self.syncs = direct, syncs
+
+    def _sync(self, handle: int) -> None:
+        if self.syncs:
+            os.fsync(handle)
 
     def mkdir(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
@@ -54,7 +59,7 @@ class FileOps:
         """Cut the file to `nbytes` (direct writes end on a sector), make it durable and close it."""
         try:
             os.ftruncate(handle, nbytes)
-            os.fsync(handle)
+            self._sync(handle)
         finally:
             os.close(handle)
 
@@ -67,7 +72,7 @@ class FileOps:
         handle = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             self.pwrite(handle, data, 0)
-            os.fsync(handle)
+            self._sync(handle)
         finally:
             os.close(handle)
         self.rename(scratch, path)
@@ -76,6 +81,8 @@ class FileOps:
         os.rename(source, target)
 
     def fsync_dir(self, path: Path) -> None:
+        if not self.syncs:
+            return
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(handle)

@@ -44,6 +44,9 @@ class MemoryFolder(Folder):
     def _leave_branch(self, step: int) -> None:
         return
 
+    def _hint(self, final: Path) -> None:
+        """Nobody looks for one here."""
+
 
 @dataclass
 class _Slot:
@@ -66,7 +69,7 @@ class HostTier:
             )
         self.coordinator, self._count, self._root = coordinator, generations, root.resolve()
         name = f"undertow-{os.getuid()}-{xxhash.xxh3_64(str(self._root).encode()).hexdigest()}"
-        self.folder = MemoryFolder(SHARED_MEMORY / name, FileOps(direct=False))
+        self.folder = MemoryFolder(SHARED_MEMORY / name, FileOps(direct=False, syncs=False))
         self._slots: list[_Slot] = []
         self._mine: list[Generation] = []
         self._folders: list[Path] = []
@@ -74,6 +77,7 @@ class HostTier:
         self._claims = 0
         self._said: deque[str] = deque()
         self._plan: SavePlan | None = None  # that the generations are made for
+        self._inherited: set[int] = set()  # rank 0: steps that may be in memory and are in no slot
         self._proven = False
         self.skipped = 0
 
@@ -87,6 +91,7 @@ class HostTier:
                     log.info("freed the shared memory of %s, which is gone", owner)
         self._make_own(self.folder.root)
         self.folder.take()
+        self._inherited = set(self.folder.committed())
         (self.folder.root / ROOT_FILE).write_text(f"{self._root}\n")
 
     @staticmethod
@@ -141,6 +146,7 @@ class HostTier:
         old = self.folder.committed()
         for step in old[:-1]:  # the newest stays until a save replaces it: it may be all there is
             self.folder.remove(step)
+        self._inherited = set(old[-1:])
         self.folder.clear_scratch()
         need = self._count * sum(size for size, _ in words)
         free = shutil.disk_usage(self.folder.root).free
@@ -219,8 +225,11 @@ class HostTier:
             slot.users.discard(user)
             if user == "host" and ok:
                 slot.step, slot.folder = step, self.folder.final(step)
-                for old in set(self.folder.committed()) - {slot.step for slot in self._slots}:
-                    self.folder.remove(old)  # left by the process before this one, and older now
+                for old in self._inherited - {slot.step for slot in self._slots}:
+                    self.folder.remove(old)  # older now
+                self._inherited = set()
+            elif user == "host":
+                self._inherited.add(step)  # perhaps published before it failed
             self._changed.notify_all()
 
     def release(self, index: int) -> None:
@@ -236,12 +245,13 @@ class HostTier:
                 if slot.step is not None and slot.step > step:
                     name = f"{self.coordinator.token}-{self._claims:x}-{index:x}"
                     self._invalidate(slot, self.folder.scratch(slot.step, name))
-        for later in [found for found in self.folder.committed() if found > step]:
+        for later in [found for found in self._inherited if found > step]:
             self.folder.remove(later)
 
     def close_maps(self) -> None:
         for generation in self._mine:
             generation.close()
+        self._inherited |= {slot.step for slot in self._slots if slot.step is not None}
         self._mine, self._slots = [], []
 
     def close(self, *, remove: bool) -> None:

@@ -26,7 +26,7 @@ class Pipeline:
 
     def __init__(self, committers: Sequence[Committer], *, writers: int, trace: Trace) -> None:
         self.committers, self.trace = tuple(committers), trace
-        self._queue: queue.Queue[tuple[Save, Sequence[tuple[Committer, Part]]] | None] = queue.Queue()
+        self._queue: queue.SimpleQueue[tuple[Save, Sequence[tuple[Committer, Part]]] | None] = queue.SimpleQueue()
         self._copying = 0
         self._idle = threading.Condition()
         self._pool = ThreadPoolExecutor(writers, thread_name_prefix="undertow-writer")
@@ -36,6 +36,10 @@ class Pipeline:
 
     def submit(self, save: Save, parts: Sequence[tuple[Committer, Part]]) -> None:
         """Hand a save over, with its part for each tier; returns at once."""
+        if save.snapshot.issued:  # nothing is left to copy: no other thread need wake for it
+            for committer, part in parts:
+                committer.submit(part)
+            return
         with self._idle:
             self._copying += 1
         self._queue.put((save, parts))

@@ -35,7 +35,7 @@ class Sampler:
         for view in self._views:
             probe = _probe(view)
             groups.setdefault((probe.dtype, view.device, probe.ndim, _lies_evenly(view)), []).append(probe)
-        gathers = [_gather(probes, even=even) for (*_, even), probes in groups.items()]
+        gathers = [_gather(probes) if even else _cat(probes) for (*_, even), probes in groups.items()]
         self._groups = [(gather, gather(None), gather(None)) for gather in gathers]
 
     @torch.no_grad()
@@ -59,19 +59,23 @@ def _lies_evenly(tensor: torch.Tensor) -> bool:
     return tensor.data_ptr() % WORD == 0 and tensor.numel() * tensor.element_size() >= BYTES
 
 
-def _gather(probes: list[torch.Tensor], *, even: bool) -> Gather:
+def _cat(probes: list[torch.Tensor]) -> Gather:
+    return lambda out: torch.cat(probes, out=out)
+
+
+def _gather(probes: list[torch.Tensor]) -> Gather:
     """What collects the `probes` of one device, dtype and rank, by their addresses where that is the same."""
-    if even and probes[0].dtype == torch.int64:
+    if probes[0].dtype == torch.int64:
         try:
-            quick = _by_address(probes)
+            quick = by_address(probes)
             if torch.equal(quick(None).view(-1), torch.cat(probes).view(-1)):
                 return quick
         except RuntimeError as error:
             log.debug("tensors are sampled one by one (%s)", error)
-    return lambda out: torch.cat(probes, out=out)
+    return _cat(probes)
 
 
-def _by_address(probes: Sequence[torch.Tensor]) -> Gather:
+def by_address(probes: Sequence[torch.Tensor]) -> Gather:
     """[3 N, 64] on the CPU and flat elsewhere: what lies at the places of N probes [3, 64] of int64."""
     device, count = probes[0].device, BYTES // WORD
     begins = np.array([[probe.data_ptr() + WORD * place * probe.stride(0) for place in range(3)] for probe in probes])

@@ -52,12 +52,12 @@ class SaveReport:
 @dataclass
 class Save:
     """One save on its way into one or two tiers. `objects` are the values to pickle, taken when the save began;
-    `known` holds what the saves before have pickled: key → (repr, bytes) of plain values, which rarely change."""
+    `known` is what the saves before have pickled: key → (value, repr, bytes) of plain values, which rarely change."""
 
     attempt: Attempt
     plan: SavePlan
     objects: Mapping[str, Any]
-    known: dict[str, tuple[str, bytes]]
+    known: dict[str, tuple[Any, str, bytes]]
     call_s: float = 0.0
     fence_s: float = 0.0
     snapshot: Snapshot = field(init=False)
@@ -83,14 +83,20 @@ class Save:
         with self._lock:
             for key, value in self.objects.items():
                 if key not in self._pickled:
-                    self._keep(key, value.value if isinstance(value, Fresh) else value)
+                    known = self.known.get(key)
+                    if known is not None and known[0] is value:  # nobody can have changed it
+                        self._pickled[key] = known[2]
+                    else:
+                        self._keep(key, value)
             return {key: self._pickled[key] for key in self.objects}
 
-    def _keep(self, key: str, value: Any) -> None:
+    def _keep(self, key: str, held: Any) -> None:
+        value = held.value if isinstance(held, Fresh) else held
         text = repr(value) if _is_plain(value) else ""
         known = self.known.get(key)
-        if text and known is not None and known[0] == text:
-            self._pickled[key] = known[1]
+        if text and known is not None and known[1] == text:
+            self._pickled[key] = known[2]
+            self.known[key] = held, text, known[2]
             return
         try:
             self._pickled[key] = _pickle(value)
@@ -99,7 +105,7 @@ class Save:
             self.problem = self.problem or f"'{key}' cannot be pickled ({type(error).__name__}: {error})"
             return
         if text:
-            self.known[key] = (text, self._pickled[key])
+            self.known[key] = held, text, self._pickled[key]
 
 
 def _is_plain(value: Any) -> bool:

@@ -42,7 +42,7 @@ class Saver:
         self._live, self._tiers, self._budget, self._pipeline = live, tiers, budget, pipeline
         self._fences, self._clock, self._reports = fences, clock, reports
         self._coordinator, self._timeout_s = tiers.coordinator, timeout_s
-        self._pickles: dict[str, tuple[str, bytes]] = {}
+        self._pickles: dict[str, tuple[Any, str, bytes]] = {}
 
     def begin(self, attempt: Attempt) -> bool:
         """Whether a save has begun. Raises what a user's object raises, and `UserError` where the memory that was asked

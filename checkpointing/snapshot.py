@@ -156,6 +156,11 @@ class Snapshot:
 
     # -- fencing ------------------------------------------------------------------------------------------------
 
+    @property
+    def issued(self) -> bool:
+        """Whether every chunk's copies have been issued."""
+        return self._through == len(self._filled)
+
     def wait_filled(self) -> None:
         """Return when every chunk's copies were issued, or the save has failed."""
         with self._changed:

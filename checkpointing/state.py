@@ -78,6 +78,7 @@ class AppState:
         self.per_rank = dict(per_rank)
         self.rank, self.rng = rank, rng
         self.stepped: dict[torch.optim.Optimizer, None] = {}  # in the order of their first steps
+        self._listed: dict[tuple[str, int], tuple[list[int], Mapping[int, str], Fresh]] = {}
         self._named = self.modules  # whose parameters have names
 
     def without(self, labels: Collection[str]) -> AppState:
@@ -116,7 +117,10 @@ class AppState:
         """The rest of `leaves`, which is not a tensor of a module or an optimizer, and must be read at every save."""
         found: list[Leaf] = []
         for label, optimizer in self.optimizers.items():
-            found.extend(_option_leaves(label, optimizer, names))
+            for index, group in enumerate(optimizer.param_groups):
+                for key, value in group.items():
+                    value = self._names_of(label, index, value, names) if key == "params" else value
+                    found.append(Leaf((label, "param_groups", index, key), value))
         for label, thing in self.others.items():
             found.extend(_object_leaves((label,), thing.state_dict()))
         rank = f"rank-{self.rank:05d}"
@@ -125,6 +129,14 @@ class AppState:
         if self.rng:
             found.append(Leaf(("rng", rank), Fresh(rng_state())))
         return found
+
+    def _names_of(self, label: str, index: int, group: list[torch.Tensor], names: Mapping[int, str]) -> Fresh:
+        """The names of the parameters of a group: the same object as long as neither changes."""
+        ids = list(map(id, group))
+        known = self._listed.get((label, index))
+        if known is None or known[0] != ids or known[1] is not names:
+            known = self._listed[label, index] = ids, names, Fresh([names[each] for each in ids])
+        return known[2]
 
     def _stepping(self) -> list[torch.optim.Optimizer]:
         """The optimizers in the order of their steps, as far as it has been seen. Before that: more than two step
@@ -170,14 +182,6 @@ def _optimizer_leaves(
             for key, value in state.get(parameter, {}).items():
                 late = isinstance(value, torch.Tensor) and value.ndim > 0
                 yield Leaf((label, "state", names[id(parameter)], key), value, order[id(parameter)] if late else None)
-
-
-def _option_leaves(label: str, optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> Iterator[Leaf]:
-    for index, group in enumerate(optimizer.param_groups):
-        for key, value in group.items():
-            if key == "params":
-                value = Fresh([names[id(parameter)] for parameter in value])
-            yield Leaf((label, "param_groups", index, key), value)
 
 
 def _object_leaves(path: tuple[str], value: Any) -> Iterator[Leaf]:

@@ -13,6 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from .reader import Reader, dtype_of
 from .restore import items_of
 
 FETCHERS = 4  # threads, with a connection each, per rank
+LOCKS = 64  # chunks that may be fetched at one time for a machine
 OWN, HELD, FAR = 1, 2, 3  # where a chunk came from
 SOURCES = {OWN: "memory of this machine", HELD: "partner copies on this machine", FAR: "memory of other machines"}
 
@@ -89,20 +91,17 @@ class MemoryReader(Reader):
     # -- one chunk ----------------------------------------------------------------------------------------------------
 
     def _bring(self, file: str, chunk: int) -> None:
-        """Make one chunk good, once for all ranks of this machine: a locked byte of a file beside it says so."""
-        with self._lock:  # one handle of each: to close another would release this process's locks
+        """Make one chunk good, once for all ranks of this machine: a byte of a file beside it says so."""
+        with self._lock:
             if file not in self._seen:
                 self._seen[file] = os.open(self.path / f"{file}.seen", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             seen = self._seen[file]
-        fcntl.lockf(seen, fcntl.LOCK_EX, 1, chunk)
-        try:
+        with _locked(self.path / f"lock-{chunk % LOCKS}"):
             mark = os.pread(seen, 1, chunk)
             origin = mark[0] if mark else 0
             if not origin:
                 origin = self._make_good(file, chunk)
                 os.pwrite(seen, bytes([origin]), chunk)
-        finally:
-            fcntl.lockf(seen, fcntl.LOCK_UN, 1, chunk)
         begin, end = self._range(file, chunk)
         with self._lock:
             self.origin[SOURCES[origin]] += end - begin
@@ -167,3 +166,14 @@ class MemoryReader(Reader):
             with open(self.place(name), "rb") as file:
                 self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return self._maps[name]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Alone among the processes and threads of this machine. Not `lockf`, which takes threads for a deadlock."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

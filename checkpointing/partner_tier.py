@@ -106,6 +106,8 @@ class PartnerTier:
         sizes = self._table(f"{name}/size", plan.image.size)  # whoever has said it has sent all it had to send
         self._drop()
         self.memory.make()
+        if self.crew.leads and self._known:
+            self._remove_foreign(but=max(self._committed, default=None))
         free = self._table(f"{name}/free", self.memory.free())
         if problem := self._shortage(sizes, free):
             error = UserError(problem, remedy="pass host_every=0, or fewer host_generations")
@@ -241,11 +243,9 @@ class PartnerTier:
         self._there[self._chosen[index]].users.clear()
 
     def restored(self, step: int | None) -> None:
-        """All ranks: the job goes on from `step`, found in memory (None: from elsewhere); later ones are forgotten, and
-        so is what other jobs have left of other steps."""
+        """All ranks: the job goes on from `step`, found in memory (None: from elsewhere). What earlier jobs have left of
+        other steps is of no use then; it goes when its memory is needed."""
         self._known, self._committed = True, [] if step is None else [step]
-        if self.crew.leads:
-            self._remove_foreign(but=step)
 
     def forget_after(self, step: int) -> None:
         """All ranks: checkpoints in memory after `step` are of a branch that was rolled back."""

@@ -115,6 +115,7 @@ def _attention(job: Job, memory: Footprint, machine: Machine | None) -> tuple[li
         again = 2 - kept + derived if memory.streamed else 1.0  # forward runs again
         total_s += best.seconds * shape.layers * (1.0 if backward else again)
         answer = f"{choice.name}: {format_seconds(best.seconds)} a layer, {format_bytes(best.sent_bytes)} sent"
+        answer += f", {format_bytes(best.buffer_bytes)} of buffers" if best.buffer_bytes else ""
         form = "parallel.token_ring.planner.choose: every schedule, simulated"
         lines.append(Line(f"attention schedule, {choice.phase}", answer, form, source(link_of(machine)[2])))
     return lines, total_s

@@ -14,15 +14,19 @@ from undertow.checkpointing.frequency import young_daly
 from undertow.comms.simulate import ASSUMED
 from undertow.dist.errors import UserError
 from undertow.dist.machine import Link, Machine
+from undertow.dist.units import format_bytes
 from undertow.examples.lm import ByteLM, LMConfig
 from undertow.integrations.plan import LAUNCH_S, OPERATIONS, preflight
 from undertow.integrations.plan_compare import compare, job_of
 from undertow.integrations.plan_job import Job
+from undertow.integrations.plan_memory import footprint
 from undertow.integrations.plan_saves import CALL_S, COMMIT_S
 from undertow.integrations.report_data import read_run
-from undertow.parallel.memory_model import DecoderShape, plain_flops
+from undertow.parallel.memory_model import DecoderShape, plain_flops, step_flops
 from undertow.parallel.stream import stream_backprop
 from undertow.parallel.stream.cli import KNOWN
+from undertow.parallel.stream.planner import predicted
+from undertow.parallel.stream.ring_memory import ring_bytes
 from undertow.parallel.stream.track import PeakBytes
 
 JOB = Job(KNOWN["llama3-8b"], ranks=8, tokens=8192)
@@ -101,6 +105,33 @@ def test_a_step_on_context_ranks_holds_products_attention_and_gradients():
     assert alone.step_s / 2 * 0.9 < shared.step_s < alone.step_s / 2 * 1.5
     slow = replace(MACHINE, links={"nccl": Link(0.0, 1e9)})
     assert "gradients and weights" in answers(replace(job, context=2), slow)
+
+
+def test_streaming_around_ring_attention_is_planned_as_it_runs(capsys):
+    """The whole job's plan is that of `stream plan --context`, ring and chunks counted; sharded weights keep every
+    input, and a tensor axis one chunk."""
+    shape, tokens = KNOWN["llama3-8b"], 7 << 17
+    how: dict = dict(context=2, state_bytes=0, stream="on", host_bytes=100_000_000_000, device_bytes=80_000_000_000)
+    job = Job(shape, 2, tokens, sharded=False, **how)
+    assert main(["stream", "plan", "--model", "llama3-8b", "--seq-len", str(tokens), "--context", "2"]) == 0
+    alone = capsys.readouterr().out
+    memory = footprint(job)
+    assert memory.streamed is not None and str(memory.streamed).splitlines()[1] in alone
+    assert f"peak        {format_bytes(memory.peak_bytes)} of" in alone
+    ring = max(ring_bytes(shape, tokens // 2, 2))
+    assert answers(job)["buffers of ring attention"] == format_bytes(ring) and ring > 10**10
+    assert memory.fits and memory.streamed.every > 1
+    without = predicted(memory.streamed, shape).device_bytes
+    assert memory.streamed.device_bytes > without, "the same plan without a ring"
+    shared = footprint(replace(job, sharded=True)).streamed
+    assert shared is not None and shared.every == 1
+    team = footprint(replace(job, ranks=4, tensor=2)).streamed
+    assert team is not None and len(team.bounds) == 1 < len(memory.streamed.bounds)
+    work = memory.work(job)  # of both ranks: the pairs that one process would see, products of chunks on top
+    whole = step_flops(shape, 1, tokens, chunks=1, **memory.streamed.fractions)
+    assert work["attention_backward"] == whole["attention_backward"] and work["gemm"] > whole["gemm"]
+    plain = replace(job, stream="off", tokens=8192)
+    assert footprint(plain).peak_bytes >= footprint(replace(plain, context=1, ranks=1, tokens=4096)).peak_bytes
 
 
 def test_slower_links_never_make_a_step_shorter():

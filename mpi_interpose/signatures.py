@@ -84,6 +84,17 @@ def _table() -> tuple[Signature, ...]:
         Signature("Scan", "scan", "bbntoc"),
         Signature("Exscan", "exscan", "bbntoc"),
     ]
+    # Nonblocking, with a request at the end; on host memory they pass through. `Scan` is served as Allreduce is.
+    for name, kinds in (
+        ("bcast", "bntic"), ("gather", "bntbntic"), ("scatter", "bntbntic"), ("gatherv", "bntbNDtic"),
+        ("scatterv", "bNDtbntic"), ("allgather", "bntbntc"), ("allgatherv", "bntbNDtc"), ("alltoall", "bntbntc"),
+        ("alltoallv", "bNDtbNDtc"), ("alltoallw", "bNDTbNDTc"), ("neighbor_allgather", "bntbntc"),
+        ("neighbor_allgatherv", "bntbNDtc"), ("neighbor_alltoall", "bntbntc"), ("neighbor_alltoallv", "bNDtbNDtc"),
+        ("neighbor_alltoallw", "bNATbNATc"), ("allreduce", "bbntoc"), ("reduce", "bbntoic"),
+        ("reduce_scatter", "bbNtoc"), ("reduce_scatter_block", "bbntoc"), ("scan", "bbntoc"), ("exscan", "bbntoc"),
+        ("sendrecv", "bntiibntiic"), ("sendrecv_replace", "bntiiiic"),
+    ):  # fmt: skip
+        rows.append(Signature(f"I{name}", "iallreduce" if name == "scan" else f"i{name}", f"{kinds}r"))
     for mode in ("", "S", "B", "R"):
         rows.append(Signature(f"{mode}send".capitalize() if mode else "Send", "send", "bntiic"))
         rows.append(Signature(f"I{mode.lower()}send", "isend", "bntiicr"))

@@ -2,6 +2,7 @@
 #include "handlers_coll.hh"
 #include "handlers_device.hh"
 #include "handlers_graph.hh"
+#include "handlers_later.hh"
 #include "handlers_local.hh"
 #include "handlers_requests.hh"
 #include "handlers_status.hh"

@@ -84,7 +84,7 @@ void remove(Entry* e) {
 void unpack_entry(Entry* e, MPI_Status* status) {
   if (!e->receive || e->done) return;
   e->done = true;
-  if (e->later) return e->later->finish(status);
+  if (e->later) return e->later->finish();
   const int64_t n = received_bytes(status);
   if (n > 0) unpack_slab(*e->record, e->count, e->slab, e->user, n);
 }

@@ -21,7 +21,7 @@ namespace undertow {
 // What is left to do when an operation that is no single message completes, and what lives until then.
 struct Later {
   virtual ~Later() = default;
-  virtual void finish(MPI_Status* status) = 0;
+  virtual void finish() = 0;
 };
 
 struct Entry {

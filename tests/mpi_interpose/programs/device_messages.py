@@ -18,6 +18,7 @@ from mpi4py import MPI
 sys.path.insert(0, str(Path(__file__).parent))
 
 import device_calls
+import device_later
 from device_buffers import GAP, PLACES, Mine, blank, comm, data, device, expect, peer, rank, size, strided
 from rule_loop import keep
 
@@ -354,6 +355,7 @@ RULES = [
     blocking_and_nonblocking, contiguous_buffers, order_is_kept, completion_calls, short_receives, persistent_requests,
     one_buffer_both_ways, null_bottom_and_negative, pack_and_unpack, broadcast_and_gathers, all_to_all,
     halo_by_neighbours, reductions, managed_memory, *device_calls.RULES,
+    *device_later.RULES,
 ]  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def footprint(job: Job) -> Footprint:
     inputs = 2 * whole * shape.width * shape.element_size if job.tensor > 1 else 0  # gathered for a layer's products
     resident = weights + state + gathered + inputs
     update = (1 + UPDATE_LISTS) * weights
-    ring = max(ring_bytes(shape, rows, job.context)) if job.context > 1 else 0
+    ring = max(ring_bytes(shape, rows, job.context, batch=job.batch)) if job.context > 1 else 0
     in_attention = shape.layers * saved_bytes(shape, rows) + ring
     plain = resident + max(plain_bytes(shape, rows), in_attention, weights + saved_bytes(shape, rows), update)
     form = f"parameters × (2 × {weight} + {job.state_bytes} B) / {share(job)}"

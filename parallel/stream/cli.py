@@ -139,7 +139,7 @@ def _lengths(shape: DecoderShape, batch: int, budget: int, host: int, kind: dict
     def plain(chunked: bool, offload: bool):
         def fits(tokens: int) -> bool:
             needed = checkpointing_bytes(shape, batch * tokens, chunked_loss=chunked, offload=offload)
-            needed += max(ring_bytes(shape, batch * tokens, context)) if context > 1 else 0
+            needed += max(ring_bytes(shape, batch * tokens, context, batch=batch)) if context > 1 else 0
             return needed <= budget * 0.94 and (not offload or tokens * row <= host)
 
         return fits

@@ -1,7 +1,10 @@
-"""What ring attention allocates while it runs, read off the schedule that it would run: an estimate for plans.
+"""What ring attention allocates while it runs, read off the schedule that it would run.
 
-The schedule is `ring_kv`, which most models take; others hold up to twice as much. Bytes grow with the rows of a rank,
-so a short sequence tells those of any; from six ranks on they do not grow with the ranks.
+The schedule is `ring_kv`, which most models take: for it these are the bytes that the executor allocates, neither more
+nor less (`tests/parallel/test_stream_context.py` counts them). Others hold up to twice as much, and what a kernel needs
+inside is not seen here. Bytes grow with the rows of a rank, so a short sequence tells those of any; from six ranks on
+they do not grow with the ranks. Schedules want a row of all sequences of a batch together, so several sequences are
+copied first.
 """
 
 from __future__ import annotations
@@ -18,12 +21,16 @@ ROWS = 64
 NAMES = {2: "bfloat16", 4: "float32", 8: "float64"}
 
 
-def ring_bytes(shape: DecoderShape, rows: int, ranks: int) -> tuple[int, int]:
-    """Bytes of one call's buffers, results among them, in forward and backward, for `rows` of one of `ranks`."""
+def ring_bytes(shape: DecoderShape, rows: int, ranks: int, *, batch: int = 1) -> tuple[int, int]:
+    """Bytes of one call's buffers, results among them, in forward and backward, for `rows` of one of `ranks`, which are
+    those of `batch` sequences; of the rank that holds most."""
     forward, backward = _per_block(
         min(ranks, 6), shape.heads, shape.kv_heads, shape.head_dim, NAMES[shape.element_size]
     )
-    return forward * rows // ROWS, backward * rows // ROWS
+    e, exact = shape.element_size, max(4, shape.element_size)
+    given = e * (shape.q + 2 * shape.kv) if batch > 1 else 0
+    more = e * shape.q + 2 * exact * shape.heads if batch > 1 else 0  # dout, log-sum-exp, delta
+    return forward * rows // ROWS + rows * given, backward * rows // ROWS + rows * (given + more)
 
 
 @lru_cache(maxsize=64)

@@ -7,10 +7,13 @@ import copy
 import pytest
 import torch
 
+from undertow.comms import p2p
 from undertow.comms.gradients import GradientAverage
-from undertow.parallel import enable_context_parallel
+from undertow.parallel import enable_context_parallel, token_ring_attention
 from undertow.parallel.context_parallel import ContextParallel
+from undertow.parallel.memory_model import DecoderShape
 from undertow.parallel.stream import stream_backprop
+from undertow.parallel.stream.ring_memory import ring_bytes
 from undertow.parallel.token_ring import api
 
 pytest.importorskip("transformers")
@@ -95,6 +98,55 @@ def test_one_process_gradients_and_a_ring_that_all_ranks_call_alike(
         assert first[way][2][:2] == second[way][2][:2], way
     assert first["agreed"][2][1] < LAYERS, "rank 0 alone would have kept everything"
     assert first["chunks of one's own"][2][2] != second["chunks of one's own"][2][2]
+
+
+def allocated(rank, world, shape, dtype, tokens, batch):
+    """Bytes that one call of the ring allocates on this rank, by phase: the executor's memory, and copies of inputs."""
+    bytes_of = collections.Counter()
+    run, copying, phase = api._run, api._rows_first, ["forward"]
+
+    class Counted(p2p.Storage):
+        def __init__(self, layout, inputs, **how):
+            super().__init__(layout, inputs, **how)
+            memory = {}
+            for name, value in layout.values.items():
+                if value.role != "input" and value.dtype != "token":  # a token is one byte to lanes, and none to plans
+                    memory[self.tensors[name].untyped_storage().data_ptr()] = self.tensors[name].untyped_storage()
+            bytes_of[phase[0]] += sum(storage.nbytes() for storage in memory.values())
+
+    def running(call, backward, inputs):
+        phase[0] = "backward" if backward else "forward"
+        bytes_of[phase[0]] += sum(copies)
+        copies.clear()
+        return run(call, backward, inputs)
+
+    def rows_first(x):
+        y = copying(x)
+        copies.append(0 if y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() else y.nbytes)
+        return y
+
+    copies: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(p2p, "Storage", Counted)
+        patch.setattr(api, "_run", running)
+        patch.setattr(api, "_rows_first", rows_first)
+        q, k, v = (
+            torch.randn(batch, tokens, heads, shape.head_dim, dtype=dtype, requires_grad=True)
+            for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
+        )
+        out = token_ring_attention(
+            q, k, v, causal=True, lengths=(tokens * world,) * 2, schedule="ring_kv", backward_schedule="ring_kv"
+        )
+        out.backward(torch.ones_like(out))
+    return bytes_of["forward"], bytes_of["backward"]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_plans_count_the_bytes_that_the_ring_allocates(world, ranks):
+    for dtype, batch, heads in ((torch.float32, 1, (4, 2)), (torch.bfloat16, 1, (4, 4)), (torch.bfloat16, 2, (4, 2))):
+        shape = DecoderShape(1, 64, *heads, 16, 192, 512, 1000, element_size=dtype.itemsize)
+        found = ranks(world, allocated, shape, dtype, 128, batch)
+        assert tuple(map(max, zip(*found))) == ring_bytes(shape, 128 * batch, world, batch=batch), (dtype, batch)
 
 
 def least_of(rank, world):

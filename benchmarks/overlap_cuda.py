@@ -30,6 +30,7 @@ from undertow.comms.cuda_events import Call
 from undertow.comms.cuda_messengers import PinnedMessenger
 from undertow.comms.overlap_cuda import CudaOverlapEngine
 from undertow.comms.placement import Placement
+from undertow.comms.spans import Memory, Span
 from undertow.dist.errors import UserError
 from undertow.parallel import overlap_gate
 from undertow.parallel.kernels.ordered_sum import ordered_sum
@@ -117,12 +118,7 @@ def rank_of(m: int, n: int, k: int, seed: int) -> _Rank:
     theirs = torch.randn(WORLD - 1, sizes[0], n, dtype=torch.bfloat16, device=device)
     partials = torch.empty(theirs.shape, dtype=theirs.dtype, pin_memory=True).copy_(theirs)
 
-    flat = partials.view(-1)
-
-    def incoming(rows: torch.Tensor, source: int) -> torch.Tensor:
-        return flat.narrow(0, int(rows.storage_offset()), rows.numel())  # it lies as what lands does
-
-    messenger = PinnedMessenger(0, WORLD, device, incoming)
+    messenger = PinnedMessenger(0, WORLD, device, partials)
     engine = CudaOverlapEngine(device=device, messenger=messenger, add=ordered_sum)
     return _Rank(a, b, partials, engine, messenger, sizes)
 
@@ -187,12 +183,13 @@ def _counted(a: torch.Tensor, b: torch.Tensor) -> None:
 def copies(rank: _Rank) -> None:
     """All that leaves and all that comes, without a product."""
     y = rank.a.new_empty(rank.a.shape[0], rank.b.shape[1])
-    staged = rank.messenger.landings(y[: rank.sizes[0]])
-    call, current, low = Call(torch.cuda.Event), torch.cuda.current_stream(), rank.sizes[0]
+    own, n, made = rank.sizes[0], y.shape[1], Memory(y)
+    staged = [Memory(landing) for landing in rank.messenger.landings(y[:own])]
+    call, current, low = Call(torch.cuda.Event), torch.cuda.current_stream(), own
     start = call.event(current)
     for peer, size in enumerate(rank.sizes[1:], 1):
-        sends = [(y[low : low + size], peer)] if size else []
-        for event in rank.messenger.exchange(call, start, sends, [(staged[peer - 1], peer)]):
+        sends = [(Span(made, low * n, size * n), peer)] if size else []
+        for event in rank.messenger.exchange(call, start, sends, [(Span(staged[peer - 1], 0, own * n), peer)]):
             if event is not None:
                 event.wait(current)
         low += size

@@ -22,7 +22,10 @@ import torch
 
 from undertow.benchmarks.overlap_cuda import WORLD, copies, rank_of
 from undertow.comms import cuda_driver
-from undertow.comms.overlap_engine import add_in_order
+from undertow.comms.chunk_plan import ChunkPlan
+from undertow.comms.overlap_engine import add_pieces
+from undertow.comms.placement import Placement
+from undertow.comms.spans import Memory, Span
 from undertow.dist.errors import UserError
 from undertow.parallel.kernels.ordered_sum import ordered_sum
 from undertow.parallel.kernels.tracked_matmul import unusable
@@ -90,15 +93,18 @@ def parts(device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "a product into rows", lambda: torch.mm(a, a, out=y)
     yield "a copy to pinned memory by torch", lambda: there.copy_(y, non_blocking=True)
     yield "a copy from pinned memory by torch", lambda: y.copy_(there, non_blocking=True)
-    (source, nbytes), (target, _) = cuda_driver.place(y), cuda_driver.place(there)
+    source, target, nbytes = y.data_ptr(), there.data_ptr(), y.numel() * y.element_size()
     yield "a copy to pinned memory by address", lambda: cuda_driver.copy(stream, target, source, nbytes)
     seven = [(target + at * 1024, source + at * 1024, 1024) for at in range(7)]
-    yield "seven such copies", lambda: [cuda_driver.copy(stream, *each) for each in seven]
+    yield "seven such copies", lambda: cuda_driver.copies(stream, seven)
     yield "seven such copies in one call", lambda: cuda_driver.copy_all(stream, seven)
-    parts, out = [torch.zeros_like(y) for _ in range(8)], torch.empty_like(y)
-    yield "a sum of eight by torch", lambda: add_in_order(parts, out)
-    yield "a sum of eight by one kernel", lambda: ordered_sum(parts, out)
-    yield "the bytes and the address of rows", lambda: cuda_driver.place(y)
+    plan, out, landings = ChunkPlan(0, (8,) * 8, 4), y[:8].clone(), list(torch.zeros(7, 8, 64).to(y).unbind(0))
+    where, pieces = Placement(plan, y), plan.chunk(0)
+    yield "a sum of eight ranks' rows by torch", lambda: add_pieces(where, landings, pieces[:1], out)
+    yield "four such sums by one kernel", lambda: ordered_sum(where, landings, pieces, out)
+    memory = Memory(y)
+    yield "the address of a tensor", lambda: Memory(y)
+    yield "a place in it", lambda: Span(memory, 8, 16).address
     yield "a view of a piece of columns", lambda: y.as_strided((32, 8), (8, 1), 64)
 
 

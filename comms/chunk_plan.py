@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 from ..dist.errors import UserError
 from .builders.draft import bounds, pieces
@@ -157,6 +158,11 @@ class ChunkPlan:
         return tuple(p for owner in order for p in self.chunk(owner))
 
     @property
+    def width(self) -> int:
+        """Columns of a piece, but for a narrower last one; 0 for pieces of rows."""
+        return panels(self.columns, self.subchunks)[0][1] if self.columns else 0
+
+    @property
     def parts(self) -> int:
         """The most pieces of a chunk."""
         return len(panels(self.columns, self.subchunks)) if self.columns else self.subchunks
@@ -189,6 +195,11 @@ class ChunkPlan:
                 ready = tuple(piece for owner in owners for piece in self.chunk(owner)[part:][:1])
                 found.append(Block(first, last, left, right, ready))
         return tuple(found)
+
+    @cached_property
+    def tables(self) -> dict[int, Any]:
+        """What `placement.messages` has made of this plan, by the product's columns."""
+        return {}
 
     @cached_property
     def kept(self) -> tuple[Block, ...]:

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-import torch
-
 from ..dist.errors import UndertowError
 
+Copy = tuple[int, int, int]  # target, source, bytes
 _GEQ, _RELAXED = 0, 2  # CU_STREAM_WAIT_VALUE_GEQ, CU_STREAM_CAPTURE_MODE_RELAXED
 
 
@@ -72,17 +71,23 @@ def copy(stream: Any, target: int, source: int, nbytes: int) -> None:
     _check(_driver().cuMemcpyAsync(target, source, nbytes, stream.cuda_stream), "cuMemcpyAsync")
 
 
-def copy_all(stream: Any, copies: Sequence[tuple[int, int, int]]) -> None:
-    """Queue copies (target, source, bytes) between addresses on `stream`, in no order among each other; in one call
-    where the driver has one, which costs the host less than a call for each."""
+def copies(stream: Any, each: Sequence[Copy]) -> None:
+    """Queue several, one after the other."""
+    queue, handle = _driver().cuMemcpyAsync, stream.cuda_stream
+    for target, source, nbytes in each:
+        if code := queue(target, source, nbytes, handle):
+            _check(code, "cuMemcpyAsync")
+
+
+def copy_all(stream: Any, each: Sequence[Copy]) -> None:
+    """Queue several, in no order among each other; in one call where the driver has one. Not into a CUDA graph."""
     batch = getattr(_driver(), "cuMemcpyBatchAsync_v2", None)
-    if batch is None or len(copies) < 2:
-        for each in copies:
-            copy(stream, *each)
+    if batch is None or len(each) < 2:
+        copies(stream, each)
         return
-    targets, sources, sizes = (array(code, each) for code, each in zip("QQQ", zip(*copies)))
+    targets, sources, sizes = (array("Q", column) for column in zip(*each))
     code = batch(
-        targets.buffer_info()[0], sources.buffer_info()[0], sizes.buffer_info()[0], len(copies),
+        targets.buffer_info()[0], sources.buffer_info()[0], sizes.buffer_info()[0], len(each),
         ctypes.byref(_IN_ORDER), ctypes.byref(_FROM_THE_FIRST), 1, stream.cuda_stream,
     )  # fmt: skip
     _check(code, "cuMemcpyBatchAsync")
@@ -92,13 +97,6 @@ def let_capture() -> None:
     """From now on this thread may ask events while another one captures a CUDA graph, which fails otherwise."""
     mode = ctypes.c_int(_RELAXED)
     _check(_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)), "cuThreadExchangeStreamCaptureMode")
-
-
-def place(rows: torch.Tensor) -> tuple[int, int]:
-    """(address, bytes) of rows that lie in one piece."""
-    if not rows.is_contiguous():
-        raise UndertowError(f"rows of shape {tuple(rows.shape)} and strides {rows.stride()} do not lie in one piece")
-    return rows.data_ptr(), rows.numel() * rows.element_size()
 
 
 def _check(code: int, what: str) -> None:

@@ -19,8 +19,7 @@ import torch.distributed as dist
 from ..dist.errors import UndertowError
 from . import cuda_driver
 from .cuda_events import Call
-
-Rows = Sequence[tuple[torch.Tensor, int]]  # (rows, the other rank)
+from .spans import Memory, Span, Spans
 
 
 class CudaMessenger:
@@ -47,7 +46,7 @@ class CudaMessenger:
         """What has landed is no longer needed behind what is queued on `stream`."""
 
     def exchange(
-        self, call: Call, after: Any, sends: Rows, receives: Rows, *, pull: bool = False
+        self, call: Call, after: Any, sends: Spans, receives: Spans, *, pull: bool = False
     ) -> tuple[Any | None, Any | None]:
         """Start both behind `after`, an event or a `Counted`; events of `call` behind which all that was sent, and all
         that was received, so far is complete. None where there is neither of them here.
@@ -71,10 +70,12 @@ class NcclMessenger(CudaMessenger):
         self._stream = torch.cuda.Stream(device, priority=-1)
 
     def exchange(
-        self, call: Call, after: Any, sends: Rows, receives: Rows, *, pull: bool = False
+        self, call: Call, after: Any, sends: Spans, receives: Spans, *, pull: bool = False
     ) -> tuple[Any | None, Any | None]:
-        operations = [dist.P2POp(dist.isend, rows, self._ranks[to], self._group) for rows, to in sends]
-        operations += [dist.P2POp(dist.irecv, rows, self._ranks[source], self._group) for rows, source in receives]
+        operations = [dist.P2POp(dist.isend, span.numbers(), self._ranks[to], self._group) for span, to in sends]
+        operations += [
+            dist.P2POp(dist.irecv, span.numbers(), self._ranks[source], self._group) for span, source in receives
+        ]
         if not operations:
             return None, None
         current = torch.cuda.current_stream(self.device)
@@ -109,9 +110,9 @@ def _communicator(ranks: tuple[int, ...], device: torch.device, timeout_s: float
 class PinnedMessenger(CudaMessenger):
     """Copy engines to and from pinned host memory, one stream for each direction.
 
-    `incoming(rows, source)`: pinned memory of as many bytes as `rows`, with what `source` would have sent; it must live
-    until `close`. What is sent lands in one pinned mirror of the tensor that it is part of, whoever it is for.
-    `copy` and `pinned` stand in for the driver and for pinned memory in tests.
+    `theirs`: pinned memory, which lies as that into which it comes: what comes to byte x of a storage is its byte x.
+    What is sent lands in one pinned mirror of the tensor that it is part of, whoever it is for. `copies` and `pinned`
+    stand in for the driver and for pinned memory in tests.
     """
 
     def __init__(
@@ -119,52 +120,48 @@ class PinnedMessenger(CudaMessenger):
         rank: int,
         world: int,
         device: torch.device,
-        incoming: Callable[[torch.Tensor, int], torch.Tensor],
+        theirs: torch.Tensor,
         *,
-        copy: Callable[[Any, int, int, int], None] = cuda_driver.copy,
+        copies: Callable[[Any, Sequence[cuda_driver.Copy]], None] = cuda_driver.copies,
         pinned: bool = True,
     ) -> None:
-        self.rank, self.world, self.device, self._incoming = rank, world, device, incoming
+        self.rank, self.world, self.device, self._theirs = rank, world, device, Memory(theirs)
+        self._come = theirs.numel() * theirs.element_size()
         self._out, self._in = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self._copy, self._pinned = copy, pinned
-        self._mirror, self._mirror_at, self._mirrored = (
-            torch.empty(0, dtype=torch.uint8),
-            0,
-            0,
-        )  # its address, its bytes
+        self._copies, self._pinned = copies, pinned
+        self._mirror = torch.empty(0, dtype=torch.uint8)
+        self._mirror_at = self._mirrored = 0  # its address, its bytes
 
     def exchange(
-        self, call: Call, after: Any, sends: Rows, receives: Rows, *, pull: bool = False
+        self, call: Call, after: Any, sends: Spans, receives: Spans, *, pull: bool = False
     ) -> tuple[Any | None, Any | None]:
         if sends:
             after.wait(self._out)
-            for rows, _ in sends:
-                address, nbytes = cuda_driver.place(rows)
-                self._copy(self._out, self._reflected(rows, nbytes), address, nbytes)
+            self._copies(self._out, [(self._reflected(span), span.address, span.nbytes) for span, _ in sends])
         if receives:
             after.wait(self._in)
-            for rows, source in receives:
-                (target, nbytes), (there, found) = (
-                    cuda_driver.place(rows),
-                    cuda_driver.place(self._incoming(rows, source)),
-                )
-                if found != nbytes:
-                    raise UndertowError(f"{found} bytes come from rank {source} for {nbytes}")
-                self._copy(self._in, target, there, nbytes)
+            self._copies(self._in, [(span.address, self._found(span), span.nbytes) for span, _ in receives])
         return call.event(self._out) if sends else None, call.event(self._in) if receives else None
 
     def sent(self, rows: torch.Tensor) -> torch.Tensor:
         """What went out from where `rows` lie in their storage, once it has: bytes."""
-        nbytes = rows.numel() * rows.element_size()
-        low = self._reflected(rows, nbytes) - self._mirror_at
-        return self._mirror[low : low + nbytes]
+        span = Span(Memory(rows), 0, rows.numel())
+        low = self._reflected(span) - self._mirror_at
+        return self._mirror[low : low + span.nbytes]
 
-    def _reflected(self, rows: torch.Tensor, nbytes: int) -> int:
-        """The address at which `rows` land."""
-        low = int(rows.storage_offset()) * rows.element_size()
-        if low + nbytes > self._mirrored:
+    def _found(self, span: Span) -> int:
+        """The address of what comes there."""
+        low = span.offset
+        if low + span.nbytes > self._come:
+            raise UndertowError(f"bytes {low} to {low + span.nbytes} come of {self._come}")
+        return self._theirs.address + low
+
+    def _reflected(self, span: Span) -> int:
+        """The address at which it lands."""
+        low = span.offset
+        if low + span.nbytes > self._mirrored:
             self._out.synchronize()  # what is on its way to the old mirror
-            self._mirrored = rows.untyped_storage().nbytes()
+            self._mirrored = span.memory.tensor.untyped_storage().nbytes()
             self._mirror = torch.empty(self._mirrored, dtype=torch.uint8, pin_memory=self._pinned)
             self._mirror_at = self._mirror.data_ptr()
         return self._mirror_at + low

@@ -17,7 +17,7 @@ the events are used: a captured count would be true at every replay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,10 +27,11 @@ from . import cuda_driver
 from .chunk_plan import Block, ChunkPlan, Piece
 from .cuda_counts import Counts, Tracked
 from .cuda_events import Call, Events, Run
-from .cuda_messengers import CudaMessenger, NcclMessenger, Rows
+from .cuda_messengers import CudaMessenger, NcclMessenger
 from .cuda_watch import Exchange, Watch
-from .overlap_engine import add_in_order
-from .placement import Panel, Placement, Product, by_rows
+from .overlap_engine import add_pieces
+from .placement import Panel, Placement, Product, by_rows, messages
+from .spans import Memory, Span, Spans
 from .stream_wait import Counted
 
 END = 1.5  # of the time-out: when a rank that waits for a lost one ends
@@ -43,7 +44,7 @@ class CudaOverlapEngine:
 
     All tensors are on `device`. Calls are queued, not waited for; a piece that has not come after `timeout_s` is named
     in the log, and by `PeerLost` from the next call; half as long again after that the process ends, as by NCCL. `add`
-    stands in for `add_in_order`, with the same result.
+    stands in for `add_pieces`, with the same result.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class CudaOverlapEngine:
         device: torch.device,
         timeout_s: float = 300.0,
         messenger: CudaMessenger | None = None,
-        add: Callable[[list[torch.Tensor], torch.Tensor], None] = add_in_order,
+        add: Callable[[Placement, list[torch.Tensor], Sequence[Piece], torch.Tensor], None] = add_pieces,
     ) -> None:
         self.messenger = messenger or NcclMessenger(group, device, END * timeout_s)
         self.rank, self.world, self.device = self.messenger.rank, self.messenger.world, device
@@ -121,9 +122,10 @@ class CudaOverlapEngine:
         self._scatter(run, plan, by_rows(product), place, whole[slice(*plan.own)], overlap, tracked)
         summed = run.call.event(run.current)
         left = came = None
+        memory = Memory(whole)
         for part in range(plan.subchunks):
             for step in range(1, self.world):
-                ends = self._exchange(run, "sum", summed, *self._spread(plan, whole, step, part), part, pull=True)
+                ends = self._exchange(run, "sum", summed, *self._spread(plan, memory, step, part), part, pull=True)
                 left, came = ends[0] or left, ends[1] or came
         _wait(run.current, left, came)
         self._end(run)
@@ -146,11 +148,11 @@ class CudaOverlapEngine:
         start, arrived = run.call.event(run.current), dict[Piece, Any]()
         order, own = plan.gather_order, len(plan.chunk(self.rank))
         left = came = None
-        fill = by_rows(use)
+        fill, memory = by_rows(use), Memory(whole)
         for step in range(1, self.world):
             source = (self.rank + step) % self.world
             for part in range(plan.subchunks):
-                ends = self._exchange(run, "rows", start, *self._spread(plan, whole, step, part), part, pull=True)
+                ends = self._exchange(run, "rows", start, *self._spread(plan, memory, step, part), part, pull=True)
                 left, came = ends[0] or left, ends[1] or came
                 for piece in plan.chunk(source)[part : part + 1]:
                     arrived[piece] = ends[1]
@@ -195,51 +197,47 @@ class CudaOverlapEngine:
         """This rank's rows of the sum into `out`."""
         own = plan.chunk(self.rank)
         landings = self.messenger.landings(out)  # of the other ranks
+        y, landed = Memory(place.y), [Memory(landing) for landing in landings]
         if not overlap:
             fill(Block(0, plan.rows, 0, 0, ()))
         start = run.call.event(run.current)
         counted: dict[Piece, Counted] = {}
         if overlap and tracked is not None and not run.capturing:
             counted = self._counts.queue(run, plan, tracked, start)
-        arrived: dict[Piece, Any] = {}
+        arrived = list[Any]([None] * plan.parts)
         left, at = None, 0
-        for hop in plan.hops:
+        for hop, to_send, to_come in messages(plan, place.y.shape[1]):
             made: Any = start
             if counted and hop.sends:
                 made = counted[hop.sends[0]]
             elif overlap and hop.blocks and not counted:
                 made, at = self._make(run, at, start, fill, hop.blocks), at + 1
-            sends = _numbers((place.made(piece), piece.owner) for piece in hop.sends)
-            receives = _numbers(
-                (place.landed(landings[source - (source > self.rank)], piece), source) for source, piece in hop.receives
-            )
+            sends = [(Span(y, first, count), to) for first, count, to in to_send]
+            receives = [(Span(landed[which], first, count), source) for which, first, count, source in to_come]
             gone, came = self._exchange(run, "partial sums", made, sends, receives, hop.part)
             left = gone or left
-            for _, piece in hop.receives:
-                arrived[piece] = came  # the last rank's comes last
+            arrived[hop.part] = came or arrived[hop.part]  # the last rank's comes last
         for block in plan.kept if overlap and not counted else ():
             self._make(run, at, start, fill, (block,))
             at += 1
         self._join(run, at)
-        for piece in own:
-            _wait(run.current, arrived.get(piece))
-            parts = [place.landed(landing, piece) for landing in landings]
-            parts.insert(self.rank, place.made(piece))
-            self._add(parts, place.summed(out, piece))
+        for pieces in filter(None, (own[:-1], own[-1:])):  # while the last one is on its way
+            _wait(run.current, arrived[pieces[-1].part])
+            self._add(place, landings, pieces, out)
         self.messenger.finish(run.current)
         _wait(run.current, left)  # before the caller may free or change y
 
-    def _spread(self, plan: ChunkPlan, whole: torch.Tensor, step: int, part: int) -> tuple[Rows, Rows]:
+    def _spread(self, plan: ChunkPlan, whole: Memory, step: int, part: int) -> tuple[Spans, Spans]:
         """One part of the own chunk to the rank `step` before this one, one of the rank `step` after it from there."""
-        to, source = (self.rank - step) % self.world, (self.rank + step) % self.world
+        to, source, n = (self.rank - step) % self.world, (self.rank + step) % self.world, whole.tensor.shape[1]
         sends, receives = plan.chunk(self.rank)[part : part + 1], plan.chunk(source)[part : part + 1]
         return (
-            _numbers((whole.narrow(0, piece.low, piece.high - piece.low), to) for piece in sends),
-            _numbers((whole.narrow(0, piece.low, piece.high - piece.low), source) for piece in receives),
+            [(Span(whole, piece.low * n, (piece.high - piece.low) * n), to) for piece in sends if n],
+            [(Span(whole, piece.low * n, (piece.high - piece.low) * n), source) for piece in receives if n],
         )
 
     def _exchange(
-        self, run: Run, what: str, after: Any, sends: Rows, receives: Rows, part: int, *, pull: bool = False
+        self, run: Run, what: str, after: Any, sends: Spans, receives: Spans, part: int, *, pull: bool = False
     ) -> tuple[Any | None, Any | None]:
         ends = self.messenger.exchange(run.call, after, sends, receives, pull=pull)
         events = [event for event in ends if event is not None]
@@ -288,8 +286,3 @@ def _wait(stream: Any, *events: Any) -> None:
     for event in events:
         if event is not None:
             event.wait(stream)
-
-
-def _numbers(rows: Iterable[tuple[torch.Tensor, int]]) -> Rows:
-    """Those for or from a rank that hold numbers."""
-    return [each for each in rows if each[0].numel()]

@@ -9,7 +9,7 @@ that the next call reuses cannot get its message early: its receive is not poste
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,7 +150,7 @@ class OverlapEngine:
             for piece in own:
                 for peer in ready.staged:
                     self._arrived(arrivals[peer, piece.part], piece, peer)
-                self._add(ready, piece, place, out)
+                add_pieces(place, list(ready.staged.values()), (piece,), out)
                 if spread is not None:
                     spread.tracker.bump(piece)
             for each in sending:
@@ -235,15 +235,6 @@ class OverlapEngine:
         with self.trace.span(f"product {name}", lane="compute"):
             fill(what)
 
-    def _add(self, ready: _Prepared, piece: Piece, place: Placement, out: torch.Tensor) -> None:
-        """The partials of one own piece in rank order, rounded once."""
-        parts = [
-            place.made(piece) if peer == self.rank else place.landed(ready.staged[peer], piece)
-            for peer in range(self.world)
-            if peer == self.rank or peer in ready.staged
-        ]
-        add_in_order(parts, place.summed(out, piece))
-
     def _expect(self, rows: torch.Tensor, piece: Piece, peer: int, tag: int) -> Any:
         """Post the receive of a piece; None when it is empty."""
         try:
@@ -277,6 +268,14 @@ class OverlapEngine:
     def _fail(self, ready: _Prepared, error: BaseException, *alive: Any) -> None:
         ready.tracker.fail(error if not isinstance(error, TrackerStopped) else error.__cause__ or error)
         self._broken.append((ready, alive))
+
+
+def add_pieces(place: Placement, landings: Sequence[torch.Tensor], pieces: Sequence[Piece], out: torch.Tensor) -> None:
+    """The partials of own pieces, the others' `landings` in rank order, each sum rounded once, into `out`."""
+    for piece in pieces:
+        parts = [place.landed(landing, piece) for landing in landings]
+        parts.insert(place.plan.rank, place.made(piece))
+        add_in_order(parts, place.summed(out, piece))
 
 
 def add_in_order(parts: list[torch.Tensor], out: torch.Tensor) -> None:

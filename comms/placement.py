@@ -9,27 +9,61 @@ which reads every part anyway, writes each number to its place in the matrix: no
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from ..dist.errors import UserError
-from .chunk_plan import Block, ChunkPlan, Piece
+from .chunk_plan import Block, ChunkPlan, Hop, Piece
 
 Product = Callable[[int, int], None]  # make rows [low, high) of the product
 Panel = Callable[[int, int, int, int, torch.Tensor], None]  # rows [low, high) and columns [left, right) into a tensor
+
+
+class Messages(NamedTuple):
+    """Of one hop: (first number in the product, how many, to whom), and (which landing, first number in it, how many,
+    from whom). None is empty."""
+
+    hop: Hop
+    sends: tuple[tuple[int, int, int], ...]
+    receives: tuple[tuple[int, int, int, int], ...]
+
+
+def messages(plan: ChunkPlan, columns: int) -> tuple[Messages, ...]:
+    """All hops of a product of so many columns; made once for each of them."""
+    found = plan.tables.get(columns)
+    if found is None:
+        empty = torch.empty(plan.rows, columns, device="meta")
+        place, landing, table = Placement(plan, empty), torch.empty_like(empty[slice(*plan.own)]), []
+        for hop in plan.hops:
+            made = [(place.made(piece), piece.owner) for piece in hop.sends]
+            landed = [(place.landed(landing, piece), source) for source, piece in hop.receives]
+            table.append(
+                Messages(
+                    hop,
+                    tuple((int(part.storage_offset()), part.numel(), to) for part, to in made if part.numel()),
+                    tuple(
+                        (source - (source > plan.rank), int(part.storage_offset()), part.numel(), source)
+                        for part, source in landed
+                        if part.numel()
+                    ),
+                )
+            )
+        found = plan.tables[columns] = tuple(table)
+    return found
 
 
 class Placement:
     """Of one plan, in `y`, contiguous [rows, columns]: what a rank makes, by pieces where the plan cuts columns."""
 
     def __init__(self, plan: ChunkPlan, y_MN: torch.Tensor) -> None:
-        self._plan, self._y = plan, y_MN
+        self.plan, self.y = plan, y_MN
         self._low, self._high = plan.own
         self._kept = self._high - self._low
 
     def fill(self, product: Product, panel: Panel | None) -> Callable[[Block], None]:
         """What makes a block: `product`, or `panel` where the plan is of columns; `UserError` where that is missing."""
-        if not self._plan.columns:
+        if not self.plan.columns:
             return by_rows(product)
         if panel is None:
             raise UserError("a plan of columns without `panel`", expected="what makes some rows and columns")
@@ -37,16 +71,21 @@ class Placement:
 
     def block(self, block: Block) -> torch.Tensor:
         """What one product of a plan of columns makes."""
-        if block.low == self._low and block.right - block.left == self._plan.columns and block.high == self._high:
-            return self._y.narrow(0, 0, self._kept)
+        if block.low == self._low and block.right - block.left == self.plan.columns and block.high == self._high:
+            return self.y.narrow(0, 0, self._kept)
         return self._panel(block.low, block.high, block.left, block.right)
+
+    @property
+    def own(self) -> torch.Tensor:
+        """What the rank keeps, [own rows, columns]."""
+        return self.y.narrow(0, 0 if self.plan.columns else self._low, self._kept)
 
     def made(self, piece: Piece) -> torch.Tensor:
         """A piece of the product; another rank's is one piece of memory."""
         if not piece.right:
-            return self._y.narrow(0, piece.low, piece.high - piece.low)
-        if piece.owner == self._plan.rank:
-            return self._y[: self._kept, piece.left : piece.right]
+            return self.y.narrow(0, piece.low, piece.high - piece.low)
+        if piece.owner == self.plan.rank:
+            return self.y[: self._kept, piece.left : piece.right]
         return self._panel(piece.low, piece.high, piece.left, piece.right)
 
     def landed(self, landing: torch.Tensor, piece: Piece) -> torch.Tensor:
@@ -65,10 +104,10 @@ class Placement:
 
     def _panel(self, low: int, high: int, left: int, right: int) -> torch.Tensor:
         """Other ranks' rows, which stand one below the other without the own ones."""
-        width, rows = right - left, self._plan.rows - self._kept
+        width, rows = right - left, self.plan.rows - self._kept
         above = low if low < self._low else low - self._kept
-        start = self._kept * self._plan.columns + rows * left + above * width
-        return self._y.as_strided((high - low, width), (width, 1), int(self._y.storage_offset()) + start)
+        start = self._kept * self.plan.columns + rows * left + above * width
+        return self.y.as_strided((high - low, width), (width, 1), int(self.y.storage_offset()) + start)
 
 
 def by_rows(product: Product) -> Callable[[Block | Piece], None]:

@@ -31,7 +31,8 @@ import torch.distributed as dist
 from ..dist.errors import UndertowError
 from . import cuda_driver
 from .cuda_events import Call
-from .cuda_messengers import CudaMessenger, Rows
+from .cuda_messengers import CudaMessenger
+from .spans import Spans
 from .stream_wait import Counted, can_wait, wait_value, write_value
 
 MOST_BYTES = 4 << 30  # of a rank's mapped memory; calls that need more are for NCCL
@@ -115,16 +116,16 @@ class SymmetricMessenger(CudaMessenger):
                 self._mapped.write(stream, self._mapped.counts[source], self.world + self.rank, count)
 
     def exchange(
-        self, call: Call, after: Any, sends: Rows, receives: Rows, *, pull: bool = False
+        self, call: Call, after: Any, sends: Spans, receives: Spans, *, pull: bool = False
     ) -> tuple[Any | None, Any | None]:
         if sends:
             self._wait(0, self._out, after)
-        for rows, to in sends:
-            self._put(*cuda_driver.place(rows), to, shelf=pull)
+        for span, to in sends:
+            self._put(span.address, span.nbytes, to, shelf=pull)
         if receives and pull:  # their memory is free once what was queued before the product is done
             self._wait(1, self._in, after.before if isinstance(after, Counted) else after)
-        for rows, source in receives:
-            self._take(*cuda_driver.place(rows), source, pull=pull)
+        for span, source in receives:
+            self._take(span.address, span.nbytes, source, pull=pull)
         return call.event(self._out) if sends else None, call.event(self._in) if receives else None
 
     def _wait(self, at: int, stream: Any, after: Any) -> None:

@@ -1,16 +1,21 @@
 """The sum of what the ranks sent, in their order: one Triton pass where torch makes one for each rank and two more.
 
-The plain reference is `comms.overlap_engine.add_in_order`, which also serves every device and type that the kernel does
+The plain reference is `comms.overlap_engine.add_pieces`, which also serves every device and type that the kernel does
 not; both add in float32, first to last, and round once, so they give the same bits. The sum is the last thing that an
-overlapped product does, with nothing left to hide behind.
+overlapped product does, with nothing left to hide behind. Several pieces are one launch, wherever they lie
+(`comms.placement`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ...comms.overlap_engine import add_in_order
+from ...comms.chunk_plan import Piece
+from ...comms.overlap_engine import add_pieces
+from ...comms.placement import Placement
 
 try:
     import triton
@@ -18,35 +23,71 @@ try:
 except ImportError:  # the CPU build of torch comes without Triton
     triton = None
 
-BLOCK, MOST = 1024, 16  # columns of a program; parts of a sum
+BLOCK = 1024  # columns of a program
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def ordered_sum(parts: list[Tensor], out: Tensor) -> None:
-    """out [rows, columns] = parts[0] + parts[1] + …, each of out's shape."""
-    if len(parts) < 3 or not _fits(parts, out):
-        add_in_order(parts, out)
+def ordered_sum(place: Placement, landings: Sequence[Tensor], pieces: Sequence[Piece], out: Tensor) -> None:
+    """As `add_pieces`; `pieces` are neighbours."""
+    world, gap = place.plan.world, _gap(landings, place.plan.rank)
+    if triton is None or not out.is_cuda or out.dtype not in _TYPES or world < 3 or gap is None or not out.numel():
+        add_pieces(place, landings, pieces, out)
         return
     rows, columns = out.shape
-    _sum_kernel[(rows, -(-columns // BLOCK))](  # pyright: ignore[reportIndexIssue]
-        tuple(parts), tuple(part.stride(0) for part in parts), out, out.stride(0), columns, BLOCK
-    )
+    by_columns, base = bool(place.plan.columns), place.plan.own[0]
+    low, high = (0, rows) if by_columns else (pieces[0].low - base, pieces[-1].high - base)
+    left, right = (pieces[0].left, pieces[-1].right) if by_columns else (0, columns)
+    width = place.plan.width or columns
+    blocks = -(-min(width, right - left) // BLOCK)
+    compact, gap = gap
+    _sum_kernel[(high - low, -(-(right - left) // width) * blocks)](  # pyright: ignore[reportIndexIssue]
+        place.own, landings[0], out, low, left, rows, columns, width, blocks, gap,
+        place.plan.rank, world, compact, width % 8 == 0 and columns % 8 == 0 and gap % 8 == 0, BLOCK,
+    )  # fmt: skip
 
 
-def _fits(parts: list[Tensor], out: Tensor) -> bool:
-    if triton is None or not out.is_cuda or out.dtype not in _TYPES or len(parts) > MOST or not out.numel():
-        return False
-    return all(part.dtype == out.dtype and part.stride(1) == 1 for part in (*parts, out))
+def _gap(landings: Sequence[Tensor], rank: int) -> tuple[bool, int] | None:
+    """(whether the landings lie one after the other, or with a place between for this rank; numbers from one to the
+    next place), None where they lie otherwise."""
+    if len(landings) < 2:
+        return None
+    size, at = landings[0].element_size(), [landing.data_ptr() for landing in landings]
+    ranks = [source for source in range(len(at) + 1) if source != rank]
+    for compact, places in ((True, range(len(at))), (False, ranks)):
+        gap = (at[-1] - at[0]) // (places[-1] - places[0])
+        if gap % size == 0 and all(at[0] + gap * (here - places[0]) == there for here, there in zip(places, at)):
+            return compact, gap // size
+    return None
 
 
 if triton is not None:
 
     @triton.jit
-    def _sum_kernel(parts, strides, out, out_stride, columns, BLOCK: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64)
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = column < columns
-        total = tl.load(parts[0] + row * strides[0] + column, mask=inside, other=0.0).to(tl.float32)
-        for at in tl.static_range(1, len(parts)):
-            total += tl.load(parts[at] + row * strides[at] + column, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + row * out_stride + column, total.to(out.dtype.element_ty), mask=inside)
+    def _sum_kernel(
+        own, landing, out, low, left, rows, columns, width, blocks, gap,
+        RANK: tl.constexpr, WORLD: tl.constexpr, COMPACT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = low + tl.program_id(0).to(tl.int64)
+        first = left + (tl.program_id(1) // blocks).to(tl.int64) * width  # of the piece's columns
+        wide = tl.minimum(width, columns - first)
+        local = tl.program_id(1) % blocks * BLOCK + tl.arange(0, BLOCK)
+        inside = local < wide
+        come = first * rows + row * wide
+        here = row * columns + first
+        if ALIGNED:
+            come = tl.multiple_of(come, 8)
+            here = tl.multiple_of(here, 8)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for source in tl.static_range(WORLD):
+            if source == RANK:
+                part = tl.load(own + here + local, mask=inside, other=0.0)
+            else:
+                place = source - (RANK == 0)
+                if COMPACT:
+                    place = source - (source > RANK)
+                part = tl.load(landing + tl.cast(gap, tl.int64) * place + come + local, mask=inside, other=0.0)
+            if source == 0:
+                total = part.to(tl.float32)
+            else:
+                total += part.to(tl.float32)
+        tl.store(out + here + local, total.to(out.dtype.element_ty), mask=inside)

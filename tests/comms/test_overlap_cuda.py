@@ -75,6 +75,11 @@ def _copied(stream: _Stream, target: int, source: int, nbytes: int) -> None:
     ctypes.memmove(target, source, nbytes)
 
 
+def _all_copied(stream: _Stream, each: Any) -> None:
+    for copy in each:
+        _copied(stream, *copy)
+
+
 class _Eager(CudaMessenger):
     """A messenger whose exchange is over when it returns."""
 
@@ -85,8 +90,8 @@ class _Eager(CudaMessenger):
     def exchange(self, call: Any, after: Any, sends: Any, receives: Any, *, pull: bool = False) -> tuple[Any, Any]:
         if isinstance(after, Counted):
             assert after.before is not None and int(after.counters[after.at]) == after.value
-        handles = [self._gloo.post_recv(rows, source, 0) for rows, source in receives]
-        handles += [self._gloo.post_send(rows, to, 0) for rows, to in sends]
+        handles = [self._gloo.post_recv(span.numbers(), source, 0) for span, source in receives]
+        handles += [self._gloo.post_send(span.numbers(), to, 0) for span, to in sends]
         for handle in handles:
             self._gloo.wait(handle, 30.0)
         done = call.event(_Stream())
@@ -348,12 +353,9 @@ def test_only_the_first_call_makes_events_and_no_call_enters_a_stream(overlap):
     here, width = torch.device("cpu"), 5
     theirs = torch.arange(2.0 * 4 * width).view(2, 4, width)
 
-    def incoming(rows: torch.Tensor, source: int) -> torch.Tensor:
-        return theirs.view(-1).narrow(0, int(rows.storage_offset()), rows.numel())
-
     with pytest.MonkeyPatch.context() as patch:
         _stand_in(patch)
-        messenger = PinnedMessenger(0, 3, here, incoming, copy=_copied, pinned=False)
+        messenger = PinnedMessenger(0, 3, here, theirs, copies=_all_copied, pinned=False)
         engine = CudaOverlapEngine(device=here, messenger=messenger, timeout_s=1e6)
         made, changed = [], []
         for call in range(5):
@@ -377,13 +379,10 @@ def test_only_the_first_call_makes_events_and_no_call_enters_a_stream(overlap):
 def test_no_pattern_makes_an_event_again():
     here, nothing, y = torch.device("cpu"), torch.zeros(60), torch.ones(12, 5)
 
-    def incoming(rows: torch.Tensor, source: int) -> torch.Tensor:
-        return nothing.narrow(0, 0, rows.numel())
-
     with pytest.MonkeyPatch.context() as patch:
         _stand_in(patch)
         patch.setattr("undertow.comms.stream_wait.wait_value", lambda *_: None)
-        messenger = PinnedMessenger(1, 3, here, incoming, copy=_copied, pinned=False)
+        messenger = PinnedMessenger(1, 3, here, nothing, copies=_all_copied, pinned=False)
         engine = CudaOverlapEngine(device=here, messenger=messenger, timeout_s=1e6)
         plan = engine.plan((4, 4, 4), 2)
         calls = {
@@ -413,20 +412,17 @@ def test_the_benchmark_of_one_gpu_is_right(rows, seed):
     theirs = torch.randint(-9, 10, (overlap_cuda.WORLD - 1, sizes[0], 16), generator=generator).bfloat16()
     want = a[: sizes[0]] @ b
 
-    def incoming(rows: torch.Tensor, source: int) -> torch.Tensor:
-        return theirs.view(-1).narrow(0, int(rows.storage_offset()), rows.numel())
-
     with pytest.MonkeyPatch.context() as patch:
         _stand_in(patch)
         patch.setattr(torch.cuda, "synchronize", lambda: None)
-        messenger = PinnedMessenger(0, overlap_cuda.WORLD, here, incoming, copy=_copied, pinned=False)
+        messenger = PinnedMessenger(0, overlap_cuda.WORLD, here, theirs, copies=_all_copied, pinned=False)
         engine = CudaOverlapEngine(device=here, messenger=messenger)
         rank = overlap_cuda._Rank(a, b, theirs, engine, messenger, sizes)
         for arm in CUDA_ARMS:
             if not arm.tracked:  # no Triton here
                 assert torch.equal(rank.scatter(arm, check=True), rank.wanted(arm, want)), arm
         messenger._mirror.fill_(1)
-        patch.setattr(messenger, "_copy", lambda *_: None)
+        patch.setattr(messenger, "_copies", lambda *_: None)
         with pytest.raises(AssertionError, match="other bytes"):
             rank.scatter(CUDA_ARMS[0], check=True)
         overlap_cuda.copies(rank)
@@ -441,10 +437,7 @@ def test_a_late_product_reaches_the_host_whole(seed, by_counts):
     device = torch.device("cuda", 0)
     theirs = torch.randint(-9, 9, (2, 8, 256)).float().pin_memory()
 
-    def incoming(rows: torch.Tensor, source: int) -> torch.Tensor:
-        return theirs.view(-1).narrow(0, int(rows.storage_offset()), rows.numel())
-
-    messenger = PinnedMessenger(0, 3, device, incoming)
+    messenger = PinnedMessenger(0, 3, device, theirs)
     engine = CudaOverlapEngine(device=device, messenger=messenger)
     for call in range(20):
         mine = torch.full((24, 256), float(call), device=device)
@@ -471,10 +464,7 @@ def test_a_call_is_captured_while_the_watch_looks_at_another(seed):
     device = torch.device("cuda", 0)
     theirs = torch.randint(-9, 9, (2, 8, 256), generator=torch.Generator().manual_seed(seed)).float().pin_memory()
 
-    def incoming(rows: torch.Tensor, source: int) -> torch.Tensor:
-        return theirs.view(-1).narrow(0, int(rows.storage_offset()), rows.numel())
-
-    engine = CudaOverlapEngine(device=device, messenger=PinnedMessenger(0, 3, device, incoming), timeout_s=60.0)
+    engine = CudaOverlapEngine(device=device, messenger=PinnedMessenger(0, 3, device, theirs), timeout_s=60.0)
     begun, asked, asking = threading.Event(), threading.Event(), engine._watch.look
 
     def look() -> None:

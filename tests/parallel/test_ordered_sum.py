@@ -5,28 +5,41 @@ from __future__ import annotations
 import pytest
 import torch
 
-from undertow.comms.overlap_engine import add_in_order
+from undertow.comms.chunk_plan import ChunkPlan, chunk_rows
+from undertow.comms.overlap_engine import add_pieces
+from undertow.comms.placement import Placement
 from undertow.parallel.kernels.ordered_sum import ordered_sum
 
 
 def _same_bits(device: str, dtype: torch.dtype) -> None:
-    """Parts of very different size, so that another order gives other bits; each is a part of wider rows."""
-    for ranks in (1, 2, 3, 8):
-        everyone = torch.randn(ranks, 7, 2100).mul(3.0 ** torch.arange(ranks).view(-1, 1, 1)).to(device, dtype)
-        parts = [each[:, :1030] if at % 2 else each[:, :1030].contiguous() for at, each in enumerate(everyone)]
-        want = torch.empty(7, 1030, dtype=dtype, device=device)
-        add_in_order(parts, want)
-        whole = torch.full((7, 1100), torch.nan, dtype=dtype, device=device)
-        ordered_sum(parts, whole[:, 40:1070])
-        assert torch.equal(whole[:, 40:1070], want) and bool(
-            whole[:, :40].isnan().all() and whole[:, 1070:].isnan().all()
-        )
-        total = parts[0].double()
-        for part in parts[1:]:
-            total = total + part.double()
-        # each of the float32 sums, and the one rounding, is within half a unit of what it rounds
-        error = (want.double() - total).abs() / everyone[:, :, :1030].double().abs().sum(0)
-        assert float(error.max()) <= ranks * 2**-24 + torch.finfo(dtype).eps / 2
+    """Parts of very different size, so that another order gives other bits, of rows and of columns, beside each other
+    and with a place for this rank between."""
+    for world, rank, rows, columns, cut in ((1, 0, 5, 7, 0), (2, 1, 5, 7, 7), (3, 1, 40, 1030, 0), (3, 0, 3, 1, 1),
+                                            (4, 0, 9, 1030, 1030), (8, 2, 70, 2200, 2200),
+                                            (5, 4, 20, 4096, 4096)):  # fmt: skip
+        plan = ChunkPlan(rank, chunk_rows(rows, world), 3, columns=cut)
+        kept = plan.own[1] - plan.own[0]
+        room = torch.full((world, kept * columns + 8), torch.nan, dtype=dtype, device=device)
+        y = torch.randn(rows, columns).mul(3.0**rank).to(device, dtype)
+        place, want = Placement(plan, y), torch.empty(kept, columns, dtype=dtype, device=device)
+        sent = torch.randn(world, kept, columns).mul(3.0 ** torch.arange(world).view(-1, 1, 1)).to(device, dtype)
+        here = [room[source, : kept * columns].view(kept, columns) for source in range(world) if source != rank]
+        for landing, each in zip(here, sent):
+            landing.copy_(each)
+        pieces = plan.chunk(rank)
+        add_pieces(place, here, pieces, want)
+        for landings in (here, list(torch.stack([*here, want]).unbind(0))[:-1]):
+            out = torch.full_like(want, torch.nan)
+            for group in filter(None, (pieces[:-1], pieces[-1:])):
+                ordered_sum(place, landings, group, out)
+            assert torch.equal(out, want), (world, rank, cut)
+        for piece in pieces:
+            parts = [place.landed(landing, piece).double() for landing in here]
+            parts.insert(rank, place.made(piece).double())
+            total = torch.stack(parts).sum(0)
+            error = (place.summed(want, piece).double() - total).abs() / torch.stack(parts).abs().sum(0)
+            # each of the float32 sums, and the one rounding, is within half a unit of what it rounds
+            assert float(error.max()) <= world * 2**-24 + torch.finfo(dtype).eps / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

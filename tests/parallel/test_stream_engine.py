@@ -401,7 +401,7 @@ def test_a_kept_gradient_is_not_overwritten(seed):
     assert (mine == 3).all()
 
 
-@pytest.mark.parametrize("every", [3, 4])
+@pytest.mark.parametrize("every", [3, 4, 9])
 def test_every_nth_layer_input(every, gradients_of, assert_same_gradients, seed):
     """Of seven layers; each layer without an input of its own costs one more forward of the layer below it."""
     model = Tiny(layers=7, dropout=0.2)
@@ -427,22 +427,42 @@ def test_every_nth_layer_input(every, gradients_of, assert_same_gradients, seed)
         assert [now - was for now, was in zip(calls.values(), before)] == [more * again for again in above]
 
 
-@pytest.mark.parametrize("chunk", [6, TOKENS])
-def test_an_input_that_is_not_the_output_of_the_layer_below_is_kept(chunk, gradients_of, assert_same_gradients, seed):
-    """It cannot be had by running that layer again."""
+@pytest.mark.parametrize("every", [2, 3, 9])
+@pytest.mark.parametrize(
+    "options",
+    [{"chunk": 6}, {"chunk": TOKENS}, {"chunk": 6, "offload": True}, {"chunk": 7, "offload": True, "stash": True}],
+    ids=str,
+)
+def test_an_input_that_is_not_the_output_of_the_layer_below_is_kept(
+    options, every, gradients_of, assert_same_gradients, seed
+):
+    """It cannot be had by running that layer again. Of seven layers: scaled into a new tensor, in place, copied, by
+    another name only; also where the spacing is wider than the model is deep."""
 
-    class Scaled(Tiny):
+    class Changing(Tiny):
         def forward(self, input_ids, labels):
+            between = {2: lambda x: x * 1.5, 4: lambda x: x.mul_(1.5), 5: torch.clone, 6: lambda x: x.view_as(x)[:]}
             x = self.table(input_ids)
             for i, block in enumerate(self.blocks):
-                x = block(x * 1.5 if i == 2 else x.mul_(1.5) if i == 4 else x, torch.arange(TOKENS)[None])
+                x = block(between.get(i, lambda x: x)(x), torch.arange(TOKENS)[None])
             return Answer(self.loss(x, labels), x)
 
-    scaled = Scaled(layers=5)
-    _, exact = gradients_of(scaled, input_ids=ids, labels=ids)
-    with stream_backprop(scaled, chunk=chunk, every=3):
-        _, mine = gradients_of(scaled, input_ids=ids, labels=ids)
-    assert_same_gradients(mine, exact, 1e-12)
+    model = Changing(layers=7)
+    calls = dict.fromkeys(model.blocks, 0)
+    for block in model.blocks:
+        block.fail = lambda x, block=block: calls.update({block: calls[block] + 1})
+    _, exact = gradients_of(model, input_ids=ids, labels=ids)
+    counted = []
+    for spacing in (1, every):
+        calls.update(dict.fromkeys(calls, 0))
+        with stream_backprop(model, every=spacing, **options) as engine:
+            _, mine = gradients_of(model, input_ids=ids, labels=ids)
+        assert_same_gradients(mine, exact, 1e-12)
+        assert engine.last_plan is not None
+        counted.append(list(calls.values()))
+    chunks = len(engine.last_plan.bounds)
+    computed = {i for i in range(7) if i % every} - {2, 4, 5}  # inputs; the layer below each runs once more
+    assert [(now - was) // chunks for was, now in zip(*counted)] == [i + 1 in computed for i in range(7)]
 
 
 def test_a_model_that_cannot_be_streamed_is_refused_where_an_attention_stands_in(seed):

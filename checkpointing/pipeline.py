@@ -20,6 +20,8 @@ from .flush import ShardFile, flush_chunk
 from .save import Save, SaveReport
 from .snapshot import Snapshot
 
+FAR = ("mirror", "bucket")  # tiers that read files of the disk and no memory that training waits for
+
 
 class Pipeline:
     """Threads and queues of one `Checkpointer`, over the committers of its tiers."""
@@ -70,12 +72,14 @@ class Pipeline:
     def busy(self) -> bool:
         return self._copying > 0 or any(committer.busy for committer in self.committers)
 
-    def drain(self) -> None:
-        """Wait until every submitted save has ended in every tier."""
+    def drain(self, *, far: bool = True) -> None:
+        """Wait until every submitted save has ended in every tier; not `far`: in those that need the arena or host
+        memory, while others may go on reading what these have written."""
         with self._idle:
             self._idle.wait_for(lambda: self._copying == 0)
         for committer in self.committers:
-            committer.drain()
+            if far or committer.tier not in FAR:
+                committer.drain()
 
     def reports(self) -> list[SaveReport]:
         """The reports that have come since the last call."""

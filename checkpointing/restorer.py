@@ -51,6 +51,7 @@ class Restorer:
                 number = self._from_folders(step)
             if number is None:
                 return None
+            self._tiers.restored(number)
             if self._coordinator.rank == 0 and (starts := self._tiers.folder.count_start(number)) > 1:
                 log.warning("start %d from step %d without a newer checkpoint in between", starts, number)
             if step is not None:

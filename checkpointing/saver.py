@@ -79,7 +79,7 @@ class Saver:
         self._reports.take(dropped(attempt, attempt.tiers, reason))
 
     def _before_planning(self) -> None:
-        self._pipeline.drain()
+        self._pipeline.drain(far=False)  # a slow store must not hold up the step in which the state grows
         self._budget.drop()
 
     def _claim(self, attempt: Attempt) -> tuple[Attempt, Claim | None]:

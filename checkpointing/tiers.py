@@ -231,6 +231,10 @@ class Tiers:
             lines.append(f"  bucket  one of every {self._bucket.every} steps' → {self._bucket.url}")
         return "\n".join(lines)
 
+    def restored(self, step: int) -> None:
+        """Training goes on from `step`: what comes after goes to the mirror and the bucket again. On all ranks."""
+        self._sent = {tier: min(last, step) for tier, last in self._sent.items()}
+
     def roll_back(self, step: int) -> None:
         """After an explicit restore: newer checkpoints are set aside, or a restart would jump back into them."""
         if isinstance(self.host, PartnerTier):

@@ -1,0 +1,409 @@
+"""Checkpoints in an object store, against a real S3 server: commit, restore, damage, crashes, refusals."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from ckpt_job import Job, same
+from s3_server import BUCKET, KEY_ID, S3, SECRET, running
+from test_ranks import build, full_state, tensors, update
+
+from undertow.checkpointing import Bucket, Checkpointer, Retention, bucket, plan
+from undertow.checkpointing.bucket_folder import BucketFolder
+from undertow.checkpointing.object_store import ObjectStore, plain
+from undertow.dist.errors import MissingPackage, UserError
+
+FORK = get_context("fork")
+WIDE = 800  # three tensors of 2.4 MiB: more than one part
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3]:
+    with running() as found:
+        yield found
+
+
+@pytest.fixture
+def s3(server: S3, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of an empty place, for this test alone."""
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    yield f"s3://{BUCKET}/{re.sub(r'[^a-z0-9]', '-', request.node.name)}"
+    server.permit(True)
+
+
+def place(url: str, root: Path | None = None) -> BucketFolder:
+    return BucketFolder(ObjectStore(url, retry_s=0), root)
+
+
+def step_and_wait(ckpt: Checkpointer, job: Job, steps: range) -> None:
+    for step in steps:
+        ckpt.step(step)
+        job.advance(step)
+        ckpt.wait()
+
+
+def outcome(ckpt: Checkpointer) -> list[tuple[int, bool]]:
+    return [(report.step, report.ok) for report in ckpt.reports if report.tier == "bucket"]
+
+
+# -- save, commit, restore -------------------------------------------------------------------------------------------
+
+
+def save_and_lose_the_disk(rank: int, world: int, root: str, url: str) -> dict[str, Any]:
+    path, store = Path(root), ObjectStore(url)
+    job, states = Job(width=WIDE), {}
+    options: dict[str, Any] = {"every": 1, "bucket": Bucket(url, every=2, keep=2, part_bytes=5 * 2**20)}
+    with job.checkpointer(path, **options) as ckpt:
+        for step in range(6):
+            states[step] = job.state()
+            step_and_wait(ckpt, job, range(step, step + 1))
+        saved, text = outcome(ckpt), ckpt.explain()
+        assert {r.nbytes for r in ckpt.reports if r.tier == "bucket"} <= {r.nbytes for r in ckpt.reports}
+    home = place(url)
+    here, there = path / "step-000000004", home.final(4).as_posix()
+    names = sorted(file.name for file in here.iterdir() if file.name != "COMMIT.json")
+    equal = {name: (here / name).read_bytes() == store.get(f"{there}/{name}") for name in names}
+    shutil.rmtree(path)
+    other = Job(seed=1, width=WIDE)
+    with other.checkpointer(path, **options) as ckpt:
+        step = ckpt.restore()
+        left = [name for name in os.listdir(path) if not name.startswith((".lock", "RESTARTS"))]
+        back = same(other.state(), states[4])
+        step_and_wait(ckpt, other, range(6, 7))
+        again = outcome(ckpt)
+    return {
+        "saved": saved,
+        "text": text,
+        "equal": equal,
+        "steps": home.committed(),
+        "step": step,
+        "left": left,
+        "back": back,
+        "again": again,
+        "latest": store.get("LATEST").decode().strip() == there,
+        "jobs": [name[:6] for name in store.list("jobs")],
+    }
+
+
+def test_every_kth_checkpoint_goes_there_and_comes_back_bit_for_bit(ranks, tmp_path, s3, server):
+    (found,) = ranks(1, save_and_lose_the_disk, str(tmp_path / "c"), s3)
+    assert found["saved"] == [(0, True), (2, True), (4, True)]
+    assert f"bucket  one of every 2 steps' → {s3}" in found["text"]
+    assert len(found["equal"]) == 4 and all(found["equal"].values()), found["equal"]
+    assert (found["step"], found["back"], found["left"]) == (4, True, [])
+    assert found["again"] == [(6, True)]
+    assert found["steps"] == [4, 6]  # keep=2, and what was removed is gone with all its objects
+    keys = server.ask("GET", f"{BUCKET}?list-type=2&prefix={s3.split('/')[-1]}/").decode()
+    assert {int(step) for step in re.findall(r"<Key>[^<]*step-(\d+)\.", keys)} == {4, 6}
+    assert found["jobs"] == ["000002"] and server.unfinished() == 0
+
+
+def several_ranks(rank: int, world: int, root: str, url: str, layout: str) -> tuple[Any, dict[str, Any], int]:
+    """Restore from the bucket alone, update, save there; what the state was then, and how many bytes came."""
+    plan.SMALL_BYTES = 4096
+    net, optimizer = build(layout, world, seed=world)
+    options: dict[str, Any] = {"bucket": Bucket(url), "chunk_bytes": 4096, "timeout_s": 240}
+    with Checkpointer(root, model=net, optimizer=optimizer, **options) as ckpt:
+        step = ckpt.restore()
+        spool = ckpt._tiers._bucket_folder._spool
+        came = 0 if spool is None else spool.downloaded_bytes
+        update(net, optimizer, step or 0)
+        ckpt.save((step or 0) + 1)
+        update(net, optimizer, 99)  # must not show
+        ckpt.wait()
+        assert not ckpt.failures, ckpt.reports
+        ckpt.restore((step or 0) + 1)
+        return step, {key: value.numpy() for key, value in full_state(net, optimizer).items()}, came
+
+
+def test_other_ranks_restore_what_several_have_saved(ranks, tmp_path, s3):
+    """2 → 3 → 1 ranks, each with an empty disk; a plain run on one rank is the answer, as for local folders."""
+    torch.manual_seed(0)
+    net, optimizer = build("plain", 1, seed=2)
+    for index, (layout, world) in enumerate([("fsdp", 2), ("fsdp", 3), ("plain", 1)]):
+        found = ranks(world, several_ranks, str(tmp_path / str(index)), s3, layout)
+        update(net, optimizer, index)
+        expected = full_state(net, optimizer)
+        for step, state, _ in found:
+            assert step == (index or None) and same(tensors(state), expected), (layout, world)
+        whole = max(came for *_, came in found) if world == 1 else 0
+    three = [came for *_, came in ranks(3, several_ranks, str(tmp_path / "three"), s3, "fsdp")]
+    assert whole and max(three) < 0.9 * whole, (three, whole)  # a rank fetches its share to verify and what it needs
+
+
+# -- damage ----------------------------------------------------------------------------------------------------------
+
+
+def damaged(rank: int, world: int, root: str, url: str, kind: str) -> list[Any]:
+    job, store = Job(), ObjectStore(url)
+    with job.checkpointer(Path(root) / "a", every=1, bucket=Bucket(url)) as ckpt:
+        before = job.state()
+        step_and_wait(ckpt, job, range(2))
+    newest = place(url).final(1).as_posix()
+    name = {"flipped": "__0_0.distcp", "short": "__0_1.distcp", "gone": ".metadata"}.get(kind, f"{kind}.json")
+    data = bytearray(store.get(f"{newest}/{name}"))
+    data[len(data) // 2] ^= 1
+    if kind == "gone":
+        store.delete([f"{newest}/{name}"])
+    else:
+        store.put(f"{newest}/{name}", bytes(data[:-1] if kind == "short" else data))
+    other = Job(seed=1)
+    with other.checkpointer(Path(root) / "b", every=1, bucket=Bucket(url)) as ckpt:
+        step = ckpt.restore()
+        aside = f"{newest}/COMMIT.bad.json"
+        return [step, same(other.state(), before), place(url).committed(), store.exists(aside)]
+
+
+@pytest.mark.parametrize("kind", ["flipped", "short", "gone", "manifest", "COMMIT"])
+def test_a_damaged_object_is_refused_and_the_older_checkpoint_used(ranks, tmp_path, s3, kind):
+    assert ranks(1, damaged, str(tmp_path), s3, kind) == [[0, True, [0], True]]
+
+
+# -- crashes ---------------------------------------------------------------------------------------------------------
+
+
+def die_in(stage: str, root: Path, url: str, pipe: Any) -> None:
+    """Commit step 0, then say when the save of step 1 has come to `stage`, and wait there for the end."""
+
+    def stop(*_: Any, **__: Any) -> Any:
+        pipe.send("now")
+        threading.Event().wait()
+
+    job = Job(width=WIDE)
+    with job.checkpointer(root, every=1, bucket=Bucket(url, part_bytes=5 * 2**20, uploads=1)) as ckpt:
+        step_and_wait(ckpt, job, range(1))
+        if stage == "upload":
+            real = bucket.checksum
+            parts: list[int] = []
+
+            def after_some(data: bytes) -> str:
+                parts.append(len(data))
+                return stop() if sum(parts) > 12 * 2**20 else real(data)
+
+            bucket.checksum = after_some
+        else:
+            ObjectStore.create = stop  # type: ignore[method-assign]
+        ckpt.step(1)
+        ckpt.wait()
+
+
+def after_the_crash(rank: int, world: int, root: str, url: str) -> list[Any]:
+    store, job, expected = ObjectStore(url), Job(seed=1, width=WIDE), Job(width=WIDE)
+    with job.checkpointer(Path(root) / "new", every=1, bucket=Bucket(url)) as ckpt:
+        step = ckpt.restore()
+        back = same(job.state(), expected.state())
+        tries = [name for name in store.folders() if name.startswith("step-")]
+        job.advance(0)
+        step_and_wait(ckpt, job, range(1, 2))
+        return [step, back, len(tries), outcome(ckpt), place(url).committed()]
+
+
+@pytest.mark.parametrize("stage", ["upload", "commit"])
+def test_a_kill_leaves_the_older_checkpoint_the_newest(ranks, tmp_path, s3, stage):
+    """Also removed by the next job: what the try had written. An upload that was under way is the store's to drop."""
+    ours, theirs = FORK.Pipe()
+    child = FORK.Process(target=die_in, args=(stage, tmp_path / "old", s3, theirs))
+    child.start()
+    theirs.close()
+    assert ours.recv() == "now"
+    assert child.pid is not None
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    assert ranks(1, after_the_crash, str(tmp_path), s3) == [[0, True, 1, [(1, True)], [0, 1]]]
+
+
+# -- stores that refuse, are away, or are slow -----------------------------------------------------------------------
+
+
+def refused_for_a_while(rank: int, world: int, root: str, url: str, server: S3) -> list[Any]:
+    job = Job()
+    with job.checkpointer(Path(root), every=1, bucket=Bucket(url, retry_s=0)) as ckpt:
+        step_and_wait(ckpt, job, range(1))
+        server.permit(False)
+        step_and_wait(ckpt, job, range(1, 2))
+        server.permit(True)
+        step_and_wait(ckpt, job, range(2, 3))
+        disk = [report.ok for report in ckpt.reports if report.tier == "disk"]
+        reasons = [report.reason for report in ckpt.reports if not report.ok]
+        return [outcome(ckpt), disk, ckpt.failures, reasons, place(url).committed()]
+
+
+def test_a_store_that_refuses_costs_that_save_of_that_tier(ranks, tmp_path, s3, server):
+    ((saved, disk, failures, reasons, there),) = ranks(1, refused_for_a_while, str(tmp_path), s3, server)
+    assert saved == [(0, True), (1, False), (2, True)] and disk == [True] * 3 and failures == 1
+    assert there == [0, 2]
+    assert "403" in reasons[0] and "InvalidAccessKeyId" in reasons[0], reasons
+    assert KEY_ID not in reasons[0] and SECRET not in reasons[0]
+
+
+def refused_at_once(rank: int, world: int, root: str, url: str) -> str:
+    job = Job()
+    with pytest.raises(UserError, match="cannot use the bucket") as caught:
+        job.checkpointer(Path(root), every=1, bucket=Bucket(url))
+    with job.checkpointer(Path(root), every=1) as ckpt:  # its folder was given back
+        step_and_wait(ckpt, job, range(1))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("why", ["missing", "denied"])
+def test_a_wrong_bucket_is_refused_before_training(ranks, tmp_path, s3, server, why):
+    server.permit(why != "denied")
+    url = s3 if why == "denied" else "s3://nobody-has-made-this/x"
+    for text in ranks(2, refused_at_once, str(tmp_path), url):
+        assert url in text and ("NoSuchBucket" if why == "missing" else "403") in text
+        assert KEY_ID not in text and SECRET not in text
+
+
+def away(rank: int, world: int, root: str, url: str, back: str) -> list[Any]:
+    job, other = Job(), Job(seed=1)
+    path = Path(root)
+    bucket = Bucket(url, retry_s=0)
+    with job.checkpointer(path, every=1, bucket=bucket) as ckpt:
+        with pytest.raises(UserError, match="cannot tell which checkpoints there are"):
+            ckpt.restore()  # there may be one: beginning anew would be wrong
+        states = [job.state()]
+        step_and_wait(ckpt, job, range(1))
+        found = outcome(ckpt)
+    with other.checkpointer(path, every=1, bucket=bucket) as ckpt:
+        step = ckpt.restore()  # from the disk
+        good = same(other.state(), states[0])
+    os.environ["AWS_ENDPOINT"] = back
+    with other.checkpointer(path, every=1, bucket=bucket) as ckpt:
+        step_and_wait(ckpt, other, range(1, 2))
+        return [found, step, good, outcome(ckpt)]
+
+
+def test_a_store_that_is_away_costs_no_training(ranks, tmp_path, s3, server, monkeypatch):
+    with socket.socket() as nobody:  # bound and not listening: connections are refused
+        nobody.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        assert ranks(1, away, str(tmp_path), s3, server.address) == [[[(0, False)], 0, True, [(1, True)]]]
+
+
+def slow(rank: int, world: int, root: str, url: str) -> list[Any]:
+    let_go, real = threading.Event(), ObjectStore.upload
+
+    def held(*args: Any, **options: Any) -> None:
+        assert let_go.wait(240)
+        real(*args, **options)
+
+    ObjectStore.upload = held  # type: ignore[method-assign]
+    job = Job()
+    with job.checkpointer(Path(root), every=1, bucket=Bucket(url)) as ckpt:
+        for step in range(4):
+            ckpt.step(step)
+            job.advance(step)
+            ckpt._pipeline.committers[0].drain()  # the disk's: it is not kept waiting
+        let_go.set()
+        ckpt.wait()
+        reasons = {report.reason.split(": ")[-1] for report in ckpt.reports if not report.ok}
+        return [outcome(ckpt), reasons, [report.ok for report in ckpt.reports if report.tier == "disk"]]
+
+
+def test_saves_to_a_slow_store_do_not_pile_up(ranks, tmp_path, s3):
+    reason = "the store is slower than saves come"
+    saved = [(0, True), (1, True), (2, False), (3, False)]
+    assert ranks(1, slow, str(tmp_path), s3) == [[saved, {reason}, [True] * 4]]
+
+
+# -- whose turn it is ------------------------------------------------------------------------------------------------
+
+
+def branches(rank: int, world: int, root: str, url: str) -> list[Any]:
+    job, store = Job(), ObjectStore(url)
+    policy = Retention(last=1, best=1, metric="loss")
+    with job.checkpointer(Path(root) / "a", bucket=Bucket(url, keep=policy), keep=None) as ckpt:
+        for step, loss in enumerate([3.0, 1.0, 2.0]):
+            ckpt.save(step, metrics={"loss": loss})
+            ckpt.wait()
+            job.advance(step)
+        kept = place(url).committed()
+        assert ckpt.restore(1) == 1  # back from step 2, which is set aside and saved anew
+        rolled = place(url).committed()
+        ckpt.save(2)
+        ckpt.wait()
+        twice = [name for name in store.folders() if name.startswith("step-000000002.")]
+        with Job().checkpointer(Path(root) / "b", bucket=Bucket(url)) as later:  # on another machine, say
+            ckpt.save(3)
+            ckpt.wait()
+            later.save(4)
+            later.wait()
+            ends = [[(r.step, r.ok) for r in c.reports if r.tier == "bucket"][-1] for c in (ckpt, later)]
+            reason = ckpt.reports[-1].reason
+    return [kept, rolled, len(twice), ends, "has taken" in reason, place(url).committed()]
+
+
+def test_rollback_retention_and_a_job_that_was_replaced(ranks, tmp_path, s3):
+    expected = [[1, 2], [1], 2, [(3, False), (4, True)], True, [1, 2, 4]]
+    assert ranks(1, branches, str(tmp_path), s3) == [expected]
+
+
+def two_commits_of_one_step(rank: int, world: int, root: str, url: str) -> list[Any]:
+    """As a crash between a commit and the removal of the older one leaves them."""
+    store, jobs = ObjectStore(url), []
+    for number in range(2):
+        jobs.append(Job(seed=number))
+        with jobs[-1].checkpointer(Path(root) / str(number), bucket=Bucket(f"{url}/{number}")) as ckpt:
+            ckpt.save(5)
+    for number in range(2):
+        far = ObjectStore(f"{url}/{number}")
+        (name,) = [name for name in far.folders() if name.startswith("step-")]
+        for key in far.list(name):
+            data = far.get(f"{name}/{key}")
+            if key == "COMMIT.json" and number:
+                data = data.replace(b'"job": 1', b'"job": 2')
+            store.put(f"both/{name}/{key}", data)
+    other = Job(seed=2)
+    with other.checkpointer(Path(root) / "new", bucket=Bucket(f"{url}/both")) as ckpt:
+        return [ckpt.restore(), same(other.state(), jobs[1].state())]
+
+
+def test_of_two_commits_of_one_step_the_later_jobs_is_taken(ranks, tmp_path, s3):
+    assert ranks(1, two_commits_of_one_step, str(tmp_path), s3) == [[5, True]]
+
+
+# -- what users type -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"url": "runs/a"}, {"url": "s3://me:hunter2@b/x"}, {"every": 0}, {"keep": 0}, {"part_bytes": 1}, {"uploads": 0}],
+)
+def test_a_wrong_option_is_named_and_no_key_is_shown(wrong):
+    with pytest.raises(UserError) as caught:
+        Bucket(**{"url": "s3://b/x", **wrong})
+    assert "expected" in str(caught.value) and "hunter2" not in str(caught.value)
+
+
+def test_an_answer_of_a_server_is_cut_down_to_code_and_message():
+    text = (
+        "Error performing PUT https://u:p@h/b/k?sig=abc in 2ms - Server returned non-2xx status code: 403 Forbidden: "
+        "<Error><Code>SignatureDoesNotMatch</Code><Message>It differs.</Message><AWSAccessKeyId>AKI</AWSAccessKeyId>"
+        "<StringToSign>AWS4 AKI</StringToSign></Error>\n\nDebug source: AKI sig=abc"
+    )
+    assert plain(Exception(text)) == (
+        "Error performing PUT https://…@h/b/k in 2ms - Server returned non-2xx status code: 403 Forbidden "
+        "(SignatureDoesNotMatch: It differs.)"
+    )
+
+
+def test_the_library_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "obstore.store", None)
+    with pytest.raises(MissingPackage, match=r"undertow\[object-store\]"):
+        ObjectStore("s3://b/x")

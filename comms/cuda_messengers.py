@@ -137,36 +137,41 @@ class PinnedMessenger(CudaMessenger):
     ) -> tuple[Any | None, Any | None]:
         if sends:
             after.wait(self._out)
-            self._copies(self._out, [(self._reflected(span), span.address, span.nbytes) for span, _ in sends])
+            places = list(map(_place, sends))
+            self._reflect(sends, places)
+            there = self._mirror_at
+            self._copies(self._out, [(there + low, address, nbytes) for low, address, nbytes in places])
         if receives:
             after.wait(self._in)
-            self._copies(self._in, [(span.address, self._found(span), span.nbytes) for span, _ in receives])
+            places, there = list(map(_place, receives)), self._theirs.address
+            if (most := max(low + nbytes for low, _, nbytes in places)) > self._come:
+                raise UndertowError(f"{most} bytes come of {self._come}")
+            self._copies(self._in, [(address, there + low, nbytes) for low, address, nbytes in places])
         return call.event(self._out) if sends else None, call.event(self._in) if receives else None
 
     def sent(self, rows: torch.Tensor) -> torch.Tensor:
         """What went out from where `rows` lie in their storage, once it has: bytes."""
-        span = Span(Memory(rows), 0, rows.numel())
-        low = self._reflected(span) - self._mirror_at
-        return self._mirror[low : low + span.nbytes]
+        span = Span(Memory(rows), 0, rows.numel()), 0
+        self._reflect([span], [found := _place(span)])
+        low, _, nbytes = found
+        return self._mirror[low : low + nbytes]
 
-    def _found(self, span: Span) -> int:
-        """The address of what comes there."""
-        low = span.offset
-        if low + span.nbytes > self._come:
-            raise UndertowError(f"bytes {low} to {low + span.nbytes} come of {self._come}")
-        return self._theirs.address + low
-
-    def _reflected(self, span: Span) -> int:
-        """The address at which it lands."""
-        low = span.offset
-        if low + span.nbytes > self._mirrored:
+    def _reflect(self, sends: Spans, places: Sequence[tuple[int, int, int]]) -> None:
+        """See to it that the mirror has room for them."""
+        if max(low + nbytes for low, _, nbytes in places) > self._mirrored:
             self._out.synchronize()  # what is on its way to the old mirror
-            self._mirrored = span.memory.tensor.untyped_storage().nbytes()
+            self._mirrored = max(span.memory.tensor.untyped_storage().nbytes() for span, _ in sends)
             self._mirror = torch.empty(self._mirrored, dtype=torch.uint8, pin_memory=self._pinned)
             self._mirror_at = self._mirror.data_ptr()
-        return self._mirror_at + low
 
     def close(self) -> None:
         self._out.synchronize()
         self._in.synchronize()
         self._mirror, self._mirrored = torch.empty(0, dtype=torch.uint8), 0
+
+
+def _place(message: tuple[Span, int]) -> tuple[int, int, int]:
+    """(where it lies in its storage, its address, bytes)."""
+    (memory, start, count), _ = message
+    at = start * memory.size
+    return memory.offset + at, memory.address + at, count * memory.size

@@ -42,11 +42,6 @@ class Span(NamedTuple):
     def nbytes(self) -> int:
         return self.count * self.memory.size
 
-    @property
-    def offset(self) -> int:
-        """Where it begins in its storage, in bytes."""
-        return self.memory.offset + self.start * self.memory.size
-
     def numbers(self) -> torch.Tensor:
         return self.memory.tensor.view(-1).narrow(0, self.start, self.count)
 

@@ -1,9 +1,11 @@
 """Checkpoints of FSDP2 training on the GPUs of one host: what they cost the slowest rank, at every step or every k-th.
 
 Each arm trains the same model for a few steps, with its saves, and all ranks wait for the slowest. A case is one model
-and one place: host memory that outlives the processes, at every step; or the disk, at every 8th step, ours with fsync,
-checksums and a commit that all ranks agree on, beside torch's own `dcp.async_save` without these. Before anything is
-timed, what each arm saved is read back by stock `dcp.load` and compared bit by bit, on every rank.
+and one place: host memory that outlives the processes, at every step; the same with a copy in the next rank's memory,
+at every step at which the last copy has arrived (on one host, by TCP on the loopback: a machine's network is another);
+or the disk, at every 8th step, ours with fsync, checksums and a commit that all ranks agree on, beside torch's own
+`dcp.async_save` without these. `saves` is how many of a sample were committed. Before anything is timed, what each arm
+saved is read back (by stock `dcp.load`, from partners by our own) and compared bit by bit, on every rank.
 
     torchrun --nproc-per-node 2 -m undertow bench checkpoint_ranks --minutes 6
 
@@ -32,11 +34,11 @@ from torch.distributed.fsdp import fully_shard
 from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Measured, Trial
 from undertow.benchmarks.checkpoint_job import LARGE, MEDIUM, Loop, Size
 from undertow.benchmarks.checkpoint_phases import TINY
-from undertow.checkpointing import Checkpointer
+from undertow.checkpointing import Checkpointer, Partner
 from undertow.dist.errors import UserError
 from undertow.examples.lm import ByteLM
 
-STEPS = {"host": 16, "disk": 8}  # of one sample; a save to disk at the first of them
+STEPS = {"host": 16, "partner": 16, "disk": 8}  # of one sample; a save to disk at the first of them
 
 
 class Sharded(Loop):
@@ -63,12 +65,15 @@ class Sharded(Loop):
 
 
 class Ours:
-    """`Checkpointer` on the host tier or the disk."""
+    """`Checkpointer` on the host tier, on that with partners, or on the disk."""
 
-    def __init__(self, job: Sharded, name: str, *, host: bool) -> None:
-        self.host = host
+    def __init__(self, job: Sharded, place: str) -> None:
+        self.host, self.partner = place != "disk", place == "partner"
+        options: dict[str, Any] = {"keep": 1, "host_every": int(self.host)}
+        if self.partner:  # nothing is flushed to a disk: two generations do
+            options |= {"partner": Partner(across_hosts=False), "host_generations": 2}
         self.ckpt = job.closing.enter_context(
-            Checkpointer(job.folder / name, model=job.model, optimizer=job.optimizer, keep=1, host_every=int(host))
+            Checkpointer(job.folder / place, model=job.model, optimizer=job.optimizer, **options)
         )
         self.job = job
 
@@ -79,6 +84,18 @@ class Ours:
         self.ckpt.wait()
         if self.ckpt.failures:
             raise RuntimeError(self.ckpt.reports[-1].reason)
+
+    @property
+    def saves(self) -> int:
+        return len(self.ckpt.reports)
+
+    def read(self, found: dict[str, torch.Tensor]) -> None:
+        if not self.partner:
+            dcp.load(found, checkpoint_id=self.path())
+            return
+        self.ckpt.restore()
+        for name, value in _named(self.job).items():
+            found[name].copy_(value)
 
     def path(self) -> Path:
         host = self.ckpt.host
@@ -106,18 +123,25 @@ class Dcp:
             self.future.result()
         self.future = None
 
+    @property
+    def saves(self) -> int:
+        return self.count
+
+    def read(self, found: dict[str, torch.Tensor]) -> None:
+        dcp.load(found, checkpoint_id=self.path())
+
     def path(self) -> Path:
         return self.folder / str(self.count)
 
 
 def wrong(job: Sharded, way: Any) -> int:
-    """Tensors of one save that stock dcp reads back differently, of all ranks."""
+    """Tensors of one save that are read back differently, of all ranks."""
     kept = {name: value.detach().clone() for name, value in _named(job).items()}
     way.save()
     job.train()  # the state moves on while the copies leave
     way.drain()
     found = {name: torch.zeros_like(value) for name, value in kept.items()}
-    dcp.load(found, checkpoint_id=way.path())
+    way.read(found)
     differ = sum(not torch.equal(_local(found[name]), _local(value)) for name, value in kept.items())
     cell = torch.tensor([differ], device=job.device)
     dist.all_reduce(cell)
@@ -136,6 +160,7 @@ def _local(value: Any) -> torch.Tensor:
 def sample(job: Sharded, way: Any, host: bool, steps: int) -> Measured:
     job.synchronize()
     dist.barrier()
+    before = 0 if way is None else way.saves
     began_s = time.perf_counter()
     for index in range(steps):
         if way is not None and (host or index == 0):
@@ -146,10 +171,15 @@ def sample(job: Sharded, way: Any, host: bool, steps: int) -> Measured:
     if way is not None:
         way.drain()
     durable_s = time.perf_counter() - began_s
-    return Measured(0, seconds, {"step_ms": 1e3 * seconds / steps, "all_saved_s": durable_s})
+    saves = 0 if way is None else way.saves - before
+    return Measured(0, seconds, {"step_ms": 1e3 * seconds / steps, "all_saved_s": durable_s, "saves": float(saves)})
 
 
-HOST = "undertow host, every step"
+OURS = {
+    "host": "undertow host, every step",
+    "partner": "undertow host and partner, as often as copies arrive",
+    "disk": f"undertow disk, every {STEPS['disk']}",
+}
 _open: list[Sharded] = []
 
 
@@ -161,12 +191,9 @@ def trial(size: Size, place: str, device: torch.device) -> Trial:
     dist.broadcast_object_list(made, 0)
     job = Sharded(size, device, Path(str(made[0])))
     _open.append(job)
-    host, steps = place == "host", STEPS[place]
-    ways: dict[str, Any] = {"no checkpoints": None}
-    if host:
-        ways[HOST] = Ours(job, "host", host=True)
-    else:
-        ways[f"undertow disk, every {steps}"] = Ours(job, "disk", host=False)
+    host, steps = place != "disk", STEPS[place]
+    ways: dict[str, Any] = {"no checkpoints": None, OURS[place]: Ours(job, place)}
+    if not host:
         ways[f"dcp.async_save, every {steps}"] = Dcp(job, "dcp")
     checks = {name: wrong(job, way) if way is not None else 0 for name, way in ways.items()}
 
@@ -193,11 +220,10 @@ def cases(context: Context) -> Sequence[Case]:
     cuda = torch.cuda.is_available()
     sizes = [MEDIUM, LARGE] if cuda else [TINY]
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    ours = {"host": HOST, "disk": f"undertow disk, every {STEPS['disk']}"}
     return [
-        Case(f"{size.name}, {place}", partial(trial, size, place, device), "no checkpoints", ours[place], warm_ups=1)
+        Case(f"{size.name}, {place}", partial(trial, size, place, device), "no checkpoints", OURS[place], warm_ups=1)
         for size in (sizes[:1] if context.quick else sizes)
-        for place in ours
+        for place in OURS
     ]
 
 

@@ -5,9 +5,11 @@
 FSDP2 training, started by torchrun, saves to host memory at every step (where a slow disk still reads all generations,
 the tier leaves a step out) and to disk at every fourth, and is killed (SIGKILL) two steps after a save to disk. Then it
 is started again three times: as it was; with the memory of the last rank taken away; and on one rank, which must put
-together what all had. Each start restores, compares model and
-optimizer state bit by bit with what the killed run had at that step, and reports what `restore` took on the slowest
-rank. Exit code 1 when a start goes on from another step than it should, or a bit differs.
+together what all had. A second run is killed alike that keeps partner copies of every step, each rank in a folder of
+its own as if it had a machine; it is started once, after the last rank's memory was taken away, and goes on from the
+step in memory without the disk. Each start restores, compares model and optimizer state bit by bit with what the killed
+run had at that step, and reports what `restore` took on the slowest rank. Exit code 1 when a start goes on from another
+step than it should, or a bit differs.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +38,7 @@ from torch.distributed.tensor import DTensor
 from undertow.benchmarks.checkpoint_job import LARGE, MEDIUM, Size
 from undertow.benchmarks.checkpoint_phases import TINY
 from undertow.benchmarks.checkpoint_ranks import Sharded
-from undertow.checkpointing import Checkpointer
+from undertow.checkpointing import Checkpointer, Partner, host_tier
 from undertow.dist.errors import UndertowError, UserError
 from undertow.dist.launch import detect, init_process_group, local_device
 from undertow.dist.log import get_logger
@@ -91,10 +94,12 @@ def train(job: Sharded, ckpt: Checkpointer, folder: Path) -> None:
         digests[step] = digest(job)
         ckpt.step(step)
         job.train()
+        if ckpt.host is not None and ckpt.host.tier == "partner":  # or steps would be left out while a copy is sent
+            ckpt.wait()
     ckpt.wait()
     if ckpt.failures or ckpt.host is None:
         raise UndertowError(f"rank {dist.get_rank()}: a save failed: {ckpt.reports}")
-    in_memory = max(report.step for report in ckpt.reports if report.ok and report.tier == "host")
+    in_memory = max(report.step for report in ckpt.reports if report.ok and report.tier == ckpt.host.tier)
     mine = {"pid": os.getpid(), "digests": digests, "memory": str(ckpt.host.folder.root), "in_memory": in_memory}
     written = folder / f"rank-{dist.get_rank()}.part"
     written.write_text(json.dumps(mine))
@@ -117,13 +122,19 @@ def restart(job: Sharded, ckpt: Checkpointer, folder: Path) -> None:
         (folder / "restart.json").write_text(json.dumps(mine))
 
 
-def work(folder: Path, size: Size, act: str) -> None:
+def work(folder: Path, size: Size, act: str, partners: bool) -> None:
     """One rank of a launch."""
     launch = detect()
     device = local_device(launch)
     init_process_group(launch, device=device)
     job = Sharded(size, device, folder)
-    ckpt = Checkpointer(folder / "run", model=job.model, optimizer=job.optimizer, every=ON_DISK, host_every=1)
+    partner = None
+    if partners:  # a folder of its own for each rank, as if each had a machine
+        memory = Path(host_tier.SHARED_MEMORY) / f"undertow-bench-{folder.name}-{launch.rank}"
+        memory.mkdir(exist_ok=True)
+        partner = Partner(host=f"machine-{launch.rank}", memory=memory, across_hosts=launch.world_size > 1)
+    options = {"every": ON_DISK, "host_every": 1, "partner": partner}
+    ckpt = Checkpointer(folder / "run", model=job.model, optimizer=job.optimizer, **options)
     try:
         (train if act == "train" else restart)(job, ckpt, folder)
     finally:
@@ -134,12 +145,23 @@ def work(folder: Path, size: Size, act: str) -> None:
 class Torchrun:
     """A launch of this program, its output in `log`."""
 
-    def __init__(self, act: str, ranks: int, folder: Path, size: str) -> None:
+    def __init__(self, act: str, ranks: int, folder: Path, size: str, partners: bool) -> None:
         self.log = folder / f"{act}-{ranks}.log"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         with self.log.open("w") as stream:
             self.process = subprocess.Popen(
-                [*command, "-m", MODULE, "--act", act, "--folder", str(folder), "--size", size],
+                [
+                    *command,
+                    "-m",
+                    MODULE,
+                    "--act",
+                    act,
+                    "--folder",
+                    str(folder),
+                    "--size",
+                    size,
+                    *["--partners"][:partners],
+                ],
                 stdout=stream,
                 stderr=subprocess.STDOUT,
             )
@@ -160,9 +182,9 @@ class Torchrun:
             self.process.wait(60)
 
 
-def killed_run(ranks: int, folder: Path, size: str, timeout_s: float) -> list[dict]:
+def killed_run(ranks: int, folder: Path, size: str, timeout_s: float, partners: bool) -> list[dict]:
     """Train, kill every rank; what each had written down."""
-    run = Torchrun("train", ranks, folder, size)
+    run = Torchrun("train", ranks, folder, size, partners)
     try:
         paths, end_s = [folder / f"rank-{rank}.json" for rank in range(ranks)], time.monotonic() + timeout_s
         while not all(path.exists() for path in paths):
@@ -178,9 +200,11 @@ def killed_run(ranks: int, folder: Path, size: str, timeout_s: float) -> list[di
     return told
 
 
-def started_again(lost: str, ranks: int, told: Sequence[dict], expected: int, folder: Path, size: str) -> Start:
+def started_again(
+    lost: str, ranks: int, told: Sequence[dict], expected: int, folder: Path, size: str, *, partners: bool = False
+) -> Start:
     log.info("lost: %s; starting %d rank(s)", lost, ranks)
-    run = Torchrun("restart", ranks, folder, size)
+    run = Torchrun("restart", ranks, folder, size, partners)
     try:
         if run.wait(300):
             raise UndertowError(f"the start on {ranks} rank(s) failed:\n{run.tail()}")
@@ -192,20 +216,38 @@ def started_again(lost: str, ranks: int, told: Sequence[dict], expected: int, fo
 
 
 def recover(ranks: int, folder: Path, size: str, timeout_s: float = 300.0) -> list[Start]:
-    """The kill and the three starts."""
-    log.info("training %s parameters on %d ranks, to be killed at step %d", size, ranks, LAST)
-    told = killed_run(ranks, folder, size, timeout_s)
-    memory = Path(told[0]["memory"])
-    try:
-        found = [started_again("all processes", ranks, told, told[0]["in_memory"], folder, size)]
-        for shard in memory.glob(f"*/__{ranks - 1}_*"):
-            shard.unlink()
-        found.append(started_again("and one rank's memory", ranks, told, ON_DISK, folder, size))
-        shutil.rmtree(memory, ignore_errors=True)  # the last start may have freed it
-        found.append(started_again("and all GPUs but one", 1, told, ON_DISK, folder, size))
-    finally:
-        shutil.rmtree(memory, ignore_errors=True)
+    """The kill and the three starts, then the kill and the one start with partners."""
+    found = []
+    for partners in (False, True):
+        made = folder / f"run-{int(partners)}-{os.getpid()}"
+        made.mkdir()
+        log.info("training %s parameters on %d ranks, to be killed at step %d", size, ranks, LAST)
+        try:
+            found += _recover(ranks, made, size, timeout_s, partners)
+        finally:
+            for rank in range(ranks):
+                shutil.rmtree(host_tier.SHARED_MEMORY / f"undertow-bench-{made.name}-{rank}", ignore_errors=True)
     return found
+
+
+def _recover(ranks: int, folder: Path, size: str, timeout_s: float, partners: bool) -> list[Start]:
+    told = killed_run(ranks, folder, size, timeout_s, partners)
+    memories, newest = [Path(rank["memory"]) for rank in told], told[0]["in_memory"]
+    start = partial(started_again, folder=folder, size=size, partners=partners)
+    try:
+        if partners:
+            shutil.rmtree(memories[-1])
+            return [start("one rank's memory, with partner copies", ranks, told, newest)]
+        found = [start("all processes", ranks, told, newest)]
+        for shard in memories[0].glob(f"*/__{ranks - 1}_*"):
+            shard.unlink()
+        found.append(start("and one rank's memory", ranks, told, ON_DISK))
+        shutil.rmtree(memories[0], ignore_errors=True)  # the last start may have freed it
+        found.append(start("and all GPUs but one", 1, told, ON_DISK))
+        return found
+    finally:
+        for memory in memories:
+            shutil.rmtree(memory, ignore_errors=True)
 
 
 def main(
@@ -214,6 +256,7 @@ def main(
     result: Annotated[Path | None, typer.Option(help="Write the rows as JSON here.")] = None,
     act: Annotated[str, typer.Option(hidden=True)] = "",
     folder: Annotated[Path | None, typer.Option(help="A folder on the disk to measure; emptied at the end.")] = None,
+    partners: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Kill sharded training, take memory and GPUs away, and start it again."""
     size = size or (LARGE if torch.cuda.is_available() else TINY).name
@@ -221,7 +264,7 @@ def main(
         raise UserError(f"--size '{size}' --ranks {ranks}", expected=f"2 ranks or more, one of {', '.join(SIZES)}")
     if act:
         assert folder is not None
-        work(folder, SIZES[size], act)
+        work(folder, SIZES[size], act, partners)
         return
     with tempfile.TemporaryDirectory(prefix="undertow-recovery-", dir=folder) as made:
         rows = recover(ranks, Path(made), size)

@@ -47,7 +47,7 @@ def test_every_arm_is_right(ranks):
 
 
 def _read_back(rank, world):
-    checkpoint_ranks.STEPS = {"host": 2, "disk": 2}
+    checkpoint_ranks.STEPS = {"host": 2, "partner": 2, "disk": 2}
     size = Size("tiny", LMConfig(layers=1, width=64, heads=2, kv_heads=2, hidden=128, vocab=256), 1, 8, 1)
     found = {}
     for place in checkpoint_ranks.STEPS:
@@ -59,14 +59,15 @@ def _read_back(rank, world):
 
 def test_every_save_of_sharded_training_reads_back(ranks):
     for found in ranks(2, _read_back):
-        assert len(found) == 4 and set(found.values()) == {(0, 0)}
+        assert len(found) == 5 and set(found.values()) == {(0, 0)}
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_from_what_is_left(tmp_path):
     rows = checkpoint_recovery.recover(2, tmp_path, checkpoint_recovery.TINY.name)
-    assert [row.ranks for row in rows] == [2, 2, 1] and all(row.good for row in rows)
-    assert [row.resumed for row in rows[1:]] == [4, 4]  # the first from memory, which a slow disk may have kept busy
+    assert [row.ranks for row in rows] == [2, 2, 1, 2] and all(row.good for row in rows), rows
+    assert [row.resumed for row in rows[1:3]] == [4, 4]  # the first from memory, which a slow disk may have kept busy
+    assert rows[3].resumed is not None and rows[3].resumed > 4  # with partners nothing was lost
 
 
 def _streamed(rank, world, spread):

@@ -133,7 +133,7 @@ def work(folder: Path, size: Size, act: str, partners: bool) -> None:
         memory = Path(host_tier.SHARED_MEMORY) / f"undertow-bench-{folder.name}-{launch.rank}"
         memory.mkdir(exist_ok=True)
         partner = Partner(host=f"machine-{launch.rank}", memory=memory, across_hosts=launch.world_size > 1)
-    options = {"every": ON_DISK, "host_every": 1, "partner": partner}
+    options = {"every": ON_DISK, "host_every": 1, "partner": partner, "host_generations": 2 if partners else 3}
     ckpt = Checkpointer(folder / "run", model=job.model, optimizer=job.optimizer, **options)
     try:
         (train if act == "train" else restart)(job, ckpt, folder)

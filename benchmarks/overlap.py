@@ -23,9 +23,8 @@ import torch.distributed as dist
 from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Measured, Trial
 from undertow.benchmarks.crew import Crew
 from undertow.benchmarks.overlap_choice import known
-from undertow.comms.cost import overlapped_columns_seconds, overlapped_scatter_seconds
 from undertow.comms.link import LinkModel
-from undertow.parallel.overlap_gate import ARMS, ROUNDS
+from undertow.parallel.overlap_gate import ARMS, ROUNDS, hidden_seconds
 from undertow.parallel.overlap_team import Team
 
 # Ranks, and M×N×K of one rank's product; four ranks share this project's two cores. The first two are the goal's cells,
@@ -71,11 +70,7 @@ def trial(world: int, shape: tuple[int, int, int], ratio: float, seed: int) -> T
     why = crew.run("decide")[1][0]
     scatter_s = ratio * product_s
     predicted = {
-        arm.name: (overlapped_columns_seconds if arm.columns else overlapped_scatter_seconds)(
-            world, product_s, scatter_s, arm.subchunks
-        )
-        if arm.overlap
-        else product_s + scatter_s
+        arm.name: hidden_seconds(arm, world, product_s, scatter_s) if arm.overlap else product_s + scatter_s
         for arm in ARMS
     }
     predicted[TORCH] = product_s + scatter_s

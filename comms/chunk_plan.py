@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 from ..dist.errors import UserError
@@ -23,6 +24,8 @@ from .builders.draft import bounds, pieces
 from .builders.gemm_reduce_scatter import gemm_reduce_scatter
 from .builders.reduce_scatter import chunk_order
 from .schedule import Schedule
+
+GROWTH = 0.95  # of the growth of pieces of columns with which a link that takes as long as the product waits least
 
 
 @lru_cache(maxsize=1024)  # asked for at every call of a layer
@@ -32,15 +35,21 @@ def chunk_rows(rows: int, world: int) -> tuple[int, ...]:
     return tuple(max(0, min(each, rows - rank * each)) for rank in range(world))
 
 
-def panels(columns: int, parts: int) -> list[tuple[int, int]]:
-    """`columns` in at most `parts` pieces as wide as each other, but for a last one that may be narrower.
+@lru_cache(maxsize=1024)
+def panels(columns: int, parts: int, world: int) -> tuple[tuple[int, int], ...]:
+    """`columns` in at most `parts` pieces, each wider than the one before it.
 
-    Widths are multiples of the 256 columns of a kernel's tile where the pieces are that wide, of 8 (16 bytes of half
-    precision, as kernels want rows to begin) where they are at least that.
+    The link should get its first piece early, and the next one when it has sent that: while it sends a piece of share w
+    in w s, the product makes the next one, of the other ranks' rows, in w' g (W - 1) / W. Where the link takes as long
+    as the product, w' = w W / (W - 1) keeps both busy; `GROWTH` of that loses little on either side. Widths are
+    multiples of the 256 columns of a kernel's tile where the pieces are that wide, of 8 (16 bytes of half precision, as
+    kernels want rows to begin) where they are at least that.
     """
     unit = next(unit for unit in (256, 8, 1) if columns >= unit * parts or unit == 1)
-    width = max(1, -(-columns // (parts * unit)) * unit)
-    return [(left, min(left + width, columns)) for left in range(0, columns, width)]
+    ratio = max(1.0, GROWTH * world / max(1, world - 1))
+    weights = list(accumulate(ratio**part for part in range(parts)))
+    ends = {min(columns, round(columns / unit * weight / weights[-1]) * unit) for weight in weights[:-1]} | {0, columns}
+    return tuple(pairwise(sorted(ends)))
 
 
 @dataclass(frozen=True)
@@ -138,7 +147,7 @@ class ChunkPlan:
     @cached_property
     def _chunks(self) -> list[tuple[Piece, ...]]:
         if self.columns:
-            cut = panels(self.columns, self.subchunks)
+            cut = panels(self.columns, self.subchunks, self.world)
             return [
                 tuple(Piece(owner, part, low, high, *ends) for part, ends in enumerate(cut) if low < high)
                 for owner, (low, high) in enumerate(bounds(self.sizes))
@@ -157,15 +166,16 @@ class ChunkPlan:
             return (*foreign, *self.chunk(self.rank))
         return tuple(p for owner in order for p in self.chunk(owner))
 
-    @property
-    def width(self) -> int:
-        """Columns of a piece, but for a narrower last one; 0 for pieces of rows."""
-        return panels(self.columns, self.subchunks)[0][1] if self.columns else 0
+    @cached_property
+    def edges(self) -> tuple[int, ...]:
+        """Where the pieces of columns begin and end; none for pieces of rows."""
+        cut = panels(self.columns, self.subchunks, self.world) if self.columns else ()
+        return (0, *(right for _, right in cut)) if cut else ()
 
-    @property
+    @cached_property
     def parts(self) -> int:
         """The most pieces of a chunk."""
-        return len(panels(self.columns, self.subchunks)) if self.columns else self.subchunks
+        return len(self.edges) - 1 if self.columns else self.subchunks
 
     @cached_property
     def hops(self) -> tuple[Hop, ...]:
@@ -188,7 +198,7 @@ class ChunkPlan:
     def _around(self, part: int) -> tuple[Block, ...]:
         """The products of a piece of columns: the rows below the own ones, then those above."""
         low, high = self.own
-        left, right = panels(self.columns, self.subchunks)[part]
+        left, right = panels(self.columns, self.subchunks, self.world)[part]
         found = []
         for first, last, owners in ((high, self.rows, range(self.rank + 1, self.world)), (0, low, range(self.rank))):
             if first < last:

@@ -6,7 +6,7 @@ simulator is tested against (Thakur, Rabenseifner & Gropp 2005, section 4, for t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -105,10 +105,13 @@ def overlapped_scatter_seconds(world: int, gemm_s: float, scatter_s: float, subc
     return max(gemm_s, gemm_s / (world * subchunks) + scatter_s)
 
 
-def overlapped_columns_seconds(world: int, gemm_s: float, scatter_s: float, pieces: int) -> float:
-    """The same by equal pieces of columns, each with the rows of every other rank, and by the own rows at last.
+def overlapped_columns_seconds(world: int, gemm_s: float, scatter_s: float, shares: Sequence[float]) -> float:
+    """The same by pieces of columns, of these shares, each with the rows of every other rank; the own rows at last.
 
-    The first piece must be computed before anything is sent; only the own rows hide the sends of the last one.
+    A piece leaves when it is computed and those before it have left; only the own rows hide the sends of the last one.
     """
-    foreign_s = gemm_s * (world - 1) / world
-    return max(gemm_s, foreign_s + scatter_s / pieces, foreign_s / pieces + scatter_s)
+    ready_s = left_s = 0.0
+    for share in shares:
+        ready_s += share * gemm_s * (world - 1) / world
+        left_s = max(ready_s, left_s) + share * scatter_s
+    return max(gemm_s, left_s)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..comms.chunk_plan import ChunkPlan
+from ..comms.chunk_plan import ChunkPlan, panels
 from ..comms.cost import overlapped_columns_seconds, overlapped_scatter_seconds
 from ..dist.machine import Machine
 
@@ -55,9 +55,9 @@ def cut(arm: Arm, rank: int, sizes: tuple[int, ...], n: int) -> ChunkPlan:
 def fewer_reads(arm: Arm, sizes: tuple[int, ...], k: int, n: int) -> bool:
     """Whether pieces of columns read less of their operands than rows that begin to leave as early would.
 
-    The first of T pieces of columns is made after (W - 1) / (W T) of the product, the first of t pieces of rows after
-    1 / (W t), so T columns stand beside T / (W - 1) rows. The rank in the middle, whose products are the most, counts
-    for all, so that all choose alike.
+    The first of T equal pieces of columns is made after (W - 1) / (W T) of the product, the first of t pieces of rows
+    after 1 / (W t), so T columns stand beside T / (W - 1) rows. The rank in the middle, whose products are the most,
+    counts for all, so that all choose alike.
     """
     world = len(sizes)
     if world < 2:
@@ -93,8 +93,16 @@ class Rates:
         messages_s = (world - 1) * arm.subchunks * self.latency_s
         if not arm.overlap:
             return gemm_s + link_s + messages_s
-        hidden = overlapped_columns_seconds if arm.columns else overlapped_scatter_seconds
-        return hidden(world, gemm_s, link_s, arm.subchunks) + messages_s
+        return hidden_seconds(arm, world, gemm_s, link_s) + messages_s
+
+
+def hidden_seconds(arm: Arm, world: int, gemm_s: float, link_s: float) -> float:
+    """A product and its collective as an arm overlaps them, without what pieces cost."""
+    if not arm.columns:
+        return overlapped_scatter_seconds(world, gemm_s, link_s, arm.subchunks)
+    many = 1 << 20  # of so many columns, as if they could be cut anywhere
+    shares = [(right - left) / many for left, right in panels(many, arm.subchunks, world)]
+    return overlapped_columns_seconds(world, gemm_s, link_s, shares)
 
 
 @dataclass

@@ -9,6 +9,8 @@ overlapped product does, with nothing left to hide behind. Several pieces are on
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -36,14 +38,20 @@ def ordered_sum(place: Placement, landings: Sequence[Tensor], pieces: Sequence[P
     rows, columns = out.shape
     by_columns, base = bool(place.plan.columns), place.plan.own[0]
     low, high = (0, rows) if by_columns else (pieces[0].low - base, pieces[-1].high - base)
-    left, right = (pieces[0].left, pieces[-1].right) if by_columns else (0, columns)
-    width = place.plan.width or columns
-    blocks = -(-min(width, right - left) // BLOCK)
+    edges = place.plan.edges or (0, columns)
+    first = pieces[0].part if by_columns else 0
+    cuts = edges[first : first + len(pieces) + 1] if by_columns else edges
+    blocks = -(-max(right - left for left, right in pairwise(cuts)) // BLOCK)
     compact, gap = gap
-    _sum_kernel[(high - low, -(-(right - left) // width) * blocks)](  # pyright: ignore[reportIndexIssue]
-        place.own, landings[0], out, low, left, rows, columns, width, blocks, gap,
-        place.plan.rank, world, compact, width % 8 == 0 and columns % 8 == 0 and gap % 8 == 0, BLOCK,
+    _sum_kernel[(high - low, (len(cuts) - 1) * blocks)](  # pyright: ignore[reportIndexIssue]
+        place.own, landings[0], out, _placed(edges, out.device), low, first, rows, columns, blocks, gap,
+        place.plan.rank, world, compact, gap % 8 == 0 and not any(edge % 8 for edge in edges), BLOCK,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _placed(edges: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(edges, dtype=torch.int64, device=device)
 
 
 def _gap(landings: Sequence[Tensor], rank: int) -> tuple[bool, int] | None:
@@ -64,23 +72,24 @@ if triton is not None:
 
     @triton.jit
     def _sum_kernel(
-        own, landing, out, low, left, rows, columns, width, blocks, gap,
+        own, landing, out, edges, low, piece, rows, columns, blocks, gap,
         RANK: tl.constexpr, WORLD: tl.constexpr, COMPACT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = low + tl.program_id(0).to(tl.int64)
-        first = left + (tl.program_id(1) // blocks).to(tl.int64) * width  # of the piece's columns
-        wide = tl.minimum(width, columns - first)
+        here = edges + piece + tl.program_id(1) // blocks
+        first = tl.load(here)  # of the piece's columns
+        wide = tl.load(here + 1) - first
         local = tl.program_id(1) % blocks * BLOCK + tl.arange(0, BLOCK)
         inside = local < wide
         come = first * rows + row * wide
-        here = row * columns + first
+        there = row * columns + first
         if ALIGNED:
             come = tl.multiple_of(come, 8)
-            here = tl.multiple_of(here, 8)
+            there = tl.multiple_of(there, 8)
         total = tl.zeros((BLOCK,), tl.float32)
         for source in tl.static_range(WORLD):
             if source == RANK:
-                part = tl.load(own + here + local, mask=inside, other=0.0)
+                part = tl.load(own + there + local, mask=inside, other=0.0)
             else:
                 place = source - (RANK == 0)
                 if COMPACT:
@@ -90,4 +99,4 @@ if triton is not None:
                 total = part.to(tl.float32)
             else:
                 total += part.to(tl.float32)
-        tl.store(out + here + local, total.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + there + local, total.to(out.dtype.element_ty), mask=inside)

@@ -67,8 +67,11 @@ def test_pieces_of_columns_make_every_number_once_in_memory_of_their_own(world):
                 came = [(part, owner, p.left, p.right) for part, h in enumerate(other.hops) for s, p in h.receives
                         if s == rank]  # fmt: skip
                 assert came == [each for each in sent if each[1] == owner]
-    assert panels(8192, 8) == [(left, left + 1024) for left in range(0, 8192, 1024)]
-    assert panels(1030, 4) == [(0, 512), (512, 1024), (1024, 1030)] and panels(5, 4) == [(0, 2), (2, 4), (4, 5)]
+    # growing by 0.95 · 8 / 7 and by 1.9, in tiles of 256; in steps of 8; and where there is hardly one for each
+    assert [right // 256 for _, right in panels(8192, 8, 8)] == [3, 6, 10, 13, 17, 22, 27, 32]
+    assert [right // 256 for _, right in panels(8192, 4, 2)] == [2, 7, 16, 32]
+    assert panels(100, 4, 8) == ((0, 24), (24, 48), (48, 72), (72, 100)) and panels(3, 4, 2) == ((0, 1), (1, 3))
+    assert panels(0, 4, 2) == () and panels(300, 1, 2) == ((0, 300),)
     with pytest.raises(UserError, match="pieces of columns"):
         plans[0].schedule(4, 6)
 
@@ -205,7 +208,7 @@ def test_the_engine_takes_the_closed_form_on_a_virtual_clock(world, subchunks, r
     """The real engine, all ranks as threads: max(g, g / (W T) + s) by rows, exactly; g + s when it does not overlap. By
     columns the slowest rank takes its form: ranks in the middle make a piece by two products, and begin to send early.
     """
-    width, each = 8, 12
+    width, each = 120, 12
     nbytes, gemm_s = (world - 1) * each * width * 4, 1.0
     times: dict[str, list[float]] = {way: [0.0] * world for way in ("rows", "columns", "sequential")}
     for way, mail in ((way, defaultdict(queue.Queue)) for way in times):
@@ -236,9 +239,9 @@ def test_the_engine_takes_the_closed_form_on_a_virtual_clock(world, subchunks, r
             thread.start()
         for thread in threads:
             thread.join(240)
-    by_rows, by_columns = (
-        f(world, gemm_s, ratio, subchunks) for f in (overlapped_scatter_seconds, overlapped_columns_seconds)
-    )
+    by_rows = overlapped_scatter_seconds(world, gemm_s, ratio, subchunks)
+    shares = [(right - left) / width for left, right in panels(width, subchunks, world)]
+    by_columns = overlapped_columns_seconds(world, gemm_s, ratio, shares)
     assert times["rows"] == pytest.approx([by_rows] * world, rel=1e-9)
     assert max(times["columns"]) == pytest.approx(by_columns, rel=1e-9)
     assert times["sequential"] == pytest.approx([gemm_s + ratio] * world, rel=1e-9)

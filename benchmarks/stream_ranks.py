@@ -181,8 +181,11 @@ def search(job: Job, name: str, setting: Setting, ranks: Ranks, until_s: float, 
             goal = found.goal()
             if goal is None:
                 break
-            left_s = -ranks.peers.largest(time.monotonic() - until_s)
-            in_time = tokens * math.sqrt(max(left_s, 0.0) / seconds)
+            in_time = _reach(tokens, seconds, until_s, ranks)
+            if 0.7 * tokens < in_time < goal:
+                # The first step of a length also plans, measures kernels and pins memory; the second tells its time.
+                _, seconds = measure(job, step, job.tokens(tokens, seed), ranks)
+                in_time = _reach(tokens, seconds, until_s, ranks)
             found.out_of_time = in_time < goal
             length = int(min(goal, in_time)) // grain * grain
             if length <= 0 or any(length == tried for tried, _ in found.points) or (in_time < goal and length < tokens):
@@ -190,6 +193,12 @@ def search(job: Job, name: str, setting: Setting, ranks: Ranks, until_s: float, 
             tokens = length
     job.clear()
     return found
+
+
+def _reach(tokens: int, seconds: float, until_s: float, ranks: Ranks) -> float:
+    """The longest sequence whose step would end by `until_s`, if time grows with the square of the length."""
+    left_s = -ranks.peers.largest(time.monotonic() - until_s)
+    return tokens * math.sqrt(max(left_s, 0.0) / seconds)
 
 
 def local_errors(job: Job, exact: Mapping[str, Tensor], ranks: Ranks) -> dict[str, float]:

@@ -26,7 +26,7 @@ def main() -> None:
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "head_dim": 32}
-    small = Qwen3Config(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    small = Qwen3Config(**sizes, num_attention_heads=4, num_key_value_heads=2, vocab_size=8192)
     auto: Any = AutoModelForCausalLM
     model = auto.from_pretrained(options.model) if options.model else auto.from_config(small)
     model.to(device).train()

@@ -129,7 +129,7 @@ class HostTier:
             self.coordinator.say(f"{name}/folders", self._make_folders(name))
         found = self.coordinator.hear(f"{name}/folders", 0, deadline_s=time.monotonic() + WAIT_S, unless=unless)
         if isinstance(found, str):
-            error = UserError(found, remedy="pass host_every=0, or fewer host_generations")
+            error = UserError(found, remedy="pass host_every=0, fewer host_generations, or partner=Partner()")
             raise PeerLost(str(error)) if self._proven else error
         self._folders = found
         self._mine = [Generation(folder / plan.shard_name, plan, pinned=pinned) for folder in found]

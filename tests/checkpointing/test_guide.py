@@ -18,7 +18,7 @@ PROGRAMS = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.S)
 
 def test_the_programs_of_the_guide_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert len(PROGRAMS) == 2
+    assert len(PROGRAMS) == 3
     names: dict = {}
     for program in PROGRAMS:
         exec(compile(program, str(GUIDE), "exec"), names)
@@ -29,7 +29,8 @@ def test_the_programs_of_the_guide_run(tmp_path, monkeypatch, capsys):
     ]
     assert names["start"] == 0
     assert torch.equal(names["weight"], names["model"].weight)
-    assert "SavePlan rank 0/1" in capsys.readouterr().out
+    assert "SavePlan rank 0/1" in (said := capsys.readouterr().out)
+    assert "no partner copies: all ranks (1)" in said
     exec(compile(PROGRAMS[0], str(GUIDE), "exec"), names)
     assert names["start"] == 20
 

@@ -20,6 +20,7 @@ from undertow.comms.cuda_events import Call
 from undertow.comms.cuda_messengers import CudaMessenger, PinnedMessenger
 from undertow.comms.cuda_watch import Exchange, Watch
 from undertow.comms.overlap_cuda import CudaOverlapEngine
+from undertow.comms.placement import Placement
 from undertow.comms.stream_wait import Counted, can_wait
 from undertow.comms.symmetric_messenger import Mapped, Seat, SymmetricMessenger, _refusal, apart, why_not
 from undertow.comms.trigger import GlooMessenger
@@ -431,8 +432,8 @@ def test_the_benchmark_of_one_gpu_is_right(rows, seed):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("by_counts", [False, True])
-def test_a_late_product_reaches_the_host_whole(seed, by_counts):
+@pytest.mark.parametrize("way", ["rows", "counts", "columns"])
+def test_a_late_product_reaches_the_host_whole(seed, way):
     """Each piece sleeps on the device before it is made: a wait that is missing would copy what was there before."""
     device = torch.device("cuda", 0)
     theirs = torch.randint(-9, 9, (2, 8, 256)).float().pin_memory()
@@ -447,19 +448,28 @@ def test_a_late_product_reaches_the_host_whole(seed, by_counts):
             torch.cuda._sleep(1_000_000)
             y[low:high] = mine[low:high]
 
-        plan = engine.plan((8, 8, 8), 1 + call % 3)
-        late = tracked(y, mine, 1_000_000) if by_counts else None
-        out = engine.reduce_scatter(plan, product, y, tracked=late)
-        torch.testing.assert_close(out.cpu(), call + theirs.sum(0), rtol=0, atol=0)
+        def panel(low: int, high: int, left: int, right: int, into: torch.Tensor, mine: torch.Tensor = mine) -> None:
+            torch.cuda._sleep(1_000_000)
+            into.copy_(mine[low:high, left:right])
+
+        plan = engine.plan((8, 8, 8), 1 + call % 3, 256 if way == "columns" else 0)
+        late = tracked(y, mine, 1_000_000) if way == "counts" else None
+        out = engine.reduce_scatter(plan, product, y, tracked=late, panel=panel).cpu()
         torch.cuda.synchronize()  # the messenger's memory is read by the host
+        place, come = Placement(plan, torch.empty(24, 256)), theirs.sum(0)
         for piece in plan.scatter_order:
-            if piece.owner != 0:
-                assert bool((messenger.sent(y[piece.low : piece.high]).view(torch.float32) == call).all())
+            if piece.owner == 0:
+                want = call + place.landed(come, piece)
+                torch.testing.assert_close(place.summed(out, piece), want, rtol=0, atol=0)
+            else:
+                sent = messenger.sent(Placement(plan, y).made(piece)).view(torch.float32)
+                assert bool((sent == call).all())
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_call_is_captured_while_the_watch_looks_at_another(seed):
+@pytest.mark.parametrize("columns", [0, 256])
+def test_a_call_is_captured_while_the_watch_looks_at_another(seed, columns):
     """The watch asks for the events of an eager call while a graph is captured: CUDA forbids that to most threads."""
     device = torch.device("cuda", 0)
     theirs = torch.randint(-9, 9, (2, 8, 256), generator=torch.Generator().manual_seed(seed)).float().pin_memory()
@@ -473,15 +483,22 @@ def test_a_call_is_captured_while_the_watch_looks_at_another(seed):
         asked.set()
 
     engine._watch.look = look  # type: ignore[method-assign]
-    plan, mine = engine.plan((8, 8, 8), 2), torch.zeros(24, 256, device=device)
+    plan, mine = engine.plan((8, 8, 8), 2, columns), torch.zeros(24, 256, device=device)
+    come = theirs.sum(0).clone()
+    for piece in plan.chunk(0):
+        place = Placement(plan, mine)
+        place.summed(come, piece).copy_(place.landed(theirs.sum(0), piece))
 
     def call() -> torch.Tensor:
         y = torch.empty_like(mine)
 
+        def panel(low: int, high: int, left: int, right: int, into: torch.Tensor) -> None:
+            into.copy_(mine[low:high, left:right])
+
         def product(low: int, high: int) -> None:
             y[low:high] = mine[low:high]
 
-        return engine.reduce_scatter(plan, product, y)
+        return engine.reduce_scatter(plan, product, y, panel=panel)
 
     call()
     graph = torch.cuda.CUDAGraph()
@@ -493,8 +510,8 @@ def test_a_call_is_captured_while_the_watch_looks_at_another(seed):
     for value in (1.0, 2.0):
         mine.fill_(value)
         graph.replay()
-        torch.testing.assert_close(out.cpu(), value + theirs.sum(0), rtol=0, atol=0)
-    torch.testing.assert_close(call().cpu(), 2.0 + theirs.sum(0), rtol=0, atol=0)
+        torch.testing.assert_close(out.cpu(), value + come, rtol=0, atol=0)
+    torch.testing.assert_close(call().cpu(), 2.0 + come, rtol=0, atol=0)
     engine.close()
 
 

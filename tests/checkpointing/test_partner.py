@@ -25,9 +25,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from ckpt_job import CHUNK_BYTES, same
 
 from undertow.checkpointing import Checkpointer, Partner, plan
+from undertow.checkpointing.manifest import checksum
 from undertow.checkpointing.partner import Place, pair
-from undertow.checkpointing.partner_wire import Link
-from undertow.dist.errors import UserError
+from undertow.checkpointing.partner_holder import Holder
+from undertow.checkpointing.partner_memory import Held, PartnerMemory
+from undertow.checkpointing.partner_wire import Link, Server
+from undertow.dist.errors import PeerLost, UserError
 
 
 def layers(seed: int) -> nn.Module:
@@ -300,3 +303,79 @@ def test_a_bad_partner_costs_saves_and_not_the_training(ranks, tmp_path):
         assert "rank 0" in slow and "too slow" in slow
         assert "arrived damaged" in damaged
         assert "generations" in outgrown and "on host-0" in outgrown
+
+
+def beside_disk(rank: int, world: int, root: str) -> tuple[list, list[str]]:
+    """Saves to partners at every step and to disk at every second; roll back, go on, close. What was found when."""
+    run, found = Run(root, rank, world, sharded=False, every=2, keep=None), []
+    for step in range(1, 6):
+        run.ckpt.step(step)
+        run.advance(step)
+        run.ckpt.wait()
+    assert [(report.tier, report.step) for report in run.ckpt.reports if not report.ok] == []
+    found.append((run.ckpt.restore(), run.right(5), FAR in run.ckpt.origins[rank]))
+    found.append((run.ckpt.restore(2), run.right(2), list(run.ckpt.origins[rank])[0].endswith("step-000000002")))
+    found.append((run.ckpt.restore(), run.right(2)))  # what came later is forgotten, in memory and on disk
+    run.advance(2)
+    assert run.ckpt.step(3) and run.ckpt.wait()[-1].ok
+    found.append((run.ckpt.restore(), run.right(3)))
+    run.advance(3)
+    assert run.ckpt.step(4)
+    run.ckpt.close()
+    return found, sorted(path.name for path in memory_of(root, rank).glob("*/*"))
+
+
+def test_partners_beside_the_disk(ranks, tmp_path):
+    for found, left in ranks(2, beside_disk, str(tmp_path)):
+        assert found == [(5, True, False), (2, True, True), (2, True), (3, True)]
+        assert left == []  # the disk has step 4, too
+    assert sorted(path.name for path in (tmp_path / "c").glob("step-*")) == ["step-000000002", "step-000000004"]
+
+
+def test_a_server_takes_and_gives_what_it_should(tmp_path):
+    holder = Holder()
+    holder.memory = PartnerMemory(tmp_path, tmp_path / "c")
+    holder.memory.make()
+    entry = "a1-1-held-00003-0"
+    holder.rooms[(3, 1, 0)] = Held(holder.memory.root / entry, "__3_0.distcp", 10)
+    server = Server("127.0.0.1", lambda: "secret", holder.handle)
+
+    def link(secret: str = "secret", purpose: str = "send") -> Link:
+        return Link(3, "127.0.0.1", server.port, secret, purpose=purpose, timeout_s=200.0)
+
+    def send(out: Link, nbytes: int = 10, at: int = 0, total: str = checksum(b"0123456789"), slot: int = 0) -> None:
+        out.start()
+        out.tell({"do": "begin", "save": "a1/7", "step": 7, "number": 7, "plan": 1, "slot": slot, "nbytes": nbytes})
+        out.tell({"do": "chunk", "begin": at, "nbytes": 10, "sum": total}, b"0123456789")
+        out.ask({"do": "seal"})
+
+    try:
+        with pytest.raises(PeerLost, match="closed the connection"):
+            link("guess").start()
+        out = link()
+        for problem in ({"total": "0"}, {"nbytes": 11}, {"slot": 1}):
+            with pytest.raises(PeerLost, match="refuses"):
+                send(out, **problem)
+            assert holder.memory.entries() == []
+        send(out)  # the connection has stayed good
+        assert [(e.name, e.rank, e.step, e.files) for e in holder.memory.entries()] == [
+            (entry, 3, 7, {"__3_0.distcp": 10})
+        ]
+        into, back = bytearray(4), link(purpose="read")
+        back.start()
+        ask = {"do": "read", "entry": entry, "file": "__3_0.distcp", "begin": 3, "nbytes": 4}
+        back.read(ask, memoryview(into))
+        assert bytes(into) == b"3456"
+        for bad in ({"entry": "../c"}, {"file": "../ROOT.part"}, {"file": "__4_0.distcp"}, {"begin": 8}):
+            back.start()
+            with pytest.raises(PeerLost, match="refuses|has not the 4 bytes"):
+                back.read({**ask, **bad}, memoryview(into))
+        with pytest.raises(PeerLost, match="lost"):
+            send(out, at=5)  # over the end of its room: the connection is cut
+        newer = link()
+        send(newer)
+        with pytest.raises(PeerLost):  # of two senders with one rank's name the older is cut off
+            send(out := link())
+            newer.ask({"do": "seal"})
+    finally:
+        server.close()

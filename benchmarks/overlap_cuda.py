@@ -25,6 +25,7 @@ import torch
 
 from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Trial
 from undertow.benchmarks.overlap_choice import known
+from undertow.comms import cuda_driver
 from undertow.comms.chunk_plan import chunk_rows
 from undertow.comms.cuda_events import Call
 from undertow.comms.cuda_messengers import PinnedMessenger
@@ -106,8 +107,9 @@ class _Rank:
         return total
 
 
-def rank_of(m: int, n: int, k: int, seed: int) -> _Rank:
-    """Rank 0 of `WORLD`, its operands on the current GPU, its peers' partial sums in pinned memory."""
+def rank_of(m: int, n: int, k: int, seed: int, copies: Any = cuda_driver.copies) -> _Rank:
+    """Rank 0 of `WORLD`, its operands on the current GPU, its peers' partial sums in pinned memory; `copies`: how those
+    of a piece are queued."""
     if not torch.cuda.is_available():
         raise UserError("no CUDA device", remedy="run it on a machine with a GPU, or `undertow bench overlap` here")
     device = torch.device("cuda", torch.cuda.current_device())
@@ -118,7 +120,7 @@ def rank_of(m: int, n: int, k: int, seed: int) -> _Rank:
     theirs = torch.randn(WORLD - 1, sizes[0], n, dtype=torch.bfloat16, device=device)
     partials = torch.empty(theirs.shape, dtype=theirs.dtype, pin_memory=True).copy_(theirs)
 
-    messenger = PinnedMessenger(0, WORLD, device, partials)
+    messenger = PinnedMessenger(0, WORLD, device, partials, copies=copies)
     engine = CudaOverlapEngine(device=device, messenger=messenger, add=ordered_sum)
     return _Rank(a, b, partials, engine, messenger, sizes)
 

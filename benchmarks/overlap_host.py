@@ -108,16 +108,17 @@ def parts(device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "a view of a piece of columns", lambda: y.as_strided((32, 8), (8, 1), 64)
 
 
-def on_the_device(m: int, n: int, k: int) -> None:
-    """Print every way's time for one shape, queued ahead and from idle."""
-    rank = rank_of(m, n, k, 0)
+def on_the_device(m: int, n: int, k: int, queue: Any = None) -> None:
+    """Print every way's time for one shape, queued ahead and from idle; by `queue`, which queues the copies of a piece,
+    those of columns only, where a piece has several."""
+    rank = rank_of(m, n, k, 0, queue or cuda_driver.copies)
     alone = [device_microseconds(call) for call in (partial(torch.mm, rank.a, rank.b), partial(copies, rank))]
     print(f"\nM×N×K = {m}×{n}×{k}: product {alone[0]:.0f} us, copies {alone[1]:.0f} us\n")
     print(
         "| way | device, us, queued ahead | of ideal | from an idle device, us | of ideal |\n|---|---:|---:|---:|---:|"
     )
     for arm in CUDA_ARMS:
-        if not (arm.tracked and unusable(rank.a, rank.b)):
+        if arm.columns or not (queue or (arm.tracked and unusable(rank.a, rank.b))):
             took = [device_microseconds(partial(rank.scatter, arm), ahead=ahead) for ahead in (True, False)]
             print(
                 f"| {arm.name} | " + " | ".join(f"{us:.0f} | {max(alone) / us:.2f}" for us in took) + " |", flush=True
@@ -140,6 +141,9 @@ def main() -> int:
         print(f"| {arm.name} | {pieces} | {took:.0f} | {took / pieces:.1f} |", flush=True)
     for shape in SHAPES:
         on_the_device(*shape)
+    print("\nThe copies of a piece of columns in one call of the driver", flush=True)
+    for shape in SHAPES:
+        on_the_device(*shape, queue=cuda_driver.copy_all)
     return 0
 
 

@@ -13,6 +13,7 @@ import gc
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from ...dist.errors import UserError
 from ...dist.units import format_bytes
 from ..memory_model import DecoderShape
+from ..token_ring.gate import lean
 from . import overrides
 from .deepspeed_zero import are_here, is_partitioned
 from .layer import KeptLayer, LayerCall, NoAttention, StreamedLayer
@@ -283,7 +285,7 @@ class Engine:
             (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
             lambda: self.degrade(plan),
             self.unread,
-            self.attend,
+            None if self.attend is None else partial(_as_planned, self.attend),
         )
         if self.courier is None and "host" in (*plan.inputs, *plan.attention):
             self.courier = Courier(x.device)
@@ -308,3 +310,9 @@ def _is(x: Tensor, tape: Tape) -> bool:
     """Whether x is the output of the latest layer, perhaps by another name, and as that layer left it."""
     same = tape.output is not None and x.shape == tape.output.shape and x.data_ptr() == tape.output.data_ptr()
     return same and x._version == tape.version
+
+
+def _as_planned(attend: Attend, *args: Any, **kwargs: Any) -> Tensor:
+    """`attend` by schedules that allocate no more than the plan has counted."""
+    with lean():
+        return attend(*args, **kwargs)

@@ -242,7 +242,7 @@ def predicted(plan: StreamPlan, shape: DecoderShape, *, kernel: bool = True, ran
         graphs=plan.inputs.count("graph"),
         kernel=kernel,
         ranks=ranks,
-        call=ring_bytes(shape, rows, ranks, batch=plan.batch) if ranks else (0, 0),
+        call=ring_bytes(shape, rows, ranks, batch=plan.batch, kernel=kernel) if ranks else (0, 0),
     )
     host = plan.inputs.count("host") * rows * shape.width * shape.element_size
     host += plan.attention.count("host") * attention_bytes(shape, rows)

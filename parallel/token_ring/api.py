@@ -31,7 +31,7 @@ from ..merge import lse_dtype
 from ..partition import Group, as_list, group_of, rows_of
 from .block_ops import ops, picker
 from .executors import Home, home, homes
-from .gate import ScheduleGate, gate_of
+from .gate import ScheduleGate, gate_of, is_lean
 from .inputs import check_numbers, check_shapes, check_tensors, refuse_what_kernels_lack
 from .planner import Rates, choose, resolve
 from .problem import Problem
@@ -135,11 +135,11 @@ def _prepare(
     """The number of the call, after everything about it has been checked."""
     check_shapes(q, k, v)
     check_numbers(causal, window, prefix, scale, lengths, cu_q, cu_k, wire)
-    where = home(group_of(group), device)
+    where, lean = home(group_of(group), device), is_lean()
     if lengths is None:  # before the look-up: one rank's shard can be alike in two different calls
         lengths = (cu_q[-1], (cu_k or cu_q)[-1]) if cu_q is not None else _lengths(q[1], k[1], where)
     key = (q, k, v, dtype, device, id(where.executor), causal, window, prefix, cu_q, cu_k, layout, lengths, scale,
-           schedule, backward, return_lse, wire, kernel)  # fmt: skip
+           schedule, backward, return_lse, wire, kernel, lean)  # fmt: skip
     if key in _numbers:
         return _numbers[key]
     if cu_q is not None and q[0] != 1:
@@ -164,7 +164,10 @@ def _prepare(
     rates = Rates.of(where.machine, name)
     wanted = schedule, backward
     names = [resolve(problem, rates, name, backward=bool(b)) for b, name in enumerate(wanted)]
-    gates = [gate_of(where, problem, rates, backward=bool(b)) if n == "auto" else None for b, n in enumerate(wanted)]
+    gates = [
+        gate_of(where, problem, rates, backward=bool(b), lean=lean) if n == "auto" else None
+        for b, n in enumerate(wanted)
+    ]
     call = Call(
         problem,
         (names[0], names[1]),
@@ -296,8 +299,9 @@ def explain(
     rates = Rates.of(machine, name, topology=topology)
     for backward in (False, True):
         Console(highlight=False).print(choose(problem, rates, backward=backward, every=True).table())
-        for gate in (where.gates.get((problem, backward)) for where in homes()):
-            if gate is not None:
-                print(gate)
+        for gates in (where.gates for where in homes()):
+            for gate in (gates.get((problem, backward, lean)) for lean in (False, True)):
+                if gate is not None:
+                    print(gate)
     for line in measured.report():
         print(line)

@@ -12,11 +12,14 @@ measures nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
 
+from ...comms.cost import buffer_bytes
 from .executors import Home
 from .planner import DEFAULT, Rates, choose
 from .problem import Problem
@@ -31,10 +34,25 @@ ROUNDS = 5  # timed calls of each arm; one more before them plans it
 FEW_ROUNDS, LONG_S = 3, 0.3  # of calls that take longer than that in the median
 WIN = 1.03  # least median speed-up over the ring
 Result = TypeVar("Result")
+_lean = ContextVar("lean", default=False)
 
 
-def arms(problem: Problem, rates: Rates, *, backward: bool) -> tuple[str, ...]:
-    """The schedules that are worth a measurement, the plain ring first. Pure."""
+@contextmanager
+def lean() -> Iterator[None]:
+    """Calls that are made in here try no schedule that allocates more than the ring: for who has planned its bytes."""
+    token = _lean.set(True)
+    try:
+        yield
+    finally:
+        _lean.reset(token)
+
+
+def is_lean() -> bool:
+    return _lean.get()
+
+
+def arms(problem: Problem, rates: Rates, *, backward: bool, lean: bool = False) -> tuple[str, ...]:
+    """The schedules that are worth a measurement, the plain ring first; `lean`: none with more buffers. Pure."""
     choice = choose(problem, rates, backward=backward)
     seconds = next(e.seconds for e in choice.estimates if e.name == DEFAULT)
     buffers = {e.name: e.buffer_bytes for e in choice.estimates if not e.reason}
@@ -42,17 +60,26 @@ def arms(problem: Problem, rates: Rates, *, backward: bool) -> tuple[str, ...]:
     plain = ["all_gather_kv"] if few_more else []
     likely = sorted((e for e in choice.estimates if e.seconds <= HOPELESS * seconds), key=lambda e: e.seconds)
     best = {MOVES.get(e.name, "kv"): e.name for e in reversed(likely) if e.name not in (DEFAULT, *plain)}
-    return tuple(dict.fromkeys((DEFAULT, *plain, choice.name, *best.values())))
+    names = dict.fromkeys((DEFAULT, *plain, choice.name, *best.values()))
+    if not lean:
+        return tuple(names)
+    needs = {name: _buffer_bytes(problem, name, backward) for name in names}  # some estimates are without
+    return tuple(name for name in names if needs[name] <= needs[DEFAULT])
+
+
+def _buffer_bytes(problem: Problem, name: str, backward: bool) -> int:
+    schedule = problem.schedule(name, backward=backward)
+    return max(buffer_bytes(schedule, rank) for rank in range(problem.world))
 
 
 class ScheduleGate:
     """The measured choice for one problem and phase on one group; every rank makes the same calls."""
 
-    def __init__(self, home: Home, problem: Problem, rates: Rates, *, backward: bool) -> None:
+    def __init__(self, home: Home, problem: Problem, rates: Rates, *, backward: bool, lean: bool = False) -> None:
         assert home.executor is not None
         self.problem, self.backward, self._gather = problem, backward, home.executor.gather
         self.predicted = choose(problem, rates, backward=backward).name
-        self.arms = arms(problem, rates, backward=backward)
+        self.arms = arms(problem, rates, backward=backward, lean=lean)
         self.chosen = ""  # until it has been measured
         self.speed: dict[str, float] = {}  # of each arm: how many times as fast as the ring
         self._seconds: list[list[float]] = [[] for _ in self.arms]
@@ -104,11 +131,11 @@ class ScheduleGate:
         return f"{what} heads on {p.world} ranks: {found}; predicted {self.predicted}"
 
 
-def gate_of(home: Home, problem: Problem, rates: Rates, *, backward: bool) -> ScheduleGate | None:
+def gate_of(home: Home, problem: Problem, rates: Rates, *, backward: bool, lean: bool) -> ScheduleGate | None:
     """The gate of this problem and phase, remembered with the group; None where there is nothing to choose."""
     if home.executor is None:
         return None
-    key = problem, backward
+    key = problem, backward, lean
     if key not in home.gates:
-        home.gates[key] = ScheduleGate(home, problem, rates, backward=backward)
+        home.gates[key] = ScheduleGate(home, problem, rates, backward=backward, lean=lean)
     return home.gates[key]

@@ -224,6 +224,29 @@ def test_calls_go_to_the_backend_that_was_found(seed, monkeypatch):
     assert all(relative(a, b) < 1e-12 for a, b in zip(grads, exact))
 
 
+def test_long_blocks_are_measured_by_their_last_rows(seed, monkeypatch):
+    """The rows keep their order in memory and, at its end, their mask; the call itself computes all of them."""
+    monkeypatch.setattr(measured, "MOST_ROWS", 16)
+    monkeypatch.setattr(measured, "_backends", {})
+    tiled = select.backend("tiled")
+    monkeypatch.setattr(select, "candidates", lambda *given, **how: [tiled, select.backend("cpu_flash")])
+    q, k, v = (torch.randn(1, rows, 2, 8, dtype=torch.float64).transpose(1, 2) for rows in (24, 40, 40))
+    shapes: list[Any] = []
+
+    def fastest(key, ways, device, label):
+        out, lse = ways["tiled"]()
+        shapes.append((out.shape, lse.shape))
+        wanted = reference.forward(*(x[:, :, -16:] for x in (q, k, v)), scale=0.3, causal=True)
+        assert all(relative(a, b) < 1e-12 for a, b in zip((out, lse), wanted))
+        return "tiled"
+
+    monkeypatch.setattr(measured, "fastest", fastest)
+    out, _ = measured._MEASURED.forward(q, k, v, scale=0.3, causal=True, window=None)
+    assert shapes == [((1, 2, 16, 8), (1, 2, 16))] and out.shape == (1, 2, 24, 8)
+    last = measured._last_rows(q)
+    assert last.stride(2) > last.stride(1) and torch.equal(last, q[:, :, -16:])
+
+
 @pytest.mark.parametrize(
     ("able", "rows", "wanted"),
     [

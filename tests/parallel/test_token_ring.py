@@ -16,7 +16,7 @@ from undertow.comms.builders.attention import attention
 from undertow.comms.builders.attention_named import best_routes
 from undertow.comms.builders.attention_shape import Heads
 from undertow.comms.check import check
-from undertow.comms.cost import rank_costs
+from undertow.comms.cost import buffer_bytes, rank_costs
 from undertow.comms.link import LinkModel
 from undertow.comms.network import Network
 from undertow.comms.p2p import P2P
@@ -601,6 +601,20 @@ def test_long_calls_are_measured_in_fewer_rounds_and_must_win_all_of_them(monkey
     assert decided([[0.05] * 3, [0.04] * 3], few) == ("", 1), "short calls go on"
     assert decided([[0.05] * 5, [0.04] * 4 + [0.06]], all_of_them) == ("token_ring", 1)
     assert decided([[0.5] * 2, [0.4] * 2], few - 2) == ("", 0)
+
+
+def test_no_more_than_the_ring_is_tried_where_bytes_are_planned():
+    problem = Problem(4, 4096, 4096, Heads(1, 32, 32, 64, 64, "bfloat16", "float32", ""), Mask(causal=True))
+    rates = Rates.of(None, "bfloat16")
+    for backward in (False, True):
+        free, lean = (gate.arms(problem, rates, backward=backward, lean=planned) for planned in (False, True))
+        built = {name: problem.schedule(name, backward=backward) for name in free}
+        needs = {name: max(buffer_bytes(built[name], rank) for rank in range(4)) for name in free}
+        assert list(lean) == [name for name in free if needs[name] <= needs["ring_kv"]] and lean[0] == "ring_kv"
+        assert len(lean) < len(free)
+    assert not gate.is_lean()
+    with gate.lean():
+        assert gate.is_lean()
 
 
 def _wired(rank, world):

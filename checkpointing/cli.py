@@ -1,8 +1,9 @@
 """`undertow ckpt`: what lies in a checkpoint folder, whether it is whole, and what may go.
 
-Every command but `prune` only reads, takes no lock and may be used beside a running job. PATH is a checkpoint folder
-(the newest whole checkpoint in it is meant, or the one of --step) or one checkpoint. Exit codes: 0 well, 1 damage found
-or checkpoints differ, 2 wrong use.
+Every command but `prune` and `fetch` only reads, takes no lock and may be used beside a running job. PATH is a
+checkpoint folder (the newest whole checkpoint in it is meant, or the one of --step), one checkpoint, or the URL of
+checkpoints in an object store (s3://bucket/run), of which commands download what they need. Exit codes: 0 well, 1
+damage found or checkpoints differ, 2 wrong use.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ from ..dist.errors import UserError
 from ..dist.progress import Progress
 from ..dist.units import format_bytes, parse_bytes
 from . import cli_view as view
-from .catalogue import entries, locate
+from .catalogue import Entry
 from .diff import compare_checkpoints
-from .files import FileOps
-from .folder import Folder, read_manifest
-from .manifest import BadCheckpoint
+from .manifest import COMMIT, BadCheckpoint
+from .object_store import is_url
+from .places import Found, entries_of, find, look, problem_of, remove
+from .places import fetch as fetch_files
 from .reader import dtype_of
 from .retention import Retention, to_keep
 from .safetensors_export import export as write_export
 from .safetensors_export import modules_of, plan_export
 from .tensor_stream import stored_bytes
-from .verify import check_content, check_lengths
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, rich_markup_mode=None)
-Where = Annotated[Path, typer.Argument(metavar="PATH", help="A folder of checkpoints, or one checkpoint.")]
+Where = Annotated[str, typer.Argument(metavar="PATH", help="A folder of checkpoints, one checkpoint, or s3://….")]
 Step = Annotated[int | None, typer.Option("--step", help="The checkpoint of this step (default: the newest whole).")]
 
 
@@ -53,7 +54,7 @@ def ckpt() -> None:
 @app.command("list")
 def list_(path: Where) -> None:
     """Show every checkpoint in a folder: step, size, ranks, age, and whether it looks whole (lengths, not content)."""
-    view.show(view.table(path, entries(path)))
+    view.show(view.table(path, entries_of(path)))
 
 
 @app.command()
@@ -63,56 +64,56 @@ def verify(
     every: Annotated[bool, typer.Option("--all", help="Every checkpoint in the folder.")] = False,
 ) -> None:
     """Read every byte and compare its checksum. Exit code 1 when anything is damaged."""
-    if every:
-        chosen = [entry.path for entry in entries(path) if entry.state in ("whole", "damaged")]
-        if not chosen:
-            raise UserError(f"{path} holds no checkpoint", expected="a folder of checkpoints")
-    else:
-        chosen = [path if (path / "COMMIT.json").exists() else _newest(path, step)]
     damaged = 0
-    for folder in chosen:
-        problem = _problem(folder)
+    for entry in _committed(path, step, every):
+        try:
+            problem = _problem(look(path, entry))
+        except BadCheckpoint as error:
+            problem = str(error)
         damaged += bool(problem)
-        view.say(f"{folder.name}: {'DAMAGED: ' + problem if problem else 'whole'}")
+        view.say(f"{entry.path.name}: {'DAMAGED: ' + problem if problem else 'whole'}")
     if damaged:
         raise typer.Exit(1)
 
 
-def _newest(path: Path, step: int | None) -> Path:
-    """The newest committed checkpoint, whole or not: a damaged one is to be reported, not passed over."""
-    found = [entry for entry in entries(path) if entry.state in ("whole", "damaged") and step in (None, entry.step)]
+def _committed(path: str, step: int | None, every: bool) -> list[Entry]:
+    """All, or the newest, whole or not: a damaged one is to be reported, not passed over."""
+    if not every and not is_url(path) and (Path(path) / COMMIT).exists():
+        return [Entry(0, Path(path), "whole")]
+    found = [entry for entry in entries_of(path) if entry.state in ("whole", "damaged")]
+    found = [entry for entry in found if every or step in (None, entry.step)]
     if not found:
-        raise UserError(f"{path} holds no checkpoint{'' if step is None else f' of step {step}'}")
-    return found[-1].path
+        which = "" if every or step is None else f" of step {step}"
+        raise UserError(f"{path} holds no checkpoint{which}", expected="a folder of checkpoints")
+    return found if every else found[-1:]
 
 
-def _problem(folder: Path) -> str:
-    try:
-        manifest = read_manifest(folder)
-        check_lengths(folder, manifest)
-        total = sum(record.nbytes for record in manifest.files.values())
-        with Progress(total, f"verify {folder.name}", unit="B") as bar:
-            check_content(folder, manifest, on_bytes=bar.update)
-    except BadCheckpoint as error:
-        return str(error)
-    return ""
+def _problem(found: Found) -> str:
+    with Progress(_total(found), f"verify {found.folder.name}", unit="B") as bar:
+        return problem_of(found, bar.update)
+
+
+def _total(found: Found) -> int:
+    return sum(record.nbytes for record in found.manifest.files.values())
 
 
 @app.command()
 def diff(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A folder of checkpoints, or one checkpoint.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="The other one; may be the same folder with --step-b.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="A folder of checkpoints, one checkpoint, or s3://….")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other one; may be the same folder with --step-b.")],
     step_a: Annotated[int | None, typer.Option(help="Step of A.")] = None,
     step_b: Annotated[int | None, typer.Option(help="Step of B.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Show equal tensors too.")] = False,
 ) -> None:
     """Compare two checkpoints tensor by tensor and bit by bit. Exit code 1 when they differ."""
-    one, two = locate(a, step_a), locate(b, step_b)
-    shared = [key for key, record in one[1].tensors.items() if _same_form(record, two[1].tensors.get(key))]
-    with Progress(sum(stored_bytes(one[1], key) for key in shared), "diff", unit="B") as bar:
-        found = compare_checkpoints(one, two, on_bytes=bar.update)
+    one, two = find(a, step_a), find(b, step_b)
+    shared = [key for key, record in one.manifest.tensors.items() if _same_form(record, two.manifest.tensors.get(key))]
+    with one.files(None) as files_a, two.files(None) as files_b:
+        with Progress(sum(stored_bytes(one.manifest, key) for key in shared), "diff", unit="B") as bar:
+            pair = (files_a, one.manifest), (files_b, two.manifest)
+            found = compare_checkpoints(*pair, on_bytes=bar.update)
     different = [item for item in found if item.kind != "equal"]
-    view.show(view.differences(f"A = {one[0]}, B = {two[0]}", found if everything else different))
+    view.show(view.differences(f"A = {one.where}, B = {two.where}", found if everything else different))
     view.say(f"{len(found) - len(different)} of {len(found)} tensors and objects are equal")
     if different:
         raise typer.Exit(1)
@@ -131,18 +132,20 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
     """Show what one checkpoint consists of: versions, files, tensors, objects. Nothing is unpickled."""
-    folder, manifest = locate(path, step)
+    found = find(path, step)
+    manifest = found.manifest
     if as_json:
         sys.stdout.write(manifest.dumps().decode() + "\n")
         return
     if tensor:
         if tensor not in manifest.tensors:
             near = [key for key in manifest.tensors if tensor in key][:5]
-            raise UserError(f"{folder} holds no tensor '{tensor}'", expected=f"a name such as {', '.join(near)}")
+            raise UserError(f"{found.where} holds no tensor '{tensor}'", expected=f"a name such as {', '.join(near)}")
         view.show(view.parts(manifest, tensor))
-        view.say(view.statistics(folder, manifest, tensor))
+        with found.files([tensor]) as folder:
+            view.say(view.statistics(folder, manifest, tensor))
         return
-    view.say(view.headline(folder, manifest))
+    view.say(view.headline(found.where, manifest))
     view.show(view.files(manifest))
     view.show(view.contents(manifest, match))
 
@@ -158,9 +161,9 @@ def export(
     check: Annotated[bool, typer.Option("--verify/--no-verify", help="Verify the checkpoint first.")] = True,
 ) -> None:
     """Write a module as Hugging Face safetensors: model.safetensors, or several files and their index."""
-    folder, manifest = locate(path, step)
-    found = modules_of(manifest)
-    module = module or (found[0] if len(found) == 1 else "model")
+    found = find(path, step)
+    manifest, modules = found.manifest, modules_of(found.manifest)
+    module = module or (modules[0] if len(modules) == 1 else "model")
     wanted = None
     if dtype:
         try:
@@ -169,13 +172,27 @@ def export(
             raise UserError(f"--dtype {dtype}", expected="a torch type such as bfloat16 or float16") from error
     limit = parse_bytes(max_shard_size, name="--max-shard-size")
     files = plan_export(manifest, module, max_shard_bytes=limit, dtype=wanted)
-    problem = _problem(folder) if check else ""
+    problem = _problem(found) if check and found.bucket is None else ""  # what is downloaded is checked as it comes
     if problem:
         raise UserError(f"the checkpoint is damaged: {problem}", remedy="export another step")
-    with Progress(sum(file.nbytes for file in files), "export", unit="B") as bar:
-        write_export(folder, manifest, files, out, on_bytes=bar.update)
+    with found.files([name for file in files for name, _, _ in file.tensors]) as folder:
+        with Progress(sum(file.nbytes for file in files), "export", unit="B") as bar:
+            write_export(folder, manifest, files, out, on_bytes=bar.update)
     tensors = sum(len(file.tensors) for file in files)
     view.say(f"{tensors} tensors of '{module}' of step {manifest.step} in {len(files)} file(s) under {out}")
+
+
+@app.command()
+def fetch(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Checkpoints in an object store, s3://… for example.")],
+    out: Annotated[Path, typer.Option(help="A folder of checkpoints, or a new one.")],
+    step: Step = None,
+) -> None:
+    """Copy a checkpoint from an object store to a folder, verified, as if it had been saved there."""
+    found = find(url, step)
+    with Progress(_total(found), f"fetch {found.folder.name}", unit="B") as bar:
+        written = fetch_files(found, out, bar.update)
+    view.say(f"{format_bytes(_total(found))} of step {found.manifest.step} in {written}")
 
 
 @app.command()
@@ -185,9 +202,10 @@ def prune(
     aside: Annotated[bool, typer.Option("--aside", help="Also remove what restores have set aside.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run/--no-dry-run", help="Only say what would be removed.")] = True,
 ) -> None:
-    """Remove checkpoints that no rule keeps. Without --no-dry-run it only shows them. Refused while a job writes."""
+    """Remove checkpoints that no rule keeps. Without --no-dry-run it only shows them. Refused in a folder to which a
+    job writes."""
     policy = Retention.parse(keep)
-    found = entries(path)
+    found = entries_of(path)
     whole = {entry.step: entry for entry in found if entry.usable}
     stay = to_keep(list(whole), policy, {step: entry.metrics for step, entry in whole.items()})
     go = [entry for step, entry in sorted(whole.items()) if step not in stay]
@@ -197,14 +215,7 @@ def prune(
     if dry_run or not go:
         view.say(f"{len(go)} would be removed ({total}); pass --no-dry-run to do it" if go else "nothing to remove")
         return
-    folder = Folder(path, FileOps())
-    folder.take()
-    try:
-        for entry in go:
-            folder.ops.rmtree(entry.path)
-        folder.ops.fsync_dir(path)
-    finally:
-        folder.release()
+    remove(path, go)
     view.say(f"{len(go)} removed ({total})")
 
 
@@ -220,7 +231,7 @@ def watch(
     looks = 0
     with view.live() as screen, suppress(KeyboardInterrupt):
         while True:
-            screen(path, entries(path))
+            screen(path, entries_of(path))
             looks += 1
             if looks == count:
                 return

@@ -36,7 +36,7 @@ def say(line: str) -> None:
 
 
 @contextmanager
-def live() -> Iterator[Callable[[Path, Sequence[Entry]], None]]:
+def live() -> Iterator[Callable[[Path | str, Sequence[Entry]], None]]:
     """Shows a folder's list: on a terminal in place of the one before, with as many of the last rows as fit on it;
     elsewhere one list after the other."""
     screen = console()
@@ -48,7 +48,7 @@ def live() -> Iterator[Callable[[Path, Sequence[Entry]], None]]:
 
 
 def table(
-    root: Path, entries: Sequence[Entry], *, remove: Collection[Path] | None = None, last: int | None = None
+    root: Path | str, entries: Sequence[Entry], *, remove: Collection[Path] | None = None, last: int | None = None
 ) -> Table:
     """The list of a folder; with `remove` a column that says what a prune takes away; with `last` so many rows."""
     made = Table(title=f"{sum(entry.usable for entry in entries)} whole in {root}", title_justify="left")
@@ -85,12 +85,12 @@ def differences(title: str, found: Sequence[Difference]) -> Table:
     return made
 
 
-def headline(folder: Path, manifest: Manifest) -> str:
+def headline(where: Path | str, manifest: Manifest) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in manifest.facts.items() if isinstance(value, str))
     metrics = "".join(f", {name} {value:.6g}" for name, value in metrics_of(manifest).items())
     total = format_bytes(sum(record.nbytes for record in manifest.files.values()))
     ranks = f"{manifest.world_size} rank{'' if manifest.world_size == 1 else 's'}"
-    return f"{folder}\nstep {manifest.step}, {total} from {ranks}{metrics}; {versions}"
+    return f"{where}\nstep {manifest.step}, {total} from {ranks}{metrics}; {versions}"
 
 
 def files(manifest: Manifest) -> Table:

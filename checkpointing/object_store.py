@@ -29,6 +29,12 @@ def is_url(text: object) -> bool:
     return bool(URL.match(str(text)))
 
 
+def as_url(text: object) -> str:
+    """A URL that has been a `Path`, which writes 's3:/bucket', is one again."""
+    scheme, rest = str(text).split(":", 1)
+    return f"{scheme}://{'/' if scheme == 'file' else ''}{rest.lstrip('/')}"
+
+
 class ObjectStore:
     """The keys under `url`. A request that fails is tried again for `retry_s`, by the library's rules."""
 

@@ -22,6 +22,8 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from ..dist.errors import UserError
 from .catalogue import locate
 from .manifest import COMMIT, METADATA, BadCheckpoint, Manifest
+from .object_store import is_url
+from .places import find
 from .reader import Reader
 from .verify import check_content, check_lengths
 
@@ -42,8 +44,14 @@ def open_checkpoint(
     path: Path | str, *, step: int | None = None, verify: bool = True, allow_types: Sequence[type] = ()
 ) -> Mapping[str, Any]:
     """The newest whole checkpoint under `path` (or that of `step`), or the one that `path` is, ours or DCP's. `verify`:
-    compare every checksum first, which reads all of it; DCP's have none. Tensors live in host memory and may be
-    written: the file is not. Raises `UserError` where nothing is, `BadCheckpoint` where it is damaged or hostile."""
+    compare every checksum first, which reads all of it; DCP's have none. `path` may be the URL of a bucket: then only
+    what is asked for is downloaded, and always compared. Tensors live in host memory and may be written: the file is
+    not. Raises `UserError` where nothing is, `BadCheckpoint` where it is damaged or hostile."""
+    if is_url(path):
+        found = find(str(path), step)
+        assert found.bucket is not None
+        reader = found.bucket.reader(found.manifest.step, found.manifest)
+        return StoredCheckpoint(reader.path, found.manifest, allow_types, reader)
     path = Path(path)
     if (path / METADATA).is_file() and not (path / COMMIT).exists():
         return DcpCheckpoint(path, allow_types)
@@ -57,9 +65,9 @@ def open_checkpoint(
 class StoredCheckpoint(Mapping[str, Any]):
     """One of ours; `manifest` tells its step, shapes and metrics."""
 
-    def __init__(self, path: Path, manifest: Manifest, allowed: Sequence[type]) -> None:
+    def __init__(self, path: Path, manifest: Manifest, allowed: Sequence[type], reader: Reader | None = None) -> None:
         self.path, self.manifest, self._allowed = path, manifest, allowed
-        self._reader = Reader(path, manifest)
+        self._reader = reader or Reader(path, manifest)
 
     def __getitem__(self, key: str) -> Any:
         if key in self.manifest.objects:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,9 @@ from ckpt_job import Job, same
 from s3_server import BUCKET, KEY_ID, S3, SECRET, running
 from test_ranks import build, full_state, tensors, update
 
-from undertow.checkpointing import Bucket, Checkpointer, Retention, bucket, plan
+from undertow.checkpointing import Bucket, Checkpointer, Retention, bucket, open_checkpoint, plan
 from undertow.checkpointing.bucket_folder import BucketFolder
+from undertow.checkpointing.cli import main
 from undertow.checkpointing.object_store import ObjectStore, plain
 from undertow.dist.errors import MissingPackage, UserError
 
@@ -376,6 +379,71 @@ def two_commits_of_one_step(rank: int, world: int, root: str, url: str) -> list[
 
 def test_of_two_commits_of_one_step_the_later_jobs_is_taken(ranks, tmp_path, s3):
     assert ranks(1, two_commits_of_one_step, str(tmp_path), s3) == [[5, True]]
+
+
+# -- looking in from outside -----------------------------------------------------------------------------------------
+
+
+def look_from_outside(rank: int, world: int, root: str, url: str) -> dict[str, Any]:
+    path, job, store = Path(root), Job(), ObjectStore(url)
+    with job.checkpointer(path / "a", every=1, keep=None, bucket=Bucket(url)) as ckpt:
+        step_and_wait(ckpt, job, range(3))
+
+    def ckpt_says(*argv: str) -> tuple[int, str]:
+        said = io.StringIO()
+        with redirect_stdout(said):
+            try:
+                code = main(list(argv))
+            except UserError as error:
+                return error.exit_code, str(error)
+        return code, said.getvalue()
+
+    found: dict[str, Any] = {"list": ckpt_says("list", url), "verify": ckpt_says("verify", url, "--all")}
+    before = open_checkpoint(path / "a", step=1)
+    far = open_checkpoint(url, step=1)
+    one = next(key for key in far if key.endswith("0.weight"))
+    assert torch.equal(far[one], before[one])
+    found["fetched"] = far._reader.spool.downloaded_bytes, sum(r.nbytes for r in far.manifest.files.values())
+    found["names"] = list(far) == list(before)
+    found["mean"] = ckpt_says("inspect", url, "--tensor", one) == ckpt_says("inspect", str(path / "a"), "--tensor", one)
+    found["diff"] = ckpt_says("diff", url, str(path / "a"), "--step-a", "1", "--step-b", "1")
+    found["differ"] = ckpt_says("diff", url, url, "--step-a", "1")[0]
+    for source, out in ((url, "far"), (str(path / "a"), "near")):
+        ckpt_says("export", source, "--out", str(path / out), "--module", "model")
+    found["export"] = [(path / out / "model.safetensors").read_bytes() for out in ("far", "near")]
+    found["fetch"] = ckpt_says("fetch", url, "--out", str(path / "b"), "--step", "1")
+    other = Job(seed=1)
+    with other.checkpointer(path / "b") as ckpt:
+        found["restored"] = ckpt.restore()
+    found["again"] = ckpt_says("fetch", url, "--out", str(path / "b"), "--step", "0")
+    key = f"{place_of(url, 0)}/__0_0.distcp"
+    store.put(key, store.get(key)[:-1] + b"x")
+    found["damaged"] = ckpt_says("verify", url, "--step", "0")
+    found["no export"] = ckpt_says("export", url, "--out", str(path / "no"), "--step", "0", "--module", "model")
+    found["dry"] = ckpt_says("prune", url, "--keep", "last=1")[0], place(url).committed()
+    found["prune"] = ckpt_says("prune", url, "--keep", "last=1", "--no-dry-run")[0], place(url).committed()
+    found["nothing"] = ckpt_says("verify", f"{url}/elsewhere")
+    return found
+
+
+def place_of(url: str, step: int) -> str:
+    return place(url).final(step).as_posix()
+
+
+def test_the_command_line_and_open_checkpoint_read_it(ranks, tmp_path, s3):
+    (found,) = ranks(1, look_from_outside, str(tmp_path), s3)
+    assert found["list"][0] == 0 and found["list"][1].count("whole") == 4  # and the title
+    assert found["verify"][0] == 0 and found["verify"][1].count(": whole") == 3
+    some, whole = found["fetched"]
+    assert 0 < some < 0.5 * whole and found["names"] and found["mean"]
+    assert found["diff"][0] == 0 and "are equal" in found["diff"][1] and found["differ"] == 1
+    assert found["export"][0] == found["export"][1]
+    assert found["fetch"][0] == 0 and found["restored"] == 1
+    assert found["again"][0] == 2 and "holds step 1" in found["again"][1]
+    assert found["damaged"][0] == 1 and "DAMAGED" in found["damaged"][1]
+    assert found["no export"][0] == 2 and "is damaged" in found["no export"][1]
+    assert found["dry"] == (0, [0, 1, 2]) and found["prune"] == (0, [2])
+    assert found["nothing"][0] == 2 and "holds no checkpoint" in found["nothing"][1]
 
 
 # -- what users type -------------------------------------------------------------------------------------------------

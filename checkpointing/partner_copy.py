@@ -41,7 +41,7 @@ class PartnerOps(FileOps):
     """Files in memory. Those of the save that is on its way are written at the partner as well. One thread."""
 
     def __init__(self) -> None:
-        super().__init__(direct=False)
+        super().__init__(direct=False, syncs=False)
         self._link: Link | None = None
         self._path, self._errand = Path(), Errand("", 0, 0, 0, 0)
         self._sealed = False

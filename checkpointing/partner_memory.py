@@ -32,7 +32,7 @@ from .manifest import COMMIT, MANIFEST, SAFE_NAME
 SAVE_FILE = "SAVE.json"
 ENTRY = re.compile(r"^[0-9a-f]+-[0-9a-f]+-(own|held)-(\d{5,})-(\d+)$")
 READ = "read-"
-OPS = FileOps(direct=False)
+OPS = FileOps(direct=False, syncs=False)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..dist.errors import UserError
+from ..dist.trace import Trace
 from .flush import ShardFile
 from .manifest import BadCheckpoint, FileRecord, checksum
 from .object_store import ObjectStore, is_url
@@ -71,9 +72,10 @@ class BucketFile:
         written: ShardFile,
         failed: Callable[[], BaseException | None],
         *,
+        trace: Trace,
         refused: str = "",
     ) -> None:
-        self.path = path
+        self.path, self._trace = path, trace
         self._store, self._config, self._written, self._failed = store, config, written, failed
         self._refused = refused
 
@@ -81,13 +83,9 @@ class BucketFile:
         """Upload chunk after chunk, as the first tier writes them."""
         if self._refused:
             raise RuntimeError(self._refused)
-        self._store.upload(
-            self.path.as_posix(),
-            self._chunks(),
-            self._written.image.size,
-            part_bytes=self._config.part_bytes,
-            uploads=self._config.uploads,
-        )
+        ways = {"part_bytes": self._config.part_bytes, "uploads": self._config.uploads}
+        with self._trace.span("upload", nbytes=self._written.image.size):
+            self._store.upload(self.path.as_posix(), self._chunks(), self._written.image.size, **ways)
         self._written.leave(self)
 
     def _chunks(self) -> Iterator[bytes]:

@@ -46,7 +46,7 @@ class ObjectStore:
         self.url = url.rstrip("/")
         options: dict[str, Any] = {}
         if url.startswith(("file:", "memory:")):
-            options = {"mkdir": True} if url.startswith("file:") else {}
+            options = {"mkdir": True, "automatic_cleanup": True} if url.startswith("file:") else {}
         else:
             options["retry_config"] = {"retry_timeout": timedelta(seconds=retry_s)}
         try:

@@ -203,7 +203,8 @@ class Tiers:
         if self._committers["bucket"].waiting >= WAITING:
             late = f"rank {self.coordinator.rank} still uploads earlier saves: the store is slower than saves come"
         store = self._bucket_folder.store
-        return BucketFile(store, self._bucket, path, file, lambda: save.snapshot.error, refused=late)
+        ways = {"trace": self._trace, "refused": late}
+        return BucketFile(store, self._bucket, path, file, lambda: save.snapshot.error, **ways)
 
     def _after_disk(self, save: Save, claimed: Claim | None) -> Callable[[bool], None]:
         def after(ok: bool) -> None:

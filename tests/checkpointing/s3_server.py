@@ -6,6 +6,8 @@ the test process itself must never speak to one.
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -28,7 +30,8 @@ KEY_ID, SECRET = "AKIDOFTHETEST", "secretofthetest"
 class S3:
     """A running server; `env` is what a client needs to know."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, process: int) -> None:
+        self.process = process
         self.address = f"http://127.0.0.1:{port}"
         self.env = {
             "AWS_ACCESS_KEY_ID": KEY_ID,
@@ -50,6 +53,10 @@ class S3:
         """From now on every request is allowed, or refused with 403."""
         self.ask("POST", "moto-api/reset-auth", b"inf" if yes else b"0")
 
+    def stand(self, still: bool) -> None:
+        """From now on no request is answered, or all are again."""
+        os.kill(self.process, signal.SIGSTOP if still else signal.SIGCONT)
+
     def unfinished(self) -> int:
         """Uploads that were begun and neither ended nor given up."""
         return self.ask("GET", f"{BUCKET}?uploads").count(b"<UploadId>")
@@ -65,7 +72,7 @@ def running() -> Iterator[S3]:
         while not line.strip().isdigit():
             line = child.stdout.readline()
             assert line or child.poll() is None, "the S3 server did not start"
-        server = S3(int(line))
+        server = S3(int(line), child.pid)
         server.ask("PUT", BUCKET)
         yield server
     finally:

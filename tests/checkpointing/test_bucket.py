@@ -47,6 +47,7 @@ def s3(server: S3, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReque
     for name, value in server.env.items():
         monkeypatch.setenv(name, value)
     yield f"s3://{BUCKET}/{re.sub(r'[^a-z0-9]', '-', request.node.name)}"
+    server.stand(False)
     server.permit(True)
 
 
@@ -135,6 +136,7 @@ def several_ranks(rank: int, world: int, root: str, url: str, layout: str) -> tu
         return step, {key: value.numpy() for key, value in full_state(net, optimizer).items()}, came
 
 
+@pytest.mark.slow
 def test_other_ranks_restore_what_several_have_saved(ranks, tmp_path, s3):
     """2 → 3 → 1 ranks, each with an empty disk; a plain run on one rank is the answer, as for local folders."""
     torch.manual_seed(0)
@@ -273,7 +275,7 @@ def test_a_wrong_bucket_is_refused_before_training(ranks, tmp_path, s3, server, 
         assert KEY_ID not in text and SECRET not in text
 
 
-def away(rank: int, world: int, root: str, url: str, back: str) -> list[Any]:
+def away(rank: int, world: int, root: str, url: str, server: S3) -> list[Any]:
     job, other = Job(), Job(seed=1)
     path = Path(root)
     bucket = Bucket(url, retry_s=0)
@@ -286,17 +288,24 @@ def away(rank: int, world: int, root: str, url: str, back: str) -> list[Any]:
     with other.checkpointer(path, every=1, bucket=bucket) as ckpt:
         step = ckpt.restore()  # from the disk
         good = same(other.state(), states[0])
-    os.environ["AWS_ENDPOINT"] = back
+    server.stand(False)
+    os.environ.pop("AWS_TIMEOUT", None)
+    os.environ["AWS_ENDPOINT"] = server.address
     with other.checkpointer(path, every=1, bucket=bucket) as ckpt:
         step_and_wait(ckpt, other, range(1, 2))
         return [found, step, good, outcome(ckpt)]
 
 
-def test_a_store_that_is_away_costs_no_training(ranks, tmp_path, s3, server, monkeypatch):
+@pytest.mark.parametrize("how", ["gone", pytest.param("silent", marks=pytest.mark.slow)])
+def test_a_store_that_is_away_costs_no_training(ranks, tmp_path, s3, server, monkeypatch, how):
     with socket.socket() as nobody:  # bound and not listening: connections are refused
         nobody.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("AWS_ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}")
-        assert ranks(1, away, str(tmp_path), s3, server.address) == [[[(0, False)], 0, True, [(1, True)]]]
+        if how == "gone":
+            monkeypatch.setenv("AWS_ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        else:
+            monkeypatch.setenv("AWS_TIMEOUT", "1s")
+            server.stand(True)
+        assert ranks(1, away, str(tmp_path), s3, server) == [[[(0, False)], 0, True, [(1, True)]]]
 
 
 def slow(rank: int, world: int, root: str, url: str) -> list[Any]:

@@ -38,6 +38,16 @@ WAIT_S = 300.0  # for ranks that make their generations
 ROOT_FILE = "ROOT.part"  # names the checkpoint folder that a memory folder belongs to
 
 
+def free_stale(memory: Path, own: Path) -> None:
+    """Free what checkpoint folders that no longer exist have left in `memory`; `own` stays."""
+    for stale in memory.glob(f"undertow-{os.getuid()}-*"):
+        with suppress(OSError):
+            owner = Path((stale / ROOT_FILE).read_text().strip())
+            if stale != own and not owner.exists():
+                shutil.rmtree(stale)
+                log.info("freed the shared memory of %s, which is gone", owner)
+
+
 class MemoryFolder(Folder):
     """A checkpoint folder whose later checkpoints `HostTier` forgets itself, because ranks have them mapped."""
 
@@ -83,12 +93,7 @@ class HostTier:
 
     def take(self) -> None:
         """Rank 0: lock this folder's shared memory, and free that of folders which no longer exist."""
-        for stale in SHARED_MEMORY.glob(f"undertow-{os.getuid()}-*"):
-            with suppress(OSError):
-                owner = Path((stale / ROOT_FILE).read_text().strip())
-                if stale != self.folder.root and not owner.exists():
-                    shutil.rmtree(stale)
-                    log.info("freed the shared memory of %s, which is gone", owner)
+        free_stale(SHARED_MEMORY, self.folder.root)
         self._make_own(self.folder.root)
         self.folder.take()
         self._inherited = set(self.folder.committed())

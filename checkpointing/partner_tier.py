@@ -20,7 +20,7 @@ from ..dist.units import format_bytes
 from .coordinate import Coordinator
 from .copies import HostCopier
 from .generation import Generation
-from .host_tier import WAIT_S
+from .host_tier import WAIT_S, free_stale
 from .partner import Partner
 from .partner_copy import Errand, PartnerFile, PartnerFolder, PartnerOps
 from .partner_crew import Crew, alone, name_of
@@ -85,6 +85,7 @@ class PartnerTier:
             to = self.crew.partners[self.crew.rank]
             self._link = self.crew.link(to, purpose="send", timeout_s=self._option.timeout_s)
         if self.crew.leads:
+            free_stale(self.memory.memory, self.memory.root)
             self.memory.clear()
 
     # -- memory -------------------------------------------------------------------------------------------------------
@@ -243,8 +244,8 @@ class PartnerTier:
         self._there[self._chosen[index]].users.clear()
 
     def restored(self, step: int | None) -> None:
-        """All ranks: the job goes on from `step`, found in memory (None: from elsewhere). What earlier jobs have left of
-        other steps is of no use then; it goes when its memory is needed."""
+        """All ranks: the job goes on from `step`, found in memory (None: from elsewhere). What earlier jobs have left
+        of other steps is of no use then; it goes when its memory is needed."""
         self._known, self._committed = True, [] if step is None else [step]
 
     def forget_after(self, step: int) -> None:

@@ -13,7 +13,7 @@ import mmap
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Protocol
 
@@ -32,6 +32,8 @@ class Memory(Protocol):
     """Where a snapshot's chunks are put: an `Arena`, or a host-memory tier's generation."""
 
     chunk_bytes: int
+    address: int  # of slot 0; the others follow
+    framed: bool  # whether no slot lacks the bytes around payloads
 
     def reserve(self, count: int) -> list[int]:
         """Room for up to `count` chunks, none if there is none now."""
@@ -41,8 +43,8 @@ class Memory(Protocol):
         """Return when there may be room: when some was given back, or soon."""
         ...
 
-    def slot(self, room: int, chunk: int) -> int:
-        """The slot of image chunk `chunk` in a room that `reserve` gave."""
+    def places(self, rooms: Sequence[int], first: int) -> Sequence[int]:
+        """The slots of the image's chunks `first`, `first` + 1, … in the rooms that `reserve` gave."""
         ...
 
     def lacks_frames(self, slot: int) -> bool:
@@ -59,6 +61,8 @@ class Memory(Protocol):
 
 class Arena:
     """`slots` buffers of `chunk_bytes`. Thread-safe. Call `close` when nothing is in flight any more."""
+
+    framed = False
 
     def __init__(self, budget_bytes: int, chunk_bytes: int, *, pinned: bool) -> None:
         self.chunk_bytes = chunk_bytes
@@ -105,8 +109,8 @@ class Arena:
         with self._changed:
             self._changed.wait_for(lambda: self._free or self._closed, timeout=0.01)
 
-    def slot(self, room: int, chunk: int) -> int:
-        return room
+    def places(self, rooms: Sequence[int], first: int) -> Sequence[int]:
+        return rooms
 
     def lacks_frames(self, slot: int) -> bool:
         return True

@@ -75,10 +75,10 @@ class ShardFile:
     def begin(self) -> None:
         """Writers bring its chunks."""
 
-    def issue(self) -> None:
-        """Count one chunk as given to a writer."""
+    def issue(self, chunks: int) -> None:
+        """Count so many chunks as given to writers."""
         with self._changed:
-            self._issued += 1
+            self._issued += chunks
 
     def done(self) -> None:
         """Count one chunk as dealt with, written or not."""
@@ -106,9 +106,9 @@ class ShardFile:
 def flush_chunk(
     file: ShardFile,
     snapshot: Any,
+    mark: Any,
     chunk: int,
     slot: int,
-    mark: Any,
     *,
     memory: Memory,
     copier: HostCopier,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,10 @@ class Generation:
         self._unpin = register(self, self.address, rounded) if pinned else None
         self._framed = bytearray(plan.image.chunks)  # a slot is always the same chunk's, and only payloads change
 
+    @property
+    def framed(self) -> bool:
+        return 0 not in self._framed
+
     def lacks_frames(self, slot: int) -> bool:
         before, self._framed[slot] = self._framed[slot], 1
         return not before
@@ -47,8 +52,8 @@ class Generation:
     def await_room(self) -> None:
         """There is room for every chunk."""
 
-    def slot(self, room: int, chunk: int) -> int:
-        return chunk
+    def places(self, rooms: Sequence[int], first: int) -> Sequence[int]:
+        return range(first, first + len(rooms))
 
     def release(self, slot: int) -> None:
         """A chunk's slot stays the chunk's."""
@@ -73,9 +78,8 @@ class HostFile:
         self._marks: list = []
 
     def note(self, mark: object) -> None:
-        """A chunk's copies have been issued; those of many chunks share a mark."""
-        if not self._marks or self._marks[-1] is not mark:
-            self._marks.append(mark)
+        """The copies of some chunks have been issued."""
+        self._marks.append(mark)
 
     def begin(self) -> None:
         """The copies bring its bytes."""

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -31,7 +32,14 @@ class Pipeline:
         self._queue: queue.SimpleQueue[tuple[Save, Sequence[tuple[Committer, Part]]] | None] = queue.SimpleQueue()
         self._copying = 0
         self._idle = threading.Condition()
-        self._pool = ThreadPoolExecutor(writers, thread_name_prefix="undertow-writer")
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._calls: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: look for jobs; False: end
+        self._writers = [
+            threading.Thread(target=self._write_loop, name=f"undertow-writer_{index}", daemon=True)
+            for index in range(writers)
+        ]
+        for writer in self._writers:
+            writer.start()
         self._thread = threading.Thread(target=self._copy_loop, name="undertow-copier", daemon=True)
         self._thread.start()
         self.closed = False
@@ -47,14 +55,33 @@ class Pipeline:
         self._queue.put((save, parts))
 
     def flush(
-        self, file: ShardFile, memory: Memory, copier: HostCopier, snapshot: Snapshot, chunk: int, slot: int, mark: Any
+        self,
+        file: ShardFile,
+        memory: Memory,
+        copier: HostCopier,
+        snapshot: Snapshot,
+        first: int,
+        slots: Sequence[int],
+        mark: Any,
     ) -> None:
-        """Give a filled chunk to a writer."""
-        file.issue()
+        """Give the filled chunks `first`, `first` + 1, … to the writers."""
+        file.issue(len(slots))
         if isinstance(memory, Arena):
             self.trace.counter("arena_bytes", memory.occupied * memory.chunk_bytes)
-        job = partial(flush_chunk, memory=memory, copier=copier, trace=self.trace)
-        self._pool.submit(job, file, snapshot, chunk, slot, mark)
+        write = partial(flush_chunk, file, snapshot, mark, memory=memory, copier=copier, trace=self.trace)
+        self._jobs.extend(partial(write, chunk, slot) for chunk, slot in enumerate(slots, first))
+        for _ in self._writers[: len(slots)]:  # one call for each chunk would be dear
+            self._calls.put(True)
+
+    def _write_loop(self) -> None:
+        while self._calls.get():
+            while (job := self._next_job()) is not None:
+                job()
+
+    def _next_job(self) -> Callable[[], None] | None:
+        with suppress(IndexError):
+            return self._jobs.popleft()
+        return None
 
     def _copy_loop(self) -> None:
         while (item := self._queue.get()) is not None:
@@ -90,6 +117,9 @@ class Pipeline:
         self.closed = True
         self._queue.put(None)
         self._thread.join()
-        self._pool.shutdown()
+        for _ in self._writers:
+            self._calls.put(False)
+        for writer in self._writers:
+            writer.join()
         for committer in self.committers:
             committer.close()

@@ -111,8 +111,8 @@ class Saver:
         live.staging.fill(live.eager)
         sources, seals = live.sources, live.seals()
         live.copier.begin()
-        memory, parts, on_chunk = self._tiers.route(save, claimed, arena, self._pipeline, live.copier)
-        way = (live.staging, live.copier, memory, on_chunk, seals, live.addresses)
+        memory, parts, on_chunks = self._tiers.route(save, claimed, arena, self._pipeline, live.copier)
+        way = (live.staging, live.copier, memory, on_chunks, seals, live.addresses)
         save.snapshot = Snapshot(attempt.step, live.plan, sources, *way)
         self._fences.begun(save)
         if live.copier.queues:  # that is cheap, and late copies would be waited for

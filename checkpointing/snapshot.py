@@ -23,7 +23,7 @@ from .sample import Sampler
 from .staging import Staging
 
 _version = attrgetter("_version")
-OnChunk = Callable[["Snapshot", int, int, Any], None]
+OnChunks = Callable[["Snapshot", int, Sequence[int], Any], None]
 
 
 class Seal:
@@ -46,9 +46,9 @@ class Seal:
 class Snapshot:
     """The copy phase of one save of `plan` at `step`.
 
-    `sources` are the lazy tensors in plan order, `staging` holds the eager part. When the copies of a chunk into its
-    slot of `memory` have been issued, `on_chunk(snapshot, chunk, slot, mark)` is called, from any thread. `addresses`
-    of the sources spare asking each of them.
+    `sources` are the lazy tensors in plan order, `staging` holds the eager part. When the copies of chunks into their
+    slots of `memory` have been issued, `on_chunks(snapshot, first chunk, slots, mark)` is called, from any thread.
+    `addresses` of the sources spare asking each of them.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Snapshot:
         staging: Staging,
         copier: HostCopier,
         memory: Memory,
-        on_chunk: OnChunk,
+        on_chunks: OnChunks,
         seals: Sequence[Seal] = (),
         addresses: np.ndarray | None = None,
     ) -> None:
@@ -69,7 +69,7 @@ class Snapshot:
         known = addresses is not None
         self._bases = addresses if known else np.fromiter(map(torch.Tensor.data_ptr, sources), np.int64, len(sources))
         self._staging = staging
-        self._copier, self._memory, self._on_chunk = copier, memory, on_chunk
+        self._copier, self._memory, self._on_chunks = copier, memory, on_chunks
         self._next = 0
         self._filled = [False] * plan.image.chunks
         self._through = 0  # all chunks below this one are filled
@@ -101,17 +101,18 @@ class Snapshot:
         except BaseException as error:
             self.fail(error)
             return False
-        for index, slot in enumerate(slots):
-            self._on_chunk(self, first + index, slot, mark)
+        self._on_chunks(self, first, slots, mark)
         with self._changed:
             self._marks.append((first, mark))
             self._filled[first : first + len(slots)] = [True] * len(slots)
+            if self._through == first:
+                self._through += len(slots)
             while self._through < len(self._filled) and self._filled[self._through]:
                 self._through += 1
             self._changed.notify_all()
         return True
 
-    def _claim(self) -> tuple[int, list[int]] | tuple[()] | None:
+    def _claim(self) -> tuple[int, Sequence[int]] | tuple[()] | None:
         """The next chunks' first number, and their slots; () without room now, None when no chunk is left.
 
         Room and chunks are taken in one step: a thread that waited for room while another took the last chunk would
@@ -125,20 +126,22 @@ class Snapshot:
             if not rooms:
                 return ()
             first, self._next = self._next, self._next + len(rooms)
-        return first, [self._memory.slot(room, first + index) for index, room in enumerate(rooms)]
+        return first, self._memory.places(rooms, first)
 
     def _fill(self, first: int, slots: Sequence[int]) -> None:
         """Issue the copies of chunks first, first + 1, … into `slots`."""
-        image = self.plan.image
-        addresses = np.array([self._memory.slot_address(slot) for slot in slots], dtype=np.int64)
-        for chunk, slot in enumerate(slots, first):
-            begin, end = image.chunk_range(chunk)
-            if begin < image.eager_bytes:
-                self._fill_eager(begin, end, int(addresses[chunk - first]))
-            if self._memory.lacks_frames(slot):
-                view = self._memory.view(slot, end - begin)
-                for offset, data in image.static[chunk]:
-                    view[offset : offset + len(data)] = data
+        image, memory = self.plan.image, self._memory
+        addresses = memory.address + np.array(slots, dtype=np.int64) * memory.chunk_bytes
+        if first * image.chunk_bytes < image.eager_bytes:
+            for chunk, target in enumerate(addresses.tolist(), first):
+                self._fill_eager(*image.chunk_range(chunk), target)
+        if not memory.framed:
+            for chunk, slot in enumerate(slots, first):
+                if memory.lacks_frames(slot):
+                    begin, end = image.chunk_range(chunk)
+                    view = memory.view(slot, end - begin)
+                    for offset, data in image.static[chunk]:
+                        view[offset : offset + len(data)] = data
         table = image.table
         rows = slice(table.starts[first], table.starts[first + len(slots)])
         targets = addresses[table.chunk[rows] - first] + table.chunk_offset[rows]

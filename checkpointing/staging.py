@@ -38,7 +38,7 @@ class Staging:
         self._split = plan.eager_host
         self._views: list[torch.Tensor] = []
         self._scalars = Scalars([], [])
-        self._parts: list[list[int]] = []
+        self._parts: list[tuple[list[int], list[torch.Tensor]]] = []
 
     def settle(self, tensors: Sequence[torch.Tensor], renewed: Collection[int]) -> None:
         """From now on `fill` is given these tensors, where they are now, but for those at the places `renewed`."""
@@ -51,7 +51,7 @@ class Staging:
         done = set(stay) if self._scalars else set()
         rest = [place for place in range(len(tensors)) if place not in done]
         parts = [place for place in rest if place < self._split], [place for place in rest if place >= self._split]
-        self._parts = [part for part in parts if part]
+        self._parts = [(part, [self._views[place] for place in part]) for part in parts if part]
 
     @torch.no_grad()
     def fill(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -59,8 +59,8 @@ class Staging:
         if not self._views:
             self.settle(tensors, range(len(tensors)))
         self._scalars.copy()
-        for part in self._parts:
-            torch._foreach_copy_([self._views[place] for place in part], [tensors[place] for place in part])
+        for part, views in self._parts:
+            torch._foreach_copy_(views, [tensors[place] for place in part])
 
 
 class Scalars:

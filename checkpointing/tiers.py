@@ -38,7 +38,7 @@ from .partner_tier import PartnerTier
 from .pipeline import Pipeline
 from .retention import Retention
 from .save import Save
-from .snapshot import OnChunk, Snapshot
+from .snapshot import OnChunks, Snapshot
 
 log = get_logger(__name__)
 Claim = tuple[int, Path]  # a generation of the host tier, and its folder
@@ -157,19 +157,19 @@ class Tiers:
         arena: Callable[[], Memory],
         pipe: Pipeline,
         copier: HostCopier,
-    ) -> tuple[Memory, list[tuple[Committer, Part]], OnChunk]:
-        """Through which memory a save goes, its part for each tier, and what to do with each filled chunk."""
+    ) -> tuple[Memory, list[tuple[Committer, Part]], OnChunks]:
+        """Through which memory a save goes, its part for each tier, and what to do with filled chunks."""
         name, parts, takers = save.plan.shard_name, [], []
         memory = arena() if self.host is None or claimed is None else self.host.generation(claimed[0])
         if self.host is not None and claimed is not None:
             after = partial(self.host.done, claimed[0], save.step, "host")
             if isinstance(self.host, PartnerTier):
                 copy = self.host.file(claimed, save, copier)
-                takers.append(copy.take)
+                takers.append(partial(_one_by_one, copy.take))
                 part = Part(save, copy, disposable=False, after=after, follows=True)
             else:
                 kept = HostFile(claimed[1] / name, self.host.generation(claimed[0]), copier)
-                takers.append(lambda snapshot, chunk, slot, mark: kept.note(mark))
+                takers.append(lambda snapshot, first, slots, mark: kept.note(mark))
                 part = Part(save, kept, disposable=False, after=after)
             parts.append((self._committers[self.host.tier], part))
         if "disk" in save.attempt.tiers:
@@ -186,11 +186,11 @@ class Tiers:
             if sent:
                 parts.append((self._committers["bucket"], Part(save, self._bucket_file(save, file), follows=True)))
 
-        def on_chunk(snapshot: Snapshot, chunk: int, slot: int, mark: Any) -> None:
+        def on_chunks(snapshot: Snapshot, first: int, slots: Sequence[int], mark: Any) -> None:
             for take in takers:
-                take(snapshot, chunk, slot, mark)
+                take(snapshot, first, slots, mark)
 
-        return memory, parts, on_chunk
+        return memory, parts, on_chunks
 
     def _token(self, tier: str, attempt: Attempt) -> str:
         """Distinguishes what this job writes from what others have; in a bucket one try from another, too."""
@@ -262,3 +262,10 @@ class Tiers:
             self._mirror_folder.release()
         if self._bucket_folder is not None:
             self._bucket_folder.release()
+
+
+def _one_by_one(
+    take: Callable[[Snapshot, int, int, Any], None], snapshot: Snapshot, first: int, slots: Sequence[int], mark: Any
+) -> None:
+    for chunk, slot in enumerate(slots, first):
+        take(snapshot, chunk, slot, mark)

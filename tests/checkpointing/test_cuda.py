@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from undertow.checkpointing import Checkpointer
+from undertow.checkpointing import Checkpointer, sample
 from undertow.checkpointing.folder import read_manifest
 from undertow.checkpointing.reader import Reader
 
@@ -214,3 +214,22 @@ def test_a_replay_without_a_fence_is_found(tmp_path):
         graph.replay()
         report = ckpt.wait()[-1]
         assert not report.ok and "while it was being copied" in report.reason
+
+
+def test_samples_of_all_tensors_are_gathered_by_address(monkeypatch):
+    """One kernel reads at the addresses of tensors in several allocations, and sees a change of any of them."""
+    tensors = [torch.randn(size, device="cuda") for size in (10_006, 3 * MIB, 998)]
+    tensors += [torch.randn(2 * MIB, device="cuda", dtype=torch.bfloat16) for _ in range(40)]
+    used: list[int] = []
+    real = sample.by_address
+    monkeypatch.setattr(sample, "by_address", lambda probes: used.append(len(probes)) or real(probes))
+    sampler = sample.Sampler(tensors)
+    assert used == [len(tensors)]
+    (gather, first, _), *rest = sampler._groups
+    assert not rest and first.numel() == len(tensors) * 3 * 64
+    assert "cat" not in gather.__qualname__
+    for tensor in tensors:
+        sampler.before()
+        assert not any(map(bool, sampler.changed()))
+        tensor.data[-1] += 1
+        assert any(map(bool, sampler.changed()))

@@ -37,7 +37,7 @@ from undertow.parallel import overlap_gate
 from undertow.parallel.kernels.ordered_sum import ordered_sum
 from undertow.parallel.kernels.tracked_matmul import tracked_matmul, tracked_product, unusable
 from undertow.parallel.overlap_gate import CUDA_ARMS
-from undertow.parallel.overlap_team import panel_of, rows_of
+from undertow.parallel.overlap_products import panel_of, rows_of
 
 WORLD = 8
 TABLE = [(4096, 8192, 16384), (8192, 8192, 8192), (4096, 8192, 8192), (8192, 8192, 28672), (2048, 8192, 16384),

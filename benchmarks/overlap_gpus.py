@@ -1,8 +1,9 @@
 """Overlapped products between the GPUs of one host over NCCL, beside cuBLAS + NCCL and torch's asynchronous operators.
 
-Both patterns, GEMM → reduce-scatter and all-gather → GEMM, over the shapes of Flux and FlashOverlap and a sweep of M.
-`cuBLAS + NCCL` is what a script has: one product and one collective. torch's fused operators run on its symmetric
-memory, with NVLink multicast left off. Every arm's answer is compared with a float32 product summed in float32.
+GEMM → reduce-scatter and all-gather → GEMM over the shapes of Flux and FlashOverlap and a sweep of M, and GEMM → all-
+reduce over those shapes. `cuBLAS + NCCL` is what a script has: one product and one collective. torch's fused operators
+run on its symmetric memory, with NVLink multicast left off. Every arm's answer is compared with a float32 product
+summed in float32.
 
     torchrun --nproc-per-node 2 -m undertow bench overlap_gpus --minutes 6
 
@@ -33,8 +34,9 @@ SHAPES = [(8192, 12288, 49152), (8192, 49152, 12288), (8192, 8192, 28672), (8192
 SWEEP = [  # the widest spread first, for a run whose minutes end before its cases
     (m, n, k) for m in (128, 32768, 1024, 4096, 512, 16384, 2048, 256) for n, k in ((8192, 28672), (28672, 8192))
 ]
+SUMMED = len(SHAPES)  # shapes of which the all-reduce is timed too
 PLAIN, TORCH = "cuBLAS + NCCL", "torch symm_mem.fused"
-SCATTER, GATHER = "matmul_reduce_scatter", "all_gather_matmul"
+SCATTER, GATHER, SUM = "matmul_reduce_scatter", "all_gather_matmul", "matmul_all_reduce"
 
 
 class Ranks:
@@ -46,8 +48,8 @@ class Ranks:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         generator = torch.Generator(device).manual_seed(seed + self.rank)
         self.sizes = chunk_rows(m, world)
-        inner, outer = (k // world, n) if pattern == SCATTER else (k, n // world)
-        rows = m if pattern == SCATTER else self.sizes[self.rank]
+        inner, outer = (k, n // world) if pattern == GATHER else (k // world, n)
+        rows = self.sizes[self.rank] if pattern == GATHER else m
         self.a = torch.randn(rows, inner, device=device, generator=generator).to(dtype)
         self.b = (torch.randn(inner, outer, device=device, generator=generator) / k**0.5).to(dtype)
         self.names = [arm.name for arm in (CUDA_ARMS if device.type == "cuda" else ARMS)]
@@ -65,6 +67,8 @@ class Ranks:
     def ours(self, name: str) -> torch.Tensor:
         if self.pattern == SCATTER:
             return self.teams[name].reduce_scatter(self.a, self.b, self.sizes)
+        if self.pattern == SUM:
+            return self.teams[name].all_reduce(self.a, self.b, self.sizes)
         return self.teams[name].all_gather(self.a, [self.b], self.sizes)[1][0]
 
     def plain(self) -> torch.Tensor:
@@ -73,23 +77,30 @@ class Ranks:
             out = y.new_empty(self.sizes[self.rank], y.shape[1])
             dist.reduce_scatter_tensor(out, y)
             return out
+        if self.pattern == SUM:
+            y = self.a @ self.b
+            dist.all_reduce(y)
+            return y
         whole = self.a.new_empty(sum(self.sizes), self.a.shape[1])
         dist.all_gather_into_tensor(whole, self.a)
         return whole @ self.b
 
     def facts(self) -> dict[str, float]:
         """What the model of the gate has to predict from. Collective."""
-        product = self.a if self.pattern == SCATTER else self.a.new_zeros(sum(self.sizes), self.a.shape[1])
-        moved = product @ self.b if self.pattern == SCATTER else product
+        product = self.a.new_zeros(sum(self.sizes), self.a.shape[1]) if self.pattern == GATHER else self.a
+        moved = product if self.pattern == GATHER else product @ self.b
         share = moved.new_empty(self.sizes[self.rank], moved.shape[1])
 
         def collective() -> None:
             if self.pattern == SCATTER:
                 dist.reduce_scatter_tensor(share, moved)
+            elif self.pattern == SUM:
+                dist.all_reduce(moved)
             else:
                 dist.all_gather_into_tensor(moved, share)
 
-        flops, nbytes = 2.0 * product.numel() * self.b.shape[1], moved.numel() * moved.element_size()
+        flops = 2.0 * product.numel() * self.b.shape[1]
+        nbytes = moved.numel() * moved.element_size() * (2 if self.pattern == SUM else 1)
         product_s, link_s = self._seconds(lambda: product @ self.b), self._seconds(collective)
         return known(self.world, flops, nbytes * (self.world - 1) / self.world, product_s, link_s)
 
@@ -128,6 +139,10 @@ class Ranks:
             out = y.new_empty(self.sizes[self.rank], y.shape[1])
             dist.reduce_scatter_tensor(out, y)
             return out
+        if self.pattern == SUM:
+            y = self.a.float() @ self.b.float()
+            dist.all_reduce(y)
+            return y
         whole = self.a.new_empty(sum(self.sizes), self.a.shape[1])
         dist.all_gather_into_tensor(whole, self.a)
         return whole.float() @ self.b.float()
@@ -164,7 +179,9 @@ def trial(pattern: str, shape: tuple[int, int, int], world: int, seed: int) -> T
 
     arms = [checked(PLAIN, ranks.plain)]
     arms += [checked(name, partial(ranks.ours, name)) for name in (*ranks.names, "auto")]
-    if cuda:
+    if pattern == SUM:
+        arms.append(Arm.missing(TORCH, "torch has no fused product and all-reduce"))
+    elif cuda:
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         arms.append(checked(TORCH, ranks.torch_fused))
     else:
@@ -190,7 +207,7 @@ def cases(context: Context) -> Sequence[Case]:
             wrong=lambda found, ranks: int(ranks.wrong(found)),
         )
         for m, n, k in (shapes[:1] if context.quick else shapes)
-        for pattern in (SCATTER, GATHER)
+        for pattern in (SCATTER, GATHER, *([SUM] if (m, n, k) in shapes[:SUMMED] else []))
     ]
 
 

@@ -207,7 +207,7 @@ class ChunkPlan:
         return tuple(found)
 
     @cached_property
-    def tables(self) -> dict[int, Any]:
+    def tables(self) -> dict[Any, Any]:
         """What `placement.messages` has made of this plan, by the product's columns."""
         return {}
 
@@ -228,6 +228,13 @@ class ChunkPlan:
             )
         if rows and self.columns:
             raise UserError("a plan of columns", expected="one of rows: only a reduce-scatter is cut into columns")
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """All products, in order; one of all rows where nothing is to leave before the end."""
+        if not self.columns:
+            return (Block(0, self.rows, 0, 0, ()),)
+        return (*(block for hop in self.hops for block in hop.blocks), *self.kept)
 
     def reads(self, k: int, n: int) -> int:
         """Numbers that the products read of their operands [rows, k] and [k, n], each its rows and its columns once."""

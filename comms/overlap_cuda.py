@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from . import cuda_driver
 from .chunk_plan import Block, ChunkPlan, Piece
+from .cuda_columns import all_reduce_columns
 from .cuda_counts import Counts, Tracked
 from .cuda_events import Call, Events, Run
 from .cuda_messengers import CudaMessenger, NcclMessenger
@@ -58,7 +59,7 @@ class CudaOverlapEngine:
     ) -> None:
         self.messenger = messenger or NcclMessenger(group, device, END * timeout_s)
         self.rank, self.world, self.device = self.messenger.rank, self.messenger.world, device
-        self._streams = [torch.cuda.Stream(device) for _ in range(2)]
+        self._streams, self.sums = [torch.cuda.Stream(device) for _ in range(2)], torch.cuda.Stream(device, priority=-1)
         self._watch = Watch(
             timeout_s,
             end_s=None if self.messenger.capturable else END * timeout_s,
@@ -66,7 +67,7 @@ class CudaOverlapEngine:
         )
         self._events = Events(torch.cuda.Event)
         self._plans: dict[tuple[tuple[int, ...], int, int], ChunkPlan] = {}
-        self._counts, self._add = Counts(device), add
+        self._counts, self.add = Counts(device), add
 
     def plan(self, sizes: tuple[int, ...], subchunks: int = 1, columns: int = 0) -> ChunkPlan:
         key = sizes, subchunks, columns
@@ -110,22 +111,28 @@ class CudaOverlapEngine:
         *,
         overlap: bool = True,
         tracked: Tracked | None = None,
+        panel: Panel | None = None,
     ) -> torch.Tensor:
-        """As `OverlapEngine.all_reduce`; by `tracked`, which must make the same `y`, where it is given."""
-        plan.expect(self.rank, self.world, rows=True)
+        """As `OverlapEngine.all_reduce`; by `tracked`, which must make the same `y`, where it is given, or by `panel`
+        with a plan of columns."""
+        plan.expect(self.rank, self.world)
         if self._collectively(plan, overlap, y_MN):
             product(0, plan.rows)
             dist.all_reduce(y_MN, group=self.messenger.group)
             return y_MN
-        whole, run = torch.empty_like(y_MN), self._begin()
-        place = Placement(plan, y_MN)
+        run = self._begin()
+        if plan.columns:
+            whole = all_reduce_columns(self, run, plan, panel, y_MN)
+            self._end(run)
+            return whole
+        whole, place = torch.empty_like(y_MN), Placement(plan, y_MN)
         self._scatter(run, plan, by_rows(product), place, whole[slice(*plan.own)], overlap, tracked)
         summed = run.call.event(run.current)
         left = came = None
         memory = Memory(whole)
         for part in range(plan.subchunks):
             for step in range(1, self.world):
-                ends = self._exchange(run, "sum", summed, *self._spread(plan, memory, step, part), part, pull=True)
+                ends = self.exchange(run, "sum", summed, *self._spread(plan, memory, step, part), part, pull=True)
                 left, came = ends[0] or left, ends[1] or came
         _wait(run.current, left, came)
         self._end(run)
@@ -152,20 +159,20 @@ class CudaOverlapEngine:
         for step in range(1, self.world):
             source = (self.rank + step) % self.world
             for part in range(plan.subchunks):
-                ends = self._exchange(run, "rows", start, *self._spread(plan, memory, step, part), part, pull=True)
+                ends = self.exchange(run, "rows", start, *self._spread(plan, memory, step, part), part, pull=True)
                 left, came = ends[0] or left, ends[1] or came
                 for piece in plan.chunk(source)[part : part + 1]:
                     arrived[piece] = ends[1]
             if step == 1 and overlap:  # the own rows have left
                 for at, piece in enumerate(order[:own]):
-                    self._make(run, at, start, fill, (piece,))
+                    self.make(run, at, start, fill, (piece,))
         if not overlap or self.world == 1:
             _wait(run.current, came)
             use(0, plan.rows)
         else:
             for at, piece in enumerate(order[own:], own):
-                self._make(run, at, start, fill, (piece,), arrived[piece])
-            self._join(run, len(order))
+                self.make(run, at, start, fill, (piece,), arrived[piece])
+            self.join(run, len(order))
         _wait(run.current, left, came)
         self._end(run)
 
@@ -199,7 +206,8 @@ class CudaOverlapEngine:
         landings = self.messenger.landings(out)  # of the other ranks
         y, landed = Memory(place.y), [Memory(landing) for landing in landings]
         if not overlap:
-            fill(Block(0, plan.rows, 0, 0, ()))
+            for block in plan.blocks:
+                fill(block)
         start = run.call.event(run.current)
         counted: dict[Piece, Counted] = {}
         if overlap and tracked is not None and not run.capturing:
@@ -211,19 +219,19 @@ class CudaOverlapEngine:
             if counted and hop.sends:
                 made = counted[hop.sends[0]]
             elif overlap and hop.blocks and not counted:
-                made, at = self._make(run, at, start, fill, hop.blocks), at + 1
+                made, at = self.make(run, at, start, fill, hop.blocks), at + 1
             sends = [(Span(y, first, count), to) for first, count, to in to_send]
             receives = [(Span(landed[which], first, count), source) for which, first, count, source in to_come]
-            gone, came = self._exchange(run, "partial sums", made, sends, receives, hop.part)
+            gone, came = self.exchange(run, "partial sums", made, sends, receives, hop.part)
             left = gone or left
             arrived[hop.part] = came or arrived[hop.part]  # the last rank's comes last
         for block in plan.kept if overlap and not counted else ():
-            self._make(run, at, start, fill, (block,))
+            self.make(run, at, start, fill, (block,))
             at += 1
-        self._join(run, at)
+        self.join(run, at)
         for pieces in filter(None, (own[:-1], own[-1:])):  # while the last one is on its way
             _wait(run.current, arrived[pieces[-1].part])
-            self._add(place, landings, pieces, out)
+            self.add(place, landings, pieces, out)
         self.messenger.finish(run.current)
         _wait(run.current, left)  # before the caller may free or change y
 
@@ -236,7 +244,7 @@ class CudaOverlapEngine:
             [(Span(whole, piece.low * n, (piece.high - piece.low) * n), source) for piece in receives if n],
         )
 
-    def _exchange(
+    def exchange(
         self, run: Run, what: str, after: Any, sends: Spans, receives: Spans, part: int, *, pull: bool = False
     ) -> tuple[Any | None, Any | None]:
         ends = self.messenger.exchange(run.call, after, sends, receives, pull=pull)
@@ -249,7 +257,7 @@ class CudaOverlapEngine:
     def _capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def _make(
+    def make(
         self, run: Run, at: int, start: Any, fill: Fill, blocks: Sequence[Block | Piece], needed: Any | None = None
     ) -> Any:
         """Queue the products of the `at`-th piece; the event behind which they are made."""
@@ -266,7 +274,7 @@ class CudaOverlapEngine:
         finally:
             torch.cuda.set_stream(run.current)
 
-    def _join(self, run: Run, made: int) -> None:
+    def join(self, run: Run, made: int) -> None:
         """The current stream waits for `made` pieces."""
         for stream in self._streams[:made]:
             run.call.event(stream).wait(run.current)

@@ -141,7 +141,8 @@ class OverlapEngine:
                 spreading = Placement(plan, whole)
                 sending.append(self._thread.submit(lambda: self._fire(spread, spread_epoch, spreading)))
             if not overlap:
-                self._make("all rows", fill, Block(0, plan.rows, 0, 0, ()))
+                for block in plan.blocks:
+                    self._make("all rows", fill, block)
             for block in (*(block for hop in plan.hops for block in hop.blocks), *plan.kept):
                 if overlap:
                     self._make(", ".join(map(str, block.pieces)), fill, block)

@@ -29,12 +29,12 @@ class Messages(NamedTuple):
     receives: tuple[tuple[int, int, int, int], ...]
 
 
-def messages(plan: ChunkPlan, columns: int) -> tuple[Messages, ...]:
+def messages(plan: ChunkPlan, columns: int, *, apart: bool = True) -> tuple[Messages, ...]:
     """All hops of a product of so many columns; made once for each of them."""
-    found = plan.tables.get(columns)
+    found = plan.tables.get((columns, apart))
     if found is None:
         empty = torch.empty(plan.rows, columns, device="meta")
-        place, landing, table = Placement(plan, empty), torch.empty_like(empty[slice(*plan.own)]), []
+        place, landing, table = Placement(plan, empty, apart=apart), torch.empty_like(empty[slice(*plan.own)]), []
         for hop in plan.hops:
             made = [(place.made(piece), piece.owner) for piece in hop.sends]
             landed = [(place.landed(landing, piece), source) for source, piece in hop.receives]
@@ -49,21 +49,25 @@ def messages(plan: ChunkPlan, columns: int) -> tuple[Messages, ...]:
                     ),
                 )
             )
-        found = plan.tables[columns] = tuple(table)
+        found = plan.tables[columns, apart] = tuple(table)
     return found
 
 
 class Placement:
-    """Of one plan, in `y`, contiguous [rows, columns]: what a rank makes, by pieces where the plan cuts columns."""
+    """Of one plan, in `y`, contiguous [rows, columns]: what a rank makes, by pieces where the plan cuts columns.
 
-    def __init__(self, plan: ChunkPlan, y_MN: torch.Tensor) -> None:
-        self.plan, self.y = plan, y_MN
+    `apart`: the own rows are one product and stand before the pieces; else they are among the rows of each piece, and
+    what is summed lies as what is made.
+    """
+
+    def __init__(self, plan: ChunkPlan, y_MN: torch.Tensor, *, apart: bool = True) -> None:
+        self.plan, self.y, self.apart = plan, y_MN, apart
         self._low, self._high = plan.own
         self._kept = self._high - self._low
 
-    def fill(self, product: Product, panel: Panel | None) -> Callable[[Block], None]:
+    def fill(self, product: Product | None, panel: Panel | None) -> Callable[[Block], None]:
         """What makes a block: `product`, or `panel` where the plan is of columns; `UserError` where that is missing."""
-        if not self.plan.columns:
+        if product is not None and not self.plan.columns:
             return by_rows(product)
         if panel is None:
             raise UserError("a plan of columns without `panel`", expected="what makes some rows and columns")
@@ -71,7 +75,8 @@ class Placement:
 
     def block(self, block: Block) -> torch.Tensor:
         """What one product of a plan of columns makes."""
-        if block.low == self._low and block.right - block.left == self.plan.columns and block.high == self._high:
+        whole = block.right - block.left == self.plan.columns
+        if self.apart and whole and (block.low, block.high) == self.plan.own:
             return self.y.narrow(0, 0, self._kept)
         return self._panel(block.low, block.high, block.left, block.right)
 
@@ -84,7 +89,7 @@ class Placement:
         """A piece of the product; another rank's is one piece of memory."""
         if not piece.right:
             return self.y.narrow(0, piece.low, piece.high - piece.low)
-        if piece.owner == self.plan.rank:
+        if self.apart and piece.owner == self.plan.rank:
             return self.y[: self._kept, piece.left : piece.right]
         return self._panel(piece.low, piece.high, piece.left, piece.right)
 
@@ -97,17 +102,30 @@ class Placement:
         return landing.as_strided((self._kept, width), (width, 1), start)
 
     def summed(self, out: torch.Tensor, piece: Piece) -> torch.Tensor:
-        """An own piece in the sum, [own rows, columns]."""
+        """An own piece in the sum, [own rows, columns], or that of all rows where the own ones are not apart."""
         if not piece.right:
             return out.narrow(0, piece.low - self._low, piece.high - piece.low)
+        if not self.apart:
+            return Placement(self.plan, out, apart=False).made(piece)
         return out.narrow(1, piece.left, piece.right - piece.left)
 
     def _panel(self, low: int, high: int, left: int, right: int) -> torch.Tensor:
-        """Other ranks' rows, which stand one below the other without the own ones."""
-        width, rows = right - left, self.plan.rows - self._kept
-        above = low if low < self._low else low - self._kept
-        start = self._kept * self.plan.columns + rows * left + above * width
+        start, _ = self._start(low, high, left, right)
+        width = right - left
         return self.y.as_strided((high - low, width), (width, 1), int(self.y.storage_offset()) + start)
+
+    def _start(self, low: int, high: int, left: int, right: int) -> tuple[int, int]:
+        """(first number, how many): other ranks' rows stand one below the other without the own ones, if those are
+        apart."""
+        width, count = right - left, (high - low) * (right - left)
+        if not self.apart:
+            return self.plan.rows * left + low * width, count
+        above = low if low < self._low else low - self._kept
+        return self._kept * self.plan.columns + (self.plan.rows - self._kept) * left + above * width, count
+
+    def place(self, piece: Piece) -> tuple[int, int]:
+        """(first number, how many) of a piece of columns that is one piece of memory."""
+        return self._start(piece.low, piece.high, piece.left, piece.right)
 
 
 def by_rows(product: Product) -> Callable[[Block | Piece], None]:

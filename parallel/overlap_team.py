@@ -23,7 +23,6 @@ from ..comms.cuda_messengers import CudaMessenger, NcclMessenger
 from ..comms.link import LinkModel
 from ..comms.overlap_cuda import END, CudaOverlapEngine
 from ..comms.overlap_engine import OverlapEngine
-from ..comms.placement import Panel, Product
 from ..comms.symmetric_messenger import SymmetricMessenger, why_not
 from ..dist.errors import UserError
 from ..dist.launch_env import detect
@@ -34,6 +33,7 @@ from . import overlap_plain
 from .kernels.ordered_sum import ordered_sum
 from .kernels.tracked_matmul import tracked_product
 from .overlap_gate import ARMS, CUDA_ARMS, ROW_ARMS, Arm, Gate, Rates, cut, fewer_reads
+from .overlap_products import panel_of, rows_of
 
 log = get_logger(__name__)
 SCATTER, SUM, GATHER = "matmul_reduce_scatter", "matmul_all_reduce", "all_gather_matmul"
@@ -45,13 +45,12 @@ class Team:
     """The ranks of `group` (None: all) that multiply together. Create, use and `close` on every rank alike.
 
     `overlap`: 'auto' measures each product's arms and keeps the fastest (see `overlap_gate`), 'on' takes the finest
-    pieces of rows, 'off' none, and the name of one of `overlap_gate.CUDA_ARMS` that one (of columns only where a
-    product is reduced and scattered, else of rows); UNDERTOW_DISABLE=1 is 'off'. All but 'auto' repeat every bit from
-    run to run. `device`: CPU (gloo) or CUDA.
-    `transport` between GPUs: 'symmetric' (copy engines into the peers' mapped memory, as much as the largest product,
-    on one host), 'nccl', or 'auto': the first where all ranks can. UNDERTOW_OVERLAP_TRANSPORT stands in for 'auto'.
-    `machine`: the measured rates for the gate's model, of the default file if there is one; rank 0's counts. `link`
-    emulates a slow link on gloo, `trace` records what ran when.
+    pieces of rows, 'off' none, and the name of one of `overlap_gate.CUDA_ARMS` that one (of rows where it wants columns
+    in an all-gather, or in an all-reduce on CPU); UNDERTOW_DISABLE=1 is 'off'. All but 'auto' repeat every bit from run
+    to run. `device`: CPU (gloo) or CUDA. `transport` between GPUs: 'symmetric' (copy engines into the peers' mapped
+    memory, as much as the largest product, on one host), 'nccl', or 'auto': the first where all ranks can.
+    UNDERTOW_OVERLAP_TRANSPORT stands in for 'auto'. `machine`: the measured rates for the gate's model, of the default
+    file if there is one; rank 0's counts. `link` emulates a slow link on gloo, `trace` records what ran when.
     """
 
     def __init__(
@@ -87,6 +86,7 @@ class Team:
             fixed, why = 0, "one rank"
         elif detect().disabled:
             fixed, why = 0, "UNDERTOW_DISABLE"
+        self._in_columns = (SCATTER,) if self.device.type == "cpu" else (SCATTER, SUM)
         self.gate, self._chooses = Gate(arms, self._gather, fixed=fixed, why=why), fixed is None
         self._settled: dict[Hashable, tuple[ChunkPlan, Arm]] = {}  # what the gate has decided, for good
         self._plain: dict[Hashable, int] = {}  # of these, what `overlap_plain` does: rows of its result
@@ -156,8 +156,9 @@ class Team:
             return pattern(plan, product, y, overlap=arm.overlap, **more)
 
         def can(arm: Arm) -> bool:
-            if arm.columns:
-                return case[0] == SCATTER and fewer_reads(arm, sizes, a.shape[1], b.shape[1])
+            if arm.columns:  # in an all-reduce they alone hide that sums are handed out
+                fewer = case[0] == SUM or fewer_reads(arm, sizes, a.shape[1], b.shape[1])
+                return case[0] in self._in_columns and fewer
             return not arm.tracked or tracked() is not None
 
         return self._run(case, a.shape[1], b.shape[1], row_numbers, sizes, y.dtype, call, can)
@@ -185,7 +186,7 @@ class Team:
 
         chosen = self.gate.choose(key, None if rates is None else predict, can)
         arm: Arm = self.gate.arms[chosen]
-        plan = self.engine.plan(sizes, arm.subchunks, n if arm.columns and case[0] == SCATTER else 0)
+        plan = self.engine.plan(sizes, arm.subchunks, n if arm.columns and case[0] in self._in_columns else 0)
         if not self.gate.measuring(key):
             self._settled[case] = plan, arm
             if self._chooses:  # a fall-back must not be silent
@@ -257,24 +258,6 @@ def gpu_messenger(
             raise UserError(f"overlap transport 'symmetric': {reason}", remedy="'auto' or 'nccl'")
         log.info("pieces of products are sent by NCCL: %s", reason)
     return NcclMessenger(group, device, END * timeout_s)
-
-
-def panel_of(a: Tensor, b: Tensor) -> Panel:
-    """Fill a tensor with some rows and columns of a @ b."""
-
-    def panel(low: int, high: int, left: int, right: int, out: Tensor) -> None:
-        torch.mm(a.narrow(0, low, high - low), b.narrow(1, left, right - left), out=out)
-
-    return panel
-
-
-def rows_of(a: Tensor, b: Tensor, y: Tensor) -> Product:
-    """Fill rows of `y` with those of a @ b."""
-
-    def product(low: int, high: int) -> None:
-        torch.mm(a.narrow(0, low, high - low), b, out=y.narrow(0, low, high - low))
-
-    return product
 
 
 _teams: dict[tuple[str, str], Team] = {}

@@ -35,17 +35,18 @@ def ordered_sum(place: Placement, landings: Sequence[Tensor], pieces: Sequence[P
     if triton is None or not out.is_cuda or out.dtype not in _TYPES or world < 3 or gap is None or not out.numel():
         add_pieces(place, landings, pieces, out)
         return
-    rows, columns = out.shape
-    by_columns, base = bool(place.plan.columns), place.plan.own[0]
+    columns, by_columns, (base, end) = out.shape[1], bool(place.plan.columns), place.plan.own
+    rows = end - base
     low, high = (0, rows) if by_columns else (pieces[0].low - base, pieces[-1].high - base)
     edges = place.plan.edges or (0, columns)
     first = pieces[0].part if by_columns else 0
     cuts = edges[first : first + len(pieces) + 1] if by_columns else edges
     blocks = -(-max(right - left for left, right in pairwise(cuts)) // BLOCK)
     compact, gap = gap
+    aligned = gap % 8 == 0 and not any(edge % 8 for edge in edges)
     _sum_kernel[(high - low, (len(cuts) - 1) * blocks)](  # pyright: ignore[reportIndexIssue]
-        place.own, landings[0], out, _placed(edges, out.device), low, first, rows, columns, blocks, gap,
-        place.plan.rank, world, compact, gap % 8 == 0 and not any(edge % 8 for edge in edges), BLOCK,
+        place.own if place.apart else place.y, landings[0], out, _placed(edges, out.device), low, first, rows, columns,
+        blocks, gap, base, place.plan.rows, place.plan.rank, world, compact, place.apart, aligned, BLOCK,
     )  # fmt: skip
 
 
@@ -72,8 +73,9 @@ if triton is not None:
 
     @triton.jit
     def _sum_kernel(
-        own, landing, out, edges, low, piece, rows, columns, blocks, gap,
-        RANK: tl.constexpr, WORLD: tl.constexpr, COMPACT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+        own, landing, out, edges, low, piece, rows, columns, blocks, gap, base, all_rows,
+        RANK: tl.constexpr, WORLD: tl.constexpr, COMPACT: tl.constexpr, APART: tl.constexpr, ALIGNED: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = low + tl.program_id(0).to(tl.int64)
         here = edges + piece + tl.program_id(1) // blocks
@@ -82,7 +84,10 @@ if triton is not None:
         local = tl.program_id(1) % blocks * BLOCK + tl.arange(0, BLOCK)
         inside = local < wide
         come = first * rows + row * wide
-        there = row * columns + first
+        if APART:
+            there = row * columns + first
+        else:
+            there = first * all_rows + (base + row) * wide
         if ALIGNED:
             come = tl.multiple_of(come, 8)
             there = tl.multiple_of(there, 8)

@@ -141,8 +141,10 @@ def right(engine: CudaOverlapEngine, device: torch.device, rows: int, seed: int)
         def panel(low: int, high: int, left: int, right: int, into: torch.Tensor, all: Any = everyone[rank]) -> None:
             into.copy_(all[low:high, left:right])
 
-        out = engine.reduce_scatter(by_columns, lambda *_: None, y, overlap=True, panel=panel)
+        out = engine.reduce_scatter(by_columns, lambda *_: None, y, panel=panel)
         ok &= torch.equal(out, everyone.sum(0)[slice(*plan.own)])
+        y.fill_(torch.nan)
+        ok &= torch.equal(engine.all_reduce(by_columns, lambda *_: None, y, panel=panel), everyone.sum(0))
         whole, seen = torch.full((rows, 5), torch.nan, device=device), torch.zeros(rows, 5, device=device)
 
         def use(low: int, high: int, seen: torch.Tensor = seen, whole: torch.Tensor = whole) -> None:
@@ -389,6 +391,9 @@ def test_no_pattern_makes_an_event_again():
         calls = {
             "scatter": lambda: engine.reduce_scatter(plan, lambda low, high: None, y),
             "sum": lambda: engine.all_reduce(plan, lambda low, high: None, y),
+            "columns": lambda: engine.all_reduce(
+                engine.plan(plan.sizes, 2, 5), lambda *_: None, y, panel=lambda *_: None
+            ),
             "gather": lambda: engine.all_gather(plan, y[4:8], torch.empty(12, 5), lambda low, high: None),
             "counted": lambda: engine.reduce_scatter(plan, lambda low, high: None, y, tracked=tracked(y, y.clone())),
         }

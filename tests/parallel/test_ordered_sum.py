@@ -33,6 +33,14 @@ def _same_bits(device: str, dtype: torch.dtype) -> None:
             for group in filter(None, (pieces[:-1], pieces[-1:])):
                 ordered_sum(place, landings, group, out)
             assert torch.equal(out, want), (world, rank, cut)
+        if cut:  # a piece that lies as the product does, own rows among the others
+            among = Placement(plan, y, apart=False)
+            found, wanted = (torch.full_like(y, torch.nan) for _ in range(2))
+            for piece in pieces:
+                ordered_sum(among, here, [piece], found)
+                add_pieces(among, here, [piece], wanted)
+            assert torch.equal(found.nan_to_num(-1.0), wanted.nan_to_num(-1.0)), (world, rank, cut)
+            assert int(wanted.isnan().sum()) == (rows - kept) * columns
         for piece in pieces:
             parts = [place.landed(landing, piece).double() for landing in here]
             parts.insert(rank, place.made(piece).double())

@@ -1,0 +1,26 @@
+"""A product as the overlap engines ask for it: some rows into a matrix, or some rows and columns into a tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..comms.placement import Panel, Product
+
+
+def rows_of(a_MK: Tensor, b_KN: Tensor, y_MN: Tensor) -> Product:
+    """Fill rows of `y` with those of a @ b."""
+
+    def product(low: int, high: int) -> None:
+        torch.mm(a_MK.narrow(0, low, high - low), b_KN, out=y_MN.narrow(0, low, high - low))
+
+    return product
+
+
+def panel_of(a_MK: Tensor, b_KN: Tensor) -> Panel:
+    """Fill a tensor with some rows and columns of a @ b."""
+
+    def panel(low: int, high: int, left: int, right: int, out: Tensor) -> None:
+        torch.mm(a_MK.narrow(0, low, high - low), b_KN.narrow(1, left, right - left), out=out)
+
+    return panel

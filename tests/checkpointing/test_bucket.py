@@ -421,6 +421,12 @@ def look_from_outside(rank: int, world: int, root: str, url: str) -> dict[str, A
         ckpt_says("export", source, "--out", str(path / out), "--module", "model")
     found["export"] = [(path / out / "model.safetensors").read_bytes() for out in ("far", "near")]
     found["fetch"] = ckpt_says("fetch", url, "--out", str(path / "b"), "--step", "1")
+    here, there = path / "a" / "step-000000001", path / "b" / "step-000000001"
+    found["same files"] = {
+        file.name: file.read_bytes() == (there / file.name).read_bytes()
+        for file in here.iterdir()
+        if file.name != "COMMIT.json"  # it has its own time
+    }
     other = Job(seed=1)
     with other.checkpointer(path / "b") as ckpt:
         found["restored"] = ckpt.restore()
@@ -448,11 +454,30 @@ def test_the_command_line_and_open_checkpoint_read_it(ranks, tmp_path, s3):
     assert found["diff"][0] == 0 and "are equal" in found["diff"][1] and found["differ"] == 1
     assert found["export"][0] == found["export"][1]
     assert found["fetch"][0] == 0 and found["restored"] == 1
+    assert len(found["same files"]) == 4 and all(found["same files"].values())
     assert found["again"][0] == 2 and "holds step 1" in found["again"][1]
     assert found["damaged"][0] == 1 and "DAMAGED" in found["damaged"][1]
     assert found["no export"][0] == 2 and "is damaged" in found["no export"][1]
     assert found["dry"] == (0, [0, 1, 2]) and found["prune"] == (0, [2])
     assert found["nothing"][0] == 2 and "holds no checkpoint" in found["nothing"][1]
+
+
+def the_guides_program(rank: int, world: int, root: str, program: str) -> list[Any]:
+    os.chdir(root)
+    names: dict[str, Any] = {"torch": torch, "model": torch.nn.Linear(512, 512)}
+    names["optimizer"] = torch.optim.AdamW(names["model"].parameters())
+    exec(compile(program, "guide", "exec"), names)
+    shutil.rmtree("runs")
+    exec(compile(program, "guide", "exec"), names)
+    assert torch.isfinite(open_checkpoint("s3://runs/guide")["model.weight"]).all()
+    return [names["start"], place("s3://runs/guide").committed()]
+
+
+def test_the_program_of_the_guide_runs(ranks, tmp_path, s3):
+    guide = Path(__file__).parents[2] / "docs" / "checkpointing.md"
+    (program,) = re.findall(r"```py\n(.*?)```", guide.read_text(), re.S)
+    # a job that begins sends its first checkpoint, whatever the last one has sent
+    assert ranks(1, the_guides_program, str(tmp_path), program) == [[10, [0, 10, 15]]]
 
 
 # -- what users type -------------------------------------------------------------------------------------------------

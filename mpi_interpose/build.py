@@ -33,6 +33,7 @@ GLUE = (
     "model",
     "transfer",
     "requests",
+    "round",
     "state",
     "graph",
     "reorder",

@@ -18,22 +18,23 @@ inline void count_call(Site site, bool taken) {
   if (taken) add(sites[site].taken, 1);
 }
 
-// Whether a message passes without being asked about; counts it. Freed requests that are still polled, and a round under
-// the clock, need the long way.
-UNDERTOW_IN_ENTRY bool passes_at_once(Site site, Use use, int64_t count, MPI_Datatype type, MPI_Comm comm, int peer) {
-  if (gpu::possible() || any_orphans() || this_round.timed) return false;
-  Passing* p = known_to_pass(use, count, type, comm, peer);
+// Whether a message passes without being asked about; counts it. While freed requests are polled, none does.
+UNDERTOW_IN_ENTRY bool passes_at_once(Site site, uint64_t print) {
+  if (gpu::possible() || any_orphans()) return false;
+  Passing* p = known_to_pass(print);
   if (!p) return false;
   count_loosely(p->calls);
   count_loosely(sites[site].calls);
   return true;
 }
+UNDERTOW_IN_ENTRY bool passes_at_once(Site site, Use use, int64_t count, MPI_Datatype type, MPI_Comm comm, int peer) {
+  return passes_at_once(site, fingerprint(use, count, type, comm, peer));
+}
 
 // After a call that was not taken: remembers it when the next one like it will not be, either.
 template <class Side>
-void learn(const Side& side, Use use, int64_t count, MPI_Datatype type, MPI_Comm comm, int peer, uint64_t age) {
-  if ((side.verdict == Verdict::PassAlways || !usable_peer(peer)) && mode == Mode::Auto)
-    will_pass(use, count, type, comm, peer, side.record, age);
+void learn(const Side& side, Use use, uint64_t print, int peer, uint64_t age) {
+  if ((side.verdict == Verdict::PassAlways || !usable_peer(peer)) && mode == Mode::Auto) will_pass(print, use, side.record, age);
 }
 inline uint64_t now_known() { return passing_age.load(std::memory_order_relaxed); }
 
@@ -43,7 +44,7 @@ UNDERTOW_APART int send_asked(F next, Site site, void* buf, N count, MPI_Datatyp
   const uint64_t age = now_known();
   SendSide side(buf, count, type, Peer(comm, dest), usable_peer(dest), kGain, Timed::Call);
   count_call(site, side.taken());
-  learn(side, kSendUse, count, type, comm, dest, age);
+  learn(side, kSendUse, fingerprint(kSendUse, count, type, comm, dest), dest, age);
   return next(side.buf, count, side.type, dest, tag, comm);
 }
 
@@ -56,25 +57,27 @@ UNDERTOW_IN_ENTRY int on_send(F next, Site site, void* buf, N count, MPI_Datatyp
 
 template <class F, class N>
 UNDERTOW_APART int isend_asked(F next, Site site, void* buf, N count, MPI_Datatype type, int dest, int tag, MPI_Comm comm,
-             MPI_Request* request) {
+             MPI_Request* request, uint64_t print) {
   poll_orphans();
   round_enter();
   const uint64_t age = now_known();
   SendSide side(buf, count, type, Peer(comm, dest), usable_peer(dest) && request, kGain, Timed::Round);
   count_call(site, side.taken());
-  learn(side, kSendUse, count, type, comm, dest, age);
+  learn(side, kSendUse, print, dest, age);
   const int rc = next(side.buf, count, side.type, dest, tag, comm, request);
   if (rc == MPI_SUCCESS && side.taken()) attach(side, count, buf, false, false, *request);
-  round_leave(request, rc);
+  round_leave(print, request, rc);
   return rc;
 }
 
 template <class F, class N>
 UNDERTOW_IN_ENTRY int on_isend(F next, Site site, void* buf, N count, MPI_Datatype type, int dest, int tag, MPI_Comm comm,
                                MPI_Request* request) {
-  if (!passes_at_once(site, kSendUse, count, type, comm, dest))
-    return isend_asked(next, site, buf, count, type, dest, tag, comm, request);
-  ++this_round.posts;
+  const uint64_t print = fingerprint(kIsend, count, type, comm, dest);
+  if (__builtin_expect(this_round.looks, 0)) round_opens(this_round, print);
+  if (this_round.timed || !passes_at_once(site, print))
+    return isend_asked(next, site, buf, count, type, dest, tag, comm, request, print);
+  this_round.post(print);
   return next(buf, count, type, dest, tag, comm, request);
 }
 
@@ -96,7 +99,7 @@ int receive(Site site, void* buf, int64_t count, MPI_Datatype type, const Peer& 
   const uint64_t age = now_known();
   RecvSide side(buf, count, type, peer, allowed, kGain, timed);
   count_call(site, side.taken());
-  if (peer.known) learn(side, kRecvUse, count, type, peer.comm, peer.rank, age);
+  if (peer.known) learn(side, kRecvUse, fingerprint(kRecvUse, count, type, peer.comm, peer.rank), peer.rank, age);
   if (!side.taken()) return call(buf, type, status);
   MPI_Status local;
   MPI_Status* st = ignored(status) ? &local : status;
@@ -134,7 +137,7 @@ UNDERTOW_APART int sendrecv_asked(F next, Site site, void* sbuf, N scount, MPI_D
   const uint64_t age = now_known();
   SendSide send(sbuf, scount, stype, Peer(comm, dest), usable_peer(dest));
   if (send.taken()) add(sites[site].taken, 1);
-  learn(send, kSendUse, scount, stype, comm, dest, age);
+  learn(send, kSendUse, fingerprint(kSendUse, scount, stype, comm, dest), dest, age);
   return receive(site, rbuf, rcount, rtype, Peer(comm, source), status, usable_peer(source), Timed::No, [&](void* b, MPI_Datatype t, MPI_Status* s) {
     return next(send.buf, scount, send.type, dest, stag, b, rcount, t, source, rtag, comm, s);
   });
@@ -143,7 +146,7 @@ UNDERTOW_APART int sendrecv_asked(F next, Site site, void* sbuf, N scount, MPI_D
 template <class F, class N>
 UNDERTOW_IN_ENTRY int on_sendrecv(F next, Site site, void* sbuf, N scount, MPI_Datatype stype, int dest, int stag, void* rbuf,
                                   N rcount, MPI_Datatype rtype, int source, int rtag, MPI_Comm comm, MPI_Status* status) {
-  Passing* const send = known_to_pass(kSendUse, scount, stype, comm, dest);
+  Passing* const send = known_to_pass(fingerprint(kSendUse, scount, stype, comm, dest));
   if (!send || !passes_at_once(site, kRecvUse, rcount, rtype, comm, source))
     return sendrecv_asked(next, site, sbuf, scount, stype, dest, stag, rbuf, rcount, rtype, source, rtag, comm, status);
   count_loosely(send->calls);
@@ -163,25 +166,27 @@ int on_sendrecv_replace(F next, Site site, void* buf, N count, MPI_Datatype type
 
 template <class F, class N>
 UNDERTOW_APART int irecv_asked(F next, Site site, void* buf, N count, MPI_Datatype type, int source, int tag, MPI_Comm comm,
-             MPI_Request* request) {
+             MPI_Request* request, uint64_t print) {
   poll_orphans();
   round_enter();
   const uint64_t age = now_known();
   RecvSide side(buf, count, type, Peer(comm, source), usable_peer(source) && request, kGain, Timed::Round);
   count_call(site, side.taken());
-  learn(side, kRecvUse, count, type, comm, source, age);
+  learn(side, kRecvUse, print, source, age);
   const int rc = next(side.buf, count, side.type, source, tag, comm, request);
   if (rc == MPI_SUCCESS && side.taken()) attach(side, count, buf, true, false, *request);
-  round_leave(request, rc);
+  round_leave(print, request, rc);
   return rc;
 }
 
 template <class F, class N>
 UNDERTOW_IN_ENTRY int on_irecv(F next, Site site, void* buf, N count, MPI_Datatype type, int source, int tag, MPI_Comm comm,
                                MPI_Request* request) {
-  if (!passes_at_once(site, kRecvUse, count, type, comm, source))
-    return irecv_asked(next, site, buf, count, type, source, tag, comm, request);
-  ++this_round.posts;
+  const uint64_t print = fingerprint(kIrecv, count, type, comm, source);
+  if (__builtin_expect(this_round.looks, 0)) round_opens(this_round, print);
+  if (this_round.timed || !passes_at_once(site, print))
+    return irecv_asked(next, site, buf, count, type, source, tag, comm, request, print);
+  this_round.post(print);
   return next(buf, count, type, source, tag, comm, request);
 }
 

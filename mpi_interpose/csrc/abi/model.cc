@@ -53,10 +53,6 @@ Online& online_of(Record& r, Use use, int link, int64_t bytes) {
   return r.online[question(use, link)][std::min(kOnlineSizes - 1, log2_of(bytes) / 3)];
 }
 
-Online& round_of(Record& r, Use use, int link, int64_t bytes) {
-  return r.rounds[(use - kSendUse) * kLinks + link][std::min(kOnlineSizes - 1, log2_of(bytes) / 3)];
-}
-
 struct Slot {  // where a record keeps the table's answer
   std::atomic<float>&gain, &saving_ns;
 };
@@ -124,9 +120,13 @@ Choice choose_local(Record& r, Use use, int64_t bytes) {
   return choice;
 }
 
-void observe(Record& r, Use use, int link, bool ours, int64_t bytes, int64_t ns, bool round) {
+Online& round_of(Record& r, Use use, int link, int64_t bytes) {
+  return r.rounds[(use - kSendUse) * kLinks + link][std::min(kOnlineSizes - 1, log2_of(bytes) / 3)];
+}
+
+void observe(Record& r, Use use, int link, bool ours, int64_t bytes, int64_t ns) {
   (ours ? r.tally[use].ours_ns : r.tally[use].library_ns).fetch_add(ns, std::memory_order_relaxed);
-  (round ? round_of(r, use, link, bytes) : online_of(r, use, link, bytes))
+  online_of(r, use, link, bytes)
       .observe(use < kSendUse ? kLocalRule : kMessageRule, ours, bytes, ns, model_ratio(r, use, link, bytes) >= kGain);
 }
 
@@ -143,26 +143,6 @@ void Stopwatch::stop() {
 
 namespace {
 
-// A message of a round that the table takes: the first one decides whether the round is timed, and then how all go.
-bool in_round(Record& r, Use use, int link, int64_t bytes) {
-  Round& round = this_round;
-  const Online& single = online_of(r, use, link, bytes);
-  Online& online = round_of(r, use, link, bytes);
-  if (round.regular && !round.decided) {
-    round.decided = true;
-    const Choice choice = online.choose(kMessageRule, model_ratio(r, use, link, bytes), true);
-    if (choice.timed && (!choice.ours || proved(r))) {
-      round.timed = true, round.ours = choice.ours;
-      round.mark_ns = now_ns();
-    }
-  }
-  if (round.timed) {
-    round.add(&r, use, link, bytes);
-    return round.ours;
-  }
-  return online.takes(single.takes(true));
-}
-
 // A message in auto mode: the table must see `gain` for every link the peer may have, and no samples may speak against.
 Verdict wins(Record& r, Use use, int64_t bytes, const Peer& peer, double gain, Timed timed, Stopwatch* watch) {
   const auto verdict = [](bool ours) { return ours ? Verdict::Take : Verdict::Pass; };
@@ -170,16 +150,26 @@ Verdict wins(Record& r, Use use, int64_t bytes, const Peer& peer, double gain, T
   const LinkSet links = links_of(peer);
   if (links & kNobody) return Verdict::PassAlways;
   int last = 0;
+  double ratio = 1e9;  // the least of all links that it may be
   for (int link = 0; link < kLinks; ++link) {
     if (!(links >> link & 1)) continue;
-    if (model_ratio(r, use, link, bytes) < gain) return Verdict::PassAlways;
+    ratio = std::min(ratio, model_ratio(r, use, link, bytes));
     last = link;
   }
   if (timed == Timed::Round && links == 1u << last) {
-    const bool ours = in_round(r, use, last, bytes);
-    if (ours) credit(r, use, last, bytes);
-    return verdict(ours);
+    const Online& rounds = round_of(r, use, last, bytes);
+    const auto settled = rounds.decision();
+    if (this_round.timed) {
+      if (!round_takes(r, use, last, bytes, ratio)) return Verdict::Pass;
+    } else if (settled == Online::kLibrary || (settled == Online::kOpen && ratio < gain)) {
+      return Verdict::PassAlways;
+    } else if (settled == Online::kOpen && !online_of(r, use, last, bytes).takes(true)) {
+      return Verdict::Pass;
+    }
+    credit(r, use, last, bytes);
+    return Verdict::Take;
   }
+  if (ratio < gain) return Verdict::PassAlways;
   if (timed == Timed::Call && links == 1u << last) {
     const Choice choice =
         online_of(r, use, last, bytes).choose(kMessageRule, model_ratio(r, use, last, bytes), true);

@@ -20,8 +20,7 @@ void settle(Passing& p) {
 
 }  // namespace
 
-void will_pass(Use use, int64_t count, MPI_Datatype type, MPI_Comm comm, int peer, Record* record, uint64_t age) {
-  const uint64_t print = fingerprint(use, count, type, comm, peer);
+void will_pass(uint64_t print, Use use, Record* record, uint64_t age) {
   Passing& p = passing[print % kPassing];
   std::lock_guard<std::mutex> guard(g_lock);
   if (age != passing_age.load(std::memory_order_relaxed)) return;

@@ -34,22 +34,24 @@ inline void add(std::atomic<int64_t>& n, int64_t more) {
     n.store(n.load(std::memory_order_relaxed) + more, std::memory_order_relaxed);
 }
 
-inline uint64_t fingerprint(Use use, int64_t count, MPI_Datatype type, MPI_Comm comm, int peer) {
+// A nonblocking message may be judged otherwise than a blocking one.
+constexpr int kIsend = kUses, kIrecv = kUses + 1;
+
+inline uint64_t fingerprint(int use, int64_t count, MPI_Datatype type, MPI_Comm comm, int peer) {
   const uint64_t a = handle_key(type) + static_cast<uint64_t>(count) * 0x9e3779b97f4a7c15ull + 0x8bb84b93962eacc9ull;
-  const uint64_t b = handle_key(comm) + (static_cast<uint64_t>(static_cast<uint32_t>(peer)) * 4 + use + 1) * 0xd6e8feb86659fd93ull;
+  const uint64_t b = handle_key(comm) + (static_cast<uint64_t>(static_cast<uint32_t>(peer)) * 8 + use + 1) * 0xd6e8feb86659fd93ull;
   const auto product = static_cast<unsigned __int128>(a) * b;
   return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
 }
 
 // The slot of such a call when it passes, else NULL.
-inline Passing* known_to_pass(Use use, int64_t count, MPI_Datatype type, MPI_Comm comm, int peer) {
-  const uint64_t print = fingerprint(use, count, type, comm, peer);
+inline Passing* known_to_pass(uint64_t print) {
   Passing& p = passing[print % kPassing];
   return p.mark.load(std::memory_order_relaxed) == (print ^ passing_age.load(std::memory_order_relaxed)) ? &p : nullptr;
 }
 
 // `record` may be null. `age`: passing_age before the answer was asked for; an older answer is not kept.
-void will_pass(Use use, int64_t count, MPI_Datatype type, MPI_Comm comm, int peer, Record* record, uint64_t age);
+void will_pass(uint64_t print, Use use, Record* record, uint64_t age);
 void passing_changed();               // answers may differ from now on
 void passing_retired(Record& record); // its datatype died: counts what its slots hold, and empties them
 void passing_count();                 // the same for all, before a report

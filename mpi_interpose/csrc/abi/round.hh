@@ -1,64 +1,71 @@
 // Rounds: the nonblocking messages that a thread starts until one MPI_Waitall completes just these.
 //
 // The time of one nonblocking message cannot be told from that of its neighbours, but the time a whole round spends in
-// MPI can: the starting calls and the Waitall, without what the program computes between them. So all messages of a timed
-// round that the table takes go the same way, and what it took counts for each of them by its bytes. Only a thread whose
-// last round ended with such a Waitall is timed; one that completes its requests otherwise pays a few loads per call.
+// MPI can: the starting calls and the Waitall, without what the program computes between them. A round is known again by
+// its messages (datatype, count, communicator and peer of each, in their order). Rounds that come again are tried in
+// several ways (core/trial.hh), and what a trial decides holds for the nonblocking messages of these datatypes, sizes and
+// kinds of peer. Only a thread whose last round ended with such a Waitall looks for the round that begins; one that
+// completes its requests otherwise pays a few loads per call.
 #pragma once
 
 #include "model.hh"
+#include "passing.hh"
+#include "trial.hh"
 
 namespace undertow {
 
+// What a thread knows of rounds that begin with one message.
+struct Habit {
+  uint64_t first = 0, whole = 0;  // fingerprints of the first message and of all
+  Trial trial;
+};
+
+struct Member {  // a message of a timed round that may go either way
+  Record* record = nullptr;  // held
+  Use use{};
+  int link = 0;
+  int64_t bytes = 0;
+  bool ours = false, table = false;  // went our way; would by the table
+};
+
+struct Habits {  // of a thread; made when its first round has been completed by one Waitall
+  static constexpr int kKnown = 16, kMost = 64;  // rounds that are remembered; messages of one, more only count in bytes
+  Habit known[kKnown];
+  Member part[kMost];
+};
+
 struct Round {
-  static constexpr int kMost = 32;  // messages that are remembered; more only count in bytes
-  struct Part {
-    Record* record = nullptr;  // held
-    Use use{};
-    int link = 0;
-    int64_t bytes = 0;
-  };
-  int posts = 0;         // nonblocking messages started since the last completion, ours or not
-  bool regular = false;  // the last round was completed by one Waitall
-  bool decided = false, timed = false, ours = false;
+  int posts = 0;       // nonblocking messages started since the last completion, ours or not
+  bool looks = false;  // the last round was completed by one Waitall: the next message may begin a round that is known
+  bool timed = false;
+  Way way = kTableWay;
   int parts = 0;
+  uint64_t first_print = 0, prints = 0;
   uintptr_t first = 0;  // the request of the first message that was started under the clock
   bool has_first = false;
   int64_t bytes = 0, ns = 0, mark_ns = 0;
-  Part part[kMost] = {};  // all constant, so that no access asks whether it was constructed
+  Habit* habit = nullptr;  // of this round
+  Habits* all = nullptr;   // every member has a constant to begin with, so that no access asks whether it was constructed
 
-  void add(Record* record, Use use, int link, int64_t message_bytes) {
-    bytes += message_bytes;
-    if (parts == kMost) return;
-    hold(record);
-    part[parts++] = Part{record, use, link, message_bytes};
-  }
-
-  // Counts what was measured if `valid`, and begins anew.
-  void finish(bool valid) {
-    posts = 0, decided = false;
-    if (!timed) return;
-    const double each = bytes > 0 ? static_cast<double>(ns) / static_cast<double>(bytes) : 0;
-    for (int k = 0; k < parts; ++k) {
-      const Part& p = part[k];
-      if (valid) observe(*p.record, p.use, p.link, ours, p.bytes, static_cast<int64_t>(each * p.bytes), true);
-      release(p.record);
-    }
-    parts = 0;
-    timed = has_first = false;
-    bytes = ns = 0;
+  void post(uint64_t print) {
+    if (posts++ == 0) first_print = prints = print;
+    else prints = prints * 0x9e3779b97f4a7c15ull + print;
   }
 };
 
 inline thread_local Round this_round __attribute__((tls_model("initial-exec")));
 
+void round_opens(Round& round, uint64_t print);  // before the first message of what may be a known round
+bool round_takes(Record& record, Use use, int link, int64_t bytes, double ratio);  // of a message in a timed round
+void round_closes(Round& round, bool whole, bool valid);  // whole: by one Waitall; valid: its time is the round's own
+
 // Around the call that starts a nonblocking message.
 inline void round_enter() {
   if (this_round.timed) this_round.mark_ns = now_ns();
 }
-inline void round_leave(MPI_Request* request, int rc) {
+inline void round_leave(uint64_t print, MPI_Request* request, int rc) {
   Round& r = this_round;
-  ++r.posts;
+  r.post(print);
   if (!r.timed) return;
   r.ns += now_ns() - r.mark_ns;
   if (!r.has_first && rc == MPI_SUCCESS && request) r.first = handle_key(*request), r.has_first = true;
@@ -66,7 +73,7 @@ inline void round_leave(MPI_Request* request, int rc) {
 
 // A call that completes some other way.
 inline void round_break() {
-  if (this_round.posts) this_round.finish(false), this_round.regular = false;
+  if (this_round.posts) round_closes(this_round, false, false);
 }
 
 // Around a Waitall: begins before the library's call, which forgets the handles, and ends after our unpacking.
@@ -87,8 +94,7 @@ class RoundEnd {
     Round& r = this_round;
     if (!r.posts) return rc;
     if (start_ns_) r.ns += now_ns() - start_ns_;
-    r.finish(start_ns_ && rc == MPI_SUCCESS);
-    r.regular = whole_ && rc == MPI_SUCCESS;
+    round_closes(r, whole_ && rc == MPI_SUCCESS, start_ns_ && rc == MPI_SUCCESS);
     return rc;
   }
 

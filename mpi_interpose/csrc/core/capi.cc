@@ -6,6 +6,7 @@
 #include "online.hh"
 #include "plan.hh"
 #include "policy.hh"
+#include "trial.hh"
 
 using namespace undertow;
 
@@ -75,6 +76,16 @@ EXPORT void undertow_core_online_observe(void* online, int message, int ours, in
   static_cast<Online*>(online)->observe(message ? kMessageRule : kLocalRule, ours != 0, bytes, ns, takes != 0);
 }
 EXPORT int undertow_core_online_takes(void* online, int table) { return static_cast<Online*>(online)->takes(table != 0); }
+
+// A trial of rounds, given times by the tests. `next`: the way, and 4 more where its time is wanted.
+EXPORT void* undertow_core_trial() { return new Trial; }
+EXPORT void undertow_core_trial_free(void* trial) { delete static_cast<Trial*>(trial); }
+EXPORT int undertow_core_trial_next(void* trial) {
+  const int way = static_cast<Trial*>(trial)->next();
+  return way | (static_cast<Trial*>(trial)->timed() ? 4 : 0);
+}
+EXPORT int undertow_core_trial_done(void* trial, int64_t ns) { return static_cast<Trial*>(trial)->done(ns); }
+EXPORT void undertow_core_trial_put_off(void* trial, int rounds) { static_cast<Trial*>(trial)->put_off(rounds); }
 
 // The table that decides, for `measure` and `explain`: the preload asks the same code.
 EXPORT void* undertow_core_policy(const char* text, const char* version, int* rows) {

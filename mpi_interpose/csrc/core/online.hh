@@ -44,13 +44,19 @@ class Online {
     const int decided = decision();
     return decided ? decided == kOurs : table;
   }
-  void observe(const OnlineRule& rule, bool ours, int64_t bytes, int64_t ns, bool takes) {
+  // Keeps a sample, and decides nothing.
+  void note(bool ours, int64_t bytes, int64_t ns) {
     if (bytes <= 0) return;
     std::atomic<int64_t>& slot = ps_per_byte_[ours];
     const int64_t sample = std::max<int64_t>(1, ns * 1000 / bytes), old = slot.load(relaxed);
     // Rises slowly when the program's buffers have moved.
     slot.store(old == 0 || sample < old ? sample : old + std::min(old / 16, (sample - old) / 4), relaxed);
     samples_[ours].fetch_add(1, relaxed);
+  }
+  void settle(Decision decision) { decision_.store(decision, relaxed); }  // somebody else has decided
+  void observe(const OnlineRule& rule, bool ours, int64_t bytes, int64_t ns, bool takes) {
+    if (bytes <= 0) return;
+    note(ours, bytes, ns);
     if (ours) return;  // a pair is complete
     const int before = decision();
     const bool taking = before ? before == kOurs : takes;

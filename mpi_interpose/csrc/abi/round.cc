@@ -1,0 +1,92 @@
+// See round.hh.
+#include "round.hh"
+
+#include <memory>
+
+namespace undertow {
+namespace {
+
+constexpr double kTry = 0.6;        // the table's worst gain for a message that a trial may take
+constexpr int kIrregular = 64, kNothing = 1 << 20;  // rounds until the next look where rounds change, or nothing can be taken
+
+Habit& habit_of(Round& r, uint64_t print) {
+  if (!r.all) {
+    static thread_local std::unique_ptr<Habits> owner;  // ends with the thread
+    owner = std::make_unique<Habits>();
+    r.all = owner.get();
+  }
+  Habit& h = r.all->known[print % Habits::kKnown];
+  if (h.first != print) {
+    h = Habit();
+    h.first = print;
+  }
+  return h;
+}
+
+Online& samples_of(const Member& p) { return round_of(*p.record, p.use, p.link, p.bytes); }
+
+// The trial has ended: what its way was for each message holds from now on.
+void settle(const Round& r) {
+  const Way way = r.habit->trial.chosen();
+  for (int k = 0; k < r.parts; ++k) {
+    const Member& p = r.all->part[k];
+    const bool ours = way == kAllWay || (way == kTableWay && p.table);
+    samples_of(p).settle(ours ? Online::kOurs : Online::kLibrary);
+  }
+  passing_changed();
+}
+
+}  // namespace
+
+void round_opens(Round& r, uint64_t print) {
+  r.looks = false;
+  r.habit = &habit_of(r, print);
+  r.way = r.habit->trial.next();
+  r.timed = r.habit->trial.timed();
+}
+
+bool round_takes(Record& record, Use use, int link, int64_t bytes, double ratio) {
+  Round& r = this_round;
+  const bool table = ratio >= kGain, candidate = ratio >= kTry && proved(record);
+  if (!candidate) return false;
+  const bool ours = r.way == kAllWay || (r.way == kTableWay && table);
+  r.bytes += bytes;
+  if (r.parts < Habits::kMost) {
+    hold(&record);
+    r.all->part[r.parts++] = Member{&record, use, link, bytes, ours, table};
+  }
+  return ours;
+}
+
+void round_closes(Round& r, bool whole, bool valid) {
+  if (Habit* const h = r.habit) {
+    if (!whole || (h->whole && h->whole != r.prints)) {
+      h->trial.put_off(kIrregular);
+    } else if (r.timed && r.parts == 0) {
+      h->trial.put_off(kNothing);
+    } else if (h->trial.done(r.ns)) {
+      settle(r);
+    }
+    h->whole = whole ? r.prints : 0;
+  }
+  if (r.timed) {
+    const double each = r.bytes > 0 ? static_cast<double>(r.ns) / static_cast<double>(r.bytes) : 0;
+    for (int k = 0; k < r.parts; ++k) {
+      const Member& p = r.all->part[k];
+      const auto ns = static_cast<int64_t>(each * static_cast<double>(p.bytes));
+      if (valid) {
+        (p.ours ? p.record->tally[p.use].ours_ns : p.record->tally[p.use].library_ns).fetch_add(ns, std::memory_order_relaxed);
+        samples_of(p).note(p.ours, p.bytes, ns);
+      }
+      release(p.record);
+    }
+  }
+  r.habit = nullptr;
+  r.parts = 0;
+  r.posts = 0;
+  r.timed = r.has_first = false;
+  r.bytes = r.ns = 0;
+  r.looks = whole;
+}
+
+}  // namespace undertow

@@ -19,8 +19,11 @@ def rows_of(a_MK: Tensor, b_KN: Tensor, y_MN: Tensor) -> Product:
 
 def panel_of(a_MK: Tensor, b_KN: Tensor) -> Panel:
     """Fill a tensor with some rows and columns of a @ b."""
+    rows = dict[int, Tensor]()  # pieces of columns want the same ones again, and a view costs the host its time
 
     def panel(low: int, high: int, left: int, right: int, out: Tensor) -> None:
-        torch.mm(a_MK.narrow(0, low, high - low), b_KN.narrow(1, left, right - left), out=out)
+        if low not in rows or rows[low].shape[0] != high - low:
+            rows[low] = a_MK.narrow(0, low, high - low)
+        torch.mm(rows[low], b_KN.narrow(1, left, right - left), out=out)
 
     return panel

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from undertow.benchmarks import overlap_cuda
+from undertow.comms import cuda_driver
 from undertow.comms.chunk_plan import chunk_rows
 from undertow.comms.cuda_events import Call
 from undertow.comms.cuda_messengers import CudaMessenger, PinnedMessenger
@@ -433,6 +434,28 @@ def test_the_benchmark_of_one_gpu_is_right(rows, seed):
             rank.scatter(CUDA_ARMS[0], check=True)
         overlap_cuda.copies(rank)
         engine.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("queue", [cuda_driver.copies, cuda_driver.copy_all])
+def test_several_copies_carry_what_was_made_before_them(seed, queue):
+    """Both ways between a GPU and pinned memory, of pieces that do not lie in order, behind a late write."""
+    made = torch.randint(0, 255, (9, 1000), dtype=torch.uint8, device="cuda")
+    late, there = torch.zeros_like(made), torch.zeros(made.shape, dtype=torch.uint8, pin_memory=True)
+    back, stream = torch.zeros_like(made), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        late.copy_(made)
+    order = [4 * row % 9 for row in range(8)]  # each once, one row left out
+    places = [tuple(x.data_ptr() + row * 1000 for x in (late, there, back)) for row in order]
+    queue(stream, [(target, source, 1000) for source, target, _ in places])
+    queue(stream, [(target, source, 1000) for _, source, target in places])
+    stream.synchronize()
+    for row in range(9):
+        want = made[row] if row in order else torch.zeros_like(made[row])
+        assert torch.equal(back[row], want) and torch.equal(there[row], want.cpu())
 
 
 @pytest.mark.gpu

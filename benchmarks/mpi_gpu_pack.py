@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-from undertow.benchmarks import facts, mpi_gpu_pages
+from undertow.benchmarks import facts, mpi_gpu_bound, mpi_gpu_pages
 from undertow.benchmarks.intervals import median_interval, ratio_interval
 from undertow.benchmarks.mpi_gpu_rivals import Driver, Layout, kind_of, make
 from undertow.benchmarks.mpi_gpu_rooms import blocks_library
@@ -133,11 +133,13 @@ def measure(layout: Layout, packing: bool, driver: Driver, stream: torch.cuda.St
     graphs: dict[str, Graph] = {}
     arms = make(layout, user, packed, packing, driver)
     if alone:
-        arms = {name: arm for name, arm in arms.items() if name in ("ours", "again", "older", "flat", "torch")}
+        arms = {name: arm for name, arm in arms.items() if name in ("ours", "again", "older", "torch")}
     arms["copy"] = lambda: copy_to.copy_(packed)
     start_user, start_packed = user.clone(), packed.clone()
     want = None
     row["wrong"], row["left out"] = [], {}
+    row["moved"], row["cache bytes"] = mpi_gpu_bound.bytes_moved(layout, packing), mpi_gpu_bound.cache_bytes(layout)
+    row["cache"] = torch.cuda.get_device_properties(0).L2_cache_size
     order = ["torch", *(name for name in arms if name != "torch")]
     for name in order:
         user.copy_(start_user)
@@ -198,7 +200,7 @@ def waiting(
     """`waits`: seconds of calls that return when their target may be read, in turn, the host's work included."""
     plan = gpu.GpuPlan(layout.ir(), layout.span)
     a, b, stream = user.data_ptr(), packed.data_ptr(), torch.cuda.current_stream()
-    gpu.use_kernels()
+    gpu.use_kernel()
 
     def then_wait(action: Callable[[], object]) -> Callable[[], None]:
         def run() -> None:
@@ -297,7 +299,7 @@ KEEP = 0.97  # a newer kernel may not lose more than this to the one before it, 
 def verdicts(rows: list[dict]) -> list[str]:
     """One line per newer kernel and direction: the gains over the older one, and whether the kernel stays."""
     lines = []
-    for kind, way in itertools.product(("single piece", "wide transpose"), ("pack", "unpack")):
+    for kind, way in itertools.product(("single piece", "transpose"), ("pack", "unpack")):
         cells = [row for row in rows if row["kind"] == kind and row["way"] == way and "older" in row["ratio"]]
         if not cells:
             continue

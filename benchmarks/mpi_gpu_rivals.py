@@ -182,17 +182,11 @@ def views(layout: Layout, user: torch.Tensor, packed: torch.Tensor) -> tuple[tor
 
 
 def kind_of(pieces: str) -> str:
-    """Which newer kernel serves a plan with these pieces (GpuPlan.describe).
-
-    'single piece': a kernel for its word size with short arguments; before, the kernel for batches. 'wide transpose':
-    16-byte words through shared memory; before, word by word (`flat`: that with today's kernel for one piece). Else ''.
-    """
+    """What a plan with these pieces (GpuPlan.describe) is to the kernels: 'single piece', 'transpose', or neither ('')."""
     lines = pieces.splitlines()
     if len(lines) != 1:
         return ""
-    if not lines[0].startswith("transpose"):
-        return "single piece"
-    return "wide transpose" if " words of 16 B" in lines[0] else ""
+    return "transpose" if lines[0].startswith("transpose") else "single piece"
 
 
 def make(
@@ -200,26 +194,22 @@ def make(
 ) -> dict[str, Callable[[], object]]:
     """The arms by name; 'ours' first. `user` holds the layout's span, `packed` its size, both uint8 on the device.
 
-    `older` is ours with the kernel that was there before the layout's kernel: see `kinds`.
+    `older` is ours with the kernels that serve any piece, which were there before those for one.
     """
     plan = gpu.GpuPlan(layout.ir(), layout.span)
     at, to = user.data_ptr(), packed.data_ptr()
 
-    def ours(**kernels: bool) -> Callable[[], object]:
+    def ours(kernel: str) -> Callable[[], object]:
         def run() -> None:
-            gpu.use_kernels(**kernels)
+            gpu.use_kernel(kernel)
             plan.enqueue(1, at, to, packing, torch.cuda.current_stream().cuda_stream)
 
         return run
 
-    arms = {"ours": ours()}
+    arms = {"ours": ours("")}
     arms["again"] = arms["ours"]
-    kind = kind_of(plan.describe(1, at, to))
-    if kind == "single piece":
-        arms["older"] = ours(single=False)
-    elif kind == "wide transpose":
-        arms["older"] = ours(single=False, wide_tiles=False)
-        arms["flat"] = ours(wide_tiles=False)
+    if kind_of(plan.describe(1, at, to)):
+        arms["older"] = ours("general")
     for name, arm in (("memcpy", driver.memcpy), ("paper", driver.paper)):
         made = arm(layout, at, to, packing)
         if made:

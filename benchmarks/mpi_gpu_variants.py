@@ -32,10 +32,19 @@ from undertow.mpi_interpose import gpu, gpu_kernels
 
 SAMPLES = 5
 NAMES = (
-    "general", "nest 1x64", "nest 1x128", "nest 1x256", "nest 2x128", "nest 4x128", "nest 4x256", "stream 128",
-    "stream 256", "gather 128", "gather 256", "both 128", "both 256", "cross 16", "cross 32", "cross 64",
+    "general", "nest 1x64", "nest 1x128", "nest 1x256", "nest 2x128", "nest 2x256", "nest 4x128", "nest 4x256",
+    "stream 128", "stream 256", "gather 128", "gather 256", "pour 128", "pour 256", "cross 16", "cross 32", "cross 64",
 )  # fmt: skip
+CHOSEN = "chosen"  # what the library takes by itself
 RIVALS = ("torch", "cupy", "paper")
+EXTRA = (  # words of one and two bytes, and what lies between the sizes of mpi_gpu_pack
+    Layout("3 B, stride 5", 3, ((1 << 22, 5),)), Layout("6 B, stride 10", 6, ((1 << 21, 10),)),
+    Layout("3 B, stride 5", 3, ((1 << 16, 5),)), Layout("8 B, stride 16", 8, ((1 << 19, 16),)),
+    Layout("16 B, stride 32", 16, ((1 << 19, 32),)), Layout("4 B, stride 8", 4, ((1 << 19, 8),)),
+    *(Layout(f"transpose {b} B, {n}^2", b, ((n, b), (n, b * n)))
+      for b, n in ((4, 256), (8, 256), (2, 2048), (4, 1024))),
+    Layout("64 MiB, 128 B, stride 256", 128, ((1 << 19, 256),)),
+)  # fmt: skip
 FIRST = (  # the cells that were lost or short of a goal, then what must not become slower
     ("1-D 32 B", 16 * MIB), ("1-D 32 B", 256 * MIB), ("1-D 16 B", 16 * MIB), ("transpose 16 B, 64^2", 64 * KIB),
     ("transpose 16 B, 256^2", 1 * MIB), ("transpose 16 B, 1024^2", 16 * MIB), ("3-D x face 256", 512 * KIB),
@@ -118,7 +127,7 @@ class Roof:
 
 
 def kernels(layout: Layout, user: torch.Tensor, packed: torch.Tensor, packing: bool) -> dict[str, Callable[[], object]]:
-    """An arm for each kernel that serves the layout. `older` has its meaning of mpi_gpu_pack."""
+    """An arm for each kernel that serves the layout."""
     plan = gpu.GpuPlan(layout.ir(), layout.span)
     a, b = user.data_ptr(), packed.data_ptr()
 
@@ -129,7 +138,7 @@ def kernels(layout: Layout, user: torch.Tensor, packed: torch.Tensor, packing: b
 
         return run
 
-    return {name: arm(name) for name in NAMES if plan.served_by(name, 1, a, b, packing)}
+    return {CHOSEN: arm(""), **{name: arm(name) for name in NAMES if plan.served_by(name, 1, a, b, packing)}}
 
 
 def host_answer(layout: Layout, user: torch.Tensor, packed: torch.Tensor, packing: bool) -> torch.Tensor:
@@ -186,14 +195,11 @@ def line(row: dict) -> str:
 
 def decided(row: dict) -> str:
     us = {name: statistics.median(taken) * 1e6 for name, taken in row["samples"].items()}
-    best = min((name for name in us if name[0] != "!"), key=lambda name: us[name])
+    best = min((name for name in us if name[0] != "!" and name != CHOSEN), key=lambda name: us[name])
     rival = min((name for name in us if name[1:] in RIVALS), key=lambda name: us[name])
-    return (
-        f"{row['way']:<6} {row['name'] + ',':<24} {row['size'] / KIB:>7.0f} KiB: {best:<12} "
-        f"general / it {us['general'] / us[best]:.2f}, {rival[1:]} / it {us[rival] / us[best]:.2f}, "
-        f"copy / it {us['!copy'] / us[best]:.2f}"
-        + (f", roof / it {us['!roof'] / us[best]:.2f}" if "!roof" in us else "")
-    )
+    against = {CHOSEN: CHOSEN, "general": "general", rival[1:]: rival, "copy": "!copy", "roof": "!roof"}
+    ratios = ", ".join(f"{said} / it {us[name] / us[best]:.2f}" for said, name in against.items() if name in us)
+    return f"{row['way']:<6} {row['name'] + ',':<26} {row['size'] / KIB:>7.0f} KiB: {best:<12} {ratios}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -212,11 +218,11 @@ def main(argv: list[str] | None = None) -> int:
     data = mpi_gpu_pages.begun("mpi_gpu_variants", "", SAMPLES, [said := fetch(driver, options.fetch)])
     sys.stdout.write(f"{said}\n{facts.hardware()}, {torch.cuda.get_device_name()}, torch {torch.__version__}\n")
     known = {(layout.name, layout.size): layout for layout in layouts(short=False)}
-    for cell in FIRST:
+    for layout in (*EXTRA, *(known[cell] for cell in FIRST)):
         for packing in (True, False):
-            if options.only not in cell[0] or time.monotonic() - began > options.seconds:
+            if options.only not in layout.name or time.monotonic() - began > options.seconds:
                 continue
-            data["rows"].append(measure(known[cell], packing, driver, roof, stream))
+            data["rows"].append(measure(layout, packing, driver, roof, stream))
             sys.stdout.write(line(data["rows"][-1]) + "\n")
             sys.stdout.flush()
             if options.output:

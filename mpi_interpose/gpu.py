@@ -43,7 +43,6 @@ def load() -> ctypes.CDLL:
         ("gpu_memory", small, [pointer]),
         ("gpu_host_path", None, [small]),
         ("gpu_ring", None, [integer]),
-        ("gpu_use_kernels", None, [small, small]),
         ("gpu_use_kernel", text, [text]),
         ("gpu_serves", small, [pointer, integer, ctypes.c_uint64, ctypes.c_uint64, small, text]),
         ("gpu_pack", text, [pointer, integer, pointer, pointer]),
@@ -76,11 +75,6 @@ def host_path(name: str) -> None:
 def ring(half_bytes: int) -> None:
     """Staged messages of more than two halves go through a ring of two halves of device scratch; 0: never."""
     load().undertow_gpu_ring(half_bytes)
-
-
-def use_kernels(single: bool = True, wide_tiles: bool = True) -> None:
-    """Which kernels the next launches may be: those for one piece, and tiles of 16-byte words; for measurements."""
-    load().undertow_gpu_use_kernels(int(single), int(wide_tiles))
 
 
 def use_kernel(name: str = "") -> None:

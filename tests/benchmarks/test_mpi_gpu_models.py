@@ -223,7 +223,13 @@ def test_counted_traffic_is_shown_beside_what_must_move() -> None:
 def test_every_cell_of_the_kernels_trial_is_a_layout() -> None:
     known = {(layout.name, layout.size) for layout in mpi_gpu_pack.layouts(short=False)}
     assert known.issuperset(mpi_gpu_variants.FIRST) and len(set(mpi_gpu_variants.FIRST)) == len(mpi_gpu_variants.FIRST)
-    row = {"way": "pack", "name": "x", "size": 1024, "wrong": ["cross 32"],
-           "samples": {"general": [2e-6], "nest 1x128": [1e-6], "!torch": [1.5e-6], "!copy": [5e-7]}}  # fmt: skip
-    assert mpi_gpu_variants.line(row).endswith("!copy 0.50  nest 1x128 1.00  !torch 1.50  general 2.00 WRONG: cross 32")
-    assert "nest 1x128   general / it 2.00, torch / it 1.50, copy / it 0.50" in mpi_gpu_variants.decided(row)
+    seconds = {"chosen": 1e-6, "general": 2e-6, "nest 1x128": 1e-6, "!torch": 1.5e-6, "!copy": 5e-7}
+    samples = {name: [taken] for name, taken in seconds.items()}
+    row = {"way": "pack", "name": "x", "size": 1024, "wrong": ["cross 32"], "samples": samples}
+    assert mpi_gpu_variants.line(row).endswith(
+        "chosen 1.00  nest 1x128 1.00  !torch 1.50  general 2.00 WRONG: cross 32"
+    )
+    assert (
+        "nest 1x128   chosen / it 1.00, general / it 2.00, torch / it 1.50, copy / it 0.50"
+        in mpi_gpu_variants.decided(row)
+    )

@@ -149,14 +149,12 @@ void move_word(uint64_t user, uint64_t packed, int log, bool packing) {
 
 template <int D>
 void run(const Shaped& f, const undertow::gpu::Loops<D>& s, unsigned grid, unsigned threads) {
-  const unsigned per = f.form == "gather" ? 16u >> f.log : f.most;
-  if (f.form == "gather" && (!s.packing || s.packed % 16 || s.words % per)) die("no whole accesses to gather", s.packed);
+  const bool gathers = f.form == "gather" || f.form == "pour";
+  const unsigned per = gathers ? 16u >> f.log : f.form == "stream" ? undertow::gpu::stream_words(f.log) : f.most;
+  if (gathers && (!s.packing || s.packed % 16 || s.words % per)) die("no whole accesses to gather", s.packed);
   if (uint64_t(grid) * threads * per < s.words || uint64_t(grid - 1) * threads * per >= s.words) die("a grid of another size", grid);
   for (uint32_t t = 0; t < s.words; ++t) {
-    int64_t user, packed;
-    if (f.form == "both") undertow::gpu::spot<D, true>(s, t, f.log, user, packed);
-    else undertow::gpu::spot<D, false>(s, t, f.log, user, packed);
-    move_word(s.user + user, s.packed + packed, f.log, s.packing);
+    move_word(s.user + undertow::gpu::spot(s, t, f.log), s.packed + (uint64_t(t) << f.log), f.log, s.packing);
   }
 }
 

@@ -27,14 +27,11 @@ const char* attempt(F f) {  // NULL, or why it failed
 
 EXPORT int undertow_gpu_possible() { return gpu::possible(); }
 EXPORT int undertow_gpu_memory(const void* address) { return static_cast<int>(gpu::where(address).memory); }
-EXPORT void undertow_gpu_use_kernels(int single, int wide_tiles) {
-  gpu::kernels = gpu::Kernels{single != 0, wide_tiles != 0, gpu::kernels.one};
-}
 // The kernel for launches of one piece that it serves, by name (see choose.hh); "": as `choose` says.
 EXPORT const char* undertow_gpu_use_kernel(const char* name) {
   return attempt([&] {
-    gpu::kernels.one.reset();
-    if (*name) gpu::kernels.one = gpu::read_choice(name);
+    gpu::forced_kernel.reset();
+    if (*name) gpu::forced_kernel = gpu::read_choice(name);
   });
 }
 // Whether a plan between two addresses is one piece that the named kernel serves; -1: no such kernel.
@@ -44,7 +41,7 @@ EXPORT int undertow_gpu_serves(void* plan, int64_t count, uint64_t user, uint64_
     gpu::Tables none;
     none.of_op = [](size_t) { return gpu::Table{}; };
     none.whole = [](const gpu::Blocks&, int64_t) { return gpu::Table{}; };
-    const gpu::Choice choice = gpu::read_choice(name);
+    const gpu::Choice choice = *name ? gpu::read_choice(name) : gpu::Choice{};
     const std::vector<gpu::Piece> pieces = gpu::lower(*static_cast<Plan*>(plan), count, user, packed, none);
     found = pieces.size() == 1 && gpu::serves(choice, pieces[0], packing != 0);
   });

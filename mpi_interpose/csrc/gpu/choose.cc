@@ -1,7 +1,6 @@
 // See choose.hh.
 #include "choose.hh"
 
-#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
@@ -14,6 +13,7 @@ namespace {
 
 constexpr int64_t kNearStep = 32;    // steps up to a sector count as "along the row"
 constexpr uint32_t kShortSide = 8;   // a crossed pair of loops this short is left to the flat kernels
+constexpr uint32_t kManyWords = 1u << 18;
 constexpr int64_t kMostStep = std::numeric_limits<int32_t>::max();
 
 bool loops(const Piece& p) { return p.kind == kNest || p.kind == kCrossed; }
@@ -26,7 +26,16 @@ bool short_steps(const Piece& p) {
 
 uint32_t ceiling(uint32_t n, uint32_t d) { return n / d + (n % d != 0); }
 
-Choice unrolled(uint8_t unroll, uint16_t threads) { return {Form::Nest, unroll, 0, threads}; }
+Choice nest_of(unsigned unroll, unsigned threads) {
+  return {Form::Nest, static_cast<uint8_t>(unroll), 0, static_cast<uint16_t>(threads)};
+}
+Choice plain(Form form, unsigned threads) { return {form, 1, 0, static_cast<uint16_t>(threads)}; }
+Choice tiles_of(unsigned side) { return {Form::Cross, 1, static_cast<uint8_t>(side), 256}; }
+
+uint32_t words_of_thread(const Choice& c, const Piece& p) {
+  if (c.form == Form::Gather || c.form == Form::Pour) return 16u >> p.word_log2;
+  return c.form == Form::Stream ? stream_words(p.word_log2) : c.unroll;
+}
 
 }  // namespace
 
@@ -44,13 +53,13 @@ Choice read_choice(const std::string& text) {
   const auto two = [&](const char* form) { return std::sscanf(text.c_str(), form, &a, &b, &read) == 2 && read == static_cast<int>(text.size()); };
   const auto threads = [](unsigned n) { return n == 64 || n == 128 || n == 256; };
   if (text == "general") return {};
-  if (two("nest %ux%u%n") && (a == 1 || a == 2 || a == 4) && threads(b)) return unrolled(static_cast<uint8_t>(a), static_cast<uint16_t>(b));
-  if (is("stream %u%n") && threads(a)) return {Form::Stream, 1, 0, static_cast<uint16_t>(a)};
-  if (is("gather %u%n") && threads(a)) return {Form::Gather, 1, 0, static_cast<uint16_t>(a)};
-  if (is("both %u%n") && threads(a)) return {Form::Both, 1, 0, static_cast<uint16_t>(a)};
-  if (is("cross %u%n") && (a == 16 || a == 32 || a == 64)) return {Form::Cross, 1, static_cast<uint8_t>(a), 256};
+  if (two("nest %ux%u%n") && (a == 1 || a == 2 || a == 4) && threads(b)) return nest_of(a, b);
+  if (is("stream %u%n") && threads(a)) return plain(Form::Stream, a);
+  if (is("gather %u%n") && threads(a)) return plain(Form::Gather, a);
+  if (is("pour %u%n") && threads(a)) return plain(Form::Pour, a);
+  if (is("cross %u%n") && (a == 16 || a == 32 || a == 64)) return tiles_of(a);
   throw Failure("a kernel called '" + text + "'; there are `general`, `nest 1x128` (1, 2 or 4 words, 64 to 256 threads), "
-                "`stream 128`, `gather 128`, `both 128` and `cross 32` (16, 32 or 64)");
+                "`stream 128`, `gather 128`, `pour 128` and `cross 32` (16, 32 or 64)");
 }
 
 bool serves(const Choice& c, const Piece& p, bool packing) {
@@ -58,20 +67,43 @@ bool serves(const Choice& c, const Piece& p, bool packing) {
   if (!loops(p) || !short_steps(p)) return false;
   const bool nest = p.ndims >= 1 && p.ndims <= kNestDims;
   switch (c.form) {
-    case Form::Nest: return nest && p.dense && (c.unroll == 1 || p.word_log2 >= 2);
+    case Form::Nest: return nest && p.dense && (c.unroll == 1 || p.word_log2 == 2 || (c.unroll == 2 && p.word_log2 == 3));
     case Form::Stream: return nest && p.dense && p.word_log2 >= 2;
-    case Form::Gather: {
+    case Form::Gather:
+    case Form::Pour: {
       const uint32_t per = 16u >> p.word_log2;
-      return packing && nest && p.dense && p.word_log2 < 4 && p.words % per == 0 && p.packed % 16 == 0;
+      return packing && nest && p.dense && p.word_log2 <= 2 && p.words % per == 0 && p.packed % 16 == 0;
     }
-    case Form::Both: return nest;
     default:
       if (!crosses(p) || p.ndims > 3) return false;
       return c.side == 16 ? p.word_log2 >= 3 : c.side == 32 || p.word_log2 <= 3;
   }
 }
 
-Choice choose(const Piece&, bool) { return {}; }
+// From benchmarks/results/mpi_gpu_variants_*.json (an H200, 29 November 2026): the fastest kernel or one within 1 % of it,
+// by word and bytes. Up to some 32 MiB the cache holds the strided side, if the packed side does not push it out; that is
+// what streams are for. Above, the memory sets the pace, and one word per thread in small blocks goes best with it.
+Choice choose(const Piece& p, bool packing) {
+  constexpr int64_t kInCache = 32ll << 20, kLarge = 4ll << 20;
+  const int64_t bytes = static_cast<int64_t>(p.words) << p.word_log2;
+  Choice choice;
+  if (loops(p) && crosses(p)) {
+    if (p.word_log2 == 4) choice = tiles_of(bytes <= kInCache ? 16 : 32);
+    else choice = tiles_of(p.word_log2 == 3 || p.words < (1u << 20) ? 32 : 64);
+    if (serves(choice, p, packing)) return choice;
+  }
+  if (p.word_log2 < 2 && p.words > kManyWords) return {};
+  choice = nest_of(1, 256);
+  if (p.word_log2 == 4 && bytes > kLarge) choice = bytes <= kInCache ? plain(Form::Stream, 256) : nest_of(1, 128);
+  if (p.word_log2 == 3 && bytes > kLarge) {
+    choice = bytes <= kInCache ? plain(Form::Stream, 256) : packing ? nest_of(2, 128) : nest_of(1, 256);
+  }
+  if (p.word_log2 == 2 && p.words > kManyWords) {
+    choice = plain(bytes <= kInCache ? Form::Pour : Form::Gather, 128);
+    if (!serves(choice, p, packing)) choice = bytes <= kInCache ? plain(Form::Stream, 256) : nest_of(4, 256);
+  }
+  return serves(choice, p, packing) ? choice : Choice{};
+}
 
 std::string kernel_name(const Choice& c, const Piece& p) {
   const std::string log = std::to_string(p.word_log2);
@@ -80,7 +112,7 @@ std::string kernel_name(const Choice& c, const Piece& p) {
     case Form::Nest: return "undertow_nest_" + tail + "_" + std::to_string(c.unroll);
     case Form::Stream: return "undertow_stream_" + tail;
     case Form::Gather: return "undertow_gather_" + tail;
-    case Form::Both: return "undertow_both_" + tail;
+    case Form::Pour: return "undertow_pour_" + tail;
     default: return "undertow_cross_" + log + "_" + std::to_string(c.side);
   }
 }
@@ -90,7 +122,7 @@ int kernel_code(const Choice& c, const Piece& p) {
   return (static_cast<int>(c.form) * 5 + c.unroll) * 20 + shape;
 }
 
-Loops<kNestDims> loops_of(const Piece& p, const Choice& c, bool packing) {
+Loops<kNestDims> loops_of(const Piece& p, bool packing) {
   Loops<kNestDims> s{};
   s.user = p.user;
   s.packed = p.packed;
@@ -99,12 +131,10 @@ Loops<kNestDims> loops_of(const Piece& p, const Choice& c, bool packing) {
   s.block = p.block;
   s.magic = p.block_magic;
   s.shift = p.block_shift;
-  PieceDim dims[kNestDims];
-  std::reverse_copy(p.dims, p.dims + p.ndims, dims);  // innermost first
-  if (c.form == Form::Both && !packing && crosses(p))
-    std::stable_sort(dims, dims + p.ndims, [](const PieceDim& a, const PieceDim& b) { return std::llabs(a.user) < std::llabs(b.user); });
-  for (int d = 0; d < p.ndims; ++d)
-    s.level[d] = {dims[d].n, dims[d].magic, dims[d].shift, static_cast<int32_t>(dims[d].user), static_cast<int32_t>(dims[d].packed)};
+  for (int d = 0; d < p.ndims; ++d) {  // innermost first
+    const PieceDim& dim = p.dims[p.ndims - 1 - d];
+    s.level[d] = {dim.n, dim.magic, dim.shift, static_cast<int32_t>(dim.user)};
+  }
   return s;
 }
 
@@ -138,8 +168,7 @@ uint32_t grid_of(const Choice& c, const Piece& p) {
     const Crossing x = crossing_of(p, c, true);
     return x.across * x.down * x.outer_n;
   }
-  const uint32_t words = c.form == Form::Gather ? p.words / (16u >> p.word_log2) : p.words;
-  return ceiling(words, static_cast<uint32_t>(c.threads) * c.unroll);
+  return ceiling(p.words, c.threads * words_of_thread(c, p));
 }
 
 }  // namespace undertow::gpu

@@ -11,9 +11,9 @@ namespace undertow::gpu {
 enum class Form : uint8_t {
   General,  // any piece: the kernels of kernels.cu that read a Piece
   Nest,     // loops, dense on the packed side
-  Stream,   // Nest, whose packed side passes the caches as a stream
-  Gather,   // Nest, packs only: a thread reads words for one packed access of 16 bytes
-  Both,     // loops with steps on both sides; a transpose is numbered in the order of the side that is written
+  Stream,   // Nest with stream_words() per thread, whose packed side passes the caches as a stream
+  Gather,   // Nest, packs only: a thread reads words for one packed store of 16 bytes
+  Pour,     // Gather, whose stores pass the caches as a stream
   Cross,    // a transpose through tiles
 };
 
@@ -21,15 +21,15 @@ struct Choice {
   Form form = Form::General;
   uint8_t unroll = 1;      // words per thread (Nest)
   uint8_t side = 0;        // of a tile (Cross)
-  uint16_t threads = 256;  // of a block (all but Cross)
+  uint16_t threads = 256;  // of a block
 };
 
-// "general", "nest UxTHREADS", "stream 1xTHREADS", "gather THREADS", "both THREADS", "cross SIDE"; throws Failure otherwise.
+// "general", "nest UxTHREADS", "stream THREADS", "gather THREADS", "pour THREADS", "cross SIDE"; throws Failure otherwise.
 Choice read_choice(const std::string& text);
 
 // Whether that kernel is there and can serve the piece.
 bool serves(const Choice& choice, const Piece& piece, bool packing);
-Choice choose(const Piece& piece, bool packing);
+Choice choose(const Piece& piece, bool packing);  // what was measured to be the fastest; it serves the piece
 std::string kernel_name(const Choice& choice, const Piece& piece);  // of all but General
 constexpr int kKernelCodes = 1024;
 int kernel_code(const Choice& choice, const Piece& piece);  // below kKernelCodes; alike where names are
@@ -37,8 +37,8 @@ int kernel_code(const Choice& choice, const Piece& piece);  // below kKernelCode
 // Whether the two innermost loops cross memory order, so that tiles may serve.
 bool crosses(const Piece& piece);
 
-// Arguments; the piece must be served. For Both, `packing` decides the order of a transpose's loops.
-Loops<kNestDims> loops_of(const Piece& piece, const Choice& choice, bool packing);
+// Arguments; the piece must be served.
+Loops<kNestDims> loops_of(const Piece& piece, bool packing);
 Crossing crossing_of(const Piece& piece, const Choice& choice, bool packing);
 uint32_t grid_of(const Choice& choice, const Piece& piece);  // thread blocks of the launch
 

@@ -91,7 +91,8 @@ Handle Context::kernel(const Choice& choice, const Piece& piece) {
 
 // False: the general kernels are to do it.
 bool Context::launch_one(const Piece& piece, bool packing, Handle on) {
-  const Choice choice = kernels.one && serves(*kernels.one, piece, packing) ? *kernels.one : choose(piece, packing);
+  const bool forced = forced_kernel && serves(*forced_kernel, piece, packing);
+  const Choice choice = forced ? *forced_kernel : choose(piece, packing);
   if (choice.form == Form::General) return false;
   Crossing crossing;
   Loops<kNestDims> loops;
@@ -100,7 +101,7 @@ bool Context::launch_one(const Piece& piece, bool packing, Handle on) {
     crossing = crossing_of(piece, choice, packing);
     argument = &crossing;
   } else {
-    loops = loops_of(piece, choice, packing);
+    loops = loops_of(piece, packing);
   }
   must(cuda.cuLaunchKernel(kernel(choice, piece), grid_of(choice, piece), 1, 1, choice.threads, 1, 1, 0, on, &argument, nullptr),
        "launching a pack kernel");
@@ -112,7 +113,7 @@ bool Context::launch_one(const Piece& piece, bool packing, Handle on) {
 // Pieces in order, as many per launch as fit its arguments; every launch is one kernel over all its pieces.
 void Context::launch(const std::vector<Piece>& pieces, bool packing, Handle on) {
   if (pieces.size() == 1 && launch_one(pieces[0], packing, on)) return;
-  if (kernels.single && pieces.size() == 1 && pieces[0].kind != kCrossed) {
+  if (pieces.size() == 1 && pieces[0].kind != kCrossed) {
     One one{pieces[0], packing, 0};
     void* arguments[] = {&one};
     const Handle kernel = ones_[one.piece.word_log2][one.piece.unroll > 1];

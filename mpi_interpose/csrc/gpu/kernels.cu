@@ -92,17 +92,20 @@ __device__ __forceinline__ void cross_tile(const Piece& p, uint32_t tile, bool p
   const uint32_t lane = threadIdx.x % kTile, row = threadIdx.x / kTile;
   constexpr int kRows = kThreads / kTile, kSteps = kTile / kRows;
   // Along the user's side lanes follow o, along the packed side they follow i.
+  Word v[kSteps];  // all loads are on their way before the first is laid down
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
     const uint32_t r = row + s * kRows;
     if (packing) {
       if (o0 + lane < o.n && i0 + r < i.n)
-        square[r][lane] = *reinterpret_cast<const Word*>(u + lane * o.user + static_cast<int64_t>(r) * i.user);
+        v[s] = *reinterpret_cast<const Word*>(u + lane * o.user + static_cast<int64_t>(r) * i.user);
     } else {
       if (i0 + lane < i.n && o0 + r < o.n)
-        square[r][lane] = *reinterpret_cast<const Word*>(k + lane * i.packed + static_cast<int64_t>(r) * o.packed);
+        v[s] = *reinterpret_cast<const Word*>(k + lane * i.packed + static_cast<int64_t>(r) * o.packed);
     }
   }
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) square[row + s * kRows][lane] = v[s];
   __syncthreads();
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
@@ -154,39 +157,35 @@ __device__ __forceinline__ void walk(const Batch& batch) {
 
 enum Hint { kPlain, kPackedStreams };
 
+template <Hint kHint, class Word>
+__device__ __forceinline__ void put(Word* to, Word v) {
+  if constexpr (kHint == kPackedStreams) __stcs(to, v);
+  else *to = v;
+}
+
 // U words per thread, a block's threads apart.
-template <int Log, int D, int U, bool kBoth, Hint kHint>
+template <int Log, int D, int U, Hint kHint>
 __device__ __forceinline__ void nest(const Loops<D>& s) {
   using Word = typename WordOf<Log>::type;
   const uint32_t first = blockIdx.x * (blockDim.x * U) + threadIdx.x;
   char* user[U];
-  char* packed[U];
   Word v[U];
 #pragma unroll
-  for (int i = 0; i < U; ++i) {
-    int64_t u, k;
-    spot<D, kBoth>(s, first + i * blockDim.x, Log, u, k);
-    user[i] = reinterpret_cast<char*>(s.user) + u;
-    packed[i] = reinterpret_cast<char*>(s.packed) + k;
-  }
+  for (int i = 0; i < U; ++i) user[i] = reinterpret_cast<char*>(s.user) + spot(s, first + i * blockDim.x, Log);
+  Word* const packed = reinterpret_cast<Word*>(s.packed) + first;
   if (s.packing) {
 #pragma unroll
     for (int i = 0; i < U; ++i)
       if (first + i * blockDim.x < s.words) v[i] = *reinterpret_cast<const Word*>(user[i]);
 #pragma unroll
     for (int i = 0; i < U; ++i)
-      if (first + i * blockDim.x < s.words) {
-        Word* to = reinterpret_cast<Word*>(packed[i]);
-        if constexpr (kHint == kPackedStreams) __stcs(to, v[i]);
-        else *to = v[i];
-      }
+      if (first + i * blockDim.x < s.words) put<kHint>(packed + i * blockDim.x, v[i]);
   } else {
 #pragma unroll
     for (int i = 0; i < U; ++i)
       if (first + i * blockDim.x < s.words) {
-        const Word* from = reinterpret_cast<const Word*>(packed[i]);
-        if constexpr (kHint == kPackedStreams) v[i] = __ldcs(from);
-        else v[i] = *from;
+        if constexpr (kHint == kPackedStreams) v[i] = __ldcs(packed + i * blockDim.x);
+        else v[i] = packed[i * blockDim.x];
       }
 #pragma unroll
     for (int i = 0; i < U; ++i)
@@ -195,7 +194,7 @@ __device__ __forceinline__ void nest(const Loops<D>& s) {
 }
 
 // Packs of words below 16 bytes: as many as fill one store of 16 bytes.
-template <int Log, int D>
+template <int Log, int D, Hint kHint>
 __device__ __forceinline__ void gather(const Loops<D>& s) {
   using Word = typename WordOf<Log>::type;
   constexpr int kPer = 16 >> Log;
@@ -206,12 +205,9 @@ __device__ __forceinline__ void gather(const Loops<D>& s) {
     Word each[kPer];
   } v;
 #pragma unroll
-  for (int i = 0; i < kPer; ++i) {
-    int64_t u, k;
-    spot<D, false>(s, at * kPer + i, Log, u, k);
-    v.each[i] = *reinterpret_cast<const Word*>(reinterpret_cast<const char*>(s.user) + u);
-  }
-  reinterpret_cast<uint4*>(s.packed)[at] = v.all;
+  for (int i = 0; i < kPer; ++i)
+    v.each[i] = *reinterpret_cast<const Word*>(reinterpret_cast<const char*>(s.user) + spot(s, at * kPer + i, Log));
+  put<kHint>(reinterpret_cast<uint4*>(s.packed) + at, v.all);
 }
 
 // A tile of T x T words, a block's 256 threads; a thread's loads are all on their way before the first is laid down.
@@ -278,30 +274,32 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4) undertow_copy(const __
   extern "C" __global__ void __launch_bounds__(kThreads) undertow_##NAME(const __grid_constant__ ARGUMENTS a) {      \
     words::__VA_ARGS__(a);                                                                                           \
   }
-#define UNDERTOW_NEST(LOG, D, U) UNDERTOW_KERNEL(nest_##LOG##_##D##_##U, Loops<D>, nest<LOG, D, U, false, words::kPlain>)
-#define UNDERTOW_LOOPS(LOG, D)                                                                                       \
-  UNDERTOW_NEST(LOG, D, 1)                                                                                           \
-  UNDERTOW_KERNEL(both_##LOG##_##D, Loops<D>, nest<LOG, D, 1, true, words::kPlain>)
-#define UNDERTOW_LARGE(LOG, D)                                                                                       \
-  UNDERTOW_NEST(LOG, D, 2)                                                                                           \
-  UNDERTOW_NEST(LOG, D, 4)                                                                                           \
-  UNDERTOW_KERNEL(stream_##LOG##_##D, Loops<D>, nest<LOG, D, 1, false, words::kPackedStreams>)
-#define UNDERTOW_GATHER(LOG, D) UNDERTOW_KERNEL(gather_##LOG##_##D, Loops<D>, gather<LOG, D>)
+#define UNDERTOW_NEST(LOG, D, U) UNDERTOW_KERNEL(nest_##LOG##_##D##_##U, Loops<D>, nest<LOG, D, U, words::kPlain>)
+#define UNDERTOW_SINGLE(LOG, D) UNDERTOW_NEST(LOG, D, 1)
+#define UNDERTOW_DOUBLE(LOG, D) UNDERTOW_NEST(LOG, D, 2)
+#define UNDERTOW_FOURFOLD(LOG, D) UNDERTOW_NEST(LOG, D, 4)
+#define UNDERTOW_STREAM(LOG, D)                                                                                      \
+  UNDERTOW_KERNEL(stream_##LOG##_##D, Loops<D>, nest<LOG, D, stream_words(LOG), words::kPackedStreams>)
+#define UNDERTOW_GATHER(LOG, D)                                                                                      \
+  UNDERTOW_KERNEL(gather_##LOG##_##D, Loops<D>, gather<LOG, D, words::kPlain>)                                       \
+  UNDERTOW_KERNEL(pour_##LOG##_##D, Loops<D>, gather<LOG, D, words::kPackedStreams>)
 #define UNDERTOW_CROSS(LOG, T) UNDERTOW_KERNEL(cross_##LOG##_##T, Crossing, cross<LOG, T>)
 #define UNDERTOW_EACH(WHAT, LOG) WHAT(LOG, 1) WHAT(LOG, 2) WHAT(LOG, 3)
 
-UNDERTOW_EACH(UNDERTOW_LOOPS, 0)
-UNDERTOW_EACH(UNDERTOW_LOOPS, 1)
-UNDERTOW_EACH(UNDERTOW_LOOPS, 2)
-UNDERTOW_EACH(UNDERTOW_LOOPS, 3)
-UNDERTOW_EACH(UNDERTOW_LOOPS, 4)
-UNDERTOW_EACH(UNDERTOW_LARGE, 2)
-UNDERTOW_EACH(UNDERTOW_LARGE, 3)
-UNDERTOW_EACH(UNDERTOW_LARGE, 4)
+UNDERTOW_EACH(UNDERTOW_SINGLE, 0)
+UNDERTOW_EACH(UNDERTOW_SINGLE, 1)
+UNDERTOW_EACH(UNDERTOW_SINGLE, 2)
+UNDERTOW_EACH(UNDERTOW_SINGLE, 3)
+UNDERTOW_EACH(UNDERTOW_SINGLE, 4)
+UNDERTOW_EACH(UNDERTOW_DOUBLE, 2)
+UNDERTOW_EACH(UNDERTOW_DOUBLE, 3)
+UNDERTOW_EACH(UNDERTOW_FOURFOLD, 2)
+UNDERTOW_EACH(UNDERTOW_STREAM, 2)
+UNDERTOW_EACH(UNDERTOW_STREAM, 3)
+UNDERTOW_EACH(UNDERTOW_STREAM, 4)
 UNDERTOW_EACH(UNDERTOW_GATHER, 0)
 UNDERTOW_EACH(UNDERTOW_GATHER, 1)
 UNDERTOW_EACH(UNDERTOW_GATHER, 2)
-UNDERTOW_EACH(UNDERTOW_GATHER, 3)
 UNDERTOW_CROSS(0, 32)
 UNDERTOW_CROSS(1, 32)
 UNDERTOW_CROSS(2, 32)

@@ -5,7 +5,7 @@
 
 namespace undertow::gpu {
 
-Kernels kernels;
+std::optional<Choice> forced_kernel;
 
 namespace {
 
@@ -106,7 +106,7 @@ struct Maker {
   }
 
   static bool crossed(const Piece& p) {
-    return crosses(p) && (p.word_log2 <= 3 || (kernels.wide_tiles && p.words >= kWideTilesFrom));
+    return crosses(p) && (p.word_log2 <= 3 || p.words >= kWideTilesFrom);
   }
 };
 

@@ -38,13 +38,8 @@ struct Tables {
 // The pieces of `count` elements between `user` and `packed` (addresses). Throws Unsupported beyond kMaxBlocks.
 std::vector<Piece> lower(const Plan& plan, int64_t count, uint64_t user, uint64_t packed, const Tables& tables);
 
-// Which kernels may be chosen; for measurements of each beside what came before it. All of them by default.
-struct Kernels {
-  bool single = true;      // a launch of one piece that is no transpose has a kernel for its word, with short arguments
-  bool wide_tiles = true;  // transposes of 16-byte words go through shared memory, as those of smaller words do
-  std::optional<Choice> one;  // for a launch of one piece, where it serves; else what `choose` says
-};
-extern Kernels kernels;
+// For measurements: the kernel for a launch of one piece, where it serves; else what `choose` says.
+extern std::optional<Choice> forced_kernel;
 
 uint8_t words_per_thread(const Piece& piece);
 

@@ -14,10 +14,10 @@ constexpr int kNestDims = 3;
 
 struct Level {
   uint32_t n, magic, shift;
-  int32_t user, packed;  // byte steps
+  int32_t user;  // byte step
 };
 
-// Word t of a nest: blocks of `block` words, repeated by D loops, the innermost first.
+// A nest: blocks of `block` words, repeated by D loops, the innermost first; dense on the packed side.
 template <int D>
 struct Loops {
   uint64_t user, packed;
@@ -30,23 +30,23 @@ UNDERTOW_HD int64_t product(uint32_t k, int32_t step) {
   return static_cast<int64_t>(static_cast<int32_t>(k)) * step;  // k < 2^30
 }
 
-// The byte offset of word `t` on the user's side; on the packed side it is t words, unless kBoth asks for that too.
-template <int D, bool kBoth>
-UNDERTOW_HD void spot(const Loops<D>& s, uint32_t t, int log, int64_t& user, int64_t& packed) {
+// The byte offset of word `t` on the user's side; on the packed side it is t words.
+template <int D>
+UNDERTOW_HD int64_t spot(const Loops<D>& s, uint32_t t, int log) {
   uint32_t q = s.block > 1 ? divide(t, s.magic, s.shift) : t;
-  const uint32_t w = t - q * s.block;
-  user = static_cast<int64_t>(w) << log;
-  packed = kBoth ? user : static_cast<int64_t>(t) << log;
+  int64_t user = static_cast<int64_t>(t - q * s.block) << log;
   UNDERTOW_UNROLL
   for (int d = 0; d < D; ++d) {
     const Level& level = s.level[d];
     const uint32_t up = d + 1 < D ? divide(q, level.magic, level.shift) : 0;
-    const uint32_t k = q - up * level.n;
+    user += product(q - up * level.n, level.user);
     q = up;
-    user += product(k, level.user);
-    if (kBoth) packed += product(k, level.packed);
   }
+  return user;
 }
+
+// Words per thread of a kernel whose packed side is a stream: 16 bytes.
+UNDERTOW_HD constexpr uint32_t stream_words(int log) { return 16u >> log; }
 
 // Two loops that cross memory order, and perhaps one around them: `o` has the small step on the user's side, `i` on the
 // packed side, whose step is a word.

@@ -193,7 +193,7 @@ def reductions_later() -> None:
 
 
 def both_ways_later() -> None:
-    """Isendrecv with a receive that is longer than what arrives, and its replace form; libraries before MPI 4 lack them."""
+    """Isendrecv, with a receive longer than what arrives, and its replace form; libraries before MPI 4 lack them."""
     try:
         comm.Isendrecv([None, 0, MPI.INT], MPI.PROC_NULL, 0, [None, 0, MPI.INT], MPI.PROC_NULL, 0).Wait()
     except NotImplementedError:

@@ -68,7 +68,7 @@ def block_flops(shape: Shape, need: Need, backward: bool) -> int:
     return need.area * h.batch * (h.q_heads // shape.inner) * width
 
 
-def blocks_of(shape: Shape, routes: Sequence[Route], moves: str, size: int) -> list[Block]:
+def blocks_of(shape: Shape, routes: Sequence[Route], moves: str, size: int, *, backward: bool) -> list[Block]:
     """Every need in one block. Those with no visible pair are left out, but for a team's own, which begin its sums."""
     found = []
     for i in range(size):
@@ -77,7 +77,8 @@ def blocks_of(shape: Shape, routes: Sequence[Route], moves: str, size: int) -> l
         others = [j for j in range(size) if j != i]
         if moves == "kv" and len(routes) == 1:
             others.sort(key=lambda j: routes[0].step(j, i))
-            found += _joined(i, [(j, n) for j in others for n in shape.needs.get((i, j), ()) if n.area], shape.joined)
+            arrivals = [(j, n) for j in others for n in shape.needs.get((i, j), ()) if n.area]
+            found += _joined(i, arrivals, shape.joined[backward])
         else:
             found += [Block(i, ((j, n),)) for j in others for n in shape.needs.get((i, j), ()) if n.area]
     return found

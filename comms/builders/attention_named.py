@@ -24,7 +24,7 @@ SCHEDULES = {
     "token_ring": "queries go round a ring, results straight home",
     "token_ring_bookended": "token_ring that begins and ends with half of the local block",
     "all_gather_kv": "all keys and values to all ranks at once",
-    "all_gather_kv_joined": "all_gather_kv, all arrivals that the same queries need in one block",
+    "all_gather_kv_joined": "all_gather_kv, all arrivals (backward: four) that the same queries need in one block",
     "need_only_kv": "keys and values straight to the ranks that need them",
     "need_only_q": "queries straight to the ranks that need them, results straight home",
     "double_ring": "keys and values: a ring of nodes, and a ring inside each",
@@ -35,7 +35,9 @@ SCHEDULES = {
 MOVING_QUERIES = ("token_ring", "token_ring_bookended", "need_only_q", "ulysses_token")
 BOOKENDED = ("ring_kv_bookended", "token_ring_bookended")
 HALVES = {"ring_kv_bidirectional": "all", **dict.fromkeys(BOOKENDED, "local")}  # which needs are cut into two
-JOINED = {"ring_kv_joined": 2, "all_gather_kv_joined": 1 << 30}  # the most arrivals in one block
+# The most arrivals in one block, forward and backward: gradients of keys go home when their block ends, so the last
+# block of a long list would leave nothing to hide that behind.
+JOINED = {"ring_kv_joined": (2, 2), "all_gather_kv_joined": (1 << 30, 4)}
 
 
 def moves_of(name: str) -> str:
@@ -56,7 +58,7 @@ def routes_of(name: str, size: int, *, causal: bool, node: int = 0) -> list[list
         near = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
         return [[two_level(size, node or near)]]
     ways = [1, -1] if causal and size > 2 else [1]
-    return [[ring(size, way, buffers=2 * JOINED.get(name, 1))] for way in ways]
+    return [[ring(size, way, buffers=2 * max(JOINED.get(name, (1,))))] for way in ways]
 
 
 def best_routes(
@@ -111,6 +113,6 @@ def even_attention(
         )
     size = world // inner
     needs = even_needs(size, rows * inner, causal=causal, halves=HALVES.get(name, ""))
-    shape = Shape((rows,) * world, (rows,) * world, heads, needs, inner, JOINED.get(name, 1))
+    shape = Shape((rows,) * world, (rows,) * world, heads, needs, inner, JOINED.get(name, (1, 1)))
     routes, _ = best_routes(name, shape, causal=causal, backward=backward)
     return attention(name, shape, routes, moves=moves_of(name), backward=backward, bookends=name in BOOKENDED)

@@ -48,14 +48,14 @@ class Heads:
 @dataclass(frozen=True)
 class Shape:
     """Rows of each rank, and the needs of each (query team, key team). A team is `inner` neighbouring ranks. `joined`:
-    how many arrivals may be one kernel call (see `attention_block`)."""
+    how many arrivals may be one kernel call, forward and backward (see `attention_block`)."""
 
     q_rows: tuple[int, ...]
     kv_rows: tuple[int, ...]
     heads: Heads
     needs: Mapping[tuple[int, int], tuple[Need, ...]]
     inner: int = 1
-    joined: int = 1
+    joined: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
         if len(self.q_rows) % self.inner or self.heads.q_heads % self.inner or self.heads.kv_heads % self.inner:

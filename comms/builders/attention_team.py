@@ -40,7 +40,7 @@ class Team:
         self.size = draft.world // shape.inner
         self.suffix = ".h" if shape.inner > 1 else ""
         self.cargo = Cargo(shape, routes, moves, self.size, backward=backward)
-        self.blocks = blocks_of(shape, routes, moves, self.size)
+        self.blocks = blocks_of(shape, routes, moves, self.size, backward=backward)
         self.away_buffers = 2 * max(len(block.parts) for block in self.blocks)
         self.returned = {"kv": ("dk",), "q": ("out", "dq")}[moves]
         self.places: dict[tuple[int, str], dict[int, Slice]] = {}

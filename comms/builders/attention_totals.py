@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..actions import ITEM_BYTES
-from .attention_block import block_flops
+from .attention_block import blocks_of
 from .attention_cargo import Cargo
 from .attention_shape import INPUTS, OF_QUERIES, RESULTS, Need, Shape
 from .routes import Route
@@ -20,13 +20,14 @@ from .running import Field
 
 @dataclass
 class Totals:
-    """Of one rank. `sent_to`: bytes by receiver."""
+    """Of one rank. `sent_to`: bytes by receiver; `blocks`: operations of each call of attention."""
 
     sent_bytes: int = 0
     received_bytes: int = 0
     messages_sent: int = 0
     flops: int = 0
     sent_to: dict[int, int] = field(default_factory=dict)
+    blocks: list[int] = field(default_factory=list)
 
 
 def totals(shape: Shape, routes: Sequence[Route], moves: str, *, backward: bool) -> list[Totals]:
@@ -49,12 +50,15 @@ def totals(shape: Shape, routes: Sequence[Route], moves: str, *, backward: bool)
                 message(route.parent(owner, visitor), visitor, (high - low) * row)
     away = [group for group in RESULTS[backward] if (group[0] in OF_QUERIES) == (moves == "q")]
     back = sum(_row_bytes(shape.part(name, inner)) for group in away for name in group)
+    for block in blocks_of(shape, routes, moves, size, backward=backward):
+        place, flops = (block.parts[0][0] if moves == "q" else block.i), block.flops(shape, backward)
+        for column in range(inner if flops else 0):
+            found[place * inner + column].flops += flops
+            found[place * inner + column].blocks.append(flops)
     for (i, j), needs in shape.needs.items():
-        place = j if moves == "q" else i
         for need in needs:
-            for column in range(inner if need.area else 0):
-                found[place * inner + column].flops += block_flops(shape, need, backward)
             if i != j and need.area:
+                place = j if moves == "q" else i
                 message(place, i if moves == "q" else j, _rows(need, moves) * back)
     if inner > 1:
         _heads(found, shape, backward)

@@ -115,14 +115,17 @@ class Rates:
             start_s=STARTS_S if "d2d" in machine.copies else (0.0, 0.0),
         )
 
+    def block_seconds(self, flops: int, backward: bool) -> float:
+        """Of one attention kernel."""
+        computing_s = flops / self.attention[backward]
+        return computing_s + min(computing_s, self.start_s[backward])
+
     def op_seconds(self, schedule: Schedule) -> Seconds:
         """Seconds of every operation of `schedule`."""
 
         def seconds(action: Compute) -> float:
             if action.engine.startswith("attention_"):
-                backward = action.engine.startswith("attention_backward")
-                computing_s = action.flops / self.attention[backward]
-                return self.launch_s + computing_s + min(computing_s, self.start_s[backward])
+                return self.launch_s + self.block_seconds(action.flops, action.engine.startswith("attention_backward"))
             return (
                 self.launch_s
                 + schedule.nbytes(_owner(schedule, action), *action.reads, *action.writes) / 2 / self.copy_bytes_per_s
@@ -146,7 +149,7 @@ def bound(problem: Problem, name: str, rates: Rates, *, backward: bool, message_
     """Seconds that no run can beat: the longest of a rank's compute, its bytes out and its bytes in; every message
     costs `message_s` more."""
     found, network = problem.totals(name, backward=backward), rates.network
-    compute_s = max(total.flops for total in found) / rates.attention[backward]
+    compute_s = max(sum(rates.block_seconds(flops, backward) for flops in total.blocks) for total in found)
     near, far = ([[0] * problem.world, [0] * problem.world] for _ in range(2))
     for source, total in enumerate(found):
         for to, nbytes in total.sent_to.items():

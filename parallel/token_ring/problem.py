@@ -139,12 +139,12 @@ def _plan(problem: Problem, name: str, backward: bool) -> tuple[list[Route], lis
 
 def shape_of(problem: Problem, name: str) -> Shape:
     """The rows, heads and needs of the schedule called `name`."""
-    joined = min(JOINED.get(name, 1), problem.world)
+    joined = JOINED.get(name, (1, 1))
     return _shape_of_teams(problem, problem.inner(name), problem.kv_copies(name), HALVES.get(name, ""), joined)
 
 
 @lru_cache(maxsize=256)
-def _shape_of_teams(problem: Problem, inner: int, copies: int, halves: str, joined: int) -> Shape:
+def _shape_of_teams(problem: Problem, inner: int, copies: int, halves: str, joined: tuple[int, int]) -> Shape:
     size, h = problem.world // inner, problem.heads
     needs = {(i, j): found for i in range(size) for j in range(size) if (found := _needs(problem, inner, i, j, halves))}
     return Shape(

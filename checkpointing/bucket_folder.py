@@ -268,7 +268,7 @@ class BucketFolder:
         return BucketReader(Path(f"{self.root}/{path}"), manifest, self._spool_of(path, manifest))
 
     def _spool_of(self, path: Path, manifest: Manifest) -> Spool:
-        if self._spool is None or self._spool.key != path.as_posix():
+        if self._spool is None or self._spool.closed or self._spool.key != path.as_posix():
             self._drop_spool()
             self._spool = Spool.local(self.store, path, manifest, self._spool_folder)
         return self._spool

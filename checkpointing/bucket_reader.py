@@ -41,6 +41,7 @@ class Spool:
         self._have: set[Chunk] = set()
         self._lock = threading.Lock()
         self.downloaded_bytes = 0
+        self.closed = False
 
     @classmethod
     def local(cls, store: ObjectStore, key: Path, manifest: Manifest, folder: Path | None) -> Spool:
@@ -116,9 +117,10 @@ class Spool:
         return memoryview(whole)[begin - first :]
 
     def close(self) -> None:
+        """Give the files' room back; a new one is needed then."""
         for handle in (self._handles or {}).values():
             os.close(handle)
-        self._handles = None
+        self._handles, self.closed = None, True
 
 
 class BucketReader(Reader):
@@ -151,6 +153,9 @@ class BucketReader(Reader):
             self.spool.fetch(self.spool.span(shard.file, shard.payload, shard.payload + nbytes))
         take = self.spool.read if nbytes < SMALL else self.spool.map
         return torch.frombuffer(take(shard.file, shard.payload, nbytes), dtype=dtype, count=count).view(shard.sizes)
+
+    def close(self) -> None:
+        self.spool.close()
 
     def object(self, key: str, allowed: Sequence[type] = ()) -> Any:
         record = self.manifest.objects[key]

@@ -280,8 +280,12 @@ class Committer:
         if isinstance(self._keep, Retention) and self._keep.best:
             for step in steps:
                 if step not in self._metrics:
-                    with suppress(BadCheckpoint):  # damaged: it has no metrics, and restore will set it aside
+                    try:
                         self._metrics[step] = metrics_of(self.folder.manifest(step))
+                    except BadCheckpoint as error:
+                        if isinstance(error.__cause__, (TimeoutError, PermissionError)):
+                            raise error.__cause__ from None  # it may be one of the best: nothing is removed now
+                        continue  # damaged: it has no metrics, and restore will set it aside
         steps = to_remove(steps, self._keep, self._metrics)
         for step in steps:
             self.folder.invalidate(step)

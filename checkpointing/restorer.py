@@ -7,6 +7,7 @@ anything is written into it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from ..dist.log import get_logger
@@ -65,8 +66,11 @@ class Restorer:
         folder, number, manifest = found
         path = folder.final(number)
         reader = folder.reader(number, manifest)
-        fetch = reader.fetch if isinstance(reader, BucketReader) else lambda targets: None
-        load_from(self._state, reader, self._allow, exchange=self._exchange, before=fetch)
+        if isinstance(reader, BucketReader):
+            with closing(reader):  # the disk has its room back before training goes on
+                load_from(self._state, reader, self._allow, exchange=self._exchange, before=reader.fetch)
+        else:
+            load_from(self._state, reader, self._allow, exchange=self._exchange)
         nbytes = sum(record.nbytes for record in manifest.files.values())
         self.origins = [{str(path): nbytes}] * self._coordinator.world
         log.info("restored step %d from %s", number, path)

@@ -308,6 +308,54 @@ def test_a_store_that_is_away_costs_no_training(ranks, tmp_path, s3, server, mon
         assert ranks(1, away, str(tmp_path), s3, server) == [[[(0, False)], 0, True, [(1, True)]]]
 
 
+def one_rank_cannot_upload(rank: int, world: int, root: str, url: str) -> list[Any]:
+    real = ObjectStore.upload
+    job = Job()
+    with job.checkpointer(Path(root), every=1, bucket=Bucket(url)) as ckpt:
+        for step in range(3):
+            broken = step == 1 and rank == 1
+
+            def upload(*args: Any, broken: bool = broken, **options: Any) -> None:
+                if broken:
+                    raise TimeoutError("no way out")
+                real(*args, **options)
+
+            ObjectStore.upload = upload  # type: ignore[method-assign]
+            step_and_wait(ckpt, job, range(step, step + 1))
+        disk = [report.ok for report in ckpt.reports if report.tier == "disk"]
+        return [outcome(ckpt), disk, ["no way out" in r.reason for r in ckpt.reports if not r.ok]]
+
+
+def test_a_rank_that_cannot_upload_costs_the_save_on_all_ranks(ranks, tmp_path, s3, server):
+    expected = [[(0, True), (1, False), (2, True)], [True] * 3, [True]]
+    assert ranks(2, one_rank_cannot_upload, str(tmp_path), s3) == [expected] * 2
+    keys = server.ask("GET", f"{BUCKET}?list-type=2&prefix={s3.split('/')[-1]}/").decode()
+    assert {int(step) for step in re.findall(r"<Key>[^<]*step-(\d+)\.", keys)} == {0, 2}  # and nothing of step 1
+
+
+def the_best_cannot_be_read(rank: int, world: int, root: str, url: str) -> list[Any]:
+    real, silent = ObjectStore.get, threading.Event()
+
+    def get(self: ObjectStore, key: str) -> bytes:
+        if silent.is_set() and key.endswith("manifest.json"):
+            raise TimeoutError(110, "no answer", key)
+        return real(self, key)
+
+    ObjectStore.get = get  # type: ignore[method-assign]
+    job, policy, seen = Job(), Retention(last=1, best=1, metric="loss"), []
+    for loss in (1.0, 2.0, 3.0):  # jobs: each learns the metrics of those before from the manifests
+        with job.checkpointer(Path(root), bucket=Bucket(url, keep=policy)) as ckpt:
+            ckpt.save(len(seen), metrics={"loss": loss})
+            assert all(report.ok for report in ckpt.wait())
+        seen.append(place(url).committed())
+        silent.set() if loss == 1.0 else silent.clear()
+    return seen
+
+
+def test_retention_removes_nothing_while_it_cannot_see_which_are_best(ranks, tmp_path, s3):
+    assert ranks(1, the_best_cannot_be_read, str(tmp_path), s3) == [[[0], [0, 1], [0, 2]]]
+
+
 def slow(rank: int, world: int, root: str, url: str) -> list[Any]:
     let_go, real = threading.Event(), ObjectStore.upload
 

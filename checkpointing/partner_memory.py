@@ -65,7 +65,8 @@ class PartnerMemory:
             os.mkdir(self.root, 0o700)
         if not self._ours():
             raise PermissionError(f"{self.root} is not this user's folder: remove it, or pass host_every=0")
-        (self.root / ROOT_FILE).write_text(f"{self._owner}\n")
+        if self._owner.exists():  # where it is on another machine's disk only, nobody here may take it for vanished
+            (self.root / ROOT_FILE).write_text(f"{self._owner}\n")
 
     def _ours(self) -> bool:
         try:

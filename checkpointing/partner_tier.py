@@ -104,7 +104,9 @@ class PartnerTier:
 
     def _prepare(self, name: str, plan: SavePlan, pinned: bool) -> None:
         me = self.crew.rank
-        sizes = self._table(f"{name}/size", plan.image.size)  # whoever has said it has sent all it had to send
+        # whoever has said it has sent all it had to send
+        words = self._table(f"{name}/size", (plan.image.size, self._plans))
+        sizes = [size for size, _ in words]
         self._drop()
         self.memory.make()
         if self.crew.leads and self._known:
@@ -113,7 +115,7 @@ class PartnerTier:
         if problem := self._shortage(sizes, free):
             error = UserError(problem, remedy="pass host_every=0, or fewer host_generations")
             raise PeerLost(str(error)) if self._proven else error
-        self._plans += 1
+        self._plans = 1 + max(plans for _, plans in words)  # a rank may have missed one that failed
         for slot in range(self._count):
             path = self._entry("own", me, slot)
             self.folder.ops.mkdir(path)

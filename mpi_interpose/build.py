@@ -35,7 +35,7 @@ GLUE = (
     "requests",
     "round",
     "state",
-    "graph",
+    "place",
     "reorder",
     "entries",
 )

@@ -26,7 +26,7 @@ from .errors import InterposeError
 CSRC = Path(__file__).parent / "csrc"
 PREBUILT = Path(__file__).parent / "prebuilt"
 INCLUDE = tuple(CSRC / room for room in ("core", "abi", "gpu"))
-CORE = ("ir", "passes", "walk", "plan", "exec")
+CORE = ("ir", "passes", "walk", "plan", "exec", "graph")
 BASE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-g1", "-fvisibility=hidden", "-Wall", "-Wextra")
 ISA_FLAGS = {
     "generic": (),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Sequence
 
 from mpis import PROGRAMS, Install, environment
 
 HEAVY, LIGHT = 50, 1
 
 
-def run(install: Install, places: str, **variables: str) -> tuple[int, int]:
+def run(install: Install, places: Sequence[str], **variables: str) -> tuple[int, int]:
     words: list[str] = []
     common = {"LD_PRELOAD": str(install.preload), "UNDERTOW_MPI_MODE": "force", **variables}
     for k, place in enumerate(places):
@@ -34,3 +35,9 @@ def test_without_the_switch_the_library_decides(pympi: Install) -> None:
 
 def test_an_order_that_is_good_already_is_kept(pympi: Install) -> None:
     assert run(pympi, "abab", UNDERTOW_MPI_REORDER="1") == (8 * LIGHT, 8 * LIGHT)
+
+
+def test_heavy_neighbours_meet_on_one_socket_of_a_host(pympi: Install) -> None:
+    places = ["host/0", "host/0", "host/1", "host/1"]
+    before, after = run(pympi, places, UNDERTOW_MPI_REORDER="1")
+    assert before >= 4 * HEAVY and after <= 8 * LIGHT

@@ -108,6 +108,11 @@ double model_ratio(Record& r, Use use, int link, int64_t bytes) {
   return ratio;
 }
 
+double link_slower(int link, int base) {
+  static constexpr int sends[kLinks] = {kPolicySendSocket, kPolicySendLocal, kPolicySendRemote};
+  return g_policy.slower(sends[link], sends[base]);
+}
+
 Choice choose_local(Record& r, Use use, int64_t bytes) {
   if (mode != Mode::Auto) return {proved(r), false};
   const double gain = model_ratio(r, use, 0, bytes);
@@ -148,7 +153,7 @@ Verdict wins(Record& r, Use use, int64_t bytes, const Peer& peer, double gain, T
   const auto verdict = [](bool ours) { return ours ? Verdict::Take : Verdict::Pass; };
   if (!g_messages) return Verdict::PassAlways;
   const LinkSet links = links_of(peer);
-  if (links & kNobody) return Verdict::PassAlways;
+  if (!links || links & kNobody) return Verdict::PassAlways;
   int last = 0;
   double ratio = 1e9;  // the least of all links that it may be
   for (int link = 0; link < kLinks; ++link) {

@@ -17,6 +17,8 @@ constexpr int64_t kLargestCopy = 1 << 30; // a message's slab; larger ones would
 void model_init();  // UNDERTOW_MPI_MODEL, else model.txt beside this library, else the built-in table of the flavour
 double model_ratio(Record& record, Use use, int link, int64_t bytes);  // time without us / with us; negative: unknown
 
+double link_slower(int link, int base);  // by the table: what sends take over `link` to what they take over `base`; 0: not known
+
 int64_t now_ns();
 
 // For pack and unpack in auto mode.

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "glue.hh"
+#include "place.hh"
 
 namespace undertow {
 
@@ -24,7 +25,6 @@ struct Peer {
   Peer(MPI_Comm c, int r) : comm(c), rank(r), known(true), one(r != MPI_ANY_SOURCE) {}
 };
 
-uint64_t host_number();  // of the host (or the word in UNDERTOW_MPI_PLACE) where this rank runs
 bool reorder_wanted();   // UNDERTOW_MPI_REORDER: all ranks have the preload, and may talk to each other
 
 void peers_init();

@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "graph.hh"
 #include "kernels.hh"
 #include "online.hh"
 #include "plan.hh"
@@ -99,4 +100,18 @@ EXPORT double undertow_core_policy_ratio(void* policy, int use, int cls, double 
   const Policy::Answer answer = static_cast<Policy*>(policy)->ask(use, cls, block, step, bytes, leaf);
   *saved_ns = answer.saved_ns;
   return answer.ratio;
+}
+
+// The assignment of vertices to processes: `place` has `levels` rows of `n`, `cost` one entry more than levels; fills
+// `player`. Returns what it costs; with `keep` that of the player given.
+EXPORT int64_t undertow_core_assign(int edges, const int* from, const int* to, const int64_t* weight, int n, int levels,
+                                    const int* place, const int64_t* cost, int keep, int* player) {
+  std::vector<Edge> all;
+  for (int k = 0; k < edges; ++k) all.push_back({from[k], to[k], weight[k]});
+  Places places;
+  for (int k = 0; k < levels; ++k) places.level.emplace_back(place + k * n, place + (k + 1) * n);
+  places.cost.assign(cost, cost + levels + 1);
+  std::vector<int> found = keep ? std::vector<int>(player, player + n) : assign(all, places);
+  std::copy(found.begin(), found.end(), player);
+  return total_cost(all, places, found);
 }

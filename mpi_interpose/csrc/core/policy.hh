@@ -83,6 +83,19 @@ class Policy {
     return {ratio, without * (1 - 1 / ratio) * share / weight};
   }
 
+  // How much longer the library's messages of `use` take than those of `base`: the geometric mean over the points that
+  // both were measured at; 0 where there is none.
+  double slower(int use, int base) const {
+    double sum = 0;
+    int n = 0;
+    for (int cls = 0; cls < kClasses; ++cls)
+      for (const Row& a : rows_[use * kClasses + cls])
+        for (const Row& b : rows_[base * kClasses + cls])
+          if (a.block == b.block && a.step == b.step && a.bytes == b.bytes && a.leaf == b.leaf)
+            sum += std::log(a.without / b.without), ++n;
+    return n ? std::exp(sum / n) : 0;
+  }
+
   bool knows_messages() const {
     for (int use = kPolicySendLocal; use < kPolicyUses; ++use)
       if (!empty(use)) return true;

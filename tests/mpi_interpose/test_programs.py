@@ -85,30 +85,53 @@ def test_after_an_error_nothing_is_taken_for_complete(mpi: Install, tmp_path: Pa
         assert counts.get(f"MPI_{name}", 0) > 0, name
 
 
-@pytest.mark.parametrize("mpi", ["debian-mpich", "debian-openmpi"], indirect=True)  # the wheels bring no Fortran
-@pytest.mark.parametrize("source", ["columns.f90", "columns08.f90"])
-def test_fortran_program(mpi: Install, source: str, tmp_path: Path) -> None:
-    """Open MPI's Fortran goes past the C functions, MPICH's mpi_f08 past some: what stands for them must be seen."""
+FORTRAN = pytest.mark.parametrize("mpi", ["debian-mpich", "debian-openmpi"], indirect=True)  # the wheels bring none
+
+
+def fortran(mpi: Install, source: str, folder: Path, *flags: str) -> str:
+    """The program built by the wrapper for Fortran; skips where there is none, or no mpi_f08 module."""
     wrapper = Path(mpi.mpicc).with_name(Path(mpi.mpicc).name.replace("mpicc", "mpif90"))
     if not wrapper.exists():
         pytest.skip(f"{mpi.name} has no Fortran compiler wrapper")
-    target = tmp_path / "program"
-    flags = ["-w", "-fallow-argument-mismatch"]
+    target = folder / "program"
     done = subprocess.run(
-        [str(wrapper), *flags, str(PROGRAMS / source), "-o", str(target)],
-        env=environment(mpi), capture_output=True, text=True, cwd=tmp_path,
+        [str(wrapper), "-w", "-fallow-argument-mismatch", *flags, str(PROGRAMS / source), "-o", str(target)],
+        env=environment(mpi), capture_output=True, text=True, cwd=folder,
     )  # fmt: skip
     if done.returncode and "mpi_f08" in done.stderr:
         pytest.skip(f"{mpi.name} has no mpi_f08 module")
     assert done.returncode == 0, done.stderr
-    report = tmp_path / "report"
-    assert "ok" in start(mpi, 2, [str(target)], "force", report)
+    return str(target)
+
+
+@FORTRAN
+@pytest.mark.parametrize("source", ["columns.f90", "columns08.f90"])
+def test_fortran_program(mpi: Install, source: str, tmp_path: Path) -> None:
+    """Open MPI's Fortran goes past the C functions, MPICH's mpi_f08 past some: what stands for them must be seen."""
+    program, report = fortran(mpi, source, tmp_path), tmp_path / "report"
+    assert "ok" in start(mpi, 2, [program], "force", report)
     counts = taken(report, [0, 1])
     assert counts["MPI_Isend"] > 0 and counts["MPI_Irecv"] > 0
     if source == "columns08.f90":  # MPICH's have PMPI calls where there is no buffer
         for name in ("Wait", "Test", "Waitall", "Testall", "Waitany", "Testany", "Waitsome", "Testsome"):
             assert counts[f"MPI_{name}"] > 0, name
         assert counts["MPI_Request_get_status"] > 0 and counts["MPI_Recv_init"] == counts["MPI_Send_init"] == 2
+
+
+@FORTRAN
+@pytest.mark.parametrize("flags", [(), ("-DF08",)], ids=["mpi", "mpi_f08"])
+def test_fortran_collectives_of_datatypes_operations_and_graphs(mpi: Install, flags: tuple, tmp_path: Path) -> None:
+    """Arrays of datatypes, a reduction by a subroutine of the program's, weights, a graph reordered by places."""
+    through = mpi.name == "debian-openmpi" or not flags  # MPICH's mpi_f08 goes past C where there is no buffer
+    program = fortran(mpi, "exchange.F90", tmp_path, *flags, *([] if through else ["-DNO_CART"]))
+    report = tmp_path / "report"
+    for mode in ("force", "check"):
+        assert "ok" in start(mpi, 3, [program], mode, report, UNDERTOW_MPI_REORDER="1")
+        functions = json.loads(Path(f"{report}.1.json").read_text())["functions"]
+        counts = taken(report, [0, 1, 2])
+        assert counts["MPI_Alltoallw"] == 3 and counts.get("MPI_Neighbor_alltoallw", 0) == (3 if through else 0)
+        assert functions["MPI_Alltoallw"]["calls"] == functions["MPI_Allreduce"]["calls"] == 2
+        assert functions.get("MPI_Dist_graph_create_adjacent", {"calls": 0})["calls"] == (2 if through else 0)
 
 
 @pytest.mark.slow

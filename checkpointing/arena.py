@@ -33,7 +33,11 @@ class Memory(Protocol):
 
     chunk_bytes: int
     address: int  # of slot 0; the others follow
-    framed: bool  # whether no slot lacks the bytes around payloads
+
+    @property
+    def framed(self) -> bool:
+        """Whether no slot lacks the bytes around payloads."""
+        ...
 
     def reserve(self, count: int) -> list[int]:
         """Room for up to `count` chunks, none if there is none now."""

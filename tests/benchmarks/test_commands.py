@@ -35,6 +35,7 @@ CHECKED = {
     "checkpoint_phases": (1, "5 M"),
     "checkpoint_restore": (1, "21 M, warm"),
     "checkpoint_stall": (1, "21 M, host every 1"),
+    "checkpoint_threads": (1, "2 layers"),
     "checksum": (1, "1 MiB"),
     "copies": (1, "host to host, 1.0 MiB"),
     "overlap": (1, "no link"),  # starts its ranks itself

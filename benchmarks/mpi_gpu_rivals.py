@@ -182,7 +182,7 @@ def views(layout: Layout, user: torch.Tensor, packed: torch.Tensor) -> tuple[tor
 
 
 def kind_of(pieces: str) -> str:
-    """What a plan with these pieces (GpuPlan.describe) is to the kernels: 'single piece', 'transpose', or neither ('')."""
+    """What a plan with these pieces (GpuPlan.describe) is to the kernels: 'single piece', 'transpose' or ''."""
     lines = pieces.splitlines()
     if len(lines) != 1:
         return ""

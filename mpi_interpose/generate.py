@@ -32,6 +32,13 @@ TYPES = {
     "f": "MPI_Info",
     "C": "MPI_Comm*",
     "v": "void*",
+    "F": "MPI_File",
+    "O": "MPI_Offset",
+    "w": "MPI_Win",
+    "W": "MPI_Win*",
+    "a": "MPI_Aint",
+    "u": ("int", "MPI_Aint"),
+    "k": "MPI_Count",
 }
 
 

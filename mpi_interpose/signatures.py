@@ -7,7 +7,8 @@ program that looks for an optional symbol (mpi4py looks for the large-count ones
 Kinds, one letter per argument: b buffer, n count (MPI_Count in the large-count twin), N array of counts, D array of
 displacements (MPI_Aint in the twin), A array of MPI_Aint, t datatype, T array of datatypes, h pointer to a datatype,
 i int, o operation, c communicator, r pointer to a request, q request, R array of requests, s status, S array of
-statuses, p int pointer, P count pointer, m message pointer, f info, C communicator pointer, v any other pointer.
+statuses, p int pointer, P count pointer, m message pointer, f info, C communicator pointer, v any other pointer, F
+file, O offset in a file, w window, W pointer to a window, a MPI_Aint, u int (MPI_Aint in the twin), k MPI_Count.
 """
 
 from __future__ import annotations
@@ -27,6 +28,38 @@ class Signature:
     def variants(self) -> list[tuple[str, bool]]:
         """(symbol, is the large-count twin) for every symbol that an MPI may have."""
         return [(f"MPI_{self.name}", False)] + ([(f"MPI_{self.name}_c", True)] if self.large else [])
+
+
+_COLLECTIVES = (
+    ("bcast", "bntic"), ("gather", "bntbntic"), ("scatter", "bntbntic"), ("gatherv", "bntbNDtic"),
+    ("scatterv", "bNDtbntic"), ("allgather", "bntbntc"), ("allgatherv", "bntbNDtc"), ("alltoall", "bntbntc"),
+    ("alltoallv", "bNDtbNDtc"), ("alltoallw", "bNDTbNDTc"), ("neighbor_allgather", "bntbntc"),
+    ("neighbor_allgatherv", "bntbNDtc"), ("neighbor_alltoall", "bntbntc"), ("neighbor_alltoallv", "bNDtbNDtc"),
+    ("neighbor_alltoallw", "bNATbNATc"), ("allreduce", "bbntoc"), ("reduce", "bbntoic"), ("reduce_scatter", "bbNtoc"),
+    ("reduce_scatter_block", "bbntoc"), ("scan", "bbntoc"), ("exscan", "bbntoc"),
+)  # fmt: skip
+_NOT_STAGED = (  # with device memory these are named once; (name, kinds, whether there is a twin)
+    ("Win_create", "baufcW", True), ("Win_attach", "wba", False), ("Put", "bntiantw", True), ("Get", "bntiantw", True),
+    ("Accumulate", "bntiantow", True), ("Get_accumulate", "bntbntiantow", True), ("Fetch_and_op", "bbtiaow", False),
+    ("Compare_and_swap", "bbbtiaw", False), ("Rput", "bntiantwr", True), ("Rget", "bntiantwr", True),
+    ("Raccumulate", "bntiantowr", True), ("Rget_accumulate", "bntbntiantowr", True),
+    ("Psend_init", "biktiicfr", False), ("Precv_init", "biktiicfr", False),
+)  # fmt: skip
+
+
+def _file_rows() -> list[Signature]:
+    """MPI-IO with a buffer: _at forms have an offset; split collectives (begin, end) are not staged."""
+    rows = []
+    for way in ("read", "write"):
+        for form in ("", "_all", "_shared", "_ordered", "_at", "_at_all"):
+            at = "_at" if form.startswith("_at") else ""
+            kinds = ("FO" if at else "F") + "bnt"
+            rows.append(Signature(f"File_{way}{form}", f"file_{way}{at}", f"{kinds}s"))
+            if form != "_ordered":
+                rows.append(Signature(f"File_i{way}{form}", f"file_i{way}{at}", f"{kinds}r"))
+            if form in ("_all", "_at_all", "_ordered"):
+                rows.append(Signature(f"File_{way}{form}_begin", "not_staged", kinds))
+    return rows
 
 
 def _table() -> tuple[Signature, ...]:
@@ -84,17 +117,15 @@ def _table() -> tuple[Signature, ...]:
         Signature("Scan", "scan", "bbntoc"),
         Signature("Exscan", "exscan", "bbntoc"),
     ]
-    # Nonblocking, with a request at the end; on host memory they pass through. `Scan` is served as Allreduce is.
-    for name, kinds in (
-        ("bcast", "bntic"), ("gather", "bntbntic"), ("scatter", "bntbntic"), ("gatherv", "bntbNDtic"),
-        ("scatterv", "bNDtbntic"), ("allgather", "bntbntc"), ("allgatherv", "bntbNDtc"), ("alltoall", "bntbntc"),
-        ("alltoallv", "bNDtbNDtc"), ("alltoallw", "bNDTbNDTc"), ("neighbor_allgather", "bntbntc"),
-        ("neighbor_allgatherv", "bntbNDtc"), ("neighbor_alltoall", "bntbntc"), ("neighbor_alltoallv", "bNDtbNDtc"),
-        ("neighbor_alltoallw", "bNATbNATc"), ("allreduce", "bbntoc"), ("reduce", "bbntoic"),
-        ("reduce_scatter", "bbNtoc"), ("reduce_scatter_block", "bbntoc"), ("scan", "bbntoc"), ("exscan", "bbntoc"),
-        ("sendrecv", "bntiibntiic"), ("sendrecv_replace", "bntiiiic"),
-    ):  # fmt: skip
+    # Nonblocking ones have a request at the end; on host memory they pass through. `Scan` is served as Allreduce is.
+    # Persistent ones, with an info before the request, are not staged.
+    for name, kinds in _COLLECTIVES:
         rows.append(Signature(f"I{name}", "iallreduce" if name == "scan" else f"i{name}", f"{kinds}r"))
+        rows.append(Signature(f"{name.capitalize()}_init", "not_staged", f"{kinds}fr"))
+    rows.append(Signature("Isendrecv", "isendrecv", "bntiibntiicr"))
+    rows.append(Signature("Isendrecv_replace", "isendrecv_replace", "bntiiiicr"))
+    rows += _file_rows()
+    rows += [Signature(name, "not_staged", kinds, large) for name, kinds, large in _NOT_STAGED]
     for mode in ("", "S", "B", "R"):
         rows.append(Signature(f"{mode}send".capitalize() if mode else "Send", "send", "bntiic"))
         rows.append(Signature(f"I{mode.lower()}send", "isend", "bntiicr"))

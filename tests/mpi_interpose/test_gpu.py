@@ -89,7 +89,11 @@ def test_messages_on_a_library_that_is_not_cuda_aware(pympi: Install, stand_in: 
     assert "ok 26 on the stand-in" in out, out[-2000:]
     data = launch.merge([Path(f"{report}.{rank}.json") for rank in range(2)], tmp_path / "merged.json")
     taken = {name.removesuffix("_c") for name, counts in data["functions"].items() if counts["taken"]}
-    offered = {f"MPI_{row.name}" for row in signatures.TABLE if row.name not in MOVE_NOTHING}
+    offered = {
+        f"MPI_{row.name}"
+        for row in signatures.TABLE
+        if row.name not in MOVE_NOTHING and row.handler != "not_staged" and not row.name.startswith("File_")
+    }
     assert taken == offered & set(probe(pympi.mpicc).symbols)
     assert all("b" not in row.kinds for row in signatures.TABLE if row.name in MOVE_NOTHING)
     gpu_side = data["gpu"]
@@ -101,6 +105,24 @@ def test_messages_on_a_library_that_is_not_cuda_aware(pympi: Install, stand_in: 
     assert re.search(
         r"device: \d+ launches, .* (PTX|machine code) of the kernels loaded in \d+\.\d ms", console.export_text()
     )
+
+
+def test_files_from_and_to_device_memory(pympi: Install, stand_in: Path, tmp_path: Path) -> None:
+    """By each MPI-IO call of the table that has a buffer; and what is not staged is named, once for each call."""
+    program, report = [str(pympi.python), str(PROGRAMS / "device_files.py")], tmp_path / "report"
+    start(pympi, 2, ["sh", "-c", '"$0" "$@" 2>"$NOTES.$$"', *program], "auto", report, LD_LIBRARY_PATH=str(stand_in),
+          NOTES=str(tmp_path / "notes"), TMPDIR=str(tmp_path))  # fmt: skip
+    data = launch.merge([Path(f"{report}.{rank}.json") for rank in range(2)], tmp_path / "merged.json")
+    taken = {name.removesuffix("_c") for name, counts in data["functions"].items() if counts["taken"]}
+    symbols = set(probe(pympi.mpicc).symbols)
+    files = {f"MPI_{row.name}" for row in signatures.TABLE if row.handler.startswith("file_")}
+    assert {name for name in taken if "File" in name} == files & symbols and len(files) == 22
+    for notes in tmp_path.glob("notes.*"):
+        named = [name.removesuffix("_c") for name in re.findall(r"(MPI_\w+) is given device memory", notes.read_text())]
+        assert sorted(named) == ["MPI_Bcast_init", "MPI_Win_create"], notes.read_text()
+    out = start(pympi, 2, [*program, "what_is_not_staged_is_named"], "auto", LD_LIBRARY_PATH=str(stand_in),
+                UNDERTOW_MPI_CUDA_AWARE="1")  # fmt: skip
+    assert "kept what_is_not_staged_is_named" in out and "not stage" not in out
 
 
 def test_messages_through_a_small_ring(stand_in: Path) -> None:
@@ -475,31 +497,6 @@ except InterposeError as error:
     assert "cannot read" in child(code, stand_in, UNDERTOW_MPI_GPU_PATHS=str(tmp_path / "none"))
 
 
-def test_older_kernels_move_the_same_bytes(stand_in: Path) -> None:
-    """What a measurement may switch off: the answers stay, through other launches."""
-    code = f"""
-import sys
-sys.path.insert(0, {str(PROGRAMS)!r})
-import numpy as np
-from device_memory import Device
-from undertow.mpi_interpose import gpu
-device, values = Device(), np.arange(16 * 512 * 512, dtype="u4").view("u1")[: 16 * 512 * 512]
-user, packed = device.array(values), device.empty(values.nbytes)
-for n in (512, 511, 0):  # transposes of 16-byte words go through tiles from 4 MiB on
-    ir = f"(loop {{n}} 16 (loop 512 {{16 * n}} (bytes 16)))" if n else "(loop 100 64 (bytes 16))"
-    plan, seen = gpu.GpuPlan(ir, values.nbytes), []
-    for single, wide in ((True, True), (False, True), (True, False), (False, False)):
-        gpu.use_kernels(single=single, wide_tiles=wide)
-        packed.write(values * 0)
-        plan.pack(1, user.address, packed.address)
-        seen.append((packed.read().tobytes(), plan.describe(1, user.address, packed.address).split(":")[0]))
-    print(len(set(data for data, _ in seen)), [kind for _, kind in seen])
-"""
-    tiles = "['transpose', 'transpose', 'loops', 'loops']"
-    loops = "1 ['loops', 'loops', 'loops', 'loops']\n"
-    assert child(code, stand_in) == f"1 {tiles}\n{loops}{loops}"
-
-
 CHOSEN = """
 import random, sys
 sys.path.insert(0, PROGRAMS)
@@ -508,7 +505,7 @@ from device_memory import Device
 from undertow.mpi_interpose import gpu
 device, rng, served = Device(), random.Random(SEED), {}
 names = ["general", *(f"nest {u}x{n}" for u in (1, 2, 4) for n in (64, 128, 256)), "stream 128", "gather 64",
-         "gather 256", "both 128", "both 256", "cross 16", "cross 32", "cross 64"]
+         "gather 256", "pour 128", "", "cross 16", "cross 32", "cross 64"]
 for turn in range(60):
     word = 1 << rng.randrange(5)
     block = word * (1 if turn % 2 else rng.randint(1, 9))

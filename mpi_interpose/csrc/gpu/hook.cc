@@ -1,6 +1,7 @@
 // See hook.hh.
 #include "hook.hh"
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -60,6 +61,14 @@ bool library_is_cuda_aware() {
     return ask && ask() == 1;
   }();
   return aware;
+}
+
+void warn_of_device(Site site, const void* buffer) {
+  static std::atomic<bool> said[kSites];
+  if (!buffer || !gpu::on_device(buffer) || library_is_cuda_aware() || said[site].exchange(true)) return;
+  say("%s is given device memory, which this MPI cannot read or write by itself, and which the preload does not stage in "
+      "that call: it will fail or crash. Use host memory there; UNDERTOW_MPI_CUDA_AWARE=1 says that the library can",
+      undertow_symbol_names[site]);
 }
 
 bool device_side_slow(const void* user, MPI_Datatype type) {

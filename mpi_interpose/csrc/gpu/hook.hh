@@ -13,6 +13,8 @@
 namespace undertow {
 
 bool device_side_slow(const void* user, MPI_Datatype type);
+// One line for each call that is not staged, where its buffer is device memory and the library cannot read that.
+void warn_of_device(Site site, const void* buffer);
 
 // Whether the bytes that `type` touches at `user` (also MPI_BOTTOM) are device memory.
 inline bool device_side(const void* user, MPI_Datatype type) {

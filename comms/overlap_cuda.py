@@ -203,8 +203,6 @@ class CudaOverlapEngine:
     ) -> None:
         """This rank's rows of the sum into `out`."""
         own = plan.chunk(self.rank)
-        landings = self.messenger.landings(out)  # of the other ranks
-        y, landed = Memory(place.y), [Memory(landing) for landing in landings]
         if not overlap:
             for block in plan.blocks:
                 fill(block)
@@ -214,12 +212,16 @@ class CudaOverlapEngine:
             counted = self._counts.queue(run, plan, tracked, start)
         arrived = list[Any]([None] * plan.parts)
         left, at = None, 0
+        y, landings, landed = Memory(place.y), list[torch.Tensor](), list[Memory]()  # of the other ranks
         for hop, to_send, to_come in messages(plan, place.y.shape[1]):
             made: Any = start
             if counted and hop.sends:
                 made = counted[hop.sends[0]]
             elif overlap and hop.blocks and not counted:
                 made, at = self.make(run, at, start, fill, hop.blocks), at + 1
+            if not landings:  # when the device has something to do
+                landings = self.messenger.landings(out)
+                landed = [Memory(landing) for landing in landings]
             sends = [(Span(y, first, count), to) for first, count, to in to_send]
             receives = [(Span(landed[which], first, count), source) for which, first, count, source in to_come]
             gone, came = self.exchange(run, "partial sums", made, sends, receives, hop.part)

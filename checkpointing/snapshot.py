@@ -132,9 +132,8 @@ class Snapshot:
         """Issue the copies of chunks first, first + 1, … into `slots`."""
         image, memory = self.plan.image, self._memory
         addresses = memory.address + np.array(slots, dtype=np.int64) * memory.chunk_bytes
-        if first * image.chunk_bytes < image.eager_bytes:
-            for chunk, target in enumerate(addresses.tolist(), first):
-                self._fill_eager(*image.chunk_range(chunk), target)
+        for chunk in range(first, min(first + len(slots), -(-image.eager_bytes // image.chunk_bytes))):
+            self._fill_eager(*image.chunk_range(chunk), int(addresses[chunk - first]))
         if not memory.framed:
             for chunk, slot in enumerate(slots, first):
                 if memory.lacks_frames(slot):

@@ -233,3 +233,24 @@ def test_every_cell_of_the_kernels_trial_is_a_layout() -> None:
         "nest 1x128   chosen / it 1.00, general / it 2.00, torch / it 1.50, copy / it 0.50"
         in mpi_gpu_variants.decided(row)
     )
+
+
+def test_a_goal_that_the_memory_does_not_allow_says_so() -> None:
+    def cell(name: str, block: int, ours: float, moved: list[int], room: int) -> dict:
+        samples = {"copy": [1.0] * 9, "ours": [ours] * 9, "paper": [1.6 * ours] * 9}
+        return {"name": name, "way": "pack", "block": block, "size": 1 << 28, "samples": samples, "waits": {},
+                "moved": moved, "cache bytes": room, "cache": 1 << 26}  # fmt: skip
+
+    size = 1 << 28
+    halves, whole = (
+        cell("1-D 32 B", 32, 1.5, [2 * size, size], 3 * size),
+        cell("1-D 64 B", 64, 1.25, [size, size], 3 * size),
+    )
+    held = cell("1-D 32 B held", 32, 1.6, [2 * size, size], 1 << 20)
+    rate = mpi_gpu_pages.memory_rate([halves, whole])
+    assert rate == 2 * size and mpi_gpu_pages.memory_rate([{**halves, "size": 1 << 20}]) == 0
+    assert mpi_gpu_pages.most(halves, rate) == pytest.approx(2 / 3) and mpi_gpu_pages.most(held, rate) == float("inf")
+    (_, copy, met), _, (_, paper, _), *_ = mpi_gpu_pages.pack_goals([halves, whole, held])
+    assert met == "no" and "0 of 3 cells; least 62% (pack 1-D 32 B held, 256 MiB)" in copy
+    assert "the memory allows no more in 1 of the others (pack 1-D 32 B, 256 MiB: 67% of at most 67%)" in copy
+    assert "at the bound of memory, or of a copy, 2.02, and 1.3 in 3" in paper

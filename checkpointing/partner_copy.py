@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -125,10 +125,10 @@ class PartnerFile:
         self._changed = threading.Condition()
         self._sums: list[str] = []
 
-    def take(self, snapshot: Any, chunk: int, slot: int, mark: Any) -> None:
-        """A chunk's copies have been issued: what a snapshot does with each."""
+    def take(self, snapshot: Any, first: int, slots: Sequence[int], mark: Any) -> None:
+        """The copies of some chunks have been issued: what a snapshot does with them."""
         with self._changed:
-            self._marks[chunk] = mark
+            self._marks.update(dict.fromkeys(range(first, first + len(slots)), mark))
             self._changed.notify_all()
 
     def begin(self) -> None:

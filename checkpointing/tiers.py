@@ -165,7 +165,7 @@ class Tiers:
             after = partial(self.host.done, claimed[0], save.step, "host")
             if isinstance(self.host, PartnerTier):
                 copy = self.host.file(claimed, save, copier)
-                takers.append(partial(_one_by_one, copy.take))
+                takers.append(copy.take)
                 part = Part(save, copy, disposable=False, after=after, follows=True)
             else:
                 kept = HostFile(claimed[1] / name, self.host.generation(claimed[0]), copier)
@@ -262,10 +262,3 @@ class Tiers:
             self._mirror_folder.release()
         if self._bucket_folder is not None:
             self._bucket_folder.release()
-
-
-def _one_by_one(
-    take: Callable[[Snapshot, int, int, Any], None], snapshot: Snapshot, first: int, slots: Sequence[int], mark: Any
-) -> None:
-    for chunk, slot in enumerate(slots, first):
-        take(snapshot, chunk, slot, mark)

@@ -4,11 +4,13 @@
     python benchmarks/attention_modelled.py --blocks attention_blocks.json --output attention_modelled
 
 The schedules are the ones that the executor runs, and the peers' are written by the same builders, so what differs is
-what travels when. Nothing here is a measurement of those projects: their kernels, their launch times and their bugs are
-not in it. Kernel rates, and what a merge costs the attention beside it, are measured where `--blocks` brings the result
-of benchmarks/attention_blocks.py. All figures are ranges. One end: nominal links (`comms.topologies`), and merges that
-cost the attention beside them nothing (measured: the least of what they cost). The other: half of those links, and
-attention that stands still while a merge runs beside it (measured: the most). Peers merge between blocks.
+what travels when. Nothing here is a measurement of those projects: their kernels, their launch times and their bugs
+are not in it. Kernel rates, what a kernel loses at its start and end, and what a merge costs the attention beside it,
+are measured where `--blocks` brings the result of benchmarks/attention_blocks.py. The ideal is the work at the
+kernel's rate, divided by the ranks, without starts. All figures are ranges. One end: nominal links
+(`comms.topologies`), and merges that cost the attention beside them nothing (measured: the least of what they cost).
+The other: half of those links, and attention that stands still while a merge runs beside it (measured: the most).
+Peers merge between blocks.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from undertow.comms.builders.peers import PEERS, Peer, peer_schedule
 from undertow.comms.network import Network
 from undertow.comms.schedule import Schedule
 from undertow.comms.topologies import PRESETS, preset
+from undertow.dist.machine import Link
 from undertow.parallel.masks import Mask
 from undertow.parallel.token_ring.planner import Rates, choose, predict
 from undertow.parallel.token_ring.problem import Problem, shape_of
@@ -78,10 +81,11 @@ def cells(
     flops: tuple[float, float],
     say: Callable[[str], None],
     drags: tuple[float, float] = DRAGS,
+    starts: tuple[float, float] = (0.0, 0.0),
 ) -> list[Cell]:
     found = []
     rates = [
-        Rates("preset " + topology, flops, COPY, slower(preset(topology), scale), 0.0, drag)
+        Rates("preset " + topology, flops, COPY, slower(preset(topology), scale), 0.0, drag, starts)
         for scale, drag in zip(LINKS, drags)
     ]
     for backward in (False, True):
@@ -108,16 +112,25 @@ def cells(
     return found
 
 
-def measured_rates(file: str, heads: str) -> tuple[float, float]:
-    """flop/s of each phase, from a result of attention_blocks: those of a rank's blocks, the most ranks measured."""
-    rows = [c for c in json.loads(Path(file).read_text())["cells"] if c["heads"] == heads and c["backend"] == "best"]
-    rows = [c for c in rows if c["mask"] == "causal zigzag" and c["schedule"] == "ring_kv"]
-    found = []
+def measured_rates(file: str, heads: str) -> tuple[tuple[float, float], tuple[float, float]]:
+    """(flop/s of each phase, seconds that a kernel's start takes in each), from a result of attention_blocks: the line
+    time = flops / rate + start with the least squares of relative errors over all shapes of blocks with so many query
+    heads; grouped heads are the same work."""
+    cells = json.loads(Path(file).read_text())["cells"]
+    rows = [c for c in cells if c["heads"].split(":")[0] == heads.split(":")[0] and c["backend"] == "best"]
+    rates, starts = [], []
     for phase, width in (("forward", 4), ("backward", 10)):
-        best = max((c for c in rows if c["phase"] == phase), key=lambda c: (c["ranks"], c["length"]))
-        area = best["length"] * (best["length"] + 1) // 2 / best["ranks"]
-        found.append(area * int(heads.split(":")[0]) * 128 * width / (best["blocks_ms"] / 1e3))
-    return found[0], found[1]
+        points = list[tuple[int, float]]()
+        for shape, ms in (item for c in rows if c["phase"] == phase for item in c["shapes"].items()):
+            size, kind = shape.split(" ", 1)
+            q, k = map(int, size.split("×"))
+            if kind in ("causal", "full", "joined"):
+                pairs = q * (q + 1) // 2 if kind == "causal" else q * k
+                points.append((pairs * int(heads.split(":")[0]) * 128 * width, ms / 1e3))
+        line = Link.fit(points)
+        rates.append(line.bytes_per_s)
+        starts.append(line.latency_s)
+    return (rates[0], rates[1]), (starts[0], starts[1])
 
 
 def measured_drags(file: str, heads: str) -> tuple[float, float]:
@@ -191,11 +204,13 @@ def main(argv: Sequence[str]) -> int:
                     print(f"out of time before {topology}, {q_heads}:{kv_heads} heads, {ranks} ranks")
                     continue
                 heads = Heads(1, q_heads, kv_heads, 128, 128, "bfloat16", "float32", options.wire)
-                flops = measured_rates(options.blocks, f"{q_heads}:{kv_heads}") if options.blocks else H100
+                flops, starts = H100, (0.0, 0.0)
+                if options.blocks:
+                    flops, starts = measured_rates(options.blocks, f"{q_heads}:{kv_heads}")
                 drags = measured_drags(options.blocks, f"{q_heads}:{kv_heads}") if options.blocks else DRAGS
                 length = ranks * options.tokens
                 problem = Problem(ranks, length, length, heads, Mask(causal=True))
-                rows += cells(problem, topology, flops, lambda text: print(text, file=sys.stderr), drags)
+                rows += cells(problem, topology, flops, lambda text: print(text, file=sys.stderr), drags, starts)
     for shown in tables(rows):
         console.print(shown)
     if options.output:

@@ -63,6 +63,24 @@ def test_blocks_of_windows_and_documents_are_timed(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_kernels_rate_and_start_are_read_off_the_blocks(tmp_path):
+    """Times of full, causal and joined blocks that follow a line give it back; blocks of several tiles do not count."""
+    file, cells = tmp_path / "blocks.json", []
+    for phase, width in (("forward", 4), ("backward", 10)):
+        ms = {
+            f"{q}×{k} {kind}": 1e3 * (pairs * 2 * 128 * width / 5e14 + 2e-4)
+            for q, k, kind, pairs in (
+                (4096, 8192, "full", 1 << 25),
+                (8191, 8191, "causal", 8191 * 4096),
+                (4096, 65536, "joined", 1 << 28),
+            )
+        }
+        cells.append({"heads": "2:1", "backend": "best", "phase": phase, "shapes": ms | {"9×9 7 tiles": 1.0}})
+    file.write_text(json.dumps({"cells": cells}))
+    rates, starts = attention_modelled.measured_rates(str(file), "2:1")
+    assert rates == pytest.approx((5e14, 5e14), rel=1e-3) and starts == pytest.approx((2e-4, 2e-4), rel=1e-6)
+
+
 def test_the_field_is_modelled(tmp_path, capsys):
     base = tmp_path / "modelled"
     arguments = ["--ranks", "2,4", "--heads", "8:8", "--topologies", "nvswitch", "--output", str(base)]

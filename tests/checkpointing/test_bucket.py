@@ -233,6 +233,61 @@ def test_a_kill_leaves_the_older_checkpoint_the_newest(ranks, tmp_path, s3, stag
     assert ranks(1, after_the_crash, str(tmp_path), s3) == [[0, True, 1, [(1, True)], [0, 1]]]
 
 
+def every_prefix(rank: int, world: int, root: str) -> list[Any]:
+    """Save with retention, roll back, save again, recording what changes the store; then, for every prefix of that,
+    make a store in which just these things have happened, restore from it alone, and look what came."""
+    path, done, lock = Path(root), [], threading.Lock()
+    real = {name: getattr(ObjectStore, name) for name in ("put", "create", "upload", "delete")}
+
+    def recorded(name: str) -> Any:
+        def act(self: ObjectStore, what: Any, *args: Any, **options: Any) -> None:
+            with lock:  # one order, as the store sees it
+                real[name](self, what, *args, **options)
+                keys = what if name == "delete" else [what]
+                done.extend((key, None if name == "delete" else self.get(key)) for key in keys)
+
+        return act
+
+    for name in real:
+        setattr(ObjectStore, name, recorded(name))
+    job, states = Job(), {}
+    with job.checkpointer(path / "disk", bucket=Bucket(f"file://{path}/far", keep=3), keep=None) as ckpt:
+        for step in (0, 1, 2, 3, 1, 2):
+            if step == 1 and 3 in states:
+                assert ckpt.restore(1) == 1  # 2 and 3 are set aside
+                job.advance(77)
+                continue
+            states.setdefault(step, []).append(job.state())
+            ckpt.save(step)
+            assert all(report.ok for report in ckpt.wait())
+            job.advance(step)
+    for name, act in real.items():
+        setattr(ObjectStore, name, act)
+    wrong, steps = [], []
+    for length in range(len(done) + 1):
+        objects: dict[str, bytes] = {}
+        for key, data in done[:length]:
+            objects.pop(key, None) if data is None else objects.__setitem__(key, data)
+        far = path / f"far-{length}"
+        for key, data in objects.items():
+            (far / key).parent.mkdir(parents=True, exist_ok=True)
+            (far / key).write_bytes(data)
+        commits = [key for key in objects if key.endswith("/COMMIT.json")]
+        newest = max((int(key.split("-")[1].split(".")[0]) for key in commits), default=None)
+        other = Job(seed=1)
+        with other.checkpointer(path / f"disk-{length}", bucket=Bucket(f"file://{far}")) as ckpt:
+            step = ckpt.restore()
+        right = step == newest and (step is None or any(same(other.state(), state) for state in states[step]))
+        wrong += [] if right else [(length, done[length - 1][0], step, newest)]
+        steps += [] if steps[-1:] == [step] else [step]
+    return [wrong, steps, len(done) > 30]
+
+
+def test_whatever_has_happened_to_the_store_the_newest_commit_is_restored(ranks, tmp_path):
+    """The order of the puts and deletes is all that keeps checkpoints valid, so every place to crash in it is tried."""
+    assert ranks(1, every_prefix, str(tmp_path)) == [[[], [None, 0, 1, 2, 3, 1, 2], True]]
+
+
 # -- stores that refuse, are away, or are slow -----------------------------------------------------------------------
 
 

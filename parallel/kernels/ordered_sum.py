@@ -9,7 +9,6 @@ overlapped product does, with nothing left to hide behind. Several pieces are on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -26,33 +25,44 @@ except ImportError:  # the CPU build of torch comes without Triton
     triton = None
 
 BLOCK = 1024  # columns of a program
+_MOST = 256  # plans whose edges are kept on the device
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def ordered_sum(place: Placement, landings: Sequence[Tensor], pieces: Sequence[Piece], out: Tensor) -> None:
     """As `add_pieces`; `pieces` are neighbours."""
     world, gap = place.plan.world, _gap(landings, place.plan.rank)
-    if triton is None or not out.is_cuda or out.dtype not in _TYPES or world < 3 or gap is None or not out.numel():
+    edges = place.plan.edges or (0, out.shape[1])
+    usable = triton is not None and out.is_cuda and out.dtype in _TYPES and world > 2 and out.numel() > 0
+    on_device = _placed(edges, out.device) if usable else None
+    if gap is None or on_device is None:
         add_pieces(place, landings, pieces, out)
         return
     columns, by_columns, (base, end) = out.shape[1], bool(place.plan.columns), place.plan.own
     rows = end - base
     low, high = (0, rows) if by_columns else (pieces[0].low - base, pieces[-1].high - base)
-    edges = place.plan.edges or (0, columns)
     first = pieces[0].part if by_columns else 0
     cuts = edges[first : first + len(pieces) + 1] if by_columns else edges
     blocks = -(-max(right - left for left, right in pairwise(cuts)) // BLOCK)
     compact, gap = gap
     aligned = gap % 8 == 0 and not any(edge % 8 for edge in edges)
     _sum_kernel[(high - low, (len(cuts) - 1) * blocks)](  # pyright: ignore[reportIndexIssue]
-        place.own if place.apart else place.y, landings[0], out, _placed(edges, out.device), low, first, rows, columns,
+        place.own if place.apart else place.y, landings[0], out, on_device, low, first, rows, columns,
         blocks, gap, base, place.plan.rows, place.plan.rank, world, compact, place.apart, aligned, BLOCK,
     )  # fmt: skip
 
 
-@lru_cache(maxsize=256)
-def _placed(edges: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(edges, dtype=torch.int64, device=device)
+_kept: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+
+
+def _placed(edges: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """They on the device; None while a CUDA graph is captured, whose memory nobody else may read, if they are new."""
+    found = _kept.get((edges, device))
+    if found is None and not torch.cuda.is_current_stream_capturing():
+        if len(_kept) >= _MOST:
+            _kept.clear()
+        found = _kept[edges, device] = torch.tensor(edges, dtype=torch.int64, device=device)
+    return found
 
 
 def _gap(landings: Sequence[Tensor], rank: int) -> tuple[bool, int] | None:

@@ -142,13 +142,13 @@ class Coordinator:
         began_s = time.monotonic()
         deadline_s = began_s + timeout_s
         keys = [f"{name}/{rank}" for rank in range(self.world)]
-        while calm and not self.lifeline.gone and (now_s := time.monotonic()) < deadline_s:  # one look at all of them
-            with suppress(RuntimeError, dist.DistError):  # rank 0 is gone: `hear` says so
+        while calm and not unless and not self.lifeline.gone and (now_s := time.monotonic()) < deadline_s:
+            try:  # one look at all of them
                 if self._mine.check(keys):
                     return [pickle.loads(word) for word in self._mine.multi_get(keys)]
-                time.sleep(_pause_s(now_s - began_s, calm))
-                continue
-            break
+            except (RuntimeError, dist.DistError):  # rank 0 is gone: `hear` says so
+                break
+            time.sleep(_pause_s(now_s - began_s, calm))
         return [self.hear(name, rank, deadline_s=deadline_s, unless=unless, calm=calm) for rank in range(self.world)]
 
     def part(self, *, timeout_s: float = 60.0) -> None:

@@ -31,7 +31,7 @@ class DcpMetadata:
             for position, shard in enumerate(record.shards)
         }
         self._objects: dict[str, ObjectRecord] | None = None
-        self._names: list[tuple[str, str]] = []
+        self._names: list[tuple[str, str]] | None = None  # of the objects in the template
         self._template, self._places = bytearray(), list[int]()
         self.made = 0  # how often all of it was pickled
 
@@ -45,14 +45,14 @@ class DcpMetadata:
         numbers = [number for record in objects.values() for number in (record.start, record.length)]
         names = [(key, record.file) for key, record in objects.items()]
         if names != self._names:
-            self._names, self._places = names, []
+            self._names, self._template, self._places = names, bytearray(), []
             stand_ins = range(FIRST, FIRST + len(numbers))
             pairs = zip(names, stand_ins[::2], stand_ins[1::2])
             data = self._pickle({key: ObjectRecord(file, start, length) for (key, file), start, length in pairs})
             marks = [b"J" + struct.pack("<i", number) for number in stand_ins]
             if all(data.count(mark) == 1 for mark in marks):
                 self._template, self._places = bytearray(data), [data.index(mark) + 1 for mark in marks]
-        if len(self._places) == len(numbers) and max(numbers, default=0) <= MOST:
+        if self._template and max(numbers, default=0) <= MOST:
             for place, number in zip(self._places, numbers):
                 struct.pack_into("<i", self._template, place, number)
             data = bytes(self._template)

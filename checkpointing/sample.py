@@ -26,7 +26,7 @@ Gather = Callable[[torch.Tensor | None], torch.Tensor]  # samples into a tensor,
 
 
 class Sampler:
-    """Samples of fixed contiguous `tensors`, kept on their own device; nothing here waits for a device."""
+    """Samples of fixed contiguous `tensors`, kept on their own device; only making it waits for a device."""
 
     @torch.no_grad()
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:

@@ -1,7 +1,7 @@
 """One save on its way, and what it cost: the nouns that committers, tiers, observers and the facade share.
 
 A value that may change as soon as training goes on is pickled when the save begins; plain ones that nobody can change
-are pickled in the background, and not again while they stay the same.
+are pickled in the background, and not again while they stay the same, as random generators do where nobody draws.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class SaveReport:
 @dataclass
 class Save:
     """One save on its way into one or two tiers. `objects` are the values to pickle, taken when the save began;
-    `known` is what the saves before have pickled: key → (value, repr, bytes) of plain values, which rarely change."""
+    `known` is what the saves before have pickled: key → (value, repr, bytes) of those that can be compared."""
 
     attempt: Attempt
     plan: SavePlan
@@ -94,7 +94,7 @@ class Save:
         value = held.value if isinstance(held, Fresh) else held
         text = repr(value) if _is_plain(value) else ""
         known = self.known.get(key)
-        if text and known is not None and known[1] == text:
+        if known is not None and (known[1] == text if text else _same(held, known[0])):
             self._pickled[key] = known[2]
             self.known[key] = held, text, known[2]
             return
@@ -104,7 +104,7 @@ class Save:
             self._pickled[key] = b""
             self.problem = self.problem or f"'{key}' cannot be pickled ({type(error).__name__}: {error})"
             return
-        if text:
+        if text or isinstance(held, Fresh):
             self.known[key] = held, text, self._pickled[key]
 
 
@@ -112,6 +112,23 @@ def _is_plain(value: Any) -> bool:
     """Whether `repr` tells everything about a value."""
     parts = value if type(value) in (tuple, list) else (value,)
     return all(type(part) in (int, float, bool, str, type(None)) for part in parts)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two values that nobody can have changed, such as the states of random generators, are alike bit for bit;
+    False where that cannot be told."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Fresh):
+        return _same(a.value, b.value)
+    if isinstance(a, torch.Tensor):
+        whole = a.dtype in (torch.uint8, torch.int64) and a.device.type == "cpu"
+        return whole and b.dtype == a.dtype and b.device == a.device and torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(map(_same, a.values(), b.values()))
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return _is_plain(a) and repr(a) == repr(b)
 
 
 def _pickle(value: Any) -> bytes:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -15,14 +16,15 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from ckpt_job import Job
+from ckpt_job import Job, same
 
-from undertow.checkpointing import live, open_checkpoint, plan, sample
+from undertow.checkpointing import live, open_checkpoint, plan, sample, save
 from undertow.checkpointing.dcp_metadata import MOST, DcpMetadata
 from undertow.checkpointing.folder import read_manifest
 from undertow.checkpointing.manifest import ObjectRecord, checksums
 from undertow.checkpointing.sample import Sampler
 from undertow.checkpointing.staging import Scalars
+from undertow.checkpointing.state import rng_state
 
 
 class Growing:
@@ -96,8 +98,12 @@ def test_metadata_that_is_filled_in_equals_metadata_that_is_pickled(tmp_path, se
         assert record == checksums(data, made.image.chunk_bytes)
         assert once.file(dict(objects))[0] is data
     before = once.made
-    once.file({**objects, "new": ObjectRecord("__1_1.distcp", 3, 4)})
-    assert once.made == before + 1
+    for others in ({**objects, "new": ObjectRecord("__1_1.distcp", 3, 4)}, {}):
+        data, _ = once.file(others)
+        assert pickle.loads(data) == pickle.loads(DcpMetadata(*parts)._pickle(others))
+    assert once.made == before + 2
+    first, _ = DcpMetadata(*parts).file({})  # a state without objects
+    assert pickle.loads(first) == pickle.loads(data)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
@@ -144,3 +150,36 @@ def test_scalars_are_moved_bit_for_bit():
     assert scalars
     scalars.copy()
     assert [target.view(torch.int32).item() for target in targets] == bits.tolist()
+
+
+def test_random_generators_are_pickled_when_they_have_moved(tmp_path, monkeypatch):
+    """A held-still generator costs no pickle; one draw from any of them is in the next save."""
+    pickled: list[str] = []
+    real = save._pickle
+    monkeypatch.setattr(save, "_pickle", lambda value: pickled.append(type(value).__name__) or real(value))
+    job = Job(layers=1)
+    draws = [
+        lambda: None,
+        random.random,
+        np.random.rand,
+        lambda: torch.rand(1),
+        lambda: random.gauss(0, 1),
+        lambda: None,
+    ]
+    with job.checkpointer(tmp_path, keep=None) as ckpt:
+        for step, draw in enumerate(draws):
+            draw()
+            pickled.clear()
+            ckpt.save(step)
+            ckpt.wait()
+            assert pickled.count("dict") == (step in (0, 1, 2, 3, 4))
+            want = rng_state()
+            assert same(flat(open_checkpoint(tmp_path, step=step)["rng.rank-00000"]), flat(want))
+
+
+def flat(state: dict[str, Any]) -> dict[str, Any]:
+    return {f"{name}.{index}": part for name, value in state.items() for index, part in enumerate(parts_of(value))}
+
+
+def parts_of(value: Any) -> tuple:
+    return value if isinstance(value, tuple) else (value,)

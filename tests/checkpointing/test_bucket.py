@@ -264,6 +264,8 @@ def every_prefix(rank: int, world: int, root: str) -> list[Any]:
     for name, act in real.items():
         setattr(ObjectStore, name, act)
     wrong, steps = [], []
+    committed = [key for key, data in done if key.endswith("/COMMIT.json") and data is not None]
+    rolled_back = [key for key in committed if key.startswith(("step-000000002.", "step-000000003."))][:2]
     for length in range(len(done) + 1):
         objects: dict[str, bytes] = {}
         for key, data in done[:length]:
@@ -278,6 +280,8 @@ def every_prefix(rank: int, world: int, root: str) -> list[Any]:
         with other.checkpointer(path / f"disk-{length}", bucket=Bucket(f"file://{far}")) as ckpt:
             step = ckpt.restore()
         right = step == newest and (step is None or any(same(other.state(), state) for state in states[step]))
+        for key in rolled_back:  # set aside is not removed
+            right &= (key, None) not in done[:length] or (far / key).with_name("manifest.json").exists()
         wrong += [] if right else [(length, done[length - 1][0], step, newest)]
         steps += [] if steps[-1:] == [step] else [step]
     return [wrong, steps, len(done) > 30]
@@ -461,11 +465,16 @@ def branches(rank: int, world: int, root: str, url: str) -> list[Any]:
             later.wait()
             ends = [[(r.step, r.ok) for r in c.reports if r.tier == "bucket"][-1] for c in (ckpt, later)]
             reason = ckpt.reports[-1].reason
-    return [kept, rolled, len(twice), ends, "has taken" in reason, place(url).committed()]
+    both = place(url).committed()
+    with Job().checkpointer(Path(root) / "c", bucket=Bucket(url)) as anew:  # it restores nothing, and begins elsewhere
+        anew.save(1)
+        anew.wait()
+    ones = [name for name in store.folders() if name.startswith("step-000000001.")]
+    return [kept, rolled, len(twice), ends, "has taken" in reason, both, place(url).committed(), len(ones)]
 
 
 def test_rollback_retention_and_a_job_that_was_replaced(ranks, tmp_path, s3):
-    expected = [[1, 2], [1], 2, [(3, False), (4, True)], True, [1, 2, 4]]
+    expected = [[1, 2], [1], 2, [(3, False), (4, True)], True, [1, 2, 4], [1], 1]
     assert ranks(1, branches, str(tmp_path), s3) == [expected]
 
 

@@ -35,6 +35,8 @@ from undertow.parallel.token_ring.whole_blocks import seen
 
 HEADS = [(4, 4), (8, 2), (4, 1), (12, 4), (10, 5)]
 
+NO_GPU = pytest.mark.skipif(torch.cuda.device_count() == 0, reason="needs a CUDA device")
+
 
 def draw(generator: random.Random, layout: str) -> Problem:
     """A random problem: lengths that nothing divides, cross attention, empty documents, ranks without tokens."""
@@ -135,6 +137,32 @@ def test_joined_blocks_are_exact_and_fewer(world, seed, attention_reference):
                     at = positions_of((problem.k_spans if result in ("dk", "dv") else problem.q_spans)[rank])
                     part = x.detach().transpose(0, 1)[at]
                     torch.testing.assert_close(got[result], part, atol=1e-10, rtol=0, msg=f"{result} by {name}")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
+def test_joined_blocks_in_bfloat16_on_kernels_of_the_device(device, seed, attention_reference):
+    """All ranks on one device, with the kernels that 'auto' takes there: no number further from float64's than 2^-5 of
+    the largest; outputs and partial results are rounded (2^-9 each), the probabilities of a kernel too."""
+    tokens = 2048 if device == "cuda" else 192
+    problem = Problem(4, tokens, tokens, Heads(1, 8, 2, 64, 64, "bfloat16"), Mask(True))
+    whole = {n: torch.randn(1, tokens, h, 64).bfloat16() for n, h in (("q", 8), ("k", 2), ("v", 2), ("dout", 8))}
+    q, k, v = (whole[n].double().requires_grad_() for n in "qkv")
+    out, lse = attention_reference.full_attention(q, k, v, problem.mask, 0.125)
+    out.backward(whole["dout"].double())
+    whole |= {"lse": lse.detach().float(), "delta": (whole["dout"].double() * out).sum(-1).detach().float()}
+    exact = {"out": out, "dq": q.grad, "dk": k.grad, "dv": v.grad}
+    for name, backward in itertools.product(("ring_kv_joined", "all_gather_kv_joined"), (False, True)):
+        plan, names = problem.schedule(name, backward=backward), whole if backward else "qkv"
+        inputs = [local_inputs(problem, name, r, **{n: whole[n] for n in names}) for r in range(4)]
+        inputs = [{n: x.to(device) for n, x in mine.items()} for mine in inputs]
+        found = local.run(plan, inputs, ops(problem, 1, 0.125), seed=seed, device=device)
+        for rank, got in enumerate(found):
+            for result, x in exact.items():
+                if result in got:
+                    at = positions_of((problem.k_spans if result in ("dk", "dv") else problem.q_spans)[rank])
+                    part = x.detach().transpose(0, 1)[at]
+                    error = (got[result].double().cpu() - part).abs().max() / part.abs().max()
+                    assert error < 2**-5, (name, result, float(error))
 
 
 def _shown(tiles, rows, keys):

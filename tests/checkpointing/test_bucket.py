@@ -180,6 +180,26 @@ def test_a_damaged_object_is_refused_and_the_older_checkpoint_used(ranks, tmp_pa
     assert ranks(1, damaged, str(tmp_path), s3, kind) == [[0, True, [0], True]]
 
 
+def changed_on_the_way(rank: int, world: int, root: str, url: str) -> list[Any]:
+    real = os.pread
+
+    def flipped(handle: int, count: int, offset: int) -> bytes:
+        data = bytearray(real(handle, count, offset))
+        data[len(data) // 2] ^= 1
+        return bytes(data)
+
+    job = Job()
+    with job.checkpointer(Path(root), every=1, bucket=Bucket(url)) as ckpt:
+        os.pread = flipped
+        step_and_wait(ckpt, job, range(1))
+        os.pread = real
+        return [outcome(ckpt), "has changed on the disk" in ckpt.reports[-1].reason, place(url).committed()]
+
+
+def test_damage_on_the_disk_is_not_uploaded(ranks, tmp_path, s3):
+    assert ranks(1, changed_on_the_way, str(tmp_path), s3) == [[[(0, False)], True, []]]
+
+
 # -- crashes ---------------------------------------------------------------------------------------------------------
 
 

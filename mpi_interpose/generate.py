@@ -83,10 +83,13 @@ def exports(symbols: set[str]) -> str:
         types = ", ".join(["W"] * len(kinds))
         at_init = int(handler in ("init", "init_thread"))
         out.append(f"W undertow_{symbol}({types});")
+        # The way of a closed gate is a function of its own: then the open one is a compare and a jump.
         out.append(
+            f"__attribute__((noinline, cold)) static W closed_{symbol}({words}) {{\n"
+            f"  if (undertow_enter({at_init}) != 1) return ((W(*)({types}))undertow_next[{index}])({names});\n"
+            f"  return undertow_{symbol}({names});\n}}\n"
             f'__attribute__((visibility("default"))) W {symbol}({words}) {{\n'
-            f"  if (__builtin_expect(undertow_gate != 1, 0) && undertow_enter({at_init}) != 1)\n"
-            f"    return ((W(*)({types}))undertow_next[{index}])({names});\n"
+            f"  if (__builtin_expect(undertow_gate != 1, 0)) return closed_{symbol}({names});\n"
             f"  return undertow_{symbol}({names});\n}}"
         )
     return "\n".join([*out, "}", ""])

@@ -58,6 +58,13 @@ UNDERTOW_IN_ENTRY int on_send(F next, Site site, void* buf, N count, MPI_Datatyp
 template <class F, class N>
 UNDERTOW_APART int isend_asked(F next, Site site, void* buf, N count, MPI_Datatype type, int dest, int tag, MPI_Comm comm,
              MPI_Request* request, uint64_t print) {
+  if (this_round.looks) {
+    round_opens(this_round, print);
+    if (!this_round.timed && passes_at_once(site, print)) {
+      this_round.post(print);
+      return next(buf, count, type, dest, tag, comm, request);
+    }
+  }
   poll_orphans();
   round_enter();
   const uint64_t age = now_known();
@@ -74,8 +81,7 @@ template <class F, class N>
 UNDERTOW_IN_ENTRY int on_isend(F next, Site site, void* buf, N count, MPI_Datatype type, int dest, int tag, MPI_Comm comm,
                                MPI_Request* request) {
   const uint64_t print = fingerprint(kIsend, count, type, comm, dest);
-  if (__builtin_expect(this_round.looks, 0)) round_opens(this_round, print);
-  if (this_round.timed || !passes_at_once(site, print))
+  if (this_round.attends() || !passes_at_once(site, print))
     return isend_asked(next, site, buf, count, type, dest, tag, comm, request, print);
   this_round.post(print);
   return next(buf, count, type, dest, tag, comm, request);
@@ -167,6 +173,13 @@ int on_sendrecv_replace(F next, Site site, void* buf, N count, MPI_Datatype type
 template <class F, class N>
 UNDERTOW_APART int irecv_asked(F next, Site site, void* buf, N count, MPI_Datatype type, int source, int tag, MPI_Comm comm,
              MPI_Request* request, uint64_t print) {
+  if (this_round.looks) {
+    round_opens(this_round, print);
+    if (!this_round.timed && passes_at_once(site, print)) {
+      this_round.post(print);
+      return next(buf, count, type, source, tag, comm, request);
+    }
+  }
   poll_orphans();
   round_enter();
   const uint64_t age = now_known();
@@ -183,8 +196,7 @@ template <class F, class N>
 UNDERTOW_IN_ENTRY int on_irecv(F next, Site site, void* buf, N count, MPI_Datatype type, int source, int tag, MPI_Comm comm,
                                MPI_Request* request) {
   const uint64_t print = fingerprint(kIrecv, count, type, comm, source);
-  if (__builtin_expect(this_round.looks, 0)) round_opens(this_round, print);
-  if (this_round.timed || !passes_at_once(site, print))
+  if (this_round.attends() || !passes_at_once(site, print))
     return irecv_asked(next, site, buf, count, type, source, tag, comm, request, print);
   this_round.post(print);
   return next(buf, count, type, source, tag, comm, request);

@@ -23,7 +23,7 @@ extern std::atomic<uint64_t> passing_age;
 extern bool threads_may_race;  // the program was granted MPI_THREAD_MULTIPLE
 
 // A counter that threads may lose now and then: a locked addition costs as much as the rest of a call that passes.
-inline void count_loosely(std::atomic<int64_t>& n) {
+__attribute__((always_inline)) inline void count_loosely(std::atomic<int64_t>& n) {
   n.store(n.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
 }
 // One that must not lose anything, without a lock where only one thread at a time calls MPI.
@@ -37,7 +37,7 @@ inline void add(std::atomic<int64_t>& n, int64_t more) {
 // A nonblocking message may be judged otherwise than a blocking one.
 constexpr int kIsend = kUses, kIrecv = kUses + 1;
 
-inline uint64_t fingerprint(int use, int64_t count, MPI_Datatype type, MPI_Comm comm, int peer) {
+__attribute__((always_inline)) inline uint64_t fingerprint(int use, int64_t count, MPI_Datatype type, MPI_Comm comm, int peer) {
   const uint64_t a = handle_key(type) + static_cast<uint64_t>(count) * 0x9e3779b97f4a7c15ull + 0x8bb84b93962eacc9ull;
   const uint64_t b = handle_key(comm) + (static_cast<uint64_t>(static_cast<uint32_t>(peer)) * 8 + use + 1) * 0xd6e8feb86659fd93ull;
   const auto product = static_cast<unsigned __int128>(a) * b;
@@ -45,7 +45,7 @@ inline uint64_t fingerprint(int use, int64_t count, MPI_Datatype type, MPI_Comm 
 }
 
 // The slot of such a call when it passes, else NULL.
-inline Passing* known_to_pass(uint64_t print) {
+__attribute__((always_inline)) inline Passing* known_to_pass(uint64_t print) {
   Passing& p = passing[print % kPassing];
   return p.mark.load(std::memory_order_relaxed) == (print ^ passing_age.load(std::memory_order_relaxed)) ? &p : nullptr;
 }

@@ -47,7 +47,8 @@ struct Round {
   Habit* habit = nullptr;  // of this round
   Habits* all = nullptr;   // every member has a constant to begin with, so that no access asks whether it was constructed
 
-  void post(uint64_t print) {
+  bool attends() const { return __builtin_expect(looks | timed, 0); }  // a call must come the long way
+  __attribute__((always_inline)) void post(uint64_t print) {
     if (posts++ == 0) first_print = prints = print;
     else prints = prints * 0x9e3779b97f4a7c15ull + print;
   }

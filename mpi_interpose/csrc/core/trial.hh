@@ -3,7 +3,7 @@
 // What a table knows was measured on one message at a time. A round is another thing: twelve messages share caches and a
 // transport, and a send that is packed may be best only where the receives are, too. So rounds that come again and again
 // are tried in each way for a few in a row (after a change of way, caches and the transport's buffers are the other
-// way's, so the first of these does not count), three times over, and the least time of each way decides. No clock and no MPI in
+// way's, so the first of these does not count), four times over, and the least time of each way decides. No clock and no MPI in
 // here. The order and the number of rounds never depend on what was measured: ranks that run the same rounds stay in
 // step, and each sees the others go the way that it goes itself.
 #pragma once
@@ -17,7 +17,7 @@ enum Way : int { kLibraryWay, kTableWay, kAllWay, kWays };
 
 class Trial {
  public:
-  static constexpr int kRow = 3, kTurns = 3, kBegin = 4;  // rounds in a row; times that each way is tried; before the first
+  static constexpr int kRow = 3, kTurns = 4, kBegin = 4;  // rounds in a row; times that each way is tried; before the first
   static constexpr int kRest = 512, kLongest = 65536;      // rounds between trials: doubled each time
   static constexpr double kBegins = 1.06, kStays = 1.03;   // gains for which a way is taken that was not, or is kept
   static constexpr double kHopeless = 1.3;                 // loss for which a way is not tried again

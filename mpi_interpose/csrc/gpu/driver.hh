@@ -30,6 +30,7 @@ struct Failure : std::runtime_error {
   X(cuCtxPushCurrent_v2, (Handle))                                                                                  \
   X(cuCtxPopCurrent_v2, (Handle*))                                                                                  \
   X(cuCtxSynchronize, ())                                                                                           \
+  X(cuCtxSetLimit, (int, size_t))                                                                                   \
   X(cuDeviceGet, (int*, int))                                                                                       \
   X(cuDeviceGetName, (char*, int, int))                                                                             \
   X(cuDeviceGetAttribute, (int*, int, int))                                                                         \
@@ -84,7 +85,7 @@ bool loaded();                  // looks at what was loaded since; true when the
 }  // namespace detail
 
 // Whether the program can have device memory at all. One load and one compare in a program without CUDA.
-inline bool possible() {
+__attribute__((always_inline)) inline bool possible() {
   const int state = detail::state.load(std::memory_order_acquire);
   if (state) return state == 1;
   void* const volatile* next = detail::watched.load(std::memory_order_relaxed);

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from undertow.benchmarks import partner_kills
 from undertow.dist.launch import free_port
 
 JOB = Path(__file__).parent / "partner_job.py"
@@ -109,3 +110,9 @@ def test_a_machine_that_comes_back_empty_gets_its_state_from_its_partner(tmp_pat
             assert (partners, hosts) == ([1, 0], ["machine-0", "machine-1"])
             assert places == (["10.77.0.1", "10.77.0.2"] if two.spaces else ["127.0.0.1"] * 2)
         assert not list(two.root.glob("step-*"))
+
+
+@pytest.mark.slow
+def test_kills_at_any_moment_lose_no_committed_step(tmp_path, seed):
+    rows = partner_kills.run(3, tmp_path, ranks=3, machines=2, seed=seed)
+    assert len(rows) == 3 and all(row.good for row in rows), rows

@@ -8,6 +8,7 @@ tens of milliseconds. So it is pickled with four bytes for each start and length
 from __future__ import annotations
 
 import pickle
+import re
 import struct
 from collections.abc import Mapping
 
@@ -16,7 +17,8 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Stora
 
 from .manifest import FileRecord, ObjectRecord, TensorRecord, checksums
 
-FIRST = 0x5EED0000  # of the stand-ins; above 65535, so that pickle gives each of them four bytes
+FIRST = 0x5EED0000  # of the stand-ins, 65536 at most; pickle writes each of them as J and four bytes
+STAND_IN = re.compile(rb"J(..\xed\x5e)", re.DOTALL)
 MOST = 2**31 - 1  # that such a number can be
 
 
@@ -49,9 +51,9 @@ class DcpMetadata:
             stand_ins = range(FIRST, FIRST + len(numbers))
             pairs = zip(names, stand_ins[::2], stand_ins[1::2])
             data = self._pickle({key: ObjectRecord(file, start, length) for (key, file), start, length in pairs})
-            marks = [b"J" + struct.pack("<i", number) for number in stand_ins]
-            if all(data.count(mark) == 1 for mark in marks):
-                self._template, self._places = bytearray(data), [data.index(mark) + 1 for mark in marks]
+            found = [(int.from_bytes(match[1], "little"), match.start(1)) for match in STAND_IN.finditer(data)]
+            if sorted(number for number, _ in found) == list(stand_ins):  # each of them once
+                self._template, self._places = bytearray(data), [place for _, place in sorted(found)]
         if self._template and max(numbers, default=0) <= MOST:
             for place, number in zip(self._places, numbers):
                 struct.pack_into("<i", self._template, place, number)

@@ -15,6 +15,7 @@ CALL_S = 0.005  # assumed: what the call itself blocks, however little there is 
 COMMIT_S = 0.03  # assumed: manifest, syncs, the ranks' vote, renaming
 HIDING = 0.9  # of a step passes before the optimizer changes what is being copied
 HOST_GENERATIONS = 3  # as Checkpointer(host_every=…) holds
+PARTNER_GENERATIONS = 2  # of another rank's part, besides, with partner=Partner()
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,10 @@ def _steps(number: float) -> str:
 
 
 def _tiers(job: Job, nbytes: float) -> Line:
-    if (HOST_GENERATIONS + 1) * nbytes <= job.host_bytes:
+    if (HOST_GENERATIONS + PARTNER_GENERATIONS + 1) * nbytes <= job.host_bytes:
+        tiers = "host memory (host_every; partner, on several machines) and disk"
+        fits = f"{HOST_GENERATIONS} generations, {PARTNER_GENERATIONS} of a partner and an arena fit"
+    elif (HOST_GENERATIONS + 1) * nbytes <= job.host_bytes:
         tiers, fits = "host memory (host_every) and disk", f"{HOST_GENERATIONS} generations and an arena fit"
     elif nbytes <= job.host_bytes:
         tiers, fits = "disk", f"one arena fits, {HOST_GENERATIONS} generations do not"

@@ -9,6 +9,7 @@ a save is still under way and another waits behind it, the next is refused rathe
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from .object_store import ObjectStore, is_url
 from .retention import Retention
 
 LEAST_PART = 5 * 2**20  # S3 takes no smaller one, but for the last
+KEYS = re.compile(r"\?|^(?!abfss?:).*@|:[^/]*@")  # but abfss://container@account/path
 WAITING = 2  # saves in this tier, one under way and one behind it; each holds a file of the disk open
 
 
@@ -42,7 +44,7 @@ class Bucket:
     retry_s: float = 60.0
 
     def __post_init__(self) -> None:
-        if not is_url(self.url) or "@" in self.url or "?" in self.url:
+        if not is_url(self.url) or KEYS.search(self.url):
             raise UserError(
                 "the URL of a Bucket",  # not shown: a wrong one may hold a key
                 expected="one such as s3://bucket/prefix, gs://bucket/prefix or az://container/prefix, without keys",

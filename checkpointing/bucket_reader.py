@@ -13,6 +13,7 @@ import mmap
 import os
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -40,6 +41,7 @@ class Spool:
         self.key, self._store, self._manifest, self._handles = key.as_posix(), store, manifest, handles
         self._have: set[Chunk] = set()
         self._lock = threading.Lock()
+        self._free: Callable[[], object] = lambda: None
         self.downloaded_bytes = 0
         self.closed = False
 
@@ -58,7 +60,9 @@ class Spool:
             for handle in handles.values():
                 os.close(handle)
             raise _no_room(error) from error
-        return cls(store, key, manifest, handles)
+        made = cls(store, key, manifest, handles)
+        made._free = weakref.finalize(made, _close, list(handles.values()))  # also when nobody closes it
+        return made
 
     def fetch(self, chunks: Iterable[Chunk], on_bytes: Callable[[int], None] = lambda nbytes: None) -> None:
         """Have these chunks here. `BadCheckpoint` where one is missing or damaged, or cannot be had now."""
@@ -118,8 +122,7 @@ class Spool:
 
     def close(self) -> None:
         """Give the files' room back; a new one is needed then."""
-        for handle in (self._handles or {}).values():
-            os.close(handle)
+        self._free()
         self._handles, self.closed = None, True
 
 
@@ -227,6 +230,11 @@ def _write(handle: int, data: memoryview, offset: int) -> None:
     while data:
         count = os.pwrite(handle, data, offset)
         data, offset = data[count:], offset + count
+
+
+def _close(handles: Iterable[int]) -> None:
+    for handle in handles:
+        os.close(handle)
 
 
 def _no_room(error: OSError) -> UserError:

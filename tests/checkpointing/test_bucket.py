@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import re
@@ -544,6 +545,12 @@ def look_from_outside(rank: int, world: int, root: str, url: str) -> dict[str, A
     far = open_checkpoint(url, step=1)
     one = next(key for key in far if key.endswith("0.weight"))
     assert torch.equal(far[one], before[one])
+    handles = len(os.listdir("/proc/self/fd"))
+    another = open_checkpoint(url)
+    assert len(another) and len(os.listdir("/proc/self/fd")) > handles
+    del another
+    gc.collect()
+    found["closed"] = len(os.listdir("/proc/self/fd")) <= handles
     found["fetched"] = far._reader.spool.downloaded_bytes, sum(r.nbytes for r in far.manifest.files.values())
     found["names"] = list(far) == list(before)
     found["mean"] = ckpt_says("inspect", url, "--tensor", one) == ckpt_says("inspect", str(path / "a"), "--tensor", one)
@@ -583,6 +590,7 @@ def test_the_command_line_and_open_checkpoint_read_it(ranks, tmp_path, s3):
     assert found["verify"][0] == 0 and found["verify"][1].count(": whole") == 3
     some, whole = found["fetched"]
     assert 0 < some < 0.5 * whole and found["names"] and found["mean"]
+    assert found["closed"]
     assert found["diff"][0] == 0 and "are equal" in found["diff"][1] and found["differ"] == 1
     assert found["export"][0] == found["export"][1]
     assert found["fetch"][0] == 0 and found["restored"] == 1
@@ -617,12 +625,25 @@ def test_the_program_of_the_guide_runs(ranks, tmp_path, s3):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"url": "runs/a"}, {"url": "s3://me:hunter2@b/x"}, {"every": 0}, {"keep": 0}, {"part_bytes": 1}, {"uploads": 0}],
+    [
+        {"url": "runs/a"},
+        {"url": "s3://me:hunter2@b/x"},
+        {"url": "az://c/x?sig=hunter2"},
+        {"url": "abfss://c:hunter2@a/x"},
+        {"every": 0},
+        {"keep": 0},
+        {"part_bytes": 1},
+        {"uploads": 0},
+    ],
 )
 def test_a_wrong_option_is_named_and_no_key_is_shown(wrong):
     with pytest.raises(UserError) as caught:
         Bucket(**{"url": "s3://b/x", **wrong})
     assert "expected" in str(caught.value) and "hunter2" not in str(caught.value)
+
+
+def test_azures_own_form_of_a_url_is_taken():
+    assert Bucket("abfss://container@account.dfs.core.windows.net/runs").every == 1
 
 
 def test_an_answer_of_a_server_is_cut_down_to_code_and_message():

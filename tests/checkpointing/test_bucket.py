@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import io
 import os
@@ -26,7 +27,7 @@ from ckpt_job import Job, same
 from s3_server import BUCKET, KEY_ID, S3, SECRET, running
 from test_ranks import build, full_state, tensors, update
 
-from undertow.checkpointing import Bucket, Checkpointer, Retention, bucket, open_checkpoint, plan
+from undertow.checkpointing import Bucket, Checkpointer, Retention, bucket, bucket_reader, open_checkpoint, plan
 from undertow.checkpointing.bucket_folder import BucketFolder
 from undertow.checkpointing.cli import main
 from undertow.checkpointing.object_store import ObjectStore, plain
@@ -199,6 +200,31 @@ def changed_on_the_way(rank: int, world: int, root: str, url: str) -> list[Any]:
 
 def test_damage_on_the_disk_is_not_uploaded(ranks, tmp_path, s3):
     assert ranks(1, changed_on_the_way, str(tmp_path), s3) == [[[(0, False)], True, []]]
+
+
+def no_room_here(rank: int, world: int, root: str, url: str) -> list[Any]:
+    job, real = Job(), bucket_reader._write
+    with job.checkpointer(Path(root) / "a", every=1, bucket=Bucket(url)) as ckpt:
+        before = job.state()
+        step_and_wait(ckpt, job, range(1))
+
+    def full(handle: int, data: memoryview, offset: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    other = Job(seed=1)
+    untouched = other.state()
+    with other.checkpointer(Path(root) / "b", bucket=Bucket(url)) as ckpt:
+        bucket_reader._write = full
+        with pytest.raises(UserError, match="room there for what it downloads"):
+            ckpt.restore()
+        same_as_before = same(other.state(), untouched)
+        bucket_reader._write = real
+        return [same_as_before, ckpt.restore(), same(other.state(), before)]
+
+
+def test_a_full_disk_at_a_restore_is_no_damage(ranks, tmp_path, s3):
+    """The checkpoint is not set aside for it, and nothing has been loaded."""
+    assert ranks(1, no_room_here, str(tmp_path), s3) == [[True, 0, True]]
 
 
 # -- crashes ---------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import sanitized
 from mpis import PROGRAMS, Install, need, start
+from test_passing import TABLE
 from test_programs import compiled, taken
 
 from undertow.mpi_interpose.compile import core_library
@@ -53,6 +54,15 @@ def test_python_programs_keep_to_their_memory(mpich: Install, mode: str, seed: i
     assert taken(report, [0, 1, 2])["MPI_Alltoallw"] > 0
     out = watched(mpich, 1, [python, str(PROGRAMS / "fuzz_types.py"), str(seed % 10**6), "400"], mode, report)
     assert "ok 400" in out and taken(report, [0])["MPI_Pack"] > 350
+
+
+@pytest.mark.parametrize("words", [("passing.py",), ("rounds.py", "waitall"), ("rounds.py", "late")], ids=" ".join)
+def test_what_passes_and_tried_rounds_keep_to_their_memory(mpich: Install, words: tuple, tmp_path: Path) -> None:
+    table, report = tmp_path / "table.txt", tmp_path / "report"
+    table.write_text(TABLE)
+    program = ["env", f"UNDERTOW_MPI_MODEL={table}", str(mpich.python), str(PROGRAMS / words[0]), *words[1:]]
+    assert "ok" in watched(mpich, 2, program, "auto", report)
+    assert taken(report, [0, 1])["MPI_Isend"] > 0
 
 
 def test_the_decoder_survives_extreme_types(mpich: Install, seed: int, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from undertow.dist.errors import UserError
 from undertow.examples.lm import ByteLM
 
 STEPS = {"host": 16, "partner": 16, "disk": 8}  # of one sample; a save to disk at the first of them
+LONG_STEPS = 6  # of a large model, whose steps take a second
 
 
 class Sharded(Loop):
@@ -192,6 +193,8 @@ def trial(size: Size, place: str, device: torch.device) -> Trial:
     job = Sharded(size, device, Path(str(made[0])))
     _open.append(job)
     host, steps = place != "disk", STEPS[place]
+    if host and size is LARGE:
+        steps = LONG_STEPS
     ways: dict[str, Any] = {"no checkpoints": None, OURS[place]: Ours(job, place)}
     if not host:
         ways[f"dcp.async_save, every {steps}"] = Dcp(job, "dcp")

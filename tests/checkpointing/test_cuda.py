@@ -231,5 +231,5 @@ def test_samples_of_all_tensors_are_gathered_by_address(monkeypatch):
     for tensor in tensors:
         sampler.before()
         assert not any(map(bool, sampler.changed()))
-        tensor.data[-1] += 1
+        tensor.data[-8:] += 1  # the last word of all may be left out: three samples lie evenly
         assert any(map(bool, sampler.changed()))

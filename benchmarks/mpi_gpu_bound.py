@@ -54,18 +54,18 @@ def touched(layout: Layout, unit: int) -> int:
     return (int((last - first + 1).sum()) - shared) * unit * times
 
 
-def partial(layout: Layout) -> int:
+def partial(layout: Layout, granule: int) -> int:
     """Bytes of the granules around sectors that the layout covers in part."""
     starts, ends, times = runs(layout)
-    at_start, at_end = starts[starts % SECTOR != 0] // GRANULE, ends[ends % SECTOR != 0] // GRANULE
-    return len(np.union1d(at_start, at_end)) * GRANULE * times
+    at_start, at_end = starts[starts % SECTOR != 0] // granule, ends[ends % SECTOR != 0] // granule
+    return len(np.union1d(at_start, at_end)) * granule * times
 
 
-def bytes_moved(layout: Layout, packing: bool) -> tuple[int, int]:
+def bytes_moved(layout: Layout, packing: bool, granule: int = GRANULE) -> tuple[int, int]:
     """(read, written) of one pack or unpack that finds nothing in the cache and leaves nothing there."""
     if packing:
-        return touched(layout, GRANULE), layout.size
-    return layout.size + partial(layout), touched(layout, SECTOR)
+        return touched(layout, granule), layout.size
+    return layout.size + partial(layout, granule), touched(layout, SECTOR)
 
 
 def cache_bytes(layout: Layout) -> int:

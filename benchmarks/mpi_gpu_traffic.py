@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from undertow.benchmarks.mpi_gpu_bound import bytes_moved
+from undertow.benchmarks.mpi_gpu_bound import GRANULE, bytes_moved
 from undertow.benchmarks.mpi_gpu_rivals import Layout
 from undertow.benchmarks.overlap_traffic import READ, WRITTEN, parsed
 from undertow.benchmarks.report import markdown_table
@@ -39,7 +39,7 @@ def cases(mib: int) -> list[tuple[str, Layout, bool]]:
     return made + [(f"{way} {line.name}", line, way == "pack") for line in lines for way in ("pack", "unpack")]
 
 
-def table(rows: Sequence[tuple[int, int]], mib: int) -> str:
+def table(rows: Sequence[tuple[int, int]], mib: int, granule: int = GRANULE) -> str:
     """Markdown: a row for each case, in bytes per packed byte."""
     found = cases(mib)
     if len(rows) != len(found):
@@ -47,7 +47,7 @@ def table(rows: Sequence[tuple[int, int]], mib: int) -> str:
     size, copied = mib * MIB, sum(rows[0])
     lines = []
     for (name, layout, packing), (read, written) in zip(found, rows):
-        least = bytes_moved(layout, packing)
+        least = bytes_moved(layout, packing, granule)
         counted = [value / CALLS / size for value in (read, written)]
         lines.append((name, *(f"{value / size:.2f}" for value in least), *(f"{value:.2f}" for value in counted),
                       f"{copied / (read + written):.0%}"))  # fmt: skip
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run(asked.mib, asked.fetch, asked.kernel)
         return 0
     rows = parsed(measure(asked.mib, asked.fetch, asked.kernel, asked.seconds))
-    text = table(rows, asked.mib)
+    text = table(rows, asked.mib, asked.fetch or GRANULE)
     sys.stdout.write(text)
     if asked.output:
         asked.output.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,10 @@ from . import gpu_build
 from .build import library as library_of
 from .toolchain import Mpi, environment
 
+NOT_STAGED = (
+    "window memory and RMA, persistent collectives, partitioned messages, split collective file calls (_begin): this "
+    "library cannot read device memory there; each is named once when it happens"
+)
 _ASK = """
 import ctypes, sys
 library = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
@@ -77,6 +81,8 @@ def rows(mpi: Mpi) -> list[tuple[str, str]]:
     found_rows = [("GPU buffers", path), ("CUDA-aware", library)]
     if not found:
         return found_rows
+    if aware is not True and wish not in ("off", "0"):
+        found_rows.append(("GPU, not staged", NOT_STAGED))
     return [
         *found_rows,
         ("GPU kernels", kernels(library_of(mpi))),

@@ -216,6 +216,9 @@ def test_counted_traffic_is_shown_beside_what_must_move() -> None:
     lines = mpi_gpu_traffic.table(counted, 1).splitlines()
     assert "| copy | 1.00 | 1.00 | 1.00 | 1.00 | 100% |" in lines
     assert "| unpack 4 B blocks, gaps as large | 3.00 | 2.00 | 3.00 | 2.00 | 40% |" in lines
+    assert "| pack 32 B blocks, gaps as large | 1.00 | 1.00 | 2.00 | 1.00 | 67% |" in mpi_gpu_traffic.table(
+        counted, 1, 32
+    )
     with pytest.raises(UserError, match="10 ranges"):
         mpi_gpu_traffic.table(counted[1:], 1)
 

@@ -292,6 +292,12 @@ int cuCtxSynchronize() {
   run_legacy();
   return g_current ? 0 : kInvalidContext;
 }
+size_t g_limits[8];
+int cuCtxSetLimit(int which, size_t value) {
+  if (!g_current || which < 0 || which > 7 || failing("cuCtxSetLimit")) return kInvalid;
+  return g_limits[which] = value, 0;
+}
+unsigned long fake_cuda_limit(int which) { return g_limits[which]; }
 int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, ordinal < cards() ? 0 : kInvalid; }
 int cuDeviceGetCount(int* n) { return *n = cards(), 0; }
 int cuDeviceGetName(char* name, int n, int) { return std::snprintf(name, n, "no GPU"), 0; }

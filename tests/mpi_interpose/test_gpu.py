@@ -156,14 +156,16 @@ def test_the_doctor_says_what_happens_to_device_buffers(stand_in: Path) -> None:
 from undertow.mpi_interpose import gpu_doctor
 from undertow.mpi_interpose.toolchain import probe
 rows = dict(gpu_doctor.rows(probe({need("mpich-wheel").mpicc!r})))
-print(rows["GPU buffers"], "|", rows["CUDA-aware"], "|", rows["GPU kernels"])
+print(rows["GPU buffers"], "|", rows["CUDA-aware"], "|", rows["GPU kernels"], rows.get("GPU, not staged"))
 """
     out = child(code, stand_in)
     assert ("machine code for sm_80 and sm_90" in out) == bool(gpu_build.binary()) and "PTX" in out
     assert "packed on no GPU; between every pair of ranks through pinned host memory" in out and "CUDA-aware" in out
-    assert "device memory" in out and "device memory" not in child(code, stand_in, UNDERTOW_MPI_IPC="0")
+    ipc = "the sender's device memory"
+    assert ipc in out and ipc not in child(code, stand_in, UNDERTOW_MPI_IPC="0")
     assert "device scratch" in child(code, stand_in, UNDERTOW_MPI_GPU="staged")
     assert "as they are" in child(code, stand_in, UNDERTOW_MPI_GPU="off")
+    assert "window memory" in out and "persistent collectives" in out
 
 
 def test_the_doctor_shows_each_pair_of_ranks(stand_in: Path) -> None:
@@ -460,6 +462,28 @@ def test_large_messages_go_through_a_ring(stand_in: Path, seed: int) -> None:
     code = f"import ctypes\nPROGRAMS, SEED = {str(PROGRAMS)!r}, {seed}\n{RING}"
     out = child(code, stand_in)
     assert out.count("in chunks") == 10 and out.count("by turns") == out.count("in one") == 1, out
+
+
+def test_reads_of_the_cache_are_left_alone_unless_asked_for(stand_in: Path) -> None:
+    code = f"""
+import ctypes, sys
+sys.path.insert(0, {str(PROGRAMS)!r})
+from device_memory import Device
+from undertow.mpi_interpose import gpu
+from undertow.mpi_interpose.errors import InterposeError
+device = Device()
+user, packed = device.empty(4096), device.empty(4096)
+device.cuda.fake_cuda_limit.restype = ctypes.c_ulong
+try:
+    gpu.GpuPlan("(loop 8 16 (bytes 4))", 128).pack(4, user.address, packed.address)
+except InterposeError as error:
+    print(error)
+print(device.cuda.fake_cuda_limit(5))
+"""
+    assert child(code, stand_in) == "0\n"
+    assert child(code, stand_in, UNDERTOW_MPI_GPU_FETCH="32") == "32\n"
+    assert "is '48'; expected 32, 64 or 128" in child(code, stand_in, UNDERTOW_MPI_GPU_FETCH="48")
+    assert "CUDA_ERROR_FAKE" in child(code, stand_in, UNDERTOW_MPI_GPU_FETCH="32", FAKE_CUDA_FAIL="cuCtxSetLimit")
 
 
 def test_the_paths_are_those_of_the_named_file(stand_in: Path, tmp_path: Path) -> None:

@@ -49,8 +49,21 @@ Context::Context(Handle context, int ordinal)
   must(cuda.cuDeviceGet(&id, ordinal), "cuDeviceGet");
   must(cuda.cuDeviceGetAttribute(&processors, kProcessors, id), "cuDeviceGetAttribute");
   Use use(*this);
+  ask_for_reads();
   load_kernels();
   must(cuda.cuStreamCreate(&stream, 0), "cuStreamCreate");
+}
+
+// How many bytes the second-level cache reads at a time. It holds for all kernels of the context, the program's too, so it
+// is left alone unless the user asks for it.
+void Context::ask_for_reads() {
+  constexpr int kMostFetched = 5;
+  const char* wish = std::getenv("UNDERTOW_MPI_GPU_FETCH");
+  if (!wish || !*wish) return;
+  const long bytes = std::strtol(wish, nullptr, 10);
+  if (bytes != 32 && bytes != 64 && bytes != 128)
+    throw Failure(std::string("UNDERTOW_MPI_GPU_FETCH is '") + wish + "'; expected 32, 64 or 128");
+  must(cuda.cuCtxSetLimit(kMostFetched, static_cast<size_t>(bytes)), "UNDERTOW_MPI_GPU_FETCH: cuCtxSetLimit");
 }
 
 // The driver takes machine code as it is and translates PTX, unless it has done so before and kept it. An older driver

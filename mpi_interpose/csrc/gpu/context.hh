@@ -52,6 +52,7 @@ class Context {
     std::vector<Address> memory;
     int64_t bytes = 0;
   };
+  void ask_for_reads();
   void load_kernels();
   Result find_kernels(const void* image);
   Handle kernel(const Choice& choice, const Piece& piece);

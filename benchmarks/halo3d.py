@@ -90,7 +90,7 @@ def result_of(mpi: Mpi) -> list[dict]:
 
 def cases(context: Context) -> Sequence[Case]:
     folder = Path(tempfile.mkdtemp(prefix="undertow-halo3d-"))
-    steps = 50 if context.quick else 300
+    steps = 150 if context.quick else 300  # more than the preload tries its ways for
     return [
         _case(mpi, n, steps, folder) for mpi in installed() for n in ((32,) if context.quick else (16, 32, 64, 128))
     ]

@@ -1,6 +1,6 @@
 /* The halo exchange of halo3d.py in C: six subarray faces, checked, then timed. It packs nothing itself.
 
-       mpicc -O2 halo3d.c -o halo3d && mpirun -n 4 ./halo3d 64            cells per side and rank, then exchanges (30)
+       mpicc -O2 halo3d.c -o halo3d && mpirun -n 4 ./halo3d 64            cells per side and rank, then exchanges (200)
        undertow mpi run --report halo.json -- mpirun -n 4 ./halo3d 64 */
 #include <mpi.h>
 #include <stdio.h>
@@ -19,7 +19,7 @@ static int compare(const void* a, const void* b) {
 int main(int argc, char** argv) {
   MPI_Init(&argc, &argv);
   const int n = argc > 1 ? atoi(argv[1]) : 32, side = n + 2;
-  const int steps = argc > 2 ? atoi(argv[2]) : 30;
+  const int steps = argc > 2 ? atoi(argv[2]) : 200;
   int rank, size, dims[3] = {0, 0, 0}, wrap[3] = {1, 1, 1}, at[3];
   MPI_Comm_size(MPI_COMM_WORLD, &size);
   MPI_Dims_create(size, 3, dims);

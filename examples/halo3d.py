@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--cells", type=int, nargs="+", default=[32], help="cells per side and rank")
     parser.add_argument("--width", type=int, default=1, help="ghost layers")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--compare", action="store_true", help="start mpirun with and without the interposer")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--mpirun", default="mpirun", help="launcher with its options")

@@ -28,6 +28,6 @@ def test_c_halo(mpi: Install, tmp_path: Path) -> None:
     command = [mpi.mpicc, "-O2", str(EXAMPLES / "halo3d.c"), "-o", str(program)]
     subprocess.run(command, check=True, env=environment(mpi))
     report = tmp_path / "report"
-    assert "0 wrong ghosts" in start(mpi, 4, [str(program), "12"], "force", report)
+    assert "0 wrong ghosts" in start(mpi, 4, [str(program), "12", "30"], "force", report)
     data = json.loads(Path(f"{report}.0.json").read_text())
     assert data["functions"]["MPI_Isend"] == {"calls": 180, "taken": 180}

@@ -19,7 +19,7 @@ class Trial {
  public:
   static constexpr int kRow = 3, kTurns = 4, kBegin = 4;  // rounds in a row; times that each way is tried; before the first
   static constexpr int kRest = 512, kLongest = 65536;      // rounds between trials: doubled each time
-  static constexpr double kBegins = 1.06, kStays = 1.03;   // gains for which a way is taken that was not, or is kept
+  static constexpr double kBegins = 1.08, kStays = 1.05;   // gains for which a way is taken that was not, or is kept
   static constexpr double kHopeless = 1.3;                 // loss for which a way is not tried again
 
   // The way of the next round. `timed()`: whether its time is wanted.

@@ -32,8 +32,8 @@ from undertow.mpi_interpose import gpu, gpu_kernels
 
 SAMPLES = 5
 NAMES = (
-    "general", "nest 1x64", "nest 1x128", "nest 1x256", "nest 2x128", "nest 2x256", "nest 4x128", "nest 4x256",
-    "stream 128", "stream 256", "gather 128", "gather 256", "pour 128", "pour 256", "cross 16", "cross 32", "cross 64",
+    "general", "nest 1x128", "nest 1x256", "nest 4x128", "nest 4x256", "stream 128", "stream 256", "pour 128",
+    "pour 256", "cross 16", "cross 32", "cross 64",
 )  # fmt: skip
 CHOSEN = "chosen"  # what the library takes by itself
 RIVALS = ("torch", "cupy", "paper")

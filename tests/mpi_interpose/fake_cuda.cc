@@ -149,9 +149,8 @@ void move_word(uint64_t user, uint64_t packed, int log, bool packing) {
 
 template <int D>
 void run(const Shaped& f, const undertow::gpu::Loops<D>& s, unsigned grid, unsigned threads) {
-  const bool gathers = f.form == "gather" || f.form == "pour";
-  const unsigned per = gathers ? 16u >> f.log : f.form == "stream" ? undertow::gpu::stream_words(f.log) : f.most;
-  if (gathers && (!s.packing || s.packed % 16 || s.words % per)) die("no whole accesses to gather", s.packed);
+  const unsigned per = f.form == "nest" ? f.most : undertow::gpu::stream_words(f.log);
+  if (f.form == "pour" && (!s.packing || s.packed % 16 || s.words % per)) die("no whole stores to pour into", s.packed);
   if (uint64_t(grid) * threads * per < s.words || uint64_t(grid - 1) * threads * per >= s.words) die("a grid of another size", grid);
   for (uint32_t t = 0; t < s.words; ++t) {
     move_word(s.user + undertow::gpu::spot(s, t, f.log), s.packed + (uint64_t(t) << f.log), f.log, s.packing);

@@ -528,8 +528,8 @@ import numpy as np
 from device_memory import Device
 from undertow.mpi_interpose import gpu
 device, rng, served = Device(), random.Random(SEED), {}
-names = ["general", *(f"nest {u}x{n}" for u in (1, 2, 4) for n in (64, 128, 256)), "stream 128", "gather 64",
-         "gather 256", "pour 128", "", "cross 16", "cross 32", "cross 64"]
+names = ["general", *(f"nest {u}x{n}" for u in (1, 4) for n in (64, 128, 256)), "stream 128", "stream 256",
+         "pour 64", "pour 256", "", "cross 16", "cross 32", "cross 64"]
 for turn in range(60):
     word = 1 << rng.randrange(5)
     block = word * (1 if turn % 2 else rng.randint(1, 9))
@@ -575,7 +575,7 @@ for turn in range(60):
                 plan.unpack(1, packed.address, user.address + at)
                 assert (user.read() == after).all(), (name, text)
 print(sorted(served.items()))
-for name in ("nest 3x128", "cross 48", "gather", "nest 1x128 "):
+for name in ("nest 3x128", "cross 48", "pour", "nest 1x128 "):
     try:
         gpu.use_kernel(name)
     except gpu.InterposeError as error:

@@ -14,6 +14,7 @@ namespace {
 constexpr int64_t kNearStep = 32;    // steps up to a sector count as "along the row"
 constexpr uint32_t kShortSide = 8;   // a crossed pair of loops this short is left to the flat kernels
 constexpr uint32_t kManyWords = 1u << 18;
+constexpr uint32_t kTilesOf64 = 1u << 20;  // words of 1 to 4 bytes from which on larger tiles pay
 constexpr int64_t kMostStep = std::numeric_limits<int32_t>::max();
 
 bool loops(const Piece& p) { return p.kind == kNest || p.kind == kCrossed; }
@@ -33,8 +34,7 @@ Choice plain(Form form, unsigned threads) { return {form, 1, 0, static_cast<uint
 Choice tiles_of(unsigned side) { return {Form::Cross, 1, static_cast<uint8_t>(side), 256}; }
 
 uint32_t words_of_thread(const Choice& c, const Piece& p) {
-  if (c.form == Form::Gather || c.form == Form::Pour) return 16u >> p.word_log2;
-  return c.form == Form::Stream ? stream_words(p.word_log2) : c.unroll;
+  return c.form == Form::Pour || c.form == Form::Stream ? stream_words(p.word_log2) : c.unroll;
 }
 
 }  // namespace
@@ -53,13 +53,12 @@ Choice read_choice(const std::string& text) {
   const auto two = [&](const char* form) { return std::sscanf(text.c_str(), form, &a, &b, &read) == 2 && read == static_cast<int>(text.size()); };
   const auto threads = [](unsigned n) { return n == 64 || n == 128 || n == 256; };
   if (text == "general") return {};
-  if (two("nest %ux%u%n") && (a == 1 || a == 2 || a == 4) && threads(b)) return nest_of(a, b);
+  if (two("nest %ux%u%n") && (a == 1 || a == 4) && threads(b)) return nest_of(a, b);
   if (is("stream %u%n") && threads(a)) return plain(Form::Stream, a);
-  if (is("gather %u%n") && threads(a)) return plain(Form::Gather, a);
   if (is("pour %u%n") && threads(a)) return plain(Form::Pour, a);
   if (is("cross %u%n") && (a == 16 || a == 32 || a == 64)) return tiles_of(a);
-  throw Failure("a kernel called '" + text + "'; there are `general`, `nest 1x128` (1, 2 or 4 words, 64 to 256 threads), "
-                "`stream 128`, `gather 128`, `pour 128` and `cross 32` (16, 32 or 64)");
+  throw Failure("a kernel called '" + text + "'; there are `general`, `nest 1x128` (1 or 4 words, 64 to 256 threads), "
+                "`stream 128`, `pour 128` and `cross 32` (16, 32 or 64)");
 }
 
 bool serves(const Choice& c, const Piece& p, bool packing) {
@@ -67,40 +66,41 @@ bool serves(const Choice& c, const Piece& p, bool packing) {
   if (!loops(p) || !short_steps(p)) return false;
   const bool nest = p.ndims >= 1 && p.ndims <= kNestDims;
   switch (c.form) {
-    case Form::Nest: return nest && p.dense && (c.unroll == 1 || p.word_log2 == 2 || (c.unroll == 2 && p.word_log2 == 3));
+    case Form::Nest: return nest && p.dense && (c.unroll == 1 || p.word_log2 < 2);
     case Form::Stream: return nest && p.dense && p.word_log2 >= 2;
-    case Form::Gather:
-    case Form::Pour: {
-      const uint32_t per = 16u >> p.word_log2;
-      return packing && nest && p.dense && p.word_log2 <= 2 && p.words % per == 0 && p.packed % 16 == 0;
-    }
+    case Form::Pour:
+      return packing && nest && p.dense && p.word_log2 < 2 && p.words % stream_words(p.word_log2) == 0 && p.packed % 16 == 0;
     default:
       if (!crosses(p) || p.ndims > 3) return false;
-      return c.side == 16 ? p.word_log2 >= 3 : c.side == 32 || p.word_log2 <= 3;
+      return c.side == 16 ? p.word_log2 == 4 : c.side == 32 || p.word_log2 < 3;
   }
 }
 
-// From benchmarks/results/mpi_gpu_variants_*.json (an H200, 29 November 2026): the fastest kernel or one within 1 % of it,
-// by word and bytes. Up to some 32 MiB the cache holds the strided side, if the packed side does not push it out; that is
-// what streams are for. Above, the memory sets the pace, and one word per thread in small blocks goes best with it.
+// From benchmarks/results/mpi_gpu_variants*.json (an H200, 29 November 2026): in each cell the fastest kernel, or one that is
+// within a few per cent of it. Up to some 32 MiB the cache holds the strided side of a pack, if the packed side does not push
+// it out; that is what streams are for. Above, the memory sets the pace, and one word per thread in small blocks goes best
+// with it. Several short words per thread save instructions.
 Choice choose(const Piece& p, bool packing) {
   constexpr int64_t kInCache = 32ll << 20, kLarge = 4ll << 20;
   const int64_t bytes = static_cast<int64_t>(p.words) << p.word_log2;
-  Choice choice;
+  const int log = p.word_log2;
+  Choice choice = nest_of(1, 256);
   if (loops(p) && crosses(p)) {
-    if (p.word_log2 == 4) choice = tiles_of(bytes <= kInCache ? 16 : 32);
-    else choice = tiles_of(p.word_log2 == 3 || p.words < (1u << 20) ? 32 : 64);
+    if (log == 4) choice = tiles_of(bytes <= kInCache ? 16 : 32);
+    else choice = tiles_of(log == 3 || p.words <= kTilesOf64 ? 32 : 64);
     if (serves(choice, p, packing)) return choice;
+    choice = nest_of(1, 256);
   }
-  if (p.word_log2 < 2 && p.words > kManyWords) return {};
-  choice = nest_of(1, 256);
-  if (p.word_log2 == 4 && bytes > kLarge) choice = bytes <= kInCache ? plain(Form::Stream, 256) : nest_of(1, 128);
-  if (p.word_log2 == 3 && bytes > kLarge) {
-    choice = bytes <= kInCache ? plain(Form::Stream, 256) : packing ? nest_of(2, 128) : nest_of(1, 256);
-  }
-  if (p.word_log2 == 2 && p.words > kManyWords) {
-    choice = plain(bytes <= kInCache ? Form::Pour : Form::Gather, 128);
-    if (!serves(choice, p, packing)) choice = bytes <= kInCache ? plain(Form::Stream, 256) : nest_of(4, 256);
+  if (log == 4 && bytes >= kLarge) {
+    if (bytes > kInCache) choice = nest_of(1, 128);
+    else if (packing) choice = plain(Form::Stream, 256);
+  } else if (log == 3 && packing && bytes >= kLarge) {
+    choice = plain(Form::Stream, 128);
+  } else if (log == 2 && p.words >= kManyWords) {
+    choice = plain(Form::Stream, bytes > kInCache ? 128 : 256);
+  } else if (log < 2 && p.words >= kManyWords) {
+    choice = plain(Form::Pour, 128);
+    if (!serves(choice, p, packing)) choice = nest_of(4, 256);
   }
   return serves(choice, p, packing) ? choice : Choice{};
 }
@@ -111,7 +111,6 @@ std::string kernel_name(const Choice& c, const Piece& p) {
   switch (c.form) {
     case Form::Nest: return "undertow_nest_" + tail + "_" + std::to_string(c.unroll);
     case Form::Stream: return "undertow_stream_" + tail;
-    case Form::Gather: return "undertow_gather_" + tail;
     case Form::Pour: return "undertow_pour_" + tail;
     default: return "undertow_cross_" + log + "_" + std::to_string(c.side);
   }

@@ -12,8 +12,7 @@ enum class Form : uint8_t {
   General,  // any piece: the kernels of kernels.cu that read a Piece
   Nest,     // loops, dense on the packed side
   Stream,   // Nest with stream_words() per thread, whose packed side passes the caches as a stream
-  Gather,   // Nest, packs only: a thread reads words for one packed store of 16 bytes
-  Pour,     // Gather, whose stores pass the caches as a stream
+  Pour,     // loops of words of 1 or 2 bytes, packs only: a thread reads what fills one store of 16 bytes, a stream too
   Cross,    // a transpose through tiles
 };
 
@@ -24,7 +23,7 @@ struct Choice {
   uint16_t threads = 256;  // of a block
 };
 
-// "general", "nest UxTHREADS", "stream THREADS", "gather THREADS", "pour THREADS", "cross SIDE"; throws Failure otherwise.
+// "general", "nest UxTHREADS", "stream THREADS", "pour THREADS", "cross SIDE"; throws Failure otherwise.
 Choice read_choice(const std::string& text);
 
 // Whether that kernel is there and can serve the piece.

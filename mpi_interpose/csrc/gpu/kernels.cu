@@ -193,11 +193,11 @@ __device__ __forceinline__ void nest(const Loops<D>& s) {
   }
 }
 
-// Packs of words below 16 bytes: as many as fill one store of 16 bytes.
-template <int Log, int D, Hint kHint>
-__device__ __forceinline__ void gather(const Loops<D>& s) {
+// Packs of words of 1 or 2 bytes: as many as fill one store of 16 bytes.
+template <int Log, int D>
+__device__ __forceinline__ void pour(const Loops<D>& s) {
   using Word = typename WordOf<Log>::type;
-  constexpr int kPer = 16 >> Log;
+  constexpr int kPer = stream_words(Log);
   const uint32_t at = blockIdx.x * blockDim.x + threadIdx.x;
   if (at >= s.words / kPer) return;
   union {
@@ -207,7 +207,7 @@ __device__ __forceinline__ void gather(const Loops<D>& s) {
 #pragma unroll
   for (int i = 0; i < kPer; ++i)
     v.each[i] = *reinterpret_cast<const Word*>(reinterpret_cast<const char*>(s.user) + spot(s, at * kPer + i, Log));
-  put<kHint>(reinterpret_cast<uint4*>(s.packed) + at, v.all);
+  __stcs(reinterpret_cast<uint4*>(s.packed) + at, v.all);
 }
 
 // A tile of T x T words, a block's 256 threads; a thread's loads are all on their way before the first is laid down.
@@ -276,13 +276,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4) undertow_copy(const __
   }
 #define UNDERTOW_NEST(LOG, D, U) UNDERTOW_KERNEL(nest_##LOG##_##D##_##U, Loops<D>, nest<LOG, D, U, words::kPlain>)
 #define UNDERTOW_SINGLE(LOG, D) UNDERTOW_NEST(LOG, D, 1)
-#define UNDERTOW_DOUBLE(LOG, D) UNDERTOW_NEST(LOG, D, 2)
 #define UNDERTOW_FOURFOLD(LOG, D) UNDERTOW_NEST(LOG, D, 4)
 #define UNDERTOW_STREAM(LOG, D)                                                                                      \
   UNDERTOW_KERNEL(stream_##LOG##_##D, Loops<D>, nest<LOG, D, stream_words(LOG), words::kPackedStreams>)
-#define UNDERTOW_GATHER(LOG, D)                                                                                      \
-  UNDERTOW_KERNEL(gather_##LOG##_##D, Loops<D>, gather<LOG, D, words::kPlain>)                                       \
-  UNDERTOW_KERNEL(pour_##LOG##_##D, Loops<D>, gather<LOG, D, words::kPackedStreams>)
+#define UNDERTOW_POUR(LOG, D) UNDERTOW_KERNEL(pour_##LOG##_##D, Loops<D>, pour<LOG, D>)
 #define UNDERTOW_CROSS(LOG, T) UNDERTOW_KERNEL(cross_##LOG##_##T, Crossing, cross<LOG, T>)
 #define UNDERTOW_EACH(WHAT, LOG) WHAT(LOG, 1) WHAT(LOG, 2) WHAT(LOG, 3)
 
@@ -291,15 +288,13 @@ UNDERTOW_EACH(UNDERTOW_SINGLE, 1)
 UNDERTOW_EACH(UNDERTOW_SINGLE, 2)
 UNDERTOW_EACH(UNDERTOW_SINGLE, 3)
 UNDERTOW_EACH(UNDERTOW_SINGLE, 4)
-UNDERTOW_EACH(UNDERTOW_DOUBLE, 2)
-UNDERTOW_EACH(UNDERTOW_DOUBLE, 3)
-UNDERTOW_EACH(UNDERTOW_FOURFOLD, 2)
+UNDERTOW_EACH(UNDERTOW_FOURFOLD, 0)
+UNDERTOW_EACH(UNDERTOW_FOURFOLD, 1)
 UNDERTOW_EACH(UNDERTOW_STREAM, 2)
 UNDERTOW_EACH(UNDERTOW_STREAM, 3)
 UNDERTOW_EACH(UNDERTOW_STREAM, 4)
-UNDERTOW_EACH(UNDERTOW_GATHER, 0)
-UNDERTOW_EACH(UNDERTOW_GATHER, 1)
-UNDERTOW_EACH(UNDERTOW_GATHER, 2)
+UNDERTOW_EACH(UNDERTOW_POUR, 0)
+UNDERTOW_EACH(UNDERTOW_POUR, 1)
 UNDERTOW_CROSS(0, 32)
 UNDERTOW_CROSS(1, 32)
 UNDERTOW_CROSS(2, 32)
@@ -308,7 +303,5 @@ UNDERTOW_CROSS(4, 32)
 UNDERTOW_CROSS(0, 64)
 UNDERTOW_CROSS(1, 64)
 UNDERTOW_CROSS(2, 64)
-UNDERTOW_CROSS(3, 64)
-UNDERTOW_CROSS(3, 16)
 UNDERTOW_CROSS(4, 16)
 static_assert(kNestDims == 3, "UNDERTOW_EACH goes to that");

@@ -167,7 +167,7 @@ def _decided(rank: _Rank, arms: list[overlap_gate.Arm]) -> overlap_gate.Gate:
     gate, (k, n) = overlap_gate.Gate(arms, lambda mine: [mine]), rank.b.shape
 
     def can(arm: overlap_gate.Arm) -> bool:
-        return not arm.columns or overlap_gate.fewer_reads(arm, rank.sizes, k, n)
+        return not arm.columns or overlap_gate.fewer_reads(arm, rank.sizes, k, n, rank.b.element_size())
 
     while gate.chosen() is None:
         at = gate.choose("product", can=can)

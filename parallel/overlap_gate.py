@@ -22,6 +22,7 @@ from ..dist.machine import Machine
 
 ROUNDS = 5  # timed calls of each arm; one more before them warms it up
 WIN = 1.03  # least median of sequential / arm, over the rounds
+HUNGRY = 512  # operations for a byte; an H200 does 150 of bf16 while its memory, which copies use too, reads one
 HOPE = 1.02  # least predicted speed-up with which an arm is tried
 
 
@@ -52,8 +53,9 @@ def cut(arm: Arm, rank: int, sizes: tuple[int, ...], n: int) -> ChunkPlan:
     return ChunkPlan(rank, sizes, arm.subchunks, columns=n if arm.columns else 0)
 
 
-def fewer_reads(arm: Arm, sizes: tuple[int, ...], k: int, n: int) -> bool:
-    """Whether pieces of columns read less of their operands than rows that begin to leave as early would.
+def fewer_reads(arm: Arm, sizes: tuple[int, ...], k: int, n: int, itemsize: int) -> bool:
+    """Whether pieces of columns read less of their operands than rows that begin to leave as early would, and memory
+    may be what a piece of rows waits for: it has fewer than `HUNGRY` operations for each byte of the second operand.
 
     The first of T equal pieces of columns is made after (W - 1) / (W T) of the product, the first of t pieces of rows
     after 1 / (W t), so T columns stand beside T / (W - 1) rows. The rank in the middle, whose products are the most,
@@ -62,7 +64,10 @@ def fewer_reads(arm: Arm, sizes: tuple[int, ...], k: int, n: int) -> bool:
     world = len(sizes)
     if world < 2:
         return False
-    rows = ChunkPlan(world // 2, sizes, max(1, round(arm.subchunks / (world - 1))))
+    pieces = max(1, round(arm.subchunks / (world - 1)))
+    if 2 * max(sizes) >= pieces * itemsize * HUNGRY:
+        return False
+    rows = ChunkPlan(world // 2, sizes, pieces)
     return cut(arm, world // 2, sizes, n).reads(k, n) < rows.reads(k, n)
 
 

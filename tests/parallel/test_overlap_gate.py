@@ -127,16 +127,17 @@ def test_a_fixed_arm_is_never_measured():
 
 
 def test_columns_are_tried_where_the_first_operand_is_the_smaller():
-    """Against numbers written down by hand: 8 ranks of 512 rows, K 16384, N 8192."""
-    sizes, k, n = (512,) * 8, 16384, 8192
+    """Against numbers written down by hand: 8 ranks of 255 rows, K 16384, N 8192, in bf16."""
+    sizes, k, n = (255,) * 8, 16384, 8192
     eight = COLUMN_ARMS[2]
     rows = ChunkPlan(4, sizes, 1)
-    assert rows.reads(k, n) == 4096 * k + 8 * k * n
-    assert cut(eight, 4, sizes, n).reads(k, n) == 8 * 3584 * k + 512 * k + 2 * k * n + k * n  # around the own rows
-    assert cut(eight, 0, sizes, n).reads(k, n) == 8 * 3584 * k + 512 * k + k * n + k * n
-    assert [fewer_reads(arm, sizes, k, n) for arm in COLUMN_ARMS] == [True, True, True]
-    assert not fewer_reads(eight, (1024,) * 8, k, 4096)
-    assert not any(fewer_reads(arm, (4096,), k, n) for arm in COLUMN_ARMS)  # one rank sends nothing
+    assert rows.reads(k, n) == 2040 * k + 8 * k * n
+    assert cut(eight, 4, sizes, n).reads(k, n) == 8 * 1785 * k + 255 * k + 2 * k * n + k * n  # around the own rows
+    assert cut(eight, 0, sizes, n).reads(k, n) == 8 * 1785 * k + 255 * k + k * n + k * n
+    assert [fewer_reads(arm, sizes, k, n, 2) for arm in COLUMN_ARMS] == [True, True, True]
+    assert not fewer_reads(eight, sizes, k, 1024, 2)  # the second operand is the smaller
+    assert fewer_reads(eight, (511,) * 8, k, n, 2) and not fewer_reads(eight, (512,) * 8, k, n, 2)  # operations enough
+    assert not any(fewer_reads(arm, (255,), k, n, 2) for arm in COLUMN_ARMS)  # one rank sends nothing
     rates, slow = Rates(1e15, 1e11, 0.0), Rates(1e15, 1e11, 0.0, 1e12)
     seconds = {
         arm: [each.seconds(arm, 8, 1e12, 1e8, 2.0 * cut(arm, 4, sizes, n).reads(k, n)) for each in (rates, slow)]

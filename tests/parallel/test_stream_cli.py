@@ -24,7 +24,7 @@ def test_one_rank_of_several(capsys):
     assert main(["plan", "--model", "llama3-8b", "--seq-len", "1048576", "--context", "2"]) == 0
     out = capsys.readouterr().out
     assert "each of 2 ranks" in out and "1 x 524288" in out
-    assert "908 K" in out and "908K" in guide and "272 K" in out and "272K" in guide
+    assert "614 K" in out and "614K" in guide and "232 K" in out and "232K" in guide
     for shards, kept in (("1", False), ("2", True)):
         assert main(["plan", "--model", "llama3-8b", "--seq-len", "524288", "--host", "60GB", "--shards", shards]) == 0
         assert ("derived" not in capsys.readouterr().out) == kept

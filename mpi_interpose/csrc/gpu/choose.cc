@@ -97,7 +97,7 @@ Choice choose(const Piece& p, bool packing) {
   } else if (log == 3 && packing && bytes >= kLarge) {
     choice = plain(Form::Stream, 128);
   } else if (log == 2 && p.words >= kManyWords) {
-    choice = plain(Form::Stream, bytes > kInCache ? 128 : 256);
+    choice = plain(Form::Stream, 128);
   } else if (log < 2 && p.words >= kManyWords) {
     choice = plain(Form::Pour, 128);
     if (!serves(choice, p, packing)) choice = nest_of(4, 256);

@@ -157,7 +157,7 @@ class Team:
 
         def can(arm: Arm) -> bool:
             if arm.columns:  # in an all-reduce they alone hide that sums are handed out
-                fewer = case[0] == SUM or fewer_reads(arm, sizes, *b.shape, b.element_size())
+                fewer = case[0] == SUM or fewer_reads(arm, sizes, a.shape[1], b.shape[1], b.element_size())
                 return case[0] in self._in_columns and fewer
             return not arm.tracked or tracked() is not None
 

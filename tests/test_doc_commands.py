@@ -55,6 +55,7 @@ CLAIMS = {
     "torchrun undertow bench": "tests/benchmarks/test_commands.py",
     "python -m undertow.benchmarks.halo3d": "tests/benchmarks/test_commands.py",
     "python -m undertow.benchmarks.kill_resume": "tests/benchmarks/test_commands.py",
+    "python -m undertow.benchmarks.partner_kills": "tests/checkpointing/test_partner_machines.py",
     "python -m undertow.benchmarks.overlap_timeline": "tests/benchmarks/test_commands.py",
     "python -m undertow.benchmarks.overlap_choice": "tests/benchmarks/test_overlap_choice.py",
     "python -m undertow.benchmarks.overlap_goals": "tests/benchmarks/test_overlap_goals.py",

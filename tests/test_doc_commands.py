@@ -79,6 +79,7 @@ CLAIMS = {
     "mpirun -n 4 ./app": READER,
     "python -m undertow.mpi_interpose.gpu_kernels": "tests/mpi_interpose/test_gpu.py",
     "torchrun program.py": "tests/comms/test_docs.py",
+    "torchrun --nproc-per-node 4 ring.py": "tests/parallel/test_token_ring_docs.py",
     "torchrun undertow.examples.context_parallel_hf": HERE,
     "torchrun undertow.examples.context_parallel_trainer": "tests/integrations/test_huggingface_docs.py",
     "python -m pytest -p undertow.integrations.pytest_plugin": "tests/integrations/test_torchrun.py",

@@ -13,7 +13,7 @@ x, up, down = (
     torch.randn(*shape, dtype=torch.float64) for shape in ((64 * world, 48), (48, 32 * world), (32 * world, 48))
 )
 mine, my_up, my_down = x.chunk(world)[rank], up.chunk(world, 1)[rank], down.chunk(world)[rank]
-for _ in range(30):
+for _ in range(50):
     _, (hidden,) = all_gather_matmul(mine, [my_up], 0, team)  # rows arrive while others are multiplied
     out = matmul_reduce_scatter(hidden.relu(), my_down, "sum", 0, team)  # rows leave while others are made
 error = float((out - ((x @ up).relu() @ down).chunk(world)[rank]).abs().max())

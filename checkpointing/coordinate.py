@@ -127,6 +127,8 @@ class Coordinator:
                 if self._mine.check([key]):
                     return pickle.loads(self._mine.get(key))
                 if unless and self._mine.check([f"{unless}/0"]):
+                    if self._mine.check([key]):  # said between the two looks, before the verdict
+                        return pickle.loads(self._mine.get(key))
                     raise PeerLost(pickle.loads(self._mine.get(f"{unless}/0")))
             except (RuntimeError, dist.DistError) as error:
                 raise PeerLost(f"rank 0 is gone, so '{name}' has no answer ({str(error).splitlines()[0]})") from error

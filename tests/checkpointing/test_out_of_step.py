@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -16,7 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from ckpt_job import Job, same
 
 from undertow.checkpointing import Mirror, async_save, host_tier, open_checkpoint
-from undertow.dist.errors import UserError
+from undertow.checkpointing.coordinate import Coordinator
+from undertow.checkpointing.lifeline import Lifeline
+from undertow.dist.errors import PeerLost, UserError
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -158,3 +163,31 @@ def test_async_save_where_one_rank_raises(ranks, tmp_path, guilty):
         assert [end == "ok" for end in ends] == [False, True, False, True]
         assert all("the loader has no position now" in end for end in (ends[0], ends[2]))
     assert open_checkpoint(tmp_path / "3")["w"].tolist() == [3, 3, 3, 3]
+
+
+class Between(dist.HashStore):
+    """A store in which `words` are said after the first look at it."""
+
+    def __init__(self, words: dict[str, str]) -> None:
+        super().__init__()
+        self.words = words
+
+    def clone(self) -> Between:
+        return self
+
+    def check(self, keys: list[str]) -> bool:
+        found = super().check(keys)
+        for key in list(self.words):
+            self.set(key, pickle.dumps(self.words.pop(key)))
+        return found
+
+
+def test_a_word_that_was_said_before_the_verdict_is_heard():
+    """Its rank gives up right after it: another that looks for the word, and then for a verdict, takes the word."""
+    lifeline = Lifeline(0, 1, "t")
+    said = Between({"plan/global/0": "FSDP 1 is refused", "plan/verdict/0": "rank 0 has given up"})
+    talk = Coordinator(1, 2, said, "t", lifeline)
+    deadline_s = time.monotonic() + 60
+    assert talk.hear("plan/global", 0, deadline_s=deadline_s, unless="plan/verdict") == "FSDP 1 is refused"
+    with pytest.raises(PeerLost, match="rank 0 has given up"):
+        talk.hear("plan/local", 0, deadline_s=deadline_s, unless="plan/verdict")

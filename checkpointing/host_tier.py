@@ -14,7 +14,6 @@ import shutil
 import stat
 import threading
 import time
-from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +24,7 @@ import xxhash
 from ..dist.errors import PeerLost, UserError
 from ..dist.log import get_logger
 from ..dist.units import format_bytes
+from .choices import Choices
 from .coordinate import Coordinator
 from .files import FileOps
 from .folder import Folder
@@ -85,7 +85,7 @@ class HostTier:
         self._folders: list[Path] = []
         self._changed = threading.Condition()
         self._claims = 0
-        self._said: deque[str] = deque()
+        self._choices = Choices(coordinator)
         self._plan: SavePlan | None = None  # that the generations are made for
         self._inherited: set[int] = set()  # rank 0: steps that may be in memory and are in no slot
         self._proven = False
@@ -179,15 +179,7 @@ class HostTier:
         if self.coordinator.rank == 0:
             self.forget_after(step)
             mine = self._choose(step, flush)
-        chosen = self.coordinator.lead(name, mine, otherwise=None, timeout_s=60)  # a late claim costs this save only
-        if mine is not None and mine != chosen:
-            self.release(mine[0])
-        if self.coordinator.rank == 0:
-            self._said.append(name)
-            if len(self._said) > 8:  # ranks are never that many steps apart
-                self.coordinator.forget(self._said.popleft())
-        if isinstance(chosen, str):
-            raise PeerLost(chosen)
+        chosen = self._choices.tell(name, mine, undo=lambda one: self.release(one[0]))
         self.skipped += chosen is None
         return chosen
 

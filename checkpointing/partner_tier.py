@@ -8,7 +8,6 @@ store and the connections of `partner_wire`.
 
 from __future__ import annotations
 
-from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +16,7 @@ from pathlib import Path
 from ..dist.errors import PeerLost, UserError
 from ..dist.trace import Trace
 from ..dist.units import format_bytes
+from .choices import Choices
 from .coordinate import Coordinator
 from .copies import HostCopier
 from .generation import Generation
@@ -71,7 +71,7 @@ class PartnerTier:
         self._plans = self._last = 0
         self._plan: SavePlan | None = None
         self._proven = False
-        self._said: deque[str] = deque()
+        self._choices = Choices(coordinator)
         self.skipped = 0
 
     def take(self) -> None:
@@ -168,15 +168,7 @@ class PartnerTier:
         self._last, mine = step, None
         if self.coordinator.rank == 0:
             mine = self._choose(flush)
-        chosen = self.coordinator.lead(name, mine, otherwise=None, timeout_s=60)
-        if mine is not None and mine != chosen:
-            self.release(mine[0])
-        if self.coordinator.rank == 0:
-            self._said.append(name)
-            if len(self._said) > 8:  # ranks are never that many steps apart
-                self.coordinator.forget(self._said.popleft())
-        if isinstance(chosen, str):
-            raise PeerLost(chosen)
+        chosen = self._choices.tell(name, mine, undo=lambda one: self.release(one[0]))
         if chosen is None:
             self.skipped += 1
             return None

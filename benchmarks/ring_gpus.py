@@ -20,7 +20,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -79,6 +79,7 @@ class Side:
         if times[0] / problem.world < LONG_S:
             times += [self.seconds(monolithic)[0] for _ in range(2)]
         self.ideal_s = sorted(times)[len(times) // 2] / problem.world
+        self._ops = cache(ops)  # other operations would be rehearsed anew, within the time of a call
 
     def seconds(self, call: Callable[[], object]) -> tuple[float, float]:
         """Of one call: on the device where there is one, and until the calling thread had it back."""
@@ -118,7 +119,7 @@ class Side:
         assert where.executor is not None
         executor, scale = where.executor, problem.heads.head_dim**-0.5
         plans = [plan for phase in (False, True) if (plan := schedule_of(peer, problem, phase, goals=True))]
-        table = ops(problem, 1, scale)
+        table = self._ops(problem, 1, scale)
         q, k, v, dout = (x.transpose(0, 1).contiguous() for x in self.shards)
         blocking = self.device.type == "cpu"
 

@@ -189,8 +189,8 @@ def pack_goals(rows: list[dict[str, Any]]) -> list[Goal]:
     if floors:
         over = [1e6 * (_of(row["waits"]["ours"]) - _of(row["waits"]["launch floor"])) for row in floors]
         goals.append(
-            ("(none) a call that waits, up to 64 KiB, above an empty kernel that is waited for",
-             f"{min(over):.1f} to {max(over):.1f} us more", "")
+            ("(none) a call that waits, up to 64 KiB, beside an empty kernel that Python starts and waits for",
+             f"{min(over):+.1f} to {max(over):+.1f} us", "")
         )  # fmt: skip
     goals.append(_per_block(
         "MPI_Pack: one copy per block / ours, each call waited for (paper: up to 242,000)",

@@ -104,7 +104,7 @@ def test_a_page_names_the_goals_that_were_missed(tmp_path: Path) -> None:
     assert "| 1 of 2 cells; least 80% (pack 1-D 64 B, 16 MiB) | no |" in text
     assert "| 1 of 4 cells; the most 0.80 (pack 1-D 4096 B, 16 MiB: torch) | no |" in text
     assert "| geometric mean 1.40, 1.40 to 1.40 in 2 cells | yes |" in text
-    assert "26,214 (pack 1-D 4 B, 1 MiB, 262,144 blocks)" in text and "| 10.0 to 10.0 us more | " in text
+    assert "26,214 (pack 1-D 4 B, 1 MiB, 262,144 blocks)" in text and "| +10.0 to +10.0 us | " in text
     assert "- a remark" in text and "**ours**" in text and "ours (A/A)" in text
     assert path.with_suffix(".png").exists() == ("mpi_gpu_pack.png" in text)
 

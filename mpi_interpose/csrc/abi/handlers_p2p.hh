@@ -55,24 +55,28 @@ UNDERTOW_IN_ENTRY int on_send(F next, Site site, void* buf, N count, MPI_Datatyp
   return next(buf, count, type, dest, tag, comm);
 }
 
-template <class F, class N>
-UNDERTOW_APART int isend_asked(F next, Site site, void* buf, N count, MPI_Datatype type, int dest, int tag, MPI_Comm comm,
-             MPI_Request* request, uint64_t print) {
-  if (this_round.looks) {
-    round_opens(this_round, print);
-    if (!this_round.timed && passes_at_once(site, print)) {
-      this_round.post(print);
-      return next(buf, count, type, dest, tag, comm, request);
-    }
-  }
+// The first message of what may be a known round opens it. True: it passes, and has been counted.
+inline bool opens_and_passes(Site site, uint64_t print) {
+  if (!this_round.looks) return false;
+  round_opens(this_round, print);
+  if (this_round.timed || !passes_at_once(site, print)) return false;
+  this_round.post(print);
+  return true;
+}
+
+// Isend and Irecv, by the side that is ours.
+template <class Side, class F, class N>
+UNDERTOW_APART int start_asked(Use use, F next, Site site, void* buf, N count, MPI_Datatype type, int peer, int tag, MPI_Comm comm,
+                               MPI_Request* request, uint64_t print) {
+  if (opens_and_passes(site, print)) return next(buf, count, type, peer, tag, comm, request);
   poll_orphans();
   round_enter();
   const uint64_t age = now_known();
-  SendSide side(buf, count, type, Peer(comm, dest), usable_peer(dest) && request, kGain, Timed::Round);
+  Side side(buf, count, type, Peer(comm, peer), usable_peer(peer) && request, kGain, Timed::Round);
   count_call(site, side.taken());
-  learn(side, kSendUse, print, dest, age);
-  const int rc = next(side.buf, count, side.type, dest, tag, comm, request);
-  if (rc == MPI_SUCCESS && side.taken()) attach(side, count, buf, false, false, *request);
+  learn(side, use, print, peer, age);
+  const int rc = next(side.buf, count, side.type, peer, tag, comm, request);
+  if (rc == MPI_SUCCESS && side.taken()) attach(side, count, buf, use == kRecvUse, false, *request);
   round_leave(print, request, rc);
   return rc;
 }
@@ -82,7 +86,7 @@ UNDERTOW_IN_ENTRY int on_isend(F next, Site site, void* buf, N count, MPI_Dataty
                                MPI_Request* request) {
   const uint64_t print = fingerprint(kIsend, count, type, comm, dest);
   if (this_round.attends() || !passes_at_once(site, print))
-    return isend_asked(next, site, buf, count, type, dest, tag, comm, request, print);
+    return start_asked<SendSide>(kSendUse, next, site, buf, count, type, dest, tag, comm, request, print);
   this_round.post(print);
   return next(buf, count, type, dest, tag, comm, request);
 }
@@ -171,33 +175,11 @@ int on_sendrecv_replace(F next, Site site, void* buf, N count, MPI_Datatype type
 }
 
 template <class F, class N>
-UNDERTOW_APART int irecv_asked(F next, Site site, void* buf, N count, MPI_Datatype type, int source, int tag, MPI_Comm comm,
-             MPI_Request* request, uint64_t print) {
-  if (this_round.looks) {
-    round_opens(this_round, print);
-    if (!this_round.timed && passes_at_once(site, print)) {
-      this_round.post(print);
-      return next(buf, count, type, source, tag, comm, request);
-    }
-  }
-  poll_orphans();
-  round_enter();
-  const uint64_t age = now_known();
-  RecvSide side(buf, count, type, Peer(comm, source), usable_peer(source) && request, kGain, Timed::Round);
-  count_call(site, side.taken());
-  learn(side, kRecvUse, print, source, age);
-  const int rc = next(side.buf, count, side.type, source, tag, comm, request);
-  if (rc == MPI_SUCCESS && side.taken()) attach(side, count, buf, true, false, *request);
-  round_leave(print, request, rc);
-  return rc;
-}
-
-template <class F, class N>
 UNDERTOW_IN_ENTRY int on_irecv(F next, Site site, void* buf, N count, MPI_Datatype type, int source, int tag, MPI_Comm comm,
                                MPI_Request* request) {
   const uint64_t print = fingerprint(kIrecv, count, type, comm, source);
   if (this_round.attends() || !passes_at_once(site, print))
-    return irecv_asked(next, site, buf, count, type, source, tag, comm, request, print);
+    return start_asked<RecvSide>(kRecvUse, next, site, buf, count, type, source, tag, comm, request, print);
   this_round.post(print);
   return next(buf, count, type, source, tag, comm, request);
 }

@@ -1,6 +1,7 @@
 // See round.hh.
 #include "round.hh"
 
+#include <algorithm>
 #include <memory>
 
 namespace undertow {
@@ -24,6 +25,12 @@ Habit& habit_of(Round& r, uint64_t print) {
 }
 
 Online& samples_of(const Member& p) { return round_of(*p.record, p.use, p.link, p.bytes); }
+
+// Whether the table takes any message of this round; where there were more than are kept, perhaps.
+bool tables(const Round& r) {
+  const Member* const part = r.all->part;
+  return r.parts == Habits::kMost || std::any_of(part, part + r.parts, [](const Member& p) { return p.table; });
+}
 
 // The trial has ended: what its way was for each message holds from now on.
 void settle(const Round& r) {
@@ -64,7 +71,7 @@ void round_closes(Round& r, bool whole, bool valid) {
       h->trial.put_off(kIrregular);
     } else if (r.timed && r.parts == 0) {
       h->trial.put_off(kNothing);
-    } else if (h->trial.done(r.ns)) {
+    } else if (h->trial.done(r.ns, r.timed && tables(r))) {
       settle(r);
     }
     h->whole = whole ? r.prints : 0;

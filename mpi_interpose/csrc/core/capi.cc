@@ -85,7 +85,9 @@ EXPORT int undertow_core_trial_next(void* trial) {
   const int way = static_cast<Trial*>(trial)->next();
   return way | (static_cast<Trial*>(trial)->timed() ? 4 : 0);
 }
-EXPORT int undertow_core_trial_done(void* trial, int64_t ns) { return static_cast<Trial*>(trial)->done(ns); }
+EXPORT int undertow_core_trial_done(void* trial, int64_t ns, int tables) {
+  return static_cast<Trial*>(trial)->done(ns, tables != 0);
+}
 EXPORT void undertow_core_trial_put_off(void* trial, int rounds) { static_cast<Trial*>(trial)->put_off(rounds); }
 
 // The table that decides, for `measure` and `explain`: the preload asks the same code.

@@ -9,15 +9,21 @@ Its backward cannot be handed a merged output and log-sum-exp by torch's public 
 w = exp(lse_block - lse), the gradients (w · dout, w · rowsum(dout · (out_block - out))) of the block's own out and
 log-sum-exp give exactly the block's share of the merged result. So backward computes the block's forward again.
 
+Compiling takes seconds (Dynamo, Inductor, Triton), so there is one program for all blocks of a kind: numbers of rows,
+of keys and of blocks of the mask are symbols from the first call on, the mask's rows of numbers are tensors that the
+program is called with, and a side that fits one block of the mask is filled up to two, because a dimension of 1 would
+be another program. A kind is dtype, batch, heads, head dims, scale, layout in memory, and whether gradients are wanted;
+`report` says what was compiled and how long it took.
+
 The kernel exists on CUDA. torch runs the same interface on a CPU, without a kernel, and refuses gradients there, so on
-a CPU this backend is refused (the tests lift torch's refusal and compare its numbers). Compiling takes seconds for each
-kind of call, and lengths become symbols with the second one.
+a CPU this backend is refused (the tests lift torch's refusal and compare its numbers).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -27,12 +33,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 
+from ...dist.log import get_logger
 from ..merge import lse_dtype
+
+log = get_logger(__name__)
 
 NAME = "flex"
 BLOCK = 128
+FEWEST = 2 * BLOCK  # rows of queries and of keys in a call; fewer are filled up with rows that see nothing
 WIDTHS = (16, 32, 64, 128, 256)  # of heads; others are filled up with zeros, which change no score
 KINDS = 64  # of calls that may be compiled; beyond torch's 8 it would run without a kernel
+HIDDEN = torch.iinfo(torch.int32).max  # the number of a key that nobody sees
 Seen = tuple[Tensor, Tensor, Tensor]  # low [Lq], high [Lq], at [Lk], int32 on the device
 
 
@@ -76,27 +87,36 @@ def _ends(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Plan:
-    """A mask in torch's form, alike for all heads and rows of a batch. `ready`: when the device has made it."""
+    """A mask, alike for all heads and rows of a batch, in the tensors that the compiled program takes.
 
-    mask: torch_flex.BlockMask
+    `seen` has at least `FEWEST` rows and keys. `lists`: what `_listed` gives of the blocks that are seen in part, of
+    those that are seen whole, and of both once more with rows and columns exchanged. `ready`: when the device has them.
+    """
+
+    seen: Seen
+    lists: tuple[Tensor, ...]
     ready: torch.cuda.Event | None
 
 
 def plan(seen: Seen) -> Plan:
     low, high, at = seen
+    some, whole = (F.pad(x, (0, at.numel() <= BLOCK, 0, low.numel() <= BLOCK)) for x in blocks(seen))
+    low, high = (F.pad(x, (0, max(0, FEWEST - x.numel()))) for x in (low, high))
+    at = F.pad(at, (0, max(0, FEWEST - at.numel())), value=HIDDEN)
+    lists = [_listed(x) for x in (some & ~whole, whole, (some & ~whole).mT, whole.mT)]
+    made = Plan((low, high, at), tuple(x for pair in lists for x in pair), _now(at.device))
+    for x in made.seen:
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+    for x in made.lists:
+        torch._dynamo.maybe_mark_dynamic(x, list(range(2, x.dim())))
+    return made
 
-    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (at[key] >= low[query]) & (at[key] < high[query])
 
-    some, whole = blocks(seen)
-    mask = torch_flex.BlockMask.from_kv_blocks(
-        *_listed(some & ~whole), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=visible,
-        seq_lengths=(low.numel(), at.numel()),
-    )  # fmt: skip
-    ready = torch.cuda.Event() if at.is_cuda else None
-    if ready is not None:
-        ready.record(torch.cuda.current_stream(at.device))
-    return Plan(mask, ready)
+def _now(device: torch.device) -> torch.cuda.Event | None:
+    event = torch.cuda.Event() if device.type == "cuda" else None
+    if event is not None:
+        event.record(torch.cuda.current_stream(device))
+    return event
 
 
 @lru_cache(maxsize=256)
@@ -110,41 +130,96 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
     return chosen.sum(1).to(torch.int32)[None, None], order.to(torch.int32)[None, None].contiguous()
 
 
+def _program(q: Tensor, k: Tensor, v: Tensor, seen: Seen, lists: Sequence[Tensor], scale: float) -> Any:
+    """What is compiled. It makes torch's `BlockMask` itself, so only tensors tell one mask from another."""
+    low, high, at = seen
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (at[key] >= low[query]) & (at[key] < high[query])
+
+    mask = torch_flex.BlockMask(
+        (q.shape[2], k.shape[2]), *lists, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=visible,
+    )  # fmt: skip
+    return torch_flex.flex_attention(
+        q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1],
+        return_aux=torch_flex.AuxRequest(lse=True),
+    )  # fmt: skip
+
+
+class Programs:
+    """The compiled program, and how many variants of it there are. `backend`: torch.compile's, or its name."""
+
+    def __init__(self, backend: Any = "inductor") -> None:
+        from torch._dynamo.backends.registry import lookup_backend  # a second to import
+
+        self.backend = lookup_backend(backend) if isinstance(backend, str) else backend
+        self.count, self.seconds = 0, 0.0
+        self.lines: list[str] = []
+        self.call = torch.compile(_program, fullgraph=True, backend=self._compile)
+
+    def _compile(self, graph: Any, inputs: Any) -> Any:
+        self.count += 1
+        return self.backend(graph, inputs)
+
+    def timed(self, work: Callable[[], Any], label: str) -> Any:
+        """`work()`; if it compiled, with a line for `report`."""
+        count, began_s = self.count, time.perf_counter()
+        result = work()
+        if self.count > count:
+            took_s = time.perf_counter() - began_s
+            self.seconds += took_s
+            self.lines.append(f"flex: compiled in {took_s:.1f} s for {label}")
+            log.info("%s", self.lines[-1])
+        return result
+
+
 @cache
-def _compiled() -> Callable[..., Any]:
-    return torch.compile(torch_flex.flex_attention, fullgraph=True)
+def programs() -> Programs:
+    """Of this process."""
+    return Programs()
+
+
+def report() -> list[str]:
+    """What has been compiled in this process: a line for each program, and the sum."""
+    mine = programs()
+    total = f"flex: {mine.count} programs compiled in this process, {mine.seconds:.1f} s"
+    return [*mine.lines, total] if mine.count else []
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
     if plan.ready is not None:
         plan.ready.wait(torch.cuda.current_stream(q.device))
-    call: Callable[..., Any] = _compiled() if q.is_cuda else torch_flex.flex_attention
     wide = [_filled(x) for x in (q, k, v)]
+    for x in wide:
+        torch._dynamo.maybe_mark_dynamic(x, 2)
     with torch._dynamo.config.patch(recompile_limit=KINDS):
-        out, aux = call(
-            *wide, block_mask=plan.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1],
-            return_aux=torch_flex.AuxRequest(lse=True),
-        )  # fmt: skip
-    return out[..., : v.shape[3]], aux.lse.to(lse_dtype(q.dtype))
+        out, aux = programs().call(*wide, plan.seen, plan.lists, scale)
+    return out[:, :, : q.shape[2], : v.shape[3]], aux.lse[:, :, : q.shape[2]].to(lse_dtype(q.dtype))
 
 
-def _filled(x: Tensor) -> Tensor:
-    width = next(w for w in WIDTHS if w >= x.shape[3])
-    return x if width == x.shape[3] else F.pad(x, (0, width - x.shape[3]))
+def _filled(x_BHLD: Tensor) -> Tensor:
+    """With zeros up to a head dim of `WIDTHS` and `FEWEST` rows, and rows first in memory if it is filled."""
+    length, width = x_BHLD.shape[2:]
+    missing = max(0, FEWEST - length), next(w for w in WIDTHS if w >= width) - width
+    if not any(missing):
+        return x_BHLD
+    return F.pad(x_BHLD.permute(2, 0, 1, 3), (0, missing[1], 0, 0, 0, 0, 0, missing[0])).permute(1, 2, 0, 3)
 
 
-def _apart(work: Callable[[], Any], device: torch.device) -> Any:
+def _apart(work: Callable[[], Any], q_BHLD: Tensor, k_BGLD: Tensor, phase: str) -> Any:
     """Run `work` on a thread of its own, on this thread's stream, and wait for it (not for the device).
 
     A custom operator's body runs below autograd, which is a state of the thread: nothing has gradients there.
     """
+    device = q_BHLD.device
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     found: list[Any] = []
+    label = f"{phase}, {q_BHLD.dtype}, {q_BHLD.shape[1]}:{k_BGLD.shape[1]} heads of {q_BHLD.shape[3]}"
 
     def run() -> None:
         try:
             with torch.cuda.stream(stream):
-                found.extend((work(), None))
+                found.extend((programs().timed(work, label), None))
         except BaseException as error:  # handed to the caller
             found.extend((None, error))
 
@@ -166,7 +241,7 @@ def forward_planned(
         with torch.no_grad():
             return _attention(q_BHLD, k_BGLD, v_BGLE, plan, scale)
 
-    return _apart(work, q_BHLD.device)
+    return _apart(work, q_BHLD, k_BGLD, "forward")
 
 
 def backward_planned(
@@ -194,7 +269,7 @@ def backward_planned(
             down = (wide * share.unsqueeze(-1)).to(own.dtype)
         return torch.autograd.grad((own, own_lse), leaves, (down, dlse.masked_fill(empty, 0)))
 
-    dq, dk, dv = _apart(work, q_BHLD.device)
+    dq, dk, dv = _apart(work, q_BHLD, k_BGLD, "backward")
     return dq, dk, dv
 
 

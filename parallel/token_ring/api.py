@@ -24,7 +24,7 @@ from ...comms import local
 from ...comms.builders.attention_shape import Heads
 from ...comms.ops import Ops
 from ...dist.errors import UserError
-from ..blocks import measured
+from ..blocks import flex, measured
 from ..kernels.row_products import row_dot
 from ..masks import Mask
 from ..merge import lse_dtype
@@ -285,7 +285,8 @@ def explain(
     topology: str = "ports", **mask: Any,
 ) -> None:  # fmt: skip
     """Print, for both phases, every schedule's bytes, buffers and predicted seconds, which one the model takes, and
-    what 'auto' has measured in this process: schedules for this problem, and kernels for all kinds of blocks.
+    what 'auto' has measured in this process: schedules for this problem, and kernels for all kinds of blocks. Also what
+    was compiled for FlexAttention, and in how many seconds.
 
     Needs no process group. `machine`: a `Machine` (from `undertow probe`); None assumes round figures. `mask`: the
     fields of `masks.Mask`.
@@ -303,5 +304,5 @@ def explain(
             for gate in (gates.get((problem, backward, lean)) for lean in (False, True)):
                 if gate is not None:
                     print(gate)
-    for line in measured.report():
+    for line in (*measured.report(), *flex.report()):
         print(line)

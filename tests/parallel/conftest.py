@@ -98,13 +98,16 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def flex_on_cpu(monkeypatch):
-    """`flex_on_cpu()`: FlexAttention without its kernel. torch computes its interface on a CPU too, gradients included,
-    once it is not asked whether it may."""
+    """`flex_on_cpu()`: FlexAttention without its kernel, traced as on CUDA up to there; gives what it compiles. torch
+    computes its interface on a CPU too, gradients included, once it is not asked whether it may."""
 
-    def lift() -> None:
+    def lift():
         from undertow.parallel.blocks import flex
 
         monkeypatch.setattr(flex.torch_flex, "_validate_device", lambda q, k, v: None)
         monkeypatch.setattr(flex, "supports", lambda q, k, v, *, causal, window: True)
+        programs = flex.Programs("aot_eager")
+        monkeypatch.setattr(flex, "programs", lambda: programs)
+        return programs
 
     return lift

@@ -125,8 +125,9 @@ def test_flex_never_skips_a_block_that_is_seen(rows, seed):
             assert (some >= seen.any(3).any(1)).all() and (whole <= seen.all(3).all(1)).all()
             assert (whole <= some).all()
             skipped, whole_ones = skipped + int((~some).sum()), whole_ones + int(whole.sum())
-            mask: Any = flex.plan((low, high, at)).mask
-            assert int(mask.kv_num_blocks.sum()) + int(mask.full_kv_num_blocks.sum()) == int(some.sum())
+            counts: Any = flex.plan((low, high, at)).lists[::2]  # by rows, then by columns: in part, whole
+            assert sum(map(int, (x.sum() for x in counts[:2]))) == int(some.sum())
+            assert [int(x.sum()) for x in counts[:2]] == [int(x.sum()) for x in counts[2:]]
     assert skipped and (whole_ones or rows < flex.BLOCK)
 
 
@@ -267,20 +268,10 @@ def test_what_is_worth_a_measurement(able, rows, wanted, monkeypatch):
     assert [b.NAME for b in select.candidates(q, q, q, **call)] == [name for name in wanted if name != "flex"]
 
 
-def test_masks_share_what_is_compiled_below_autograd(seed, flex_on_cpu, monkeypatch):
-    """As on CUDA, up to the kernel itself: one graph without and one with gradients for all masks of a kind of call,
-    traced inside of a custom operator, where nothing has gradients."""
-    from torch._dynamo.backends.debugging import aot_eager
-
-    flex_on_cpu()
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return aot_eager(graph, inputs)
-
-    whole = torch.compile(flex.torch_flex.flex_attention, fullgraph=True, backend=backend)
-    monkeypatch.setattr(flex.torch_flex, "flex_attention", whole)
+def test_one_program_serves_all_blocks_of_a_kind(seed, flex_on_cpu):
+    """One without and one with gradients, for every length and mask, traced inside of a custom operator, where nothing
+    has gradients; another head dim is another kind. `report` tells."""
+    programs = flex_on_cpu()
 
     @torch.library.custom_op("undertow_test::flex_both_phases", mutates_args=())
     def both(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> list[torch.Tensor]:
@@ -288,14 +279,23 @@ def test_masks_share_what_is_compiled_below_autograd(seed, flex_on_cpu, monkeypa
         out, lse = flex.forward(q, k, v, **how)
         return [out.clone(), *(x.clone() for x in flex.backward(out, q, k, v, out, lse, **how))]
 
-    for window in (0, 40, 300):  # full, a window, causal
-        q, k, v, _ = draw((1, 4, 2, 130, 300, 16, 16), torch.float64, "cpu")
+    def right(rows, keys, width, window):
+        q, k, v, _ = draw((1, 4, 2, rows, keys, width, width), torch.float64, "cpu")
+        q, k, v = (x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3) for x in (q, k, v))  # as a ring's shards
         how = {"scale": 0.3, "causal": window > 0, "window": 40 if window == 40 else None}
         out, lse = reference.forward(q, k, v, **how)
         wanted = [out, *reference.backward(out, q, k, v, out, lse, **how)]
-        for got, want in zip(both(q, k, v, window), wanted):
-            assert relative(got, want) < 1e-12
-    assert len(graphs) == 2
+        return all(relative(got, want) < 1e-12 for got, want in zip(both(q, k, v, window), wanted))
+
+    for rows, keys in ((389, 389), (130, 300), (256, 512), (1, 128), (400, 77)):
+        for window in (0, 40, 300) if rows <= keys else (0,):  # full, a window, causal
+            assert right(rows, keys, 16, window), (rows, keys, window)
+    assert programs.count == 2
+    assert right(300, 300, 32, 40)
+    assert programs.count == 4
+    *each, total = flex.report()
+    assert len(each) == 4 and "forward, torch.float64, 4:2 heads of 32" in each[2]
+    assert total.startswith("flex: 4 programs compiled in this process, ")
 
 
 @pytest.mark.gpu

@@ -1,7 +1,7 @@
 """Ring attention over NCCL: every schedule, forward and backward, many calls queued before the first is looked at.
 
 Also a program: ``torchrun --nproc-per-node 2 tests/parallel/test_token_ring_cuda.py`` (without GPUs it runs over gloo);
-with the word ``flex`` behind it also FlexAttention, which it compiles for minutes.
+with the word ``flex`` behind it also FlexAttention, one program for each phase, which is compiled first.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from undertow.parallel import shard_sequence, token_ring_attention
+from undertow.parallel.blocks import flex as flex_kernel
 from undertow.parallel.masks import Mask
 from undertow.parallel.token_ring.executors import forget
 from undertow.parallel.token_ring.problem import SCHEDULES
@@ -60,7 +61,7 @@ def compare(device: torch.device, names: list[str], flex: bool) -> int:
             mine = [shard_sequence(x, **given).contiguous().requires_grad_() for x in whole[:3]]
             dout = shard_sequence(whole[3], **given)
             ways = [(name, "auto") for name in names]
-            if flex and dtype == torch.bfloat16 and bounds:  # tiles in one call
+            if flex and dtype == torch.bfloat16 and (bounds or mask.window):  # tiles in one call
                 ways.append(("ring_kv", "flex"))
             for name, kernel in ways:
                 call: Any = dict(
@@ -103,6 +104,9 @@ if __name__ == "__main__":
     fewest = {"ulysses_ring": 4, "ulysses_token": 4, "ring_kv_joined": 3, "all_gather_kv_joined": 3}
     able = [name for name in SCHEDULES if world >= fewest.get(name, 1)]
     count = compare(there, able, flex=there.type == "cuda" and "flex" in sys.argv[1:])
+    for line in flex_kernel.report():
+        print(f"rank {rank} {line}", file=sys.stderr, flush=True)
+    count += flex_kernel.programs().count > 2  # all masks and lengths share one for each phase
     print(f"rank {rank}: {count} wrong", flush=True)
     dist.destroy_process_group()
     sys.exit(bool(count))

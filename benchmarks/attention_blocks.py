@@ -5,8 +5,8 @@
     python benchmarks/attention_blocks.py --device cpu --lengths 2048 --ranks 2,4 --heads 4:2 --seconds 20
 
 The operations are taken out of the schedules themselves, with the shapes, tiles and memory layout that an executor
-gives them, so nothing is timed that would not run. Each distinct operation is timed once (device events, all backends
-interleaved, the median), and a rank's time is the sum over its program. Then, for the shortest length and the most
+gives them, so nothing is timed that would not run. Each distinct operation is timed once (device events, queued ahead, all
+backends interleaved, the median), and a rank's time is the sum over its program. Then, for the shortest length and the most
 ranks, what a merge and the attention beside it cost each other (`attention_beside`). Nothing is sent: what is modelled
 elsewhere from these figures says so. With ``--flex`` FlexAttention is timed too (compiled first, which takes a while),
 blocks of several tiles in one call; that is what kernel='auto+flex' sees. Cells are run from short to long until
@@ -77,7 +77,8 @@ class Cell:
 
 
 class Clock:
-    """Median milliseconds of interleaved calls; on CUDA between events on the current stream."""
+    """Median milliseconds of interleaved calls; on CUDA between events on the current stream, which is kept busy while
+    the call is being queued: an executor queues ahead, so what a host takes to launch is no part of a block's time."""
 
     def __init__(self, device: torch.device, repeats: int) -> None:
         self.device, self.repeats = device, repeats
@@ -98,6 +99,7 @@ class Clock:
             call()
             return (time.perf_counter() - start) * 1e3
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(attention_beside.QUEUE_CYCLES)
         begin.record()
         call()
         end.record()

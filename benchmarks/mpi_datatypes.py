@@ -12,7 +12,9 @@ It judges itself by a table of goals: no cell where auto loses (the whole 95 % i
 more than 2 us), the gains promised, the cost of passing through, and the choices of a table that is fitted on half of
 the rounds and judged by the others; then the choices for datatypes that it has never seen. The arm auto goes by the
 table at hand, and without `undertow mpi measure` that one has no messages: gains of messages are those of the way that
-the half-fitted table chooses, by the other rounds. The exit status is 1 when a cell loses.
+the half-fitted table chooses, by the other rounds. Between two messages both ranks read what they got and write what they
+send, as a program does. What of a message is out of reach is told beside its goal: the arm dense sends the packed bytes
+alone, so library / dense is what packing in no time would gain. The exit status is 1 when a cell loses.
 """
 
 from __future__ import annotations
@@ -165,6 +167,11 @@ def goals(cells: Sequence[Cell], mpi: Mpi) -> list[Goal]:
             worst, way = min(ratios, key=lambda pair: pair[0].ratio(pair[1]).median)
             least = worst.ratio(way)
             measured = f"{least.median:.2f}x [{least.low:.2f}, {least.high:.2f}], least of {len(picked)}: {worst.title}"
+            if "dense" in worst.arms:
+                able = [pair for pair in ratios if pair[0].ratio("dense").median >= target.gain]
+                reach = sum(cell.ratio(way).median >= target.gain for cell, way in able)
+                free = f"packing for nothing gives {worst.ratio('dense').median:.2f}x there"
+                measured += f"; {free}, and {target.gain:g}x in {len(able)}, of which {reach} have it"
             found.append(Goal(f"{target.text}: {target.gain:g}x", measured, least.median >= target.gain))
     for cell in cells:
         if cell.use.startswith("call"):

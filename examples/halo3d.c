@@ -82,7 +82,7 @@ int main(int argc, char** argv) {
       }
   MPI_Allreduce(&wrong, &all, 1, MPI_LONG, MPI_SUM, grid);
   qsort(times, steps, sizeof *times, compare);
-  if (rank == 0) printf("%d ranks, %d^3 cells: exchange %.1f us, %ld wrong ghosts\n", size, n, times[steps / 2] * 1e6, all);
+  if (rank == 0) printf("%d ranks, %d^3 cells: exchange %.2f us, %ld wrong ghosts\n", size, n, times[steps / 2] * 1e6, all);
   for (int f = 0; f < 6; ++f) MPI_Type_free(&inner[f]), MPI_Type_free(&ghost[f]);
   MPI_Comm_free(&grid);
   free(field);

@@ -58,6 +58,17 @@ def test_a_choice_is_judged_by_rounds_that_did_not_fit_it() -> None:
     assert not found["messages of indexed 4 and 8 B blocks, 64 KiB: 3x"].met  # as chosen, not as auto does
 
 
+def test_a_gain_that_no_packing_could_bring_is_told_from_one_that_is_missed() -> None:
+    mpich = SimpleNamespace(version="MPICH Version: 9.8.7", flavour="mpich")
+    missed = cell("message", "vector-b16-s32", 65536, 16, send=1e5, recv=1e5, both=4e4, dense=2e4)
+    had = cell("message", "vector-b32-s64", 65536, 32, send=1e5, recv=1e5, both=2.5e4, dense=2e4)
+    beyond = cell("message", "vector-b64-s128", 65536, 64, send=1e5, recv=1e5, both=9e4, dense=8e4)
+    found = {goal.text: goal for goal in mpi_datatypes.goals([missed, had, beyond], mpich)}  # type: ignore[arg-type]
+    goal = found["messages of 64 KiB vectors with blocks up to 256 B: 3x"]
+    assert goal.measured.startswith("1.11x") and not goal.met
+    assert goal.measured.endswith("packing for nothing gives 1.25x there, and 3x in 2, of which 1 have it")
+
+
 def test_results_hold_what_the_promise_needs() -> None:
     (row,) = json.loads(json.dumps(mpi_datatypes.as_data([cell("pack", "x", 1024, 16, forced=5e4)])))
     assert row["arms"]["forced"]["library_over_arm"] == [2, 2, 2] and not row["breaks"]

@@ -27,7 +27,7 @@ def test_the_program_measures_packs_and_messages(mpi: Install, tmp_path: Path) -
     }
     for cell in cells:
         assert (cell.cls, cell.block, cell.wrong) == ("table", 16, 0) and 30 <= cell.step <= 34
-        ways = ["send", "recv", "both"] if cell.use == "message" else ["forced"]
+        ways = ["send", "recv", "both", "dense"] if cell.use == "message" else ["forced"]
         assert list(cell.arms) == ["library", "again", *ways, "auto"]
         assert all(len(samples) == 6 and min(samples) > 0 for samples in cell.arms.values())
     assert len(policy.rows(cells)) == 8  # pack, unpack, and two sides of messages, at two sizes

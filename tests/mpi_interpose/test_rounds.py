@@ -149,14 +149,15 @@ def test_a_round_goes_all_one_way_and_packs_what_the_table_leaves_alone_only_if_
     for rank in (0, 1):
         types = json.loads((tmp_path / f"report.{rank}.json").read_text())["types"]
         assert sum(row["send"]["taken"] for row in types) == 0
-        # 1,024 rounds: one before, 4 of rest, two trials of 9 to 36 (in each a turn or more of receives that are ours,
-        # and more the library's), and 512 and 435 of rest, longer where a trial was short.
+        # 1,024 rounds: one before, 4 of rest, two trials of 9 to 36 (in the first three receives or more are ours, and
+        # six or more the library's; in the second, none where they lost much), and 512 and 435 of rest, longer where a
+        # trial was short.
         for row in types:
             assert row["recv"]["taken"] + row["recv"]["passed"] == 1024
             (checked,) = row["checked"]
             library, ours = checked["samples"]
             between = row["recv"]["taken"] - ours
-            assert ours >= 6 and library >= 12 and (library + ours) % 9 == 0 and library + ours <= 72
+            assert ours >= 3 and library >= 12 and (library + ours) % 9 == 0 and library + ours <= 72
             if checked["decision"] == "ours":
                 assert 435 <= between <= 974, (between, checked)
             else:

@@ -7,7 +7,8 @@
    One `cell` line per use and datatype: use, class, name, block, step, bytes, held, wrong bytes, calls per sample, bytes of
    its basic elements; then one `arm` line for each way: its name and ROUNDS samples in ns per call (per message). Arms: library; again (the
    library once more: what two equal things differ by); forced (our kernels); for messages send, recv and both (which
-   side we take); auto (what the preload does by its table). The arms of one round stand beside each other in time. */
+   side we take), and dense (the packed bytes alone, from one buffer to another: what packing for nothing would give);
+   auto (what the preload does by its table). The arms of one round stand beside each other in time. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <mpi.h>
@@ -18,12 +19,12 @@
 #include "cells.h"
 
 #define MAX_ROUNDS 201
-#define ARMS 6
+#define ARMS 7
 enum { AUTO = 0, FORCE = 1 };
 static int (*type_of)(MPI_Datatype, long, const char**, long*, long*, long*);
 static long (*leaf_of)(MPI_Datatype);
 static void (*set_mode)(int);
-static char *source, *target, *packed, *expected;
+static char *source, *target, *packed, *expected, *dense_source, *dense_target;
 static const long room = 40L << 20, packed_room = 4L << 20;
 static int rank, rounds;
 static const char* only;
@@ -142,7 +143,18 @@ static void local_cells(const Cell* c) {
 }
 
 /* ---- ping-pong; bit 0 of `sides`: our send, bit 1: our receive ---- */
+#define DENSE -1
+static void ping_bytes(const char* out, char* in, int bytes) {
+  if (rank == 0) PMPI_Send(out, bytes, MPI_BYTE, 1, 7, MPI_COMM_WORLD);
+  PMPI_Recv(in, bytes, MPI_BYTE, !rank, 7, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
+  if (rank == 1) PMPI_Send(out, bytes, MPI_BYTE, 0, 7, MPI_COMM_WORLD);
+}
+
 static void ping(const Cell* c, int sides) {
+  if (sides == DENSE) {
+    ping_bytes(dense_source, dense_target, (int)c->bytes);
+    return;
+  }
   int (*send)(const void*, int, MPI_Datatype, int, int, MPI_Comm) = sides & 1 ? MPI_Send : PMPI_Send;
   int (*recv)(void*, int, MPI_Datatype, int, int, MPI_Comm, MPI_Status*) = sides & 2 ? MPI_Recv : PMPI_Recv;
   if (rank == 0) {
@@ -157,16 +169,21 @@ static void ping(const Cell* c, int sides) {
 /* Between two timed messages each rank reads what it got and writes what it will send, as a program does: a source that
    is never written again would stay in the caches of both cores, which favours a library that reads it from the other
    one. By the library's own calls for all arms alike, and not timed. `expected` holds the packed source. */
-static void compute(const Cell* c) {
-  int p = 0;
-  PMPI_Pack(target, c->count, c->type, packed, (int)c->bytes, &p, MPI_COMM_SELF);
-  p = 0;
-  PMPI_Unpack(expected, (int)c->bytes, &p, source, c->count, c->type, MPI_COMM_SELF);
+static void compute(const Cell* c, int sides) {
+  if (sides == DENSE) {
+    memcpy(packed, dense_target, c->bytes);
+    memcpy(dense_source, expected, c->bytes);
+  } else {
+    int p = 0;
+    PMPI_Pack(target, c->count, c->type, packed, (int)c->bytes, &p, MPI_COMM_SELF);
+    p = 0;
+    PMPI_Unpack(expected, (int)c->bytes, &p, source, c->count, c->type, MPI_COMM_SELF);
+  }
   PMPI_Barrier(MPI_COMM_WORLD);
 }
 
 static double timed_ping(const Cell* c, int sides) {
-  compute(c);
+  compute(c, sides);
   const double start = now();
   ping(c, sides);
   return now() - start;
@@ -179,8 +196,8 @@ static long check_ping(const Cell* c, int sides, const char* want) {
 }
 
 static void message_cell(const Cell* c) {
-  static const char* const names[] = {"library", "again", "send", "recv", "both", "auto"};
-  static const int sides[] = {0, 0, 1, 2, 3, 3};
+  static const char* const names[] = {"library", "again", "send", "recv", "both", "dense", "auto"};
+  static const int sides[] = {0, 0, 1, 2, 3, DENSE, 3};
   static double samples[ARMS][MAX_ROUNDS];
   char* want = calloc(1, c->span);
   memset(target + c->low, 0, c->span);
@@ -190,7 +207,8 @@ static void message_cell(const Cell* c) {
   PMPI_Unpack(expected, (int)c->bytes, &p, want - c->low, c->count, c->type, MPI_COMM_SELF);
   long wrong = 0, all = 0;
   for (int k = 0; k < ARMS; ++k) {
-    set_mode(k == 5 ? AUTO : FORCE);
+    if (sides[k] == DENSE) continue;
+    set_mode(k == ARMS - 1 ? AUTO : FORCE);
     wrong += check_ping(c, sides[k], want);
   }
   free(want);
@@ -209,7 +227,7 @@ static void message_cell(const Cell* c) {
     draw_order(r, ARMS, order);
     for (int k = 0; k < ARMS; ++k) {
       const int v = order[k];
-      set_mode(v == 5 ? AUTO : FORCE);
+      set_mode(v == ARMS - 1 ? AUTO : FORCE);
       double took = 0;
       for (int i = 0; i < inner; ++i) took += timed_ping(c, sides[v]);
       samples[v][r] = took / inner / 2;
@@ -308,8 +326,10 @@ int main(int argc, char** argv) {
   const char* (*link_to)(int) = (const char* (*)(int))dlsym(RTLD_DEFAULT, "undertow_measure_link");
   if (rank == 0 && link_to && strcmp(link_to(1), "unknown")) printf("link %s\n", link_to(1));
   source = malloc(room), target = malloc(room), packed = malloc(packed_room), expected = malloc(packed_room);
+  dense_source = malloc(packed_room), dense_target = malloc(packed_room);
   for (long i = 0; i < room; ++i) source[i] = (char)(1 + (i * 7 + (i >> 8)) % 255);
   memset(target, 0, room), memset(packed, 0, packed_room), memset(expected, 0, packed_room);
+  memset(dense_source, 0, packed_room), memset(dense_target, 0, packed_room);
   if (rank == 0) thin_cells();
   sleep_until_told();
   all_cells(on_cell, room, quick);

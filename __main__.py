@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -45,7 +46,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(f"undertow {__version__}\n")
         return 0
     if argv[0] not in VERBS:
-        sys.stderr.write(f"undertow: '{argv[0]}' is not a verb; expected one of {', '.join(VERBS)}\n")
+        close = difflib.get_close_matches(argv[0], VERBS, 1)
+        remedy = f"; to mend it: undertow {close[0]}" if close else ""
+        sys.stderr.write(f"undertow: '{argv[0]}' is not a verb; expected one of {', '.join(VERBS)}{remedy}\n")
         return 2
     from .dist.errors import UndertowError, UserError
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from undertow.dist.command_line import application, run_application
 from undertow.dist.errors import MissingPackage, UserError
 from undertow.dist.machine import Machine
 
@@ -26,16 +27,12 @@ if TYPE_CHECKING:
     from undertow.benchmarks.timing import Peers
 
 QUICK_ROUNDS = 7
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = application()
 
 
 def main(argv: list[str]) -> int:
     """Run the command line; returns 1 when an answer was wrong or an arm failed."""
-    try:
-        result = app(args=argv, prog_name="undertow bench", standalone_mode=True)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return int(result or 0)
+    return run_application(app, argv, "undertow bench")
 
 
 @app.command()

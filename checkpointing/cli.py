@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from ..dist.command_line import application, run_application
 from ..dist.errors import UserError
 from ..dist.progress import Progress
 from ..dist.units import format_bytes, parse_bytes
@@ -32,18 +33,14 @@ from .safetensors_export import export as write_export
 from .safetensors_export import modules_of, plan_export
 from .tensor_stream import stored_bytes
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, rich_markup_mode=None)
+app = application(no_args_is_help=True)
 Where = Annotated[str, typer.Argument(metavar="PATH", help="A folder of checkpoints, one checkpoint, or s3://….")]
 Step = Annotated[int | None, typer.Option("--step", help="The checkpoint of this step (default: the newest whole).")]
 
 
 def main(argv: list[str]) -> int:
     """Run the command line; the exit code."""
-    try:
-        app(args=argv, prog_name="undertow ckpt")
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    return run_application(app, argv, "undertow ckpt")
 
 
 @app.callback()

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..dist.command_line import application, run_application
 from ..dist.errors import UserError
 from ..dist.machine import Machine
 from ..dist.units import format_bytes, format_flops, format_rate, format_seconds, parse_bytes
@@ -30,7 +31,7 @@ from .simulate_peers import ideal_s, table, ways
 from .timeline import lane_table, span_table
 from .topologies import PRESETS, preset
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = application()
 _MANY_ROWS = 60
 _FILE_COLUMNS = 120  # a file or pipe has no width of its own
 
@@ -41,11 +42,7 @@ def main(argv: list[str]) -> int:
         from .t3_paper.cli import main as t3
 
         return t3(argv[1:])
-    try:
-        app(args=argv, prog_name="undertow simulate", standalone_mode=True)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    return run_application(app, argv, "undertow simulate")
 
 
 @app.command()

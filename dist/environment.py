@@ -24,6 +24,7 @@ from typing import Annotated, Any
 import psutil
 import typer
 
+from .command_line import application, run_application
 from .host import nvidia_smi, read_host
 from .launch_env import detect
 from .machine import Machine
@@ -49,16 +50,12 @@ _SECRET_VALUE = re.compile(  # a user in a URL, and the prefixes that well-known
 )
 HIDDEN = "(hidden)"
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = application()
 
 
 def main(argv: list[str]) -> int:
     """Run the command line; returns the exit code."""
-    try:
-        app(args=argv, prog_name="undertow env", standalone_mode=True)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    return run_application(app, argv, "undertow env")
 
 
 @app.command()

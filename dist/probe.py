@@ -20,6 +20,7 @@ import torch.distributed as dist
 import typer
 
 from . import probe_compute, probe_copies, probe_disk, probe_links, probe_report, probe_spawn
+from .command_line import application, run_application
 from .errors import UserError
 from .host import nvidia_smi, read_host
 from .launch import detect, init_process_group, local_device
@@ -32,16 +33,12 @@ from .version import __version__
 
 PARTS = ("copies", "disk", "links", "compute")
 log = get_logger(__name__)
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = application()
 
 
 def main(argv: list[str]) -> int:
     """Run the command line; returns the exit code."""
-    try:
-        app(args=argv, prog_name="undertow probe", standalone_mode=True)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    return run_application(app, argv, "undertow probe")
 
 
 @app.command()

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..dist.command_line import application, run_application
 from ..dist.errors import UserError
 from ..dist.progress import Progress
 from ..dist.trace import trace_path
@@ -28,9 +29,9 @@ ATTEMPTS = 5  # runs that are begun until one is killed inside a checkpoint; sma
 
 
 def main(argv: list[str]) -> int:
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app = application()
     app.command()(command)
-    return app(args=argv, prog_name="undertow demo", standalone_mode=False) or 0
+    return run_application(app, argv, "undertow demo")
 
 
 def command(

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from ..checkpointing import Checkpointer, Preemption
 from ..dist import launch, memory
+from ..dist.command_line import application, run_application
 from ..dist.errors import UserError
 from ..dist.launch import Launch
 from ..dist.log import get_logger
@@ -213,9 +214,9 @@ def hash_of(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app = application()
     app.command()(command)
-    return app(args=argv, prog_name="undertow train", standalone_mode=False) or 0
+    return run_application(app, argv, "undertow train")
 
 
 def command(

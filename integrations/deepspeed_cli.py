@@ -12,19 +12,16 @@ import typer
 
 from ..checkpointing.deepspeed_config import KNOWN, REFUSED, checkpoint_section, section
 from ..checkpointing.tag_folder import candidates, problems, read_record
+from ..dist.command_line import application, run_application
 from ..dist.errors import MissingPackage, UserError
 from .deepspeed_sections import describe
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, rich_markup_mode=None)
+app = application(no_args_is_help=True)
 
 
 def main(argv: list[str]) -> int:
     """Run the command line; the exit code."""
-    try:
-        app(args=argv, prog_name="undertow deepspeed")
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    return run_application(app, argv, "undertow deepspeed")
 
 
 @app.callback()

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..dist.command_line import application, run_application
 from ..dist.errors import UserError
 from ..dist.machine import Machine
 from ..dist.units import format_bytes, format_seconds, parse_bytes, parse_seconds
@@ -20,17 +21,13 @@ from .plan_compare import compare as made
 from .plan_job import DTYPES, RESTART_S, Job
 from .report_data import read_run
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = application()
 _FILE_COLUMNS = 160  # a file or pipe has no width of its own
 
 
 def main(argv: list[str]) -> int:
     """Run the command line; the exit code."""
-    try:
-        result = app(args=argv, prog_name="undertow plan", standalone_mode=True)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return int(result or 0)
+    return run_application(app, argv, "undertow plan")
 
 
 @app.command()

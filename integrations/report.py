@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from ..dist.command_line import application, run_application
 from ..dist.errors import UserError
 from ..dist.units import format_bytes, format_count, format_seconds
 from . import report_plots as plots
@@ -26,16 +27,12 @@ th{text-align:left}td.n{text-align:right;font-variant-numeric:tabular-nums}svg{m
 .note{color:#666}.bad{color:#b00}
 """
 BACKGROUND = ("copy", "flush", "fsync", "vote", "commit")
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = application()
 
 
 def main(argv: list[str]) -> int:
     """Run the command line; the exit code."""
-    try:
-        result = app(args=argv, prog_name="undertow report", standalone_mode=True)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return int(result or 0)
+    return run_application(app, argv, "undertow report")
 
 
 @app.command()

@@ -14,12 +14,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..dist.command_line import application, run_application
 from . import build as building
 from . import core, gpu_doctor, gpu_pairs, launch, measure, python_mpi, signatures, spec, toolchain
 from .chosen import choose, family_of
 from .errors import InterposeError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="The MPI datatype interposer.")
+app = application(no_args_is_help=True, help="The MPI datatype interposer.")
 Mpicc = Annotated[str | None, typer.Option(help="the MPI's compiler wrapper; default: the one of the launcher")]
 Mpirun = Annotated[
     str | None,
@@ -287,20 +288,10 @@ def show_report(data: dict, console: Console) -> None:
 def main(argv: list[str]) -> int:
     """Entry of `undertow mpi`; returns the exit status."""
     try:
-        result = app(args=argv, prog_name="undertow mpi", standalone_mode=False)
-        return int(result or 0)
+        return run_application(app, argv, "undertow mpi")
     except InterposeError as error:
         sys.stderr.write(f"undertow mpi: {error}\n")
         return error.exit_code
-    except SystemExit as leave:
-        return int(leave.code or 0)
-    except Exception as error:
-        # typer's own usage errors carry a message; anything else is a defect and keeps its traceback.
-        message = getattr(error, "format_message", None)
-        if message is None:
-            raise
-        sys.stderr.write(f"undertow mpi: {message()}\n")
-        return int(getattr(error, "exit_code", 2))
 
 
 if __name__ == "__main__":

@@ -8,19 +8,16 @@ from typing import Annotated
 
 import typer
 
+from ..dist.command_line import application, run_application
 from ..dist.units import parse_bytes, parse_seconds
 from .request import TEMPLATES, Request
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = application()
 
 
 def main(argv: list[str]) -> int:
     """Run the command line; the exit code."""
-    try:
-        result = app(args=argv, prog_name="undertow slurm", standalone_mode=True)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return int(result or 0)
+    return run_application(app, argv, "undertow slurm")
 
 
 @app.callback()

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from ...dist.command_line import application, run_application
 from ...dist.errors import UserError
 from ...dist.machine import Machine
 from . import table
@@ -24,7 +25,7 @@ from .hardware import Hardware, from_machine
 from .paper import evaluate, evaluate_paper
 from .workloads import Model, paper_rows, read_model, sublayers
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = application()
 _FILE_COLUMNS = 140  # a file or pipe has no width of its own
 _TIMED = ("T-NLG", 8, "FC-2")  # the sub-layer whose DRAM traffic the paper draws over time (figure 17)
 
@@ -35,11 +36,7 @@ _GPU = "Your GPU and links (instead of the paper's)"
 
 def main(argv: list[str]) -> int:
     """The command line after `undertow simulate t3`; returns the exit code."""
-    try:
-        app(args=argv, prog_name="undertow simulate t3", standalone_mode=True)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    return run_application(app, argv, "undertow simulate t3")
 
 
 def _option(

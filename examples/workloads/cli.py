@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from ...dist import launch
+from ...dist.command_line import application, run_application
 from ...dist.errors import UserError
 from ...dist.progress import Progress
 from . import report
@@ -28,10 +29,8 @@ from .registry import MODULES, all_workloads, get
 from .series import Budget, Series, everything
 from .switches import Switches
 
-app = typer.Typer(
-    add_completion=False,
+app = application(
     no_args_is_help=True,
-    pretty_exceptions_enable=False,
     help="Learning methods as workloads: each checks its paper's claim, and the toolkit, at small scale.",
 )
 Preset = Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}: seconds, minutes, or a GPU.")]
@@ -248,4 +247,4 @@ def parse(changes: Sequence[str]) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    return app(args=argv, prog_name="undertow workloads", standalone_mode=False) or 0
+    return run_application(app, argv, "undertow workloads")

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ...dist.command_line import application, run_application
 from ...dist.errors import UserError
 from ...dist.machine import Machine
 from ...dist.units import format_bytes, parse_bytes
@@ -29,16 +30,12 @@ KNOWN = {
 }
 OPTIMIZERS = {"none": 0, "sgd": 0, "adamw": 8, "adamw+master": 12}  # bytes of state per parameter
 LONGEST = 1 << 26
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = application()
 
 
 def main(argv: list[str]) -> int:
     """Run the command line; the exit code."""
-    try:
-        result = app(args=argv, prog_name="undertow stream", standalone_mode=True)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return int(result or 0)
+    return run_application(app, argv, "undertow stream")
 
 
 @app.callback()

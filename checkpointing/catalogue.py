@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..dist.errors import UserError
 from .folder import FINAL, read_manifest
-from .manifest import COMMIT, BadCheckpoint, Manifest, metrics_of
+from .manifest import COMMIT, METADATA, BadCheckpoint, Manifest, metrics_of
 from .verify import check_lengths
 
 HIDDEN = re.compile(r"^\.step-(\d{9,})\.(tmp|old|bad|left)-")
@@ -52,7 +52,8 @@ class Entry:
 
 
 def entries(root: Path, *, now_s: float | None = None) -> list[Entry]:
-    """Everything under `root` that is or was a checkpoint, oldest step first. `UserError` when it cannot be read."""
+    """Everything under `root` that is or was a checkpoint, oldest step first; `root` itself where it is one.
+    `UserError` when it cannot be read."""
     now_s = time.time() if now_s is None else now_s
     try:
         names = sorted(os.listdir(root))
@@ -60,6 +61,8 @@ def entries(root: Path, *, now_s: float | None = None) -> list[Entry]:
         raise UserError(
             f"cannot read the checkpoint folder {root} ({error.strerror})", expected="a folder of checkpoints"
         ) from error
+    if COMMIT in names:
+        return [_alone(root, now_s)]
     found = []
     for name in names:
         path = root / name
@@ -69,7 +72,22 @@ def entries(root: Path, *, now_s: float | None = None) -> list[Entry]:
             found.append(_committed(int(match[1]), path, now_s))
         elif match := HIDDEN.match(name):
             found.append(Entry(int(match[1]), path, STATES[match[2]], "", size_of(path), _age_s(path, now_s)))
+    if not found and METADATA in names:
+        raise UserError(
+            f"{root} is a checkpoint of torch.distributed.checkpoint, not of undertow: no {COMMIT}, no checksums",
+            remedy="open_checkpoint(folder) reads it, Checkpointer(…).restore_from(folder) loads it",
+        )
     return sorted(found, key=lambda entry: (entry.step, entry.path.name))
+
+
+def _alone(path: Path, now_s: float) -> Entry:
+    """One that is asked for by its own folder, of any name."""
+    match = FINAL.match(path.resolve().name)
+    try:
+        step = int(match[1]) if match else read_manifest(path).step
+    except (BadCheckpoint, UserError):
+        step = 0
+    return _committed(step, path, now_s)
 
 
 def _committed(step: int, path: Path, now_s: float) -> Entry:

@@ -219,9 +219,13 @@ class Checkpointer:
     def explain(self, machine: Machine | None = None, *, window_s: float = 0.0) -> str:
         """What a save of the state as it is now does, tier by tier, and, from the rates of `machine` (default: what
         `undertow probe` wrote here), what it will cost beside what the last ones did cost. `window_s`: from the call to
-        the optimizer's first write. Call it on all ranks."""
+        the optimizer's first write. Several ranks plan together when they save, and one of them may ask alone: it hears
+        of the last save's plan, or that there is none yet."""
         self.fence()
-        self._saver.plan()
+        if self._coordinator.world == 1:
+            self._saver.plan()
+        elif not self._live.planned:
+            return "no save has been planned yet: the ranks do that together at the first one"
         plan = self._live.plan
         arena = self._budget.of(plan.image)
         return explain(

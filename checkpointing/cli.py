@@ -202,6 +202,8 @@ def prune(
     """Remove checkpoints that no rule keeps. Without --no-dry-run it only shows them. Refused in a folder to which a
     job writes."""
     policy = Retention.parse(keep)
+    if not is_url(path) and (Path(path) / COMMIT).exists():
+        raise UserError(f"{path} is one checkpoint", expected="a folder of checkpoints")
     found = entries_of(path)
     whole = {entry.step: entry for entry in found if entry.usable}
     stay = to_keep(list(whole), policy, {step: entry.metrics for step, entry in whole.items()})

@@ -187,6 +187,8 @@ def _engine(process: int, world: int) -> _Engine:
 
 
 def _leaves(state_dict: Mapping[str, Any]) -> list[Leaf]:
+    if not isinstance(state_dict, Mapping):
+        raise UserError(f"state_dict is a {type(state_dict).__name__}", expected="a dict, such as {'model': model}")
     plain = {
         key: value.state_dict() if callable(getattr(value, "state_dict", None)) else value
         for key, value in state_dict.items()

@@ -103,6 +103,11 @@ class LiveState:
         self._sources = []
 
     @property
+    def planned(self) -> bool:
+        """Whether all ranks have a plan, of the state at the last save."""
+        return self._plan_key is not None
+
+    @property
     def pinned(self) -> bool:
         return self.copier.device.type == "cuda"
 

@@ -72,9 +72,13 @@ class StoredCheckpoint(Mapping[str, Any]):
     def __getitem__(self, key: str) -> Any:
         if key in self.manifest.objects:
             return self._reader.object(key, self._allowed)
-        record = self.manifest.tensors[key]
+        if (record := self.manifest.tensors.get(key)) is None:
+            raise _unknown(key, self)
         pieces = [(shard.offsets, self._reader.shard(key, shard)) for shard in record.shards]
         return _joined(record.shape, pieces)
+
+    def __contains__(self, key: object) -> bool:  # the mapping's own would read it
+        return key in self.manifest.paths
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.manifest.paths)
@@ -92,7 +96,8 @@ class DcpCheckpoint(Mapping[str, Any]):
         self._maps: dict[str, mmap.mmap] = {}
 
     def __getitem__(self, key: str) -> Any:
-        stored = self.metadata.state_dict_metadata[key]
+        if (stored := self.metadata.state_dict_metadata.get(key)) is None:
+            raise _unknown(key, self)
         if not isinstance(stored, TensorStorageMetadata):
             return self._load(MetadataIndex(key))
         pieces = [(tuple(c.offsets), self._load(MetadataIndex(key, c.offsets))) for c in stored.chunks]
@@ -114,6 +119,9 @@ class DcpCheckpoint(Mapping[str, Any]):
                 return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:
             raise BadCheckpoint(f"'{index.fqn}' of {self.path} cannot be read safely ({error})") from error
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.metadata.state_dict_metadata
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.metadata.state_dict_metadata)
@@ -143,6 +151,11 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and isinstance(getattr(torch, name, None), (torch.dtype, torch.layout)):
             return getattr(torch, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _unknown(key: str, checkpoint: StoredCheckpoint | DcpCheckpoint) -> KeyError:
+    near = [name for name in checkpoint if key in name or name in key][:3] or list(checkpoint)[:3]
+    return KeyError(f"{key!r} is not in {checkpoint.path}; it holds {len(checkpoint)} names such as {', '.join(near)}")
 
 
 def _read_metadata(path: Path) -> Metadata:

@@ -78,6 +78,24 @@ def test_list_shows_what_is_there(root, capsys):
     assert names(root) == before
 
 
+def test_list_of_one_checkpoint_by_its_own_folder_or_another_name(root, capsys):
+    shutil.copytree(root / "step-000000002", root / "kept")
+    for path in (root / "step-000000002", root / "kept"):
+        assert main(["list", str(path)]) == 0
+        out = capsys.readouterr().out
+        assert "1 whole" in out and "│    2 │" in out
+    (root / "kept" / "manifest.json").write_bytes(b"{}")
+    assert main(["list", str(root / "kept")]) == 0
+    assert "damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["list", "verify", "inspect"])
+def test_a_checkpoint_of_dcp_is_called_by_its_name(tmp_path, capsys, verb):
+    dcp.save({"w": torch.ones(2)}, checkpoint_id=tmp_path / "dcp")
+    assert undertow(["ckpt", verb, str(tmp_path / "dcp")]) == 2
+    assert "is a checkpoint of torch.distributed.checkpoint" in capsys.readouterr().err
+
+
 def test_list_survives_checkpoints_that_vanish(root, monkeypatch):
     from undertow.checkpointing import catalogue
 
@@ -276,6 +294,7 @@ WRONG = {
     "no such tensor": ["inspect", "{root}", "--tensor", "nothing"],
     "a bad rule": ["prune", "{root}", "--keep", "newest=3"],
     "a bad interval": ["watch", "{root}", "--interval", "0"],
+    "pruning one checkpoint": ["prune", "{root}/step-000000001", "--keep", "last=1"],
     "no such module": ["export", "{root}", "--module", "nothing", "--out", "{empty}/out"],
     "a bad type": ["export", "{root}", "--dtype", "float33", "--out", "{empty}/out"],
     "a bad size": ["export", "{root}", "--max-shard-size", "big", "--out", "{empty}/out"],

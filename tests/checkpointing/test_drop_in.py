@@ -53,6 +53,12 @@ def test_the_state_may_change_as_soon_as_the_call_returns_and_dcp_reads_it(tmp_p
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
 
 
+def test_what_is_no_dictionary_is_refused_by_its_type(tmp_path):
+    with pytest.raises(UserError, match=r"state_dict is a Linear; expected a dict, such as"):
+        async_save(nn.Linear(2, 2), checkpoint_id=tmp_path / "x")
+    assert async_save({"model": nn.Linear(2, 2)}, checkpoint_id=tmp_path / "x").result().is_dir()
+
+
 def test_saves_that_overlap_keep_their_own_values(tmp_path):
     wanted, futures = [], []
     for seed in range(4):
@@ -98,6 +104,9 @@ def test_what_dcp_writes_is_read(tmp_path):
     dcp.save(one, checkpoint_id=tmp_path / "dcp")
     found = open_checkpoint(tmp_path / "dcp")
     assert set(found) == {"model.w", "model.b", "half", "turned", "step"}
+    assert "half" in found and "w" not in found and found.get("w") is None
+    with pytest.raises(KeyError, match=r"'w' is not in .*/dcp; it holds 5 names such as model.w"):
+        found["w"]
     assert all(torch.equal(found[key], value) for key, value in flat(one).items())
 
 
@@ -133,6 +142,9 @@ def test_opening_ours_reads_views_and_finds_damage(tmp_path):
         path = ckpt.folder.final(3)
     found = open_checkpoint(tmp_path)
     assert torch.equal(found["model.weight"], model.weight)
+    assert "weight" not in found and "model.bias" in found
+    with pytest.raises(KeyError, match=r"'weight' is not in .*names such as model.weight"):
+        found["weight"]
     found["model.weight"].zero_()  # a private page: the file stays
     assert torch.equal(open_checkpoint(tmp_path, step=3)["model.weight"], model.weight)
     shard = path / "__0_0.distcp"

@@ -377,3 +377,15 @@ def test_states_changed_in_place_between_saves(tmp_path):
         for step in (2, 1, 0):
             ckpt.restore(step)
             assert (repr(thing.value), repr(job.optimizer.param_groups[0]["note"])) == states[step]
+
+
+@pytest.mark.parametrize("lazy", [lambda: nn.LazyLinear(4), lambda: nn.LazyBatchNorm1d(affine=False)])
+def test_a_lazy_module_without_shapes_is_named_and_works_after_a_call(tmp_path, lazy):
+    model = nn.Sequential(lazy())
+    with Checkpointer(tmp_path, model=model, every=1) as ckpt:
+        with pytest.raises(UserError, match=r"model\.0\.\w+ belongs to a lazy module .* call the model once"):
+            ckpt.step(0)
+        model(torch.ones(2, 3))
+        ckpt.step(1)
+        assert ckpt.wait()[-1].ok
+        assert ckpt.restore() == 1

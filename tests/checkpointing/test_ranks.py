@@ -512,3 +512,21 @@ def placements(rank: int, world: int, root: str) -> bool:
 @pytest.mark.parametrize("world", [2, 3])
 def test_another_placement_on_the_same_ranks(ranks, tmp_path, world):
     assert ranks(world, placements, str(tmp_path)) == [True] * world
+
+
+def _one_asks(rank: int, world: int, folder: Path) -> list[str]:
+    job = Job(2)
+    with job.checkpointer(folder, timeout_s=30.0) as ckpt:
+        said = [ckpt.explain()] if rank == 0 else []
+        ckpt.save(1)
+        job.advance(1)
+        assert ckpt.wait()[-1].ok
+        said += [ckpt.explain()] if rank == 0 else []
+        dist.barrier()
+    return said
+
+
+def test_one_rank_may_ask_what_a_save_does(ranks, tmp_path):
+    before, after = ranks(2, _one_asks, tmp_path)[0]
+    assert before == "no save has been planned yet: the ranks do that together at the first one"
+    assert "SavePlan rank 0/2" in after and "measured: step 1" in after

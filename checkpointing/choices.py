@@ -21,6 +21,11 @@ class Choices:
         self._coordinator = coordinator
         self._said: deque[str] = deque()
 
+    def tidy(self) -> None:
+        """Delete the words that all have heard; in a background thread, which the store may keep waiting."""
+        while len(self._said) > AHEAD:
+            self._coordinator.forget(self._said.popleft())
+
     def tell(self, name: str, mine: T | None, *, undo: Callable[[T], None]) -> T | None:
         """Rank 0's choice `mine` on all ranks, under one `name`; None where there is none or it came too late. `undo`
         is called with a choice that does not hold. `PeerLost` with the reason that a rank has given for it instead."""
@@ -29,8 +34,6 @@ class Choices:
             undo(mine)
         if self._coordinator.rank == 0:
             self._said.append(name)
-            if len(self._said) > AHEAD:
-                self._coordinator.forget(self._said.popleft())
         if isinstance(chosen, str):
             raise PeerLost(chosen)
         return chosen

@@ -26,6 +26,7 @@ from .lifeline import Lifeline
 
 T = TypeVar("T")
 SOON_S, LATE_S = 0.0002, 0.05  # pauses between two looks for a word: an eighth of the time waited, between these
+NOTHING = "?"  # no pickle
 CALM_S = 0.002  # the first pause of a background thread: each look takes the interpreter from the training thread
 
 
@@ -124,12 +125,12 @@ class Coordinator:
         while True:
             dead = rank in self.lifeline.gone  # asked before its last word is looked for
             try:  # `wait` would do, but every time-out of it prints a warning
-                if self._mine.check([key]):
-                    return pickle.loads(self._mine.get(key))
-                if unless and self._mine.check([f"{unless}/0"]):
-                    if self._mine.check([key]):  # said between the two looks, before the verdict
-                        return pickle.loads(self._mine.get(key))
-                    raise PeerLost(pickle.loads(self._mine.get(f"{unless}/0")))
+                if (word := self._look(key)) is not None:
+                    return pickle.loads(word)
+                if unless and (verdict := self._look(f"{unless}/0")) is not None:
+                    if (word := self._look(key)) is not None:  # said between the two looks, before the verdict
+                        return pickle.loads(word)
+                    raise PeerLost(pickle.loads(verdict))
             except (RuntimeError, dist.DistError) as error:
                 raise PeerLost(f"rank 0 is gone, so '{name}' has no answer ({str(error).splitlines()[0]})") from error
             if dead:
@@ -138,6 +139,12 @@ class Coordinator:
             if now_s >= deadline_s:
                 raise PeerLost(f"rank {rank} did not answer '{name}' in time")
             time.sleep(_pause_s(now_s - began_s, calm))
+
+    def _look(self, key: str) -> bytes | None:
+        """What has been said under `key`, None when nothing has: one exchange with the store, where `check` and `get`
+        would take two. A key that is not there keeps being absent, and the word expected of it comes back."""
+        word = self._mine.compare_set(key, NOTHING, NOTHING)
+        return None if word == NOTHING.encode() else word
 
     def hear_all(self, name: str, *, timeout_s: float, unless: str = "", calm: bool = False) -> list[Any]:
         """Every rank's word, in rank order."""

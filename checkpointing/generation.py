@@ -85,7 +85,7 @@ class HostFile:
         """The copies bring its bytes."""
 
     def wait(self) -> None:
-        for mark in list(self._marks):
+        for mark in self._marks[::-1]:  # the last one first: the others are done then
             self._copier.wait(mark)
 
     def finish(self) -> FileRecord:

@@ -26,10 +26,10 @@ from ..dist.log import get_logger
 from ..dist.units import format_bytes
 from .choices import Choices
 from .coordinate import Coordinator
-from .files import FileOps
 from .folder import Folder
 from .generation import Generation
 from .manifest import COMMIT
+from .memory_ops import MemoryOps
 from .plan import SavePlan
 
 log = get_logger(__name__)
@@ -79,7 +79,7 @@ class HostTier:
             )
         self.coordinator, self._count, self._root = coordinator, generations, root.resolve()
         name = f"undertow-{os.getuid()}-{xxhash.xxh3_64(str(self._root).encode()).hexdigest()}"
-        self.folder = MemoryFolder(SHARED_MEMORY / name, FileOps(direct=False, syncs=False))
+        self.folder = MemoryFolder(SHARED_MEMORY / name, MemoryOps())
         self._slots: list[_Slot] = []
         self._mine: list[Generation] = []
         self._folders: list[Path] = []
@@ -217,6 +217,7 @@ class HostTier:
         """The use of a generation by `user` ('host': its own commit, 'flush': another tier) has ended, well or not."""
         if self.coordinator.rank:
             return
+        self._choices.tidy()
         with self._changed:
             slot = self._slots[index]
             slot.users.discard(user)

@@ -66,7 +66,7 @@ class LazyFile:
         sources = [source for _, source in self._pairs]
         self._copier: HostCopier = copier_for(sources)
         self._seal = Seal(0, sources, Sampler(sources)) if sources else None
-        self._torn: tuple[torch.Tensor, Any] | None = None
+        self._moved = False
         self._copier.begin()
         if self._copier.device.type == "cuda":  # queueing is cheap, and the stream does the waiting
             with self._copier.side():
@@ -130,8 +130,9 @@ class LazyFile:
 
     def _judge(self) -> None:
         """Sample again, unless that is done: nobody has been allowed to write yet."""
-        if self._seal is not None and self._torn is None:
-            self._torn = self._copier.bring(self._seal.changed())
+        if self._seal is not None and self._seal.verdict is None:
+            self._moved = self._seal.moved()
+            self._seal.sample(self._copier)
 
     def write(self) -> FileRecord:
         """In the background: write `path` with the suffix .part, durably. `RuntimeError` if torn."""
@@ -140,10 +141,10 @@ class LazyFile:
             self._judge()
             self._mark = self._copier.mark()  # a fence that comes now lets the samples be taken first
         self._copier.wait(self._mark)
-        if self._torn is not None:
-            flag, mark = self._torn
+        if self._seal is not None and self._seal.verdict is not None:
+            flag, mark = self._seal.verdict
             self._copier.wait(mark)
-            if bool(flag):
+            if self._moved or bool(flag):
                 raise RuntimeError(f"{self.path.name}: the state was written while it was being copied")
         with _Hashing(self.part) as file:
             self._dump(self._state, file)

@@ -25,14 +25,14 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from .files import FileOps
 from .host_tier import ROOT_FILE
 from .manifest import COMMIT, MANIFEST, SAFE_NAME
+from .memory_ops import MemoryOps
 
 SAVE_FILE = "SAVE.json"
 ENTRY = re.compile(r"^[0-9a-f]+-[0-9a-f]+-(own|held)-(\d{5,})-(\d+)$")
 READ = "read-"
-OPS = FileOps(direct=False, syncs=False)
+OPS = MemoryOps()
 
 
 @dataclass(frozen=True)

@@ -210,6 +210,7 @@ class PartnerTier:
     def done(self, index: int, step: int, user: str, ok: bool) -> None:
         """As `HostTier.done`. When a save is committed, what older jobs and plans have left is given back."""
         if self.coordinator.rank == 0:
+            self._choices.tidy()
             slot = self._slots[index]
             slot.users.discard(user)
             if user == "host":

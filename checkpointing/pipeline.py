@@ -46,10 +46,6 @@ class Pipeline:
 
     def submit(self, save: Save, parts: Sequence[tuple[Committer, Part]]) -> None:
         """Hand a save over, with its part for each tier; returns at once."""
-        if save.snapshot.issued:  # nothing is left to copy: no other thread need wake for it
-            for committer, part in parts:
-                committer.submit(part)
-            return
         with self._idle:
             self._copying += 1
         self._queue.put((save, parts))
@@ -86,6 +82,7 @@ class Pipeline:
     def _copy_loop(self) -> None:
         while (item := self._queue.get()) is not None:
             save, parts = item
+            save.snapshot.issue()
             for committer, part in parts:  # a mirror starts while chunks are still copied
                 committer.submit(part)
             with self.trace.span("copy", step=save.step):

@@ -113,11 +113,10 @@ class Saver:
         live.copier.begin()
         memory, parts, on_chunks = self._tiers.route(save, claimed, arena, self._pipeline, live.copier)
         way = (live.staging, live.copier, memory, on_chunks, seals, live.addresses)
-        save.snapshot = Snapshot(attempt.step, live.plan, sources, *way)
+        # only memory that nobody reads before all of it is there takes everything in one call
+        once = live.plan.image.chunks if live.copier.queues and attempt.tiers == ("host",) and len(seals) < 2 else None
+        save.snapshot = Snapshot(attempt.step, live.plan, sources, *way, at_once=once)
         self._fences.begun(save)
-        if live.copier.queues:  # that is cheap, and late copies would be waited for
-            while save.snapshot.fill_next(wait=False):
-                pass
         save.call_s = time.monotonic() - attempt.began_s
         self._clock.began(attempt.step, len(parts))
         self._pipeline.submit(save, parts)

@@ -32,15 +32,19 @@ class Seal:
     def __init__(self, chunk: int, tensors: Sequence[torch.Tensor], sampler: Sampler) -> None:
         self.chunk, self._tensors, self._sampler = chunk, tensors, sampler
         self._versions = list(map(_version, tensors))
+        self.verdict: tuple[torch.Tensor, Any] | None = None  # the samples', once they have been taken again
+        self.behind: Any = None  # mark behind them, where they were taken in the order of the copies
         sampler.before()
 
-    def changed(self) -> torch.Tensor:
-        """A 0-d bool, on the tensors' device or in host memory."""
+    def sample(self, copier: HostCopier) -> None:
+        """Take the samples again, in the order of the current stream, and have the verdict brought."""
         flags = self._sampler.changed()
-        moved = list(map(_version, self._tensors)) != self._versions
-        if moved:
-            return torch.ones((), dtype=torch.bool)
-        return flags[0] if len(flags) == 1 else torch.stack([flag.to(flags[0].device) for flag in flags]).any()
+        flag = flags[0] if len(flags) == 1 else torch.stack([flag.to(flags[0].device) for flag in flags]).any()
+        self.verdict = copier.bring(flag)
+
+    def moved(self) -> bool:
+        """Whether a version counter has moved up to now."""
+        return list(map(_version, self._tensors)) != self._versions
 
 
 class Snapshot:
@@ -48,7 +52,7 @@ class Snapshot:
 
     `sources` are the lazy tensors in plan order, `staging` holds the eager part. When the copies of chunks into their
     slots of `memory` have been issued, `on_chunks(snapshot, first chunk, slots, mark)` is called, from any thread.
-    `addresses` of the sources spare asking each of them.
+    `addresses` of the sources spare asking each of them. `at_once`: how many chunks are issued in one call.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Snapshot:
         on_chunks: OnChunks,
         seals: Sequence[Seal] = (),
         addresses: np.ndarray | None = None,
+        at_once: int | None = None,
     ) -> None:
         self.step, self.plan = step, plan
         self.error: BaseException | None = None
@@ -70,17 +75,40 @@ class Snapshot:
         self._bases = addresses if known else np.fromiter(map(torch.Tensor.data_ptr, sources), np.int64, len(sources))
         self._staging = staging
         self._copier, self._memory, self._on_chunks = copier, memory, on_chunks
+        self._at_once = at_once or copier.chunks_at_once
         self._next = 0
         self._filled = [False] * plan.image.chunks
         self._through = 0  # all chunks below this one are filled
         self._changed = threading.Condition()
         self._seals = list(seals)
         self._verdicts: list[tuple[torch.Tensor, Any]] = []
+        self._moved = False
         self._sealing = threading.Lock()
         self._marks: list[tuple[int, Any]] = []  # (first chunk, mark) of what has been issued
-        self._sampled: Any = None  # mark behind the background's samples
+        self._behind_all: Any = None  # mark behind all copies and samples, where the fence need not make one
 
     # -- filling ------------------------------------------------------------------------------------------------
+
+    def issue(self) -> None:
+        """Where copies are queued on a device: issue all for which there is room, and behind those of each part its
+        samples, so that neither the fence nor the commit need ask the device for anything."""
+        if not self._copier.queues:
+            return
+        try:
+            with self._copier.side():
+                while self.fill_next(wait=False):
+                    self._sample_behind()
+        except BaseException as error:
+            self.fail(error)
+
+    def _sample_behind(self) -> None:
+        with self._sealing:
+            ready = [seal for seal in self._seals if seal.chunk < self._through and seal.verdict is None]
+            for seal in ready:
+                seal.sample(self._copier)
+                seal.behind = self._copier.mark()
+            if ready and self.issued:
+                self._behind_all = ready[-1].behind
 
     def fill_next(self, *, wait: bool = True) -> bool:
         """Claim the next few chunks and issue their copies; False when there are none left, or no free slot and not
@@ -122,7 +150,7 @@ class Snapshot:
             left = len(self._filled) - self._next
             if self.error or not left:
                 return None
-            rooms = self._memory.reserve(min(self._copier.chunks_at_once, left))
+            rooms = self._memory.reserve(min(self._at_once, left))
             if not rooms:
                 return ()
             first, self._next = self._next, self._next + len(rooms)
@@ -176,28 +204,42 @@ class Snapshot:
             if not self.fill_next(wait=chunk is None):
                 with self._changed:
                     self._changed.wait_for(lambda: self._through >= last or self.error is not None)
-        if chunk is None:
-            self._copier.order_after(self._copier.mark())
-        else:
-            with self._changed:
-                marks = [mark for first, mark in self._marks if first < last]
-            for mark in marks:
+        with self._sealing:  # nobody samples meanwhile
+            for mark in self._marks_before(last, chunk):
                 self._copier.order_after(mark)
-        self._seal(last - 1)
-        if self._sampled is not None:
-            self._copier.order_after(self._sampled)
+            self._seal(last - 1)
+
+    def _marks_before(self, last: int, chunk: int | None) -> list[Any]:
+        """What comes after all copies of the chunks below `last`, and after samples that were queued behind them."""
+        if chunk is None and self._behind_all is not None:
+            return [self._behind_all]
+        behind = [seal for seal in self._seals if seal.chunk < last and seal.behind is not None]
+        marks = [seal.behind for seal in behind]
+        if behind and behind[-1].chunk == last - 1:
+            return marks
+        if self._behind_all is not None:
+            return [self._behind_all]
+        if chunk is None:
+            return [self._copier.mark()]
+        with self._changed:
+            return marks + [mark for first, mark in self._marks if first < last]
 
     def finish(self) -> None:
         """For the background thread, once all is filled: seal what no fence has sealed, on the copies' own stream."""
-        with self._copier.side():
-            self._seal(len(self._filled) - 1, behind=True)
+        with self._copier.side(), self._sealing:
+            self._seal(len(self._filled) - 1)
+            if self._behind_all is None:
+                self._behind_all = self._copier.mark()
 
-    def _seal(self, chunk: int, *, behind: bool = False) -> None:
-        with self._sealing:  # a fence must not return while another thread still samples
-            while self._seals and self._seals[0].chunk <= chunk:
-                self._verdicts.append(self._copier.bring(self._seals.pop(0).changed()))
-            if behind:
-                self._sampled = self._copier.mark()
+    def _seal(self, chunk: int) -> None:
+        """With `_sealing` held: note the verdicts on all parts up to `chunk`."""
+        while self._seals and self._seals[0].chunk <= chunk:
+            seal = self._seals.pop(0)
+            self._moved |= seal.moved()
+            if seal.verdict is None:
+                seal.sample(self._copier)
+            assert seal.verdict is not None
+            self._verdicts.append(seal.verdict)
 
     def release_sources(self) -> None:
         """Forget the state's tensors, once `fence()` has passed."""
@@ -213,4 +255,4 @@ class Snapshot:
         """Whether somebody wrote a lazy tensor between snapshot and fence. Waits for the copies, not for the device."""
         for _, mark in self._verdicts:
             self._copier.wait(mark)
-        return any(bool(flag) for flag, _ in self._verdicts)
+        return self._moved or any(bool(flag) for flag, _ in self._verdicts)

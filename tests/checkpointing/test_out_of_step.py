@@ -175,10 +175,10 @@ class Between(dist.HashStore):
     def clone(self) -> Between:
         return self
 
-    def check(self, keys: list[str]) -> bool:
-        found = super().check(keys)
-        for key in list(self.words):
-            self.set(key, pickle.dumps(self.words.pop(key)))
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        found = super().compare_set(key, expected, desired)
+        for other in list(self.words):
+            self.set(other, pickle.dumps(self.words.pop(other)))
         return found
 
 
@@ -191,3 +191,16 @@ def test_a_word_that_was_said_before_the_verdict_is_heard():
     assert talk.hear("plan/global", 0, deadline_s=deadline_s, unless="plan/verdict") == "FSDP 1 is refused"
     with pytest.raises(PeerLost, match="rank 0 has given up"):
         talk.hear("plan/local", 0, deadline_s=deadline_s, unless="plan/verdict")
+
+
+@pytest.mark.parametrize("kind", ["hash", "tcp"])
+def test_looking_for_a_word_does_not_say_one(kind):
+    store = Between({}) if kind == "hash" else dist.TCPStore("127.0.0.1", 0, is_master=True)
+    talk = Coordinator(0, 1, store, "t", Lifeline(0, 1, "t"))
+    for _ in range(2):
+        with pytest.raises(PeerLost, match="did not answer"):
+            talk.hear("claim", 0, deadline_s=time.monotonic())
+        assert not store.check(["claim/0"])
+    assert talk.decide("claim", None) is None  # and the first word is still everyone's
+    assert talk.decide("claim", (1, "folder")) is None
+    assert talk.hear("claim", 0, deadline_s=time.monotonic()) is None

@@ -1,0 +1,140 @@
+"""Copies that are queued, as on a device: a thread of ours issues them, and whoever needs them waits for them."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from undertow.checkpointing import Checkpointer, live
+from undertow.checkpointing.copies import HostCopier
+from undertow.checkpointing.folder import read_manifest
+from undertow.checkpointing.reader import Reader
+
+LAYERS, WIDTH = 6, 320  # 400 KiB each: copied lazily
+
+
+class Queue(HostCopier):
+    """What a stream is to a device: copies and marks in one row, done when somebody waits for a mark behind them."""
+
+    queues, chunks_at_once = True, 2
+
+    def __init__(self) -> None:
+        self.row: list = []
+        self.done = self.calls = 0
+        self.threads: set[str] = set()
+        self.lock = threading.RLock()
+        self.open = threading.Event()
+        self.open.set()
+
+    def copy(self, target, source, nbytes):
+        with self.lock:
+            self.row.append((target, source, nbytes))
+
+    def copy_many(self, targets, sources, sizes):
+        self.calls += 1
+        self.threads.add(threading.current_thread().name)
+        super().copy_many(targets, sources, sizes)
+
+    def mark(self):
+        return len(self.row)
+
+    def wait(self, mark):
+        self.open.wait()
+        with self.lock:
+            while self.done < mark:
+                HostCopier.copy(self, *self.row[self.done])
+                self.done += 1
+
+    def order_after(self, mark):
+        self.wait(mark)
+
+    def bring(self, flag):
+        return flag, self.mark()
+
+
+@pytest.fixture
+def queue(monkeypatch):
+    one = Queue()
+    monkeypatch.setattr(live, "copier_for", lambda tensors: one)
+    return one
+
+
+def make(groups=1):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)])
+    held = list(model.parameters())
+    size = len(held) // groups
+    parts = [{"params": held[begin : begin + size]} for begin in range(0, len(held), size)]
+    return model, torch.optim.AdamW(parts, lr=1e-2, foreach=True)
+
+
+def train(model, optimizer):
+    optimizer.zero_grad()
+    model(torch.randn(2, WIDTH)).pow(2).mean().backward()
+    optimizer.step()
+
+
+def tensors(model, optimizer):
+    names = {id(p): n for n, p in model.named_parameters()}
+    found = {f"model.{n}": v.detach().clone() for n, v in model.state_dict().items()}
+    for p, state in optimizer.state.items():
+        found |= {f"optimizer.state.{names[id(p)]}.{k}": v.clone() for k, v in state.items()}
+    return found
+
+
+def stored(folder, step):
+    path = folder.final(step)
+    manifest = read_manifest(path)
+    reader = Reader(path, manifest)
+    return {key: reader.shard(key, record.shards[0]) for key, record in manifest.tensors.items()}
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("disk", [False, True])
+def test_queued_copies_are_exact(tmp_path, queue, groups, disk):
+    model, optimizer = make(groups)
+    train(model, optimizer)
+    expected = {}
+    ways = {"every": 1, "keep": None} if disk else {"host_every": 1}
+    with Checkpointer(tmp_path, model=model, optimizer=optimizer, chunk_bytes=2**20, **ways) as ckpt:
+        for step in range(5):
+            expected = tensors(model, optimizer)
+            ckpt.step(step)
+            train(model, optimizer)
+        assert all(report.ok for report in ckpt.wait()), ckpt.reports
+        found = stored(ckpt.folder if disk else ckpt.host.folder, 4)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+    if not disk and groups == 1:
+        assert queue.calls == 5  # everything at once
+
+
+def test_a_write_to_what_was_queued_fails_the_save(tmp_path, queue):
+    """The version counter tells it, though the samples were taken again before."""
+    model, optimizer = make()
+    train(model, optimizer)
+    with Checkpointer(tmp_path, model=model, optimizer=optimizer, host_every=1) as ckpt:
+        queue.open.clear()
+        ckpt.step(0)
+        with torch.no_grad():
+            model[2].weight[7, 7] += 1.0  # nobody samples there
+        queue.open.set()
+        report = ckpt.wait()[-1]
+        assert not report.ok and "written while it was being copied" in report.reason
+        ckpt.step(1)
+        train(model, optimizer)
+        assert ckpt.wait()[-1].ok
+
+
+def test_the_training_thread_does_not_issue_them(tmp_path, queue):
+    model, optimizer = make()
+    train(model, optimizer)
+    with Checkpointer(tmp_path, model=model, optimizer=optimizer, host_every=1) as ckpt:
+        ckpt.step(0)
+        until = threading.Event()
+        while not queue.calls:
+            until.wait(0.001)
+        assert queue.threads == {"undertow-copier"}
+        assert ckpt.wait()[-1].ok

@@ -33,6 +33,7 @@ from .layout import CHUNK_BYTES
 from .live import LiveState
 from .mirror import Mirror
 from .observe import Observer
+from .options import check_options, metrics_of, step_of
 from .partner import Partner
 from .pipeline import Pipeline
 from .preemption import Preempter, Preemption
@@ -86,15 +87,24 @@ class Checkpointer:
         ops: FileOps | None = None,
         **objects: Any,
     ) -> None:
-        if (isinstance(every, int) and every < 0) or host_every < 0 or (isinstance(keep, int) and keep < 1):
-            raise UserError(
-                f"every={every}, host_every={host_every}, keep={keep}",
-                expected="every ≥ 0, host_every ≥ 0, and keep ≥ 1 or None",
-            )
-        if partner is not None and not host_every:
-            raise UserError("partner without host_every", expected="a save to host memory", remedy="pass host_every=1")
-        if not objects:
-            raise UserError("nothing to checkpoint was given", remedy="pass model=…, optimizer=… by name")
+        check_options(
+            objects,
+            every=every,
+            keep=keep,
+            mirror=mirror,
+            bucket=bucket,
+            host_every=host_every,
+            host_generations=host_generations,
+            partner=partner,
+            per_rank=per_rank,
+            arena_bytes=arena_bytes,
+            chunk_bytes=chunk_bytes,
+            writers=writers,
+            timeout_s=timeout_s,
+            preemption=preemption,
+            allow_types=allow_types,
+            observers=observers,
+        )
         self.host_every = host_every
         self.preempted = False
         self._budget = Budget(arena_bytes)
@@ -142,6 +152,7 @@ class Checkpointer:
         After a signal of `preemption` all ranks save the same step, wait until it is committed, and find `preempted`
         set: then leave the loop.
         """
+        step = self._number(step)
         self._clock.tick(step)
         self._reports.take(self._pipeline.reports())
         if self._preempter is not None and not self.preempted and self._preempter.at(step):
@@ -162,9 +173,10 @@ class Checkpointer:
         host memory; False when nothing was begun: checkpoints are switched off, all generations are in use, or a rank
         did not come to plan it or has no memory for it, which is reported as a failure. What a user's `state_dict()`
         raises is raised here, on its rank alone; the save has then failed on all, and the next one works."""
+        step, numbers = self._number(step), metrics_of(metrics)
         if self._off:
             return False
-        attempt, raised = self._tiers.attempt(step, disk=disk, host=host, metrics=metrics), None
+        attempt, raised = self._tiers.attempt(step, disk=disk, host=host, metrics=numbers), None
         with self._trace.span("snapshot", step=step):
             self.fence()
             try:
@@ -177,6 +189,11 @@ class Checkpointer:
         if raised is not None:
             raise raised
         return begun
+
+    def _number(self, step: int) -> int:
+        if self._pipeline.closed:
+            raise UserError(f"step {step} after close()", remedy="close it, or leave its `with`, when training is over")
+        return step_of(step)
 
     def fence(self) -> None:
         """Wait until nothing that the caller does next can change the save in flight. For writers of parameters other

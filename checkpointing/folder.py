@@ -87,10 +87,11 @@ class Folder:
             owner = os.pread(self._lock, 200, 0).decode(errors="replace").strip()
             os.close(self._lock)
             self._lock = -1
+            ours = owner.startswith(f"process {os.getpid()} on ")
             raise UserError(
-                f"the checkpoint folder {self.root} is in use by {owner or 'another job'}",
+                f"the checkpoint folder {self.root} is in use by {owner or 'another job'}" + ours * ", this very one",
                 expected="one job at a time in a checkpoint folder",
-                remedy="stop that job or pass another folder",
+                remedy="close() the Checkpointer made before" if ours else "stop that job or pass another folder",
             ) from error
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)

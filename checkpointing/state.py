@@ -67,7 +67,7 @@ class AppState:
         for name, thing in (*shared.items(), *per_rank.items()):
             if not callable(getattr(thing, "state_dict", None)):
                 raise UserError(
-                    f"'{name}' is a {type(thing).__name__} without state_dict()",
+                    f"'{name}' has no state_dict(); it is of type {type(thing).__name__}",
                     expected="a module, an optimizer or an object with state_dict() and load_state_dict()",
                     remedy=f"wrap '{name}' in an object that has both",
                 )

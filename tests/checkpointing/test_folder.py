@@ -63,7 +63,7 @@ def test_a_second_commit_of_a_step_replaces_the_first(folder):
 
 
 def test_a_folder_has_one_owner(folder):
-    with pytest.raises(UserError, match=f"in use by process {os.getpid()} on"):
+    with pytest.raises(UserError, match=f"in use by process {os.getpid()} on .*, this very one.* close\\(\\)"):
         Folder(folder.root, OPS).take()
     folder.release()
     other = Folder(folder.root, OPS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import sys
 import threading
@@ -19,6 +20,8 @@ from ckpt_job import CHUNK_BYTES, HeldOps, Job, same, snapshot_of
 
 from undertow.checkpointing import Checkpointer
 from undertow.checkpointing.files import FileOps
+from undertow.checkpointing.manifest import metrics_of
+from undertow.checkpointing.options import FREE, RULES
 from undertow.dist.errors import UserError
 
 
@@ -190,13 +193,67 @@ def test_what_is_switched_off_does_nothing(tmp_path, monkeypatch):
     [
         ({"every": -1}, "every=-1"),
         ({"keep": 0}, "keep=0"),
-        ({"extra": 3}, "'extra' is a int without state_dict"),
+        ({"every": 2.5}, "every=2.5; expected every ≥ 0 steps, or a Frequency"),
+        ({"every": True}, "every=True"),
+        ({"keep": "3"}, "keep='3'; expected keep ≥ 1, None for all, or a Retention"),
+        ({"mirror": "/lustre"}, "mirror='/lustre'; expected None or a Mirror"),
+        ({"bucket": "s3://b"}, "expected None or a Bucket"),
+        ({"host_every": -1}, "host_every=-1"),
+        ({"partner": True, "host_every": 1}, "partner=True; expected None or a Partner"),
+        ({"per_rank": [1]}, "per_rank=.*expected None or a dict of objects"),
+        ({"arena_bytes": 0}, "arena_bytes=0"),
+        ({"writers": 0}, "writers=0"),
+        ({"timeout_s": 0}, "timeout_s=0; expected seconds > 0"),
+        ({"preemption": True}, "preemption=True; expected None or a Preemption"),
+        ({"allow_types": "Path"}, "allow_types='Path'; expected a list of classes"),
+        ({"observers": [3]}, "observers=.*expected a list of functions"),
+        ({"extra": 3}, "'extra' has no state_dict.*type int"),
+        ({"evry": 3}, "no option 'evry'; to mend it: every=3"),
+        ({"host_evry": 3}, "no option 'host_evry'; to mend it: host_every=3"),
     ],
 )
-def test_wrong_options_are_named(tmp_path, options, message):
+def test_wrong_options_are_named_and_hold_no_folder(tmp_path, options, message):
     job = Job()
     with pytest.raises(UserError, match=message):
         job.checkpointer(tmp_path / "c", **options)
+    job.checkpointer(tmp_path / "c", every=np.int64(3), keep=None).close()
+
+
+@pytest.mark.parametrize("step", [-1, "a", 2.0, None])
+def test_what_is_no_step_is_refused_and_the_next_one_works(tmp_path, step):
+    with Job().checkpointer(tmp_path, every=1) as ckpt:
+        for begin in (ckpt.step, ckpt.save):
+            with pytest.raises(UserError, match="step=.*expected a whole number ≥ 0"):
+                begin(step)
+        assert ckpt.step(np.int64(4)) and ckpt.save(torch.tensor(5))
+        assert [report.ok for report in ckpt.wait()] == [True, True]
+    assert ckpt.folder.committed() == [4, 5]
+
+
+def test_metrics_are_taken_as_numbers_or_refused_by_name(tmp_path):
+    loss = torch.tensor(1.5, requires_grad=True)
+    with Job().checkpointer(tmp_path, every=1) as ckpt:
+        for wrong in ({"loss": "1.5"}, {"loss": torch.ones(2)}, {"loss": None}, [1.5]):
+            with pytest.raises(UserError, match="metrics"):
+                ckpt.step(1, metrics=wrong)
+        assert ckpt.step(1, metrics={"loss": loss, "bits": np.float32(0.25), "n": 3})
+        loss.data.zero_()
+        ckpt.wait()
+    assert metrics_of(ckpt.folder.manifest(1)) == {"loss": 1.5, "bits": 0.25, "n": 3.0}
+
+
+def test_after_close_a_save_is_refused_and_nothing_waits(tmp_path):
+    with Job().checkpointer(tmp_path, every=1) as ckpt:
+        ckpt.step(0)
+    for begin in (ckpt.step, ckpt.save):
+        with pytest.raises(UserError, match=r"step 1 after close\(\)"):
+            begin(1)
+    assert len(ckpt.wait()) == 1 and ckpt.status() == "saved 0"
+
+
+def test_every_option_has_a_rule():
+    names = inspect.signature(Checkpointer.__init__).parameters.keys() - {"self", "root", "objects"}
+    assert names | {"recycle"} == {*RULES, *FREE}
 
 
 def test_nothing_to_save_is_refused(tmp_path):

@@ -31,7 +31,10 @@ class RootIsAFolder:
 
 # The files that take longest, begun first: where several run beside each other, none of them is left over at the end.
 LONGEST = (
+    "test_commands",
     "test_cluster",
+    "test_gpu_programs",
+    "test_sanitizers",
     "test_mpi4py_suite",
     "test_torchrun",
     "test_elastic",
@@ -52,6 +55,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(RootIsAFolder())
+
+
+@pytest.fixture(autouse=True)
+def no_inherited_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that a test starts choose gloo's interface for themselves: a group that was made in this process has chosen
+    one for it, which may lead nowhere from another network namespace."""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ optimizer (options, RNG, users' objects) is read anew each time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
@@ -60,7 +60,10 @@ class Watch:
         self._sharded = [tensor for tensor in once if isinstance(tensor, DTensor)]
         self._parts = list(map(_local, self._sharded))  # to_local() would cost 5 µs each
         self._whole = [*(tensor for tensor in once if not isinstance(tensor, DTensor)), *self._parts]
-        self._places = self._where()
+        self._rows = [tensor for tensor in self._whole if tensor.dim() in (1, 2)]
+        self._flat = [tensor for tensor in self._whole if tensor.dim() == 2]
+        self._deep = [tensor for tensor in self._whole if tensor.dim() > 2 or (tensor.dim() == 2 and not len(tensor))]
+        self._facts = [fact() for fact in self._shapes()]
 
     def unchanged(self) -> bool:
         """Whether every watched dictionary holds the same objects as before, at the same addresses."""
@@ -72,15 +75,23 @@ class Watch:
             and all(map(is_, chain.from_iterable(self._owners), self._keys))
             and all(map(is_, _held(self._owners), self._values))
             and all(map(is_, map(_local, self._sharded), self._parts))
-            and self._where() == self._places
+            and all(fact() == known for fact, known in zip(self._shapes(), self._facts))
         )
 
-    def _where(self) -> tuple[list[int], list[torch.Size]]:
-        """Where the tensors' data lie: `.data` may be given another storage, or another shape of the same one."""
-        return list(map(torch.Tensor.data_ptr, self._whole)), list(map(_shape, self._whole))
+    def _shapes(self) -> tuple[Callable[[], list], ...]:
+        """Where the tensors' data lie and in what shape, fact by fact: `.data` may be given another storage, or another
+        shape of the same one. A list of all shapes would make hundreds of tuples, and the garbage collector run at
+        every save; the numbers of dimensions, of rows and of elements tell the same of most tensors."""
+        return (
+            lambda: list(map(torch.Tensor.data_ptr, self._whole)),
+            lambda: list(map(torch.Tensor.dim, self._whole)),
+            lambda: list(map(_rows, self._rows)),
+            lambda: list(map(torch.Tensor.numel, self._flat)),
+            lambda: list(map(_shape, self._deep)),
+        )
 
 
-_shape, _local = attrgetter("shape"), attrgetter("_local_tensor")
+_shape, _local, _rows = attrgetter("shape"), attrgetter("_local_tensor"), torch._C.TensorBase.__len__
 
 
 def _held(owners: Sequence[dict[Any, Any]]) -> Iterator[Any]:

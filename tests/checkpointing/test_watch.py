@@ -139,3 +139,30 @@ def test_a_tensor_that_shrank_in_place(tmp_path):
         holder.memory.data = torch.zeros(50_000)
         ckpt.restore()
     assert torch.equal(holder.memory, torch.arange(50_000.0))
+
+
+SHAPES = [(), (1,), (1, 1), (24,), (4, 6), (6, 4), (24, 1), (2, 3, 4), (4, 3, 2), (2, 12, 1), (0, 5), (0, 6), (5, 0)]
+
+
+@pytest.mark.parametrize("before", SHAPES)
+def test_another_shape_at_the_same_address(before):
+    from undertow.checkpointing.state import AppState
+    from undertow.checkpointing.watch import Watch
+
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("memory", torch.arange(24.0))
+
+    holder = Holder()
+    whole = holder.memory.clone()
+
+    def give(shape: tuple[int, ...]) -> None:
+        holder.memory.data = whole[: torch.Size(shape).numel()].view(shape)
+
+    give(before)
+    state = AppState({"holder": holder}, {}, rank=0, rng=False)
+    watch = Watch(state, state.leaves())
+    for after in SHAPES:
+        give(after)
+        assert watch.unchanged() == (after == before), after

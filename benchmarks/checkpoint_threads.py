@@ -1,11 +1,11 @@
 """What a save takes of the processor, thread by thread, where Python sets the pace of the steps.
 
 On a GPU the bytes leave by a copy engine, and what a save costs is its Python: on the training thread, and in the other
-threads that take the interpreter from it. Here the bytes stay (`copy_many` does nothing, and the training thread issues
-all of them, as it does for a GPU), so that this cost is all there is, and no GPU is needed. Arms save to host memory or
+threads that take the interpreter from it. Here the bytes stay (`copy_many` does nothing, and copies are issued as they
+are for a GPU), so that this cost is all there is, and no GPU is needed. Arms save to host memory or
 to disk at every step of a model of many tensors on one core. Beside the steps' time stand the processor time of a save
-in its call and at its fence (`call_us`, `fence_us`), of the other threads (`commit_us`, `writers_us`), and of all but
-the writers for one tensor (`tensor_us`), from the threads' own clocks, which other processes disturb less.
+in its call and at its fence (`call_us`, `fence_us`), of the other threads (`copier_us`, which issues the copies,
+`commit_us`, `writers_us`), and of all but the writers for one tensor (`tensor_us`), from the threads' own clocks, which other processes disturb less.
 
     undertow bench checkpoint_threads --rounds 8
 """
@@ -78,8 +78,8 @@ def others() -> dict[str, float]:
     found: dict[str, float] = defaultdict(float)
     for thread in threading.enumerate():
         if thread.name.startswith("undertow-") and thread.ident is not None:
-            name = "commit_us" if "commit" in thread.name else "writers_us"
-            found[name] += time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+            name = next((name for name in ("commit", "copier") if name in thread.name), "writers")
+            found[f"{name}_us"] += time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
     return found
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from numbers import Integral, Real
 
 import psutil
 import torch
@@ -18,6 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from ...dist.errors import UserError
 from ...dist.launch import detect
+from ...dist.log import get_logger
+from ...dist.units import format_bytes
 from .deepspeed_zero import is_partitioned
 from .engine import Adapter, Engine
 from .plain import PlainAdapter
@@ -25,6 +28,7 @@ from .plan import StreamPlan
 from .planner import plan as make_plan
 from .protocol import Attend, Ranks, StreamableModel
 
+log = get_logger(__name__)
 _ENGINE = "_undertow_stream_engine"
 HOST_SHARE = 0.8  # of the free host memory, divided among the ranks of a host
 
@@ -58,10 +62,20 @@ def enable(
 
     `UserError` for a model without decoder layers.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"a model of type {type(model).__name__}", expected="a torch.nn.Module")
     if _ENGINE in model.__dict__:
         raise UserError("streaming is already on for this model", remedy="call disable(model) first")
-    if every is not None and every < 1:
-        raise UserError(f"every={every}", expected="n of at least 1: every n-th layer input is kept")
+    _check_numbers(budget_bytes=budget_bytes, host_budget_bytes=host_budget_bytes, chunk=chunk, loss_rows=loss_rows)
+    if every is not None and (not isinstance(every, Integral) or every < 1):
+        raise UserError(f"every={every!r}", expected="n of at least 1: every n-th layer input is kept")
+    for name, choice in (("offload", offload), ("stash", stash)):
+        if choice not in (None, True, False):
+            raise UserError(f"{name}={choice!r}", expected="True, False, or None to have it planned")
+    if plan is not None and not isinstance(plan, StreamPlan):
+        raise UserError(f"plan={plan!r}", expected="a StreamPlan")
+    if attend is not None and not callable(attend):
+        raise UserError(f"attend={attend!r}", expected="a function of (q, k, v)")
     if ranks is not None and attend is None:
         raise UserError("ranks without attend", remedy="pass the attention over these ranks as attend")
     adapter = adapter_for(model)
@@ -77,6 +91,7 @@ def enable(
         spacing, stash = spacing or 1, bool(stash)
     engine: Engine
     plans: dict[tuple, StreamPlan] = {}
+    told: set[torch.Size] = set()
 
     def planner(x: Tensor) -> StreamPlan:
         if plan is not None:
@@ -114,6 +129,12 @@ def enable(
             ranks=0 if attend is None else 1 if ranks is None else ranks.size,
             settled=settled,
         )
+        if plans[key].device_bytes > budget and x.shape not in told:
+            told.add(x.shape)
+            need, text = format_bytes(plans[key].device_bytes), f"{x.shape[0]} x {x.shape[1]} tokens"
+            log.warning(
+                "streaming %s needs %s by prediction, more than the %s there are", text, need, format_bytes(budget)
+            )
         return plans[key]
 
     engine = Engine(adapter, planner, attention_backend=attention_backend, attend=attend)
@@ -173,6 +194,18 @@ def adapter_for(model: nn.Module) -> Adapter:
     from .hf import HfAdapter
 
     return HfAdapter(model)
+
+
+def _check_numbers(**options: int | None) -> None:
+    for name, value in options.items():
+        if value is None:
+            continue
+        if name.endswith("_bytes"):
+            kind, least, expected = Real, 0, "a number of bytes, such as 20 * 2**30"
+        else:
+            kind, least, expected = Integral, 1, "a whole number of rows, at least 1"
+        if not isinstance(value, kind) or isinstance(value, bool) or value < least:
+            raise UserError(f"{name}={value!r}", expected=expected)
 
 
 def _checked(plan: StreamPlan, x: Tensor, layers: int) -> StreamPlan:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ...dist.errors import UserError
+from ...dist.units import format_seconds
 from .engine import Engine
 
 ALLOWED = 0.97  # streaming stays on when plain / streamed is at least this
@@ -46,7 +47,9 @@ class Verdict:
             return "streamed: plain checkpointing runs out of memory"
         plain, ours = (statistics.median(times) for times in (self.plain_s, self.streamed_s))
         chosen = "streamed" if self.streams else "plain checkpointing"
-        return f"{chosen}: plain {plain:.4g} s, streamed {ours:.4g} s a step, plain / streamed {self.ratio:.3f}"
+        rounds = len(self.plain_s)
+        times = f"plain {format_seconds(plain)}, streamed {format_seconds(ours)} a step"
+        return f"{chosen}: {times}; plain / streamed {self.ratio:.3f} in the median of {rounds} rounds"
 
 
 def keep_faster(engine: Engine, model: nn.Module, step: Callable[[], object], rounds: int = 3) -> Verdict:

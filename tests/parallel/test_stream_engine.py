@@ -347,6 +347,33 @@ def make(family, name, changes):
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().train()
 
 
+WRONG = [
+    ("chunk", "8"),
+    ("chunk", 0),
+    ("chunk", 7.5),
+    ("loss_rows", 0),
+    ("budget_bytes", "20GB"),
+    ("budget_bytes", -1),
+    ("host_budget_bytes", "1GB"),
+    ("every", "2"),
+    ("offload", "yes"),
+    ("stash", 3),
+    ("plan", 3),
+    ("attend", 3),
+]
+
+
+def test_a_budget_that_nothing_fits_is_told_once(caplog, seed):
+    model = Tiny()
+    with stream_backprop(model, budget_bytes=10.0):
+        for _ in range(2):
+            model(ids, labels=ids).loss.backward()
+    (said,) = [r.getMessage() for r in caplog.records if "by prediction" in r.getMessage()]
+    assert said.startswith(f"streaming {ids.shape[0]} x {ids.shape[1]} tokens needs") and said.endswith(
+        "the 10 B there are"
+    )
+
+
 def test_user_errors(family, seed):
     model = Tiny()
     with stream_backprop(model):
@@ -356,6 +383,11 @@ def test_user_errors(family, seed):
         enable(nn.Linear(3, 3))
     with pytest.raises(UserError, match="every=0"):
         enable(model, every=0)
+    for option, value in WRONG:
+        with pytest.raises(UserError, match=f"{option}=.*expected"):
+            enable(model, **{option: value})
+    with pytest.raises(UserError, match="type int; expected a torch.nn.Module"):
+        enable(3)
     with pytest.raises(UserError, match="no attention backend"), stream_backprop(model, attention_backend="warp"):
         model(ids, labels=ids)
     wrong = StreamPlan.simple(2, 7, 3, 4)

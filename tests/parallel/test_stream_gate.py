@@ -147,8 +147,7 @@ def test_streaming_stays_where_plain_does_not_fit(family, seed):
 
 
 def test_a_verdict_reads_as_one_line():
-    assert (
-        str(Verdict((2.0, 2.2), (1.0, 1.1))) == "streamed: plain 2.1 s, streamed 1.05 s a step, plain / streamed 2.000"
-    )
+    said = str(Verdict((2.0, 2.2), (1.0, 1.1)))
+    assert said == "streamed: plain 2.1 s, streamed 1.05 s a step; plain / streamed 2.000 in the median of 2 rounds"
     slower = Verdict((1.0,), (1.2,))
     assert not slower.streams and str(slower).startswith("plain checkpointing:")

@@ -8,6 +8,7 @@ out one by one (Brandon et al. 2023), so that all have nearly the same.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -162,6 +163,8 @@ class _Gather(torch.autograd.Function):
 
 
 def _check_dim(x: Tensor, dim: int) -> None:
+    if not isinstance(x, Tensor):
+        raise UserError(f"a {type(x).__name__} to cut", expected="a tensor", remedy="torch.as_tensor makes one")
     if not -x.dim() <= dim < x.dim():
         raise UserError(f"dim {dim} of a tensor of {x.dim()} dims", expected="the dim of the sequence (default 1)")
 
@@ -206,4 +209,10 @@ def sum_over(x: Tensor, group: Group | DeviceMesh) -> None:
 def as_list(cu_seqlens: Sequence[int] | Tensor | None) -> list[int] | None:
     if cu_seqlens is None:
         return None
-    return [int(x) for x in (cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)]
+    found = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
+    try:
+        return [operator.index(x) for x in found]
+    except TypeError as error:
+        raise UserError(
+            f"cu_seqlens {found}", expected="whole numbers in one dim: the global bounds of the documents"
+        ) from error

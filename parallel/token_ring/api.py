@@ -1,8 +1,9 @@
 """`token_ring_attention`: exact attention over a sequence that is spread over the ranks of a group, with gradients.
 
 The call is one custom operator, forward and backward, so that autograd, activation checkpointing and torch.compile see
-a single node; what differs from call to call (problem, schedules, group) is a frozen `Call` that the operator finds by
-number. Nothing is kept between forward and backward but the operator's own inputs and results.
+a single node. What a caller asked for beside the tensors is a frozen `Asked`, which the operator is told by number, so
+that a compiled graph serves every length; with the shapes it becomes a `Call` (problem, schedules, group), whose number
+is one of the operator's results. Nothing is kept between forward and backward but its inputs and results.
 
 Legend: B batch, L rows of this rank, H query heads, G key heads, D and E head dims.
 """
@@ -29,12 +30,31 @@ from ..kernels.row_products import row_dot
 from ..masks import Mask
 from ..merge import lse_dtype
 from ..partition import Group, as_list, group_of, rows_of
-from .block_ops import ops, picker
+from .block_ops import ops, picker, refuse_unfit
 from .executors import Home, home, homes
 from .gate import ScheduleGate, gate_of, is_lean
-from .inputs import check_numbers, check_shapes, check_tensors, refuse_what_kernels_lack
+from .inputs import Sizes, check_are_tensors, check_numbers, check_shapes, check_tensors, refuse_what_kernels_lack
 from .planner import Rates, choose, resolve
 from .problem import Problem
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of a call, as `token_ring_attention` takes them."""
+
+    group: Group
+    causal: bool
+    window: int | None
+    prefix: int
+    cu_q: tuple[int, ...] | None
+    cu_k: tuple[int, ...] | None
+    layout: str
+    lengths: tuple[int, int] | None
+    scale: float | None
+    schedules: tuple[str, str]
+    return_lse: bool
+    wire: torch.dtype | None
+    kernel: str
 
 
 @dataclass(frozen=True)
@@ -54,6 +74,8 @@ class Call:
 _KEPT = 4096  # kinds of calls that are remembered; a call must be among them until its backward has run
 _calls: dict[int, Call] = {}
 _numbers: dict[tuple, int] = {}
+_asked: dict[int, Asked] = {}
+_asked_numbers: dict[Asked, int] = {}
 _next = itertools.count()
 
 
@@ -97,14 +119,15 @@ def token_ring_attention(
     raises `UserError` for a block that it cannot compute.
     """
     refuse_what_kernels_lack({"dropout": dropout, "softcap": softcap, "alibi_slopes": alibi_slopes})
+    check_are_tensors(q_BLHD, k_BLGD, v_BLGE)
     q_BLHD, k_BLGD, v_BLGE = _as_autocast((q_BLHD, k_BLGD, v_BLGE))
     check_tensors(q_BLHD, k_BLGD, v_BLGE)
-    number = _prepare(
-        tuple(q_BLHD.shape), tuple(k_BLGD.shape), tuple(v_BLGE.shape), q_BLHD.dtype, q_BLHD.device, group,
-        causal, window, prefix, _frozen(cu_seqlens), _frozen(cu_seqlens_k), layout, lengths, scale,
+    check_shapes(q_BLHD.shape, k_BLGD.shape, v_BLGE.shape)
+    asked = _ask(
+        group, causal, window, prefix, _frozen(cu_seqlens), _frozen(cu_seqlens_k), layout, lengths, scale,
         schedule, backward_schedule, return_lse, wire_dtype, kernel,
     )  # fmt: skip
-    out, lse = torch.ops.undertow.token_ring_attention(q_BLHD, k_BLGD, v_BLGE, number)
+    out, lse, _ = torch.ops.undertow.token_ring_attention(q_BLHD, k_BLGD, v_BLGE, asked)
     return (out, lse) if return_lse else out
 
 
@@ -126,20 +149,30 @@ def _frozen(bounds: Sequence[int] | Tensor | None) -> tuple[int, ...] | None:
 
 
 @torch.compiler.assume_constant_result
-def _prepare(
-    q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], dtype: torch.dtype, device: torch.device, group: Any,
-    causal: bool, window: int | None, prefix: int, cu_q: tuple[int, ...] | None, cu_k: tuple[int, ...] | None,
-    layout: str, lengths: tuple[int, int] | None, scale: float | None, schedule: str, backward: str, return_lse: bool,
-    wire: torch.dtype | None, kernel: str,
+def _ask(
+    group: Any, causal: bool, window: int | None, prefix: int, cu_q: tuple[int, ...] | None,
+    cu_k: tuple[int, ...] | None, layout: str, lengths: Any, scale: float | None, schedule: str, backward: str,
+    return_lse: bool, wire: torch.dtype | None, kernel: str,
 ) -> int:  # fmt: skip
-    """The number of the call, after everything about it has been checked."""
-    check_shapes(q, k, v)
+    """The number of what was asked for, after what can be told without tensors has been checked."""
     check_numbers(causal, window, prefix, scale, lengths, cu_q, cu_k, wire)
-    where, lean = home(group_of(group), device), is_lean()
+    picker(kernel)  # refuses an unknown name
+    lengths = None if lengths is None else (lengths[0], lengths[1])
+    asked = Asked(group_of(group), causal, window, prefix, cu_q, cu_k, layout, lengths, scale, (schedule, backward),
+                  return_lse, wire, kernel)  # fmt: skip
+    if asked not in _asked_numbers:
+        number = _asked_numbers[asked] = next(_next)
+        _asked[number] = asked
+    return _asked_numbers[asked]
+
+
+def _prepare(asked: Asked, q: Sizes, k: Sizes, v: Sizes, dtype: torch.dtype, device: torch.device) -> int:
+    """The number of the call, after what its shapes must be on this rank has been checked."""
+    where, lean = home(asked.group, device), is_lean()
+    cu_q, cu_k, layout, lengths = asked.cu_q, asked.cu_k, asked.layout, asked.lengths
     if lengths is None:  # before the look-up: one rank's shard can be alike in two different calls
         lengths = (cu_q[-1], (cu_k or cu_q)[-1]) if cu_q is not None else _lengths(q[1], k[1], where)
-    key = (q, k, v, dtype, device, id(where.executor), causal, window, prefix, cu_q, cu_k, layout, lengths, scale,
-           schedule, backward, return_lse, wire, kernel, lean)  # fmt: skip
+    key = asked, q, k, v, dtype, device, id(where.executor), lengths, lean
     if key in _numbers:
         return _numbers[key]
     if cu_q is not None and q[0] != 1:
@@ -148,12 +181,11 @@ def _prepare(
             expected="packed documents in a batch of 1",
             remedy="put the rows one after the other, and their ends into cu_seqlens",
         )
-    picker(kernel)  # refuses an unknown name
     name = str(dtype).removeprefix("torch.")
     partial = "float64" if dtype == torch.float64 else "float32"
-    sent = "" if wire is None else str(wire).removeprefix("torch.")
+    sent = "" if asked.wire is None else str(asked.wire).removeprefix("torch.")
     heads = Heads(q[0], q[2], k[2], q[3], v[3], name, partial, sent)
-    problem = Problem(where.world, *lengths, heads, Mask(causal, window, prefix, cu_q, cu_k), layout)
+    problem = Problem(where.world, *lengths, heads, Mask(asked.causal, asked.window, asked.prefix, cu_q, cu_k), layout)
     for what, rows, spans in (("queries", q[1], problem.q_spans), ("keys", k[1], problem.k_spans)):
         if rows != rows_of(spans[where.rank]):
             raise UserError(
@@ -162,19 +194,20 @@ def _prepare(
                 remedy="cut the sequence with shard_sequence, or pass layout= and lengths=",
             )
     rates = Rates.of(where.machine, name)
-    wanted = schedule, backward
-    names = [resolve(problem, rates, name, backward=bool(b)) for b, name in enumerate(wanted)]
+    names = [resolve(problem, rates, name, backward=bool(b)) for b, name in enumerate(asked.schedules)]
+    for chosen in set(names):
+        refuse_unfit(problem, chosen, asked.kernel, device)
     gates = [
         gate_of(where, problem, rates, backward=bool(b), lean=lean) if n == "auto" else None
-        for b, n in enumerate(wanted)
+        for b, n in enumerate(asked.schedules)
     ]
     call = Call(
         problem,
         (names[0], names[1]),
         (gates[0], gates[1]),
-        scale if scale is not None else 1 / math.sqrt(q[3]),
-        return_lse,
-        kernel,
+        asked.scale if asked.scale is not None else 1 / math.sqrt(q[3]),
+        asked.return_lse,
+        asked.kernel,
         where,
     )
     number = _numbers[key] = next(_next)
@@ -232,23 +265,25 @@ def _rows_first(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("undertow::token_ring_attention", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    call = _calls[number]
-    inputs = {"q": _rows_first(q), "k": _rows_first(k), "v": _rows_first(v)}
-    found = _run(call, False, inputs)
-    return found["out"].to(q.dtype).transpose(0, 1).contiguous(), found["lse"].transpose(0, 1).contiguous()
+def _forward(q: Tensor, k: Tensor, v: Tensor, asked: int) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.inference_mode(False):  # lanes are threads, which write to what is allocated here
+        number = _prepare(_asked[asked], *(tuple(x.shape) for x in (q, k, v)), q.dtype, q.device)
+        found = _run(_calls[number], False, {"q": _rows_first(q), "k": _rows_first(k), "v": _rows_first(v)})
+        out, lse = (found[name].transpose(0, 1).contiguous() for name in ("out", "lse"))
+    return out.to(q.dtype), lse, torch.tensor(number, dtype=torch.int64, device="cpu")
 
 
 @_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+def _(q: Tensor, k: Tensor, v: Tensor, asked: int) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+    return out, lse, torch.empty((), dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op("undertow::token_ring_attention_backward", mutates_args=())
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor, number: int
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor, number: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = _calls[number]
+    call = _calls[int(number)]
     delta = row_dot(dout, out, lse.dtype) - dlse.to(lse.dtype).masked_fill(torch.isneginf(lse), 0)
     dout = dout.to(q.dtype)
     inputs = {"q": q, "k": k, "v": v, "dout": dout, "lse": lse, "delta": delta}
@@ -259,20 +294,19 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor, number: int
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor, number: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, ctx.number = inputs
-    ctx.save_for_backward(q, k, v, *output)
+    ctx.save_for_backward(*inputs[:3], *output)
 
 
-def _gradient(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse = ctx.saved_tensors
+def _gradient(ctx: Any, dout: Tensor, dlse: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, number = ctx.saved_tensors
     dlse = torch.zeros_like(lse) if dlse is None else dlse
-    found = torch.ops.undertow.token_ring_attention_backward(dout, q, k, v, out, lse, dlse, ctx.number)
+    found = torch.ops.undertow.token_ring_attention_backward(dout, q, k, v, out, lse, dlse, number)
     return (*(g if wanted else None for g, wanted in zip(found, ctx.needs_input_grad)), None)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ from ..kernels.merge_rows import merge_to
 from ..kernels.row_products import standing_out
 from ..masks import BACKWARDS, FULL, Tile
 from ..merge import merge
+from ..partition import rows_of
 from .problem import Problem
 from .whole_blocks import FEWEST_TILES, plan_of
 
@@ -70,6 +72,27 @@ def picker(kernel: str) -> Callable[..., Backend]:
         return wanted
 
     return pick
+
+
+def refuse_unfit(problem: Problem, name: str, kernel: str, device: torch.device) -> None:
+    """`UserError` if `kernel` cannot compute some block of the schedule called `name`: the same on all ranks, and
+    before any message, because a rank that stops after one leaves its peers waiting. Backends by choice fit all."""
+    if kernel in CHOICES:
+        return
+    pick, h, inner = picker(kernel), problem.heads, problem.inner(name)
+    kv_heads = h.kv_heads * problem.kv_copies(name) // inner
+    one = torch.empty((), dtype=getattr(torch, h.dtype), device=device)
+    done, teams = set[tuple[int, int, bool, int | None]](), range(problem.world // inner)
+    for i, j in product(teams, teams):
+        ends = [(0, sum(map(rows_of, spans[t * inner : (t + 1) * inner])))
+                for t, spans in ((i, problem.q_spans), (j, problem.k_spans))]  # fmt: skip
+        for tile in problem.tiles(i, j, inner, ends[0], ends[1]):
+            call = tile.q1 - tile.q0, tile.k1 - tile.k0, tile.kind != FULL, tile.window
+            if call not in done:
+                done.add(call)
+                rows, keys, causal, window = call
+                k, v = (one.expand(h.batch, kv_heads, keys, width) for width in (h.head_dim, h.v_dim))
+                pick(one.expand(h.batch, h.q_heads // inner, rows, h.head_dim), k, v, causal=causal, window=window)
 
 
 def ops(

@@ -19,15 +19,23 @@ Sizes = Sequence[int]
 
 
 def refuse_what_kernels_lack(given: Mapping[str, Any]) -> None:
-    """`given`: options by name; None, and a dropout of 0, mean that they are off."""
+    """`given`: options by name; None, and the number 0, mean that they are off."""
     for name, value in given.items():
-        if value is None or (name == "dropout" and value == 0):
+        if value is None or (isinstance(value, (int, float)) and value == 0):
             continue
         shown = f"{name} {value:g}" if isinstance(value, (int, float)) else name
         raise UserError(
             f"{shown} in token_ring_attention",
             expected="no dropout, no soft cap and no ALiBi: the block kernels have none of them with log-sum-exp",
             remedy=f"leave {name} out, or keep such layers on one rank",
+        )
+
+
+def check_are_tensors(q: Any, k: Any, v: Any) -> None:
+    kinds = [type(x).__name__ for x in (q, k, v)]
+    if not all(isinstance(x, torch.Tensor) for x in (q, k, v)):
+        raise UserError(
+            f"q, k, v are {', '.join(kinds)}", expected="three tensors", remedy="torch.as_tensor makes them"
         )
 
 
@@ -105,4 +113,4 @@ def _finite(value: Any) -> bool:
 
 
 def _pair(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and all(_whole(x) and x >= 0 for x in value)
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(_whole(x) and x >= 0 for x in value)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from undertow.comms import local
 from undertow.comms.builders.attention import attention
@@ -426,7 +427,7 @@ def test_what_kernels_lack_is_refused_by_name(name):
     x, wrong = torch.randn(1, 4, 2, 8), {name: 0.1}
     with pytest.raises(UserError, match=f"{name} 0.1.*leave {name} out"):
         token_ring_attention(x, x, x, **wrong)  # pyright: ignore[reportArgumentType]
-    token_ring_attention(x, x, x, dropout=0.0)
+    token_ring_attention(x, x, x, dropout=0.0, softcap=0.0)  # 0 is off, as in flash-attn
 
 
 @pytest.mark.parametrize(
@@ -448,11 +449,14 @@ def test_what_kernels_lack_is_refused_by_name(name):
         ({"lengths": (9, 9)}, "8 queries on rank 0 of 1; expected 9.*shard_sequence"),
         ({"cu_seqlens": []}, "cu_seqlens \\[\\].*the global bounds"),
         ({"cu_seqlens": [0, 5, 3, 8]}, "never descending"),
+        ({"cu_seqlens": torch.tensor([[0, 8]])}, "cu_seqlens \\[\\[0, 8\\]\\].*whole numbers in one dim"),
+        ({"cu_seqlens": [0, 2.5, 8]}, "cu_seqlens \\[0, 2.5, 8\\].*whole numbers"),
         ({"cu_seqlens_k": [0, 8]}, "cu_seqlens_k without cu_seqlens.*pass cu_seqlens="),
         ({"layout": "zig"}, "layout 'zig'.*zigzag_documents"),
         ({"schedule": "ring"}, "schedule 'ring'.*ring_kv"),
         ({"backward_schedule": "ring"}, "schedule 'ring'.*ring_kv"),
         ({"wire_dtype": torch.int8}, "wire_dtype torch.int8.*16 bits or more"),
+        ({"kernel": "flash"}, "'flash'; expected one of cudnn, flash2"),
         ({"group": "cp"}, "group 'cp'.*DeviceMesh"),
     ],
 )  # fmt: skip
@@ -475,6 +479,10 @@ def test_heads_that_cannot_be_dealt_and_dims_that_are_not_there():
         unshard_sequence(x, length=9)
     with pytest.raises(UserError, match="one device for all three"):
         token_ring_attention(x, x.to("meta"), x)
+    with pytest.raises(UserError, match="q, k, v are ndarray, Tensor, Tensor"):
+        token_ring_attention(x.numpy(), x, x)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match="a list to cut; expected a tensor"):
+        shard_sequence([0, 8])  # pyright: ignore[reportArgumentType]
 
 
 def _meshed(rank, world):
@@ -516,7 +524,7 @@ def _compiled(rank, world):
         return token_ring_attention(x * 2, x, x, causal=True, lengths=(16, 16)).square().sum()
 
     (plain,) = torch.autograd.grad(loss(x), x)
-    whole = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    whole = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=False)
     (compiled,) = torch.autograd.grad(whole(x), x)
     assert torch.equal(plain, compiled)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -524,9 +532,43 @@ def _compiled(rank, world):
     assert torch.equal(plain, compiled)
 
 
+def _compiled_for_all_lengths(rank, world):
+    """The global lengths are asked of the group when the graph runs, so another length is the same graph."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def loss(x):
+        return token_ring_attention(x * 2, x, x, causal=True).square().sum()
+
+    whole = torch.compile(loss, backend=counter, fullgraph=True, dynamic=True)
+    graphs = set()
+    for rows in (8, 5, 12):
+        x = torch.randn(1, rows, 4, 16, requires_grad=True)
+        (plain,), (compiled,) = (torch.autograd.grad(f(x), x) for f in (loss, whole))
+        assert torch.equal(plain, compiled)
+        graphs.add(counter.frame_count)
+    assert len(graphs) == 1
+
+
 @pytest.mark.slow
 def test_compiled_in_one_graph(ranks):
     ranks(2, _compiled)
+    ranks(2, _compiled_for_all_lengths)
+
+
+def _goes_on_after_a_refusal(rank, world):
+    """A kernel that cannot compute the blocks is refused on all ranks before any message; and a model that only
+    infers keeps no autograd state at all."""
+    x = torch.randn(1, 8, 4, 16)
+    how = {"causal": True, "lengths": (16, 16)}
+    wanted = token_ring_attention(x, x, x, **how)
+    with pytest.raises(UserError, match="kernel='cudnn' for a block of torch.float32 queries .1, 4, 8, 16. .*auto"):
+        token_ring_attention(x, x, x, **how, kernel="cudnn")
+    with torch.inference_mode():
+        assert torch.equal(token_ring_attention(x.clone(), x, x, **how), wanted)
+
+
+def test_a_refused_kernel_leaves_the_group_usable_and_inference_works(ranks):
+    ranks(2, _goes_on_after_a_refusal)
 
 
 @pytest.mark.parametrize("causal", [False, True])

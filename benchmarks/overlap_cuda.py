@@ -26,7 +26,7 @@ import torch
 from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Trial
 from undertow.benchmarks.overlap_choice import known
 from undertow.comms import cuda_driver
-from undertow.comms.chunk_plan import chunk_rows
+from undertow.comms.chunk_plan import ChunkPlan, chunk_rows
 from undertow.comms.cuda_events import Call
 from undertow.comms.cuda_messengers import PinnedMessenger
 from undertow.comms.overlap_cuda import CudaOverlapEngine
@@ -83,18 +83,37 @@ class _Rank:
 
     def scatter(self, arm: overlap_gate.Arm, *, check: bool = False) -> torch.Tensor:
         """This rank's rows of the sum. `check`: compare what the peers got with the product, bit by bit."""
-        y = self.a.new_empty(self.a.shape[0], self.b.shape[1])
         plan = self.engine.plan(self.sizes, arm.subchunks, self.b.shape[1] if arm.columns else 0)
+        if arm.replayed and not check:
+            queue = partial(self._queue, plan, arm)
+            return self.engine.recorder.run(plan, (self.a, self.b), self.b.shape[1], queue, arm.staggered)
+        y = self.a.new_empty(self.a.shape[0], self.b.shape[1])
+        out = self._queue(plan, arm, y)
+        if check:
+            self._expect(y, arm)
+        if check and arm.replayed:  # the same bytes again, by the recording
+            for _ in range(3):
+                self.messenger.forget()
+                again = self.scatter(arm)
+                self._expect(y, arm)
+                if not torch.equal(again.view(torch.int16), out.view(torch.int16)):
+                    raise AssertionError(f"the sum is another one by a replay: {arm.name}")
+        return out
+
+    def _queue(
+        self, plan: ChunkPlan, arm: overlap_gate.Arm, y: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         tracked = tracked_product(self.a, self.b, y) if arm.tracked else None
         product, panel = rows_of(self.a, self.b, y), panel_of(self.a, self.b)
-        out = self.engine.reduce_scatter(plan, product, y, overlap=arm.overlap, tracked=tracked, panel=panel)
-        if check:
-            torch.cuda.synchronize()
-            rows = y[self.sizes[0] :]  # of all others, by rows or by pieces of columns
-            sent = self.messenger.sent(rows).to(rows.device)  # where they are compared fastest
-            if not torch.equal(sent.view(torch.int16), rows.view(-1).view(torch.int16)):
-                raise AssertionError(f"the other ranks got other bytes than were made: {arm.name}")
-        return out
+        return self.engine.reduce_scatter(plan, product, y, overlap=arm.overlap, tracked=tracked, panel=panel, out=out)
+
+    def _expect(self, y: torch.Tensor, arm: overlap_gate.Arm) -> None:
+        """The peers got what was made."""
+        torch.cuda.synchronize()
+        rows = y[self.sizes[0] :]  # of all others, by rows or by pieces of columns
+        sent = self.messenger.sent(rows).to(rows.device)  # where they are compared fastest
+        if not torch.equal(sent.view(torch.int16), rows.view(-1).view(torch.int16)):
+            raise AssertionError(f"the other ranks got other bytes than were made: {arm.name}")
 
     def wanted(self, arm: overlap_gate.Arm, own: torch.Tensor) -> torch.Tensor:
         """The right answer: `own`, this rank's rows of its product, plus what its peers hold; pieces of columns take
@@ -167,7 +186,8 @@ def _decided(rank: _Rank, arms: list[overlap_gate.Arm]) -> overlap_gate.Gate:
     gate, (k, n) = overlap_gate.Gate(arms, lambda mine: [mine]), rank.b.shape
 
     def can(arm: overlap_gate.Arm) -> bool:
-        return not arm.columns or overlap_gate.fewer_reads(arm, rank.sizes, k, n, rank.b.element_size())
+        fewer = overlap_gate.fewer_reads(arm, rank.sizes, k, n, rank.b.element_size())
+        return not arm.columns or (fewer and not overlap_gate.narrow(arm, n))
 
     while gate.chosen() is None:
         at = gate.choose("product", can=can)

@@ -8,15 +8,19 @@ Source: CUDA driver API, "Memory management" and "Stream memory operations".
 from __future__ import annotations
 
 import ctypes
+import weakref
 from array import array
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import torch
+
 from ..dist.errors import UndertowError
 
 Copy = tuple[int, int, int]  # target, source, bytes
 _GEQ, _RELAXED = 0, 2  # CU_STREAM_WAIT_VALUE_GEQ, CU_STREAM_CAPTURE_MODE_RELAXED
+_NON_BLOCKING, _NODE_PRIORITY = 1, 8  # CU_STREAM_NON_BLOCKING, CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY
 
 
 @cache
@@ -24,6 +28,10 @@ def _driver() -> Any:
     library = ctypes.CDLL("libcuda.so.1")
     for call in (library.cuStreamWaitValue32_v2, library.cuStreamWriteValue32_v2):
         call.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
+    library.cuStreamCreateWithPriority.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_uint, ctypes.c_int]
+    library.cuGraphInstantiateWithFlags.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_ulonglong]
+    library.cuGraphLaunch.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    library.cuGraphExecDestroy.argtypes = [ctypes.c_void_p]
     library.cuMemcpyAsync.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
     if hasattr(library, "cuMemcpyBatchAsync_v2"):  # since CUDA 13
         arrays, size = [ctypes.c_void_p] * 3, ctypes.c_size_t
@@ -91,6 +99,43 @@ def copy_all(stream: Any, each: Sequence[Copy]) -> None:
         ctypes.byref(_IN_ORDER), ctypes.byref(_FROM_THE_FIRST), 1, stream.cuda_stream,
     )  # fmt: skip
     _check(code, "cuMemcpyBatchAsync")
+
+
+def new_stream(device: torch.device, priority: int = 0) -> torch.cuda.ExternalStream:
+    """A stream that nobody else has, unlike torch's, of which it hands out 32 again and again; lower priorities run
+    first. It lives as long as the process."""
+    handle = ctypes.c_void_p()
+    with torch.cuda.device(device):
+        code = _driver().cuStreamCreateWithPriority(ctypes.byref(handle), _NON_BLOCKING, priority)
+    _check(code, "cuStreamCreateWithPriority")
+    return torch.cuda.ExternalStream(handle.value, device)
+
+
+def priorities(device: torch.device) -> tuple[int, int]:
+    """The least and the greatest priority of streams: a number, and a lower one."""
+    least, greatest = ctypes.c_int(), ctypes.c_int()
+    with torch.cuda.device(device):
+        code = _driver().cuCtxGetStreamPriorityRange(ctypes.byref(least), ctypes.byref(greatest))
+    _check(code, "cuCtxGetStreamPriorityRange")
+    return least.value, greatest.value
+
+
+class Launchable:
+    """A graph (its handle), made ready to be launched; every node goes by the priority of the stream that it was
+    captured on."""
+
+    def __init__(self, graph: int) -> None:
+        handle = ctypes.c_void_p()
+        code = _driver().cuGraphInstantiateWithFlags(ctypes.byref(handle), graph, _NODE_PRIORITY)
+        _check(code, "cuGraphInstantiateWithFlags")
+        self.handle = handle.value or 0
+        ending = weakref.finalize(self, _driver().cuGraphExecDestroy, self.handle)  # a launch on its way goes on
+        ending.atexit = False
+
+    def launch(self, stream: int) -> None:
+        """Queue all of it on a stream, by its handle."""
+        if code := _driver().cuGraphLaunch(self.handle, stream):
+            _check(code, "cuGraphLaunch")
 
 
 def let_capture() -> None:

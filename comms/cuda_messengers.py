@@ -9,7 +9,7 @@ would send and receive, and nobody is at the other end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -36,6 +36,16 @@ class CudaMessenger:
     def begin(self, nbytes: int) -> bool:
         """A call in which a rank gives each other one at most `nbytes`, as all ranks know; whether there is room."""
         return True
+
+    def memory(self) -> Hashable:
+        """Which memory of its own its exchanges use now, for who records them; None: they cannot be replayed, or not by
+        one rank while another queues them anew."""
+        return None
+
+    def recording(self) -> Callable[[tuple[int, int] | None], Callable[[], None]]:
+        """What is exchanged from now on is captured and not done. Calling what this returns ends that: with the handles
+        of the graph and of its instance, for what must be called before each launch; with None if there is no graph."""
+        return lambda graph: lambda: None
 
     def landings(self, like: torch.Tensor) -> list[torch.Tensor]:
         """Memory like `like` for what each other rank, in their order, sends in this call without `pull`, until
@@ -132,6 +142,9 @@ class PinnedMessenger(CudaMessenger):
         self._mirror = torch.empty(0, dtype=torch.uint8)
         self._mirror_at = self._mirrored = 0  # its address, its bytes
 
+    def memory(self) -> Hashable:
+        return self._mirror_at, self._theirs.address
+
     def exchange(
         self, call: Call, after: Any, sends: Spans, receives: Spans, *, pull: bool = False
     ) -> tuple[Any | None, Any | None]:
@@ -155,6 +168,10 @@ class PinnedMessenger(CudaMessenger):
         self._reflect([span], [found := _place(span)])
         low, _, nbytes = found
         return self._mirror[low : low + nbytes]
+
+    def forget(self) -> None:
+        """Overwrite all that went out, when nothing is on its way: what is asked for next has been sent since."""
+        self._mirror.fill_(255)
 
     def _reflect(self, sends: Spans, places: Sequence[tuple[int, int, int]]) -> None:
         """See to it that the mirror has room for them."""

@@ -25,10 +25,12 @@ import torch.distributed as dist
 
 from . import cuda_driver
 from .chunk_plan import Block, ChunkPlan, Piece
+from .cuda_collectives import all_gather_into, reduce_scatter_into, spread
 from .cuda_columns import all_reduce_columns
 from .cuda_counts import Counts, Tracked
 from .cuda_events import Call, Events, Run
 from .cuda_messengers import CudaMessenger, NcclMessenger
+from .cuda_recorder import Recorder
 from .cuda_watch import Exchange, Watch
 from .overlap_engine import add_pieces
 from .placement import Panel, Placement, Product, by_rows, messages
@@ -59,7 +61,8 @@ class CudaOverlapEngine:
     ) -> None:
         self.messenger = messenger or NcclMessenger(group, device, END * timeout_s)
         self.rank, self.world, self.device = self.messenger.rank, self.messenger.world, device
-        self._streams, self.sums = [torch.cuda.Stream(device) for _ in range(2)], torch.cuda.Stream(device, priority=-1)
+        self.streams, self.sums = [torch.cuda.Stream(device) for _ in range(2)], torch.cuda.Stream(device, priority=-1)
+        self.staggered = False  # a piece waits for the one before the last, and goes behind the last one
         self._watch = Watch(
             timeout_s,
             end_s=None if self.messenger.capturable else END * timeout_s,
@@ -68,6 +71,8 @@ class CudaOverlapEngine:
         self._events = Events(torch.cuda.Event)
         self._plans: dict[tuple[tuple[int, ...], int, int], ChunkPlan] = {}
         self._counts, self.add = Counts(device), add
+        self._made: tuple[Any, ...] = ()  # the events of the last two pieces
+        self.recorder = Recorder(self)
 
     def plan(self, sizes: tuple[int, ...], subchunks: int = 1, columns: int = 0) -> ChunkPlan:
         key = sizes, subchunks, columns
@@ -87,17 +92,15 @@ class CudaOverlapEngine:
         overlap: bool = True,
         tracked: Tracked | None = None,
         panel: Panel | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As `OverlapEngine.reduce_scatter`; by `tracked`, which must make the same `y`, where it is given."""
-        out = y_MN.new_empty(plan.own[1] - plan.own[0], y_MN.shape[1])
+        """As `OverlapEngine.reduce_scatter`; by `tracked`, which must make the same `y`, where it is given, and into
+        `out`, [own rows, columns], where that is."""
+        out = y_MN.new_empty(plan.own[1] - plan.own[0], y_MN.shape[1]) if out is None else out
         plan.expect(self.rank, self.world)
         if self._collectively(plan, overlap, y_MN):
             product(0, plan.rows)
-            if len(set(plan.sizes)) == 1:
-                dist.reduce_scatter_tensor(out, y_MN, group=self.messenger.group)
-            else:
-                dist.reduce_scatter(out, list(y_MN.split(plan.sizes)), group=self.messenger.group)
-            return out
+            return reduce_scatter_into(out, y_MN, plan.sizes, self.messenger.group)
         run, place = self._begin(), Placement(plan, y_MN)
         self._scatter(run, plan, place.fill(product, panel), place, out, overlap, tracked)
         self._end(run)
@@ -132,7 +135,7 @@ class CudaOverlapEngine:
         memory = Memory(whole)
         for part in range(plan.subchunks):
             for step in range(1, self.world):
-                ends = self.exchange(run, "sum", summed, *self._spread(plan, memory, step, part), part, pull=True)
+                ends = self.exchange(run, "sum", summed, *spread(plan, memory, step, part), part, pull=True)
                 left, came = ends[0] or left, ends[1] or came
         _wait(run.current, left, came)
         self._end(run)
@@ -144,10 +147,7 @@ class CudaOverlapEngine:
         """As `OverlapEngine.all_gather`."""
         plan.expect(self.rank, self.world, rows=True)
         if self._collectively(plan, overlap, whole):
-            if len(set(plan.sizes)) == 1:
-                dist.all_gather_into_tensor(whole, shard, group=self.messenger.group)
-            else:
-                dist.all_gather(list(whole.split(plan.sizes)), shard, group=self.messenger.group)
+            all_gather_into(whole, shard, plan.sizes, self.messenger.group)
             use(0, plan.rows)
             return
         run = self._begin()
@@ -159,7 +159,7 @@ class CudaOverlapEngine:
         for step in range(1, self.world):
             source = (self.rank + step) % self.world
             for part in range(plan.subchunks):
-                ends = self.exchange(run, "rows", start, *self._spread(plan, memory, step, part), part, pull=True)
+                ends = self.exchange(run, "rows", start, *spread(plan, memory, step, part), part, pull=True)
                 left, came = ends[0] or left, ends[1] or came
                 for piece in plan.chunk(source)[part : part + 1]:
                     arrived[piece] = ends[1]
@@ -176,13 +176,20 @@ class CudaOverlapEngine:
         _wait(run.current, left, came)
         self._end(run)
 
+    def watched(self, stream: Any) -> None:
+        """What was queued on `stream` without `exchange` is named when it does not come."""
+        call = self._events.begin()
+        self._watch.expect(f"rank {self.rank}: a replayed product's partial sums", [call.event(stream)], call)
+        self._events.end(call, stream)
+
     def close(self) -> None:
         """Collective."""
         self._watch.close()
+        self.recorder.close()
         self.messenger.close()
 
     def _begin(self) -> Run:
-        capturing = self._capturing()  # events of a graph are not asked for, and must not be recorded elsewhere
+        capturing = self.capturing()  # events of a graph are not asked for, and must not be recorded elsewhere
         call = Call(torch.cuda.Event) if capturing else self._events.begin()
         return Run(call, torch.cuda.current_stream(self.device), capturing)
 
@@ -237,15 +244,6 @@ class CudaOverlapEngine:
         self.messenger.finish(run.current)
         _wait(run.current, left)  # before the caller may free or change y
 
-    def _spread(self, plan: ChunkPlan, whole: Memory, step: int, part: int) -> tuple[Spans, Spans]:
-        """One part of the own chunk to the rank `step` before this one, one of the rank `step` after it from there."""
-        to, source, n = (self.rank - step) % self.world, (self.rank + step) % self.world, whole.tensor.shape[1]
-        sends, receives = plan.chunk(self.rank)[part : part + 1], plan.chunk(source)[part : part + 1]
-        return (
-            [(Span(whole, piece.low * n, (piece.high - piece.low) * n), to) for piece in sends if n],
-            [(Span(whole, piece.low * n, (piece.high - piece.low) * n), source) for piece in receives if n],
-        )
-
     def exchange(
         self, run: Run, what: str, after: Any, sends: Spans, receives: Spans, part: int, *, pull: bool = False
     ) -> tuple[Any | None, Any | None]:
@@ -256,40 +254,44 @@ class CudaOverlapEngine:
             self._watch.expect(Exchange(self.rank, what, part, to, source), events, run.call)
         return ends
 
-    def _capturing(self) -> bool:
+    def capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def make(
         self, run: Run, at: int, start: Any, fill: Fill, blocks: Sequence[Block | Piece], needed: Any | None = None
     ) -> Any:
         """Queue the products of the `at`-th piece; the event behind which they are made."""
-        stream = self._streams[at % len(self._streams)]
+        stream = self.streams[at % len(self.streams)]
         torch.cuda.set_stream(stream)
         try:
-            if at < len(self._streams):  # what is queued later is behind it too
+            if at < len(self.streams):  # what is queued later is behind it too
                 start.wait(stream)
+            if self.staggered and at > 1:  # the last one for the most urgent stream, whose turn it is again
+                self._made[-1 if at % len(self.streams) == 0 else -2].wait(stream)
+            elif self.staggered and at == 1:
+                torch.cuda._sleep(1)  # so that the first piece is the first to be launched
             if needed is not None:
                 needed.wait(stream)
             for block in blocks:
                 fill(block)
-            return run.call.event(stream)
+            made = run.call.event(stream)
+            self._made = (*self._made[-1:], made)
+            return made
         finally:
             torch.cuda.set_stream(run.current)
 
     def join(self, run: Run, made: int) -> None:
         """The current stream waits for `made` pieces."""
-        for stream in self._streams[:made]:
+        for stream in self.streams[:made]:
             run.call.event(stream).wait(run.current)
 
     def _collectively(self, plan: ChunkPlan, overlap: bool, whole: torch.Tensor) -> bool:
         """Whether one collective of the group does it; `UserError` for a plan of other ranks."""
-        unwanted = not overlap or (self._capturing() and not self.messenger.capturable)
+        foreign = self.capturing() and not self.recorder.recording  # a capture of the caller's
+        unwanted = not overlap or (foreign and not self.messenger.capturable)
         if unwanted and self.world > 1 and self.messenger.group is not None:
             return True
-        return not self.messenger.begin(self._most(plan, whole))
-
-    def _most(self, plan: ChunkPlan, whole: torch.Tensor) -> int:
-        return max(plan.sizes) * whole.shape[1] * whole.element_size()
+        return not self.messenger.begin(max(plan.sizes) * whole.shape[1] * whole.element_size())
 
 
 def _wait(stream: Any, *events: Any) -> None:

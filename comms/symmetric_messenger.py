@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,7 @@ import torch.distributed as dist
 from ..dist.errors import UndertowError
 from . import cuda_driver
 from .cuda_events import Call
+from .cuda_graph_counts import Recorded, places
 from .cuda_messengers import CudaMessenger
 from .spans import Spans
 from .stream_wait import Counted, can_wait, wait_value, write_value
@@ -82,6 +83,23 @@ class SymmetricMessenger(CudaMessenger):
         self._landings: dict[Any, list[torch.Tensor]] = {}
         self._out, self._in = torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device, priority=-1)
         self._sent, self._received = [0] * world, [0] * world
+        self._recording = False
+
+    def memory(self) -> Hashable:
+        return self._room, *self._at
+
+    def recording(self) -> Callable[[tuple[int, int] | None], Callable[[], None]]:
+        self._recording, before = True, (list(self._sent), list(self._received))
+
+        def end(graph: tuple[int, int] | None) -> Callable[[], None]:
+            after, self._recording = (self._sent, self._received), False
+            self._sent, self._received = map(list, before)  # nothing has been sent
+            if graph is None:
+                return lambda: None
+            recorded = Recorded(*graph, places(self.rank, self._mapped.counts), before, after)
+            return lambda: recorded.advance((self._sent, self._received))
+
+        return end
 
     def begin(self, nbytes: int) -> bool:
         nbytes = max(1, -(-nbytes // _UNIT)) * _UNIT
@@ -122,11 +140,14 @@ class SymmetricMessenger(CudaMessenger):
             self._wait(0, self._out, after)
         for span, to in sends:
             self._put(span.address, span.nbytes, to, shelf=pull)
-        if receives and pull:  # their memory is free once what was queued before the product is done
+        gone = call.event(self._out) if sends else None
+        if receives and self._recording:  # a graph may keep any order of its branches: no wait before what others need
+            (gone or after).wait(self._in)
+        elif receives and pull:  # their memory is free once what was queued before the product is done
             self._wait(1, self._in, after.before if isinstance(after, Counted) else after)
         for span, source in receives:
             self._take(span.address, span.nbytes, source, pull=pull)
-        return call.event(self._out) if sends else None, call.event(self._in) if receives else None
+        return gone, call.event(self._in) if receives else None
 
     def _wait(self, at: int, stream: Any, after: Any) -> None:
         """Once for each event: what is queued later on the stream is behind it too."""

@@ -23,6 +23,7 @@ from ..dist.machine import Machine
 ROUNDS = 5  # timed calls of each arm; one more before them warms it up
 WIN = 1.03  # least median of sequential / arm, over the rounds
 HUNGRY = 512  # operations for a byte; an H200 does 150 of bf16 while its memory, which copies use too, reads one
+NARROW = 512  # columns; with fewer, 1792 rows of a product reach less than 0.7 of an H200's rate
 HOPE = 1.02  # least predicted speed-up with which an arm is tried
 
 
@@ -31,7 +32,9 @@ class Arm:
     """A way to run a product. `subchunks`: pieces of a rank's chunk; `overlap` False is the sequential way.
 
     `tracked`: one kernel that counts its tiles (`kernels.tracked_matmul`), instead of a product for each piece.
-    `columns`: the pieces are columns, each with rows for every rank, instead of rows (`chunk_plan`).
+    `columns`: the pieces are columns, each with rows for every rank, instead of rows (`chunk_plan`). `replayed`: as a
+    CUDA graph where the operands lie where they did before (`cuda_recorder`), else piece by piece; `staggered`: in the
+    graph, a piece begins on the processors that the one before it leaves.
     """
 
     name: str
@@ -39,13 +42,23 @@ class Arm:
     overlap: bool
     tracked: bool = False
     columns: bool = False
+    replayed: bool = False
+    staggered: bool = False
 
 
 SEQUENTIAL = Arm("sequential", 1, False)
 ROW_ARMS = tuple(Arm(f"overlap, {n} piece{'s' if n > 1 else ''}", n, True) for n in (1, 2, 4))
 COLUMN_ARMS = tuple(Arm(f"columns, {n} pieces", n, True, columns=True) for n in (2, 4, 8))
 ARMS = (SEQUENTIAL, *ROW_ARMS, *COLUMN_ARMS[:2])
-CUDA_ARMS = (SEQUENTIAL, *ROW_ARMS, *COLUMN_ARMS, *(Arm(f"tracked, {n} pieces", n, True, True) for n in (2, 4, 8)))
+TRACKED_ARMS = tuple(Arm(f"tracked, {n} pieces", n, True, True) for n in (2, 4, 8))
+REPLAYED_ARMS = (
+    Arm("replayed, 1 piece", 1, True, replayed=True),
+    Arm("replayed, 2 pieces", 2, True, replayed=True),
+    Arm("replayed columns, 4 pieces", 4, True, columns=True, replayed=True),
+    Arm("staggered, 1 piece", 1, True, replayed=True, staggered=True),
+    Arm("staggered, 2 pieces", 2, True, replayed=True, staggered=True),
+)
+CUDA_ARMS = (SEQUENTIAL, *ROW_ARMS, *COLUMN_ARMS, *TRACKED_ARMS, *REPLAYED_ARMS)
 
 
 def cut(arm: Arm, rank: int, sizes: tuple[int, ...], n: int) -> ChunkPlan:
@@ -69,6 +82,11 @@ def fewer_reads(arm: Arm, sizes: tuple[int, ...], k: int, n: int, itemsize: int)
         return False
     rows = ChunkPlan(world // 2, sizes, pieces)
     return cut(arm, world // 2, sizes, n).reads(k, n) < rows.reads(k, n)
+
+
+def narrow(arm: Arm, n: int) -> bool:
+    """Whether a product of `n` columns gives an arm pieces of columns that are too narrow for a GPU, in the mean."""
+    return arm.columns and n < NARROW * arm.subchunks
 
 
 @dataclass(frozen=True)

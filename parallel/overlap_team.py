@@ -8,7 +8,6 @@ Shapes: M rows over all ranks, K and N this rank's inner and outer dimensions, W
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -19,11 +18,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..comms.chunk_plan import ChunkPlan
-from ..comms.cuda_messengers import CudaMessenger, NcclMessenger
 from ..comms.link import LinkModel
-from ..comms.overlap_cuda import END, CudaOverlapEngine
+from ..comms.overlap_cuda import CudaOverlapEngine
 from ..comms.overlap_engine import OverlapEngine
-from ..comms.symmetric_messenger import SymmetricMessenger, why_not
 from ..dist.errors import UserError
 from ..dist.launch_env import detect
 from ..dist.log import get_logger
@@ -31,13 +28,13 @@ from ..dist.machine import Machine
 from ..dist.trace import Trace
 from . import overlap_plain
 from .kernels.ordered_sum import ordered_sum
-from .kernels.tracked_matmul import tracked_product
-from .overlap_gate import ARMS, CUDA_ARMS, ROW_ARMS, Arm, Gate, Rates, cut, fewer_reads
+from .kernels.tracked_matmul import tracked_product, unusable
+from .overlap_gate import ARMS, CUDA_ARMS, ROW_ARMS, Arm, Gate, Rates, cut, fewer_reads, narrow
 from .overlap_products import panel_of, rows_of
+from .overlap_transport import gpu_messenger, may_replay
 
 log = get_logger(__name__)
 SCATTER, SUM, GATHER = "matmul_reduce_scatter", "matmul_all_reduce", "all_gather_matmul"
-TRANSPORTS = ("auto", "symmetric", "nccl")
 MODES = {"auto": None, "off": 0, "on": len(ROW_ARMS)}
 
 
@@ -49,8 +46,9 @@ class Team:
     in an all-gather, or in an all-reduce on CPU); UNDERTOW_DISABLE=1 is 'off'. All but 'auto' repeat every bit from run
     to run. `device`: CPU (gloo) or CUDA. `transport` between GPUs: 'symmetric' (copy engines into the peers' mapped
     memory, as much as the largest product, on one host), 'nccl', or 'auto': the first where all ranks can.
-    UNDERTOW_OVERLAP_TRANSPORT stands in for 'auto'. `machine`: the measured rates for the gate's model, of the default
-    file if there is one; rank 0's counts. `link` emulates a slow link on gloo, `trace` records what ran when.
+    UNDERTOW_OVERLAP_TRANSPORT stands in for 'auto'. UNDERTOW_OVERLAP_REPLAY=0: no call is recorded to be replayed.
+    `machine`: the measured rates for the gate's model, of the default file if there is one; rank 0's counts. `link`
+    emulates a slow link on gloo, `trace` records what ran when.
     """
 
     def __init__(
@@ -87,6 +85,10 @@ class Team:
         elif detect().disabled:
             fixed, why = 0, "UNDERTOW_DISABLE"
         self._in_columns = (SCATTER,) if self.device.type == "cpu" else (SCATTER, SUM)
+        self._recorder = self.engine.recorder if isinstance(self.engine, CudaOverlapEngine) else None
+        if self._recorder is not None and not may_replay():
+            self._recorder.replays.stop("UNDERTOW_OVERLAP_REPLAY=0")
+        self._records = self._recorder is not None and not self._recorder.able()  # alike on all ranks, so asked once
         self.gate, self._chooses = Gate(arms, self._gather, fixed=fixed, why=why), fixed is None
         self._settled: dict[Hashable, tuple[ChunkPlan, Arm]] = {}  # what the gate has decided, for good
         self._plain: dict[Hashable, int] = {}  # of these, what `overlap_plain` does: rows of its result
@@ -136,7 +138,7 @@ class Team:
         self._run(
             case, k, n, k, sizes, a_rK.dtype,
             lambda plan, arm: self.engine.all_gather(plan, a_rK, whole, use, overlap=arm.overlap),
-            lambda arm: not arm.tracked and not arm.columns,
+            lambda arm: not arm.tracked and not arm.columns and not arm.replayed,
         )  # fmt: skip
         return whole, outs
 
@@ -144,31 +146,45 @@ class Team:
         self, case: tuple, pattern: Callable[..., Tensor], a: Tensor, b: Tensor, row_numbers: int,
         sizes: tuple[int, ...],
     ) -> Tensor:  # fmt: skip
-        y = a.new_empty(a.shape[0], b.shape[1])
-        product = rows_of(a, b, y)
+        n = b.shape[1]
 
-        def tracked() -> Any:
-            return tracked_product(a, b, y) if self.device.type == "cuda" else None
+        def queue(plan: ChunkPlan, y: Tensor, **more: Any) -> Tensor:
+            more |= {"panel": panel_of(a, b)} if plan.columns else {}
+            return pattern(plan, rows_of(a, b, y), y, **more)
 
         def call(plan: ChunkPlan, arm: Arm) -> Tensor:
-            more: dict[str, Any] = {"tracked": tracked()} if arm.tracked else {}
-            more |= {"panel": panel_of(a, b)} if plan.columns else {}
-            return pattern(plan, product, y, overlap=arm.overlap, **more)
+            if arm.replayed and case[0] == SCATTER and self._recorder is not None:
+                return self._recorder.run(plan, (a, b), n, lambda y, out: queue(plan, y, out=out), arm.staggered)
+            y = a.new_empty(a.shape[0], n)
+            more = {"tracked": tracked_product(a, b, y)} if arm.tracked else {}
+            return queue(plan, y, overlap=arm.overlap, **more)
+
+        def before(plan: ChunkPlan, arm: Arm) -> None:
+            if self._recorder is None or case[0] != SCATTER:
+                return
+            if arm.replayed:
+                self._recorder.prepare(plan, (a, b), n, lambda y, out: queue(plan, y, out=out), arm.staggered)
+            else:
+                self._recorder.see((a, b))
 
         def can(arm: Arm) -> bool:
+            if arm.replayed and (case[0] != SCATTER or not self._records):
+                return False
             if arm.columns:  # in an all-reduce they alone hide that sums are handed out
-                fewer = case[0] == SUM or fewer_reads(arm, sizes, a.shape[1], b.shape[1], b.element_size())
-                return case[0] in self._in_columns and fewer
-            return not arm.tracked or tracked() is not None
+                thin = self.device.type == "cuda" and narrow(arm, n)
+                fewer = not thin and fewer_reads(arm, sizes, a.shape[1], n, b.element_size())
+                return case[0] in self._in_columns and (case[0] == SUM or fewer)
+            return not arm.tracked or not unusable(a, b)
 
-        return self._run(case, a.shape[1], b.shape[1], row_numbers, sizes, y.dtype, call, can)
+        return self._run(case, a.shape[1], n, row_numbers, sizes, a.dtype, call, can, before)
 
     def _run(
         self, case: tuple, k: int, n: int, row_numbers: int, sizes: tuple[int, ...], dtype: torch.dtype,
         call: Callable[[ChunkPlan, Arm], Any], can: Callable[[Arm], bool],
+        before: Callable[[ChunkPlan, Arm], None] = lambda plan, arm: None,
     ) -> Any:  # fmt: skip
         """`case`: what the choice is kept for, its kind first. `row_numbers`: how many numbers of each row travel.
-        `can`: whether an arm can run it."""
+        `can`: whether an arm can run it. `before`: what a measured call does before its time counts."""
         if (settled := self._settled.get(case)) is not None:  # a device may wait for this host
             return call(*settled)
         if len(sizes) != self.world:
@@ -194,6 +210,7 @@ class Team:
             if self.device.type == "cuda" and self.world > 1 and not arm.overlap and len(set(sizes)) == 1:
                 self._plain[case] = sizes[0] if case[0] == SCATTER else sum(sizes)
             return call(plan, arm)
+        before(plan, arm)
         began_s = self._start()
         found = call(plan, arm)
         self.gate.took(key, chosen, self._now() - began_s)
@@ -235,29 +252,13 @@ class Team:
         return found
 
     def explain(self) -> str:
-        """What was chosen for each product, and why."""
-        return self.gate.explain()
+        """What was chosen for each product, and why; how many calls were replays."""
+        replays = "" if self._recorder is None else self._recorder.replays.explain()
+        return "\n".join(filter(None, (self.gate.explain(), replays)))
 
     def close(self) -> None:
         """Collective."""
         self.engine.close()
-
-
-def gpu_messenger(
-    group: dist.ProcessGroup | None, device: torch.device, timeout_s: float, transport: str
-) -> CudaMessenger:
-    """What carries pieces between the GPUs of `group`; collective. `UserError` where `transport` cannot."""
-    if transport == "auto":
-        transport = os.environ.get("UNDERTOW_OVERLAP_TRANSPORT", "auto")
-    if transport not in TRANSPORTS:
-        raise UserError(f"overlap transport {transport!r}", expected=f"one of {', '.join(TRANSPORTS)}")
-    if transport != "nccl" and dist.get_world_size(group) > 1:
-        if not (reason := why_not(group, device)):
-            return SymmetricMessenger(group, device)
-        if transport == "symmetric":
-            raise UserError(f"overlap transport 'symmetric': {reason}", remedy="'auto' or 'nccl'")
-        log.info("pieces of products are sent by NCCL: %s", reason)
-    return NcclMessenger(group, device, END * timeout_s)
 
 
 _teams: dict[tuple[str, str], Team] = {}
@@ -270,6 +271,12 @@ def team_of(group: Team | dist.ProcessGroup | str | None, device: torch.device |
     """
     if isinstance(group, Team):
         return group
+    if not dist.is_initialized():
+        raise UserError(
+            "there is no process group",
+            expected="torchrun --nproc-per-node N program.py, and dist.init_process_group() in the program",
+            remedy="on one process a plain matrix product does all of it",
+        )
     real = dist.distributed_c10d._resolve_process_group(group) if isinstance(group, str) else group or dist.group.WORLD  # type: ignore[arg-type]
     assert real is not None
     key = real.group_name, torch.device(device).type

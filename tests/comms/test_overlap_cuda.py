@@ -9,6 +9,7 @@ import ctypes
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,15 +19,17 @@ from undertow.benchmarks import overlap_cuda
 from undertow.comms import cuda_driver
 from undertow.comms.chunk_plan import chunk_rows
 from undertow.comms.cuda_events import Call
+from undertow.comms.cuda_graph_counts import Count
 from undertow.comms.cuda_messengers import CudaMessenger, PinnedMessenger
 from undertow.comms.cuda_watch import Exchange, Watch
 from undertow.comms.overlap_cuda import CudaOverlapEngine
+from undertow.comms.overlap_engine import add_pieces
 from undertow.comms.placement import Placement
 from undertow.comms.stream_wait import Counted, can_wait
 from undertow.comms.symmetric_messenger import Mapped, Seat, SymmetricMessenger, _refusal, apart, why_not
 from undertow.comms.trigger import GlooMessenger
 from undertow.dist.errors import PeerLost
-from undertow.parallel.overlap_gate import CUDA_ARMS
+from undertow.parallel.overlap_gate import CUDA_ARMS, REPLAYED_ARMS
 
 
 class _Now:
@@ -71,6 +74,7 @@ def _stand_in(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.cuda, "stream", None)
     patch.setattr(torch.cuda, "set_stream", change)
     patch.setattr(torch.cuda, "current_stream", lambda *_: stream)
+    patch.setattr("undertow.comms.cuda_recorder._current", lambda _: 1)
 
 
 def _copied(stream: _Stream, target: int, source: int, nbytes: int) -> None:
@@ -233,6 +237,104 @@ def test_mapped_memory_carries_every_pattern_in_one_queue(monkeypatch, seed, wor
     for rank, counts in enumerate(shared.made[-1].counts):
         for peer in range(world):
             assert counts[1, peer] == shared.made[-1].counts[peer][0, rank]
+
+
+class _Log:
+    """What a rank would capture, in order: [function, its arguments]; `none` while it is not capturing."""
+
+    mine = threading.local()
+
+    def __init__(self, messenger: SymmetricMessenger) -> None:
+        self.messenger, self.steps = messenger, list[list[Any]]()
+
+    @classmethod
+    def do(cls, step: Any, *arguments: Any) -> None:
+        log = getattr(cls.mine, "log", None)
+        if log is None:
+            step(*arguments)
+        else:
+            log.steps.append([step, *arguments])
+
+    def record(self, queue: Any, staggered: bool) -> Any:
+        end, self.steps, _Log.mine.log = self.messenger.recording(), [], self
+        try:
+            queue()
+        finally:
+            _Log.mine.log = None
+        steps: Any = self.steps  # the graph and its instance
+        before = end((steps, steps))
+
+        def replay(_: Any) -> None:
+            before()
+            for step, *arguments in steps:
+                step(*arguments)
+
+        return replay, None
+
+
+def _counts_of(steps: Any) -> list[Count]:
+    found = [(at, step) for at, step in enumerate(steps) if step[0] in (_wait, _write)]
+    return [Count(at, 0, 0, step[2].data_ptr() + 4 * step[3], step[4], 0) for at, step in found]
+
+
+def _set_counts(steps: Any, counts: Any) -> None:
+    for count, value in counts:
+        steps[count.node][4] = value
+
+
+@pytest.mark.parametrize("columns", [0, 5])
+@pytest.mark.parametrize("world", [2, 3])
+def test_counts_of_a_recording_go_on_where_others_left_them(monkeypatch, seed, world, columns):
+    """Ranks are threads, of which one never finds its operands where they were; calls of another pattern in between."""
+    _stand_in(monkeypatch)
+    monkeypatch.setattr("undertow.comms.cuda_graph_counts.counts_of", _counts_of)
+    monkeypatch.setattr("undertow.comms.cuda_graph_counts.set_counts", _set_counts)
+    _failed.clear()
+    shared, cpu, rows = _Shared(world), torch.device("cpu"), 7
+    generator = torch.Generator().manual_seed(seed)
+    turns = [torch.randint(-9, 9, (world, rows, 5), generator=generator).float() for _ in range(12)]
+
+    def logged(nbytes: int) -> Mapped:
+        mapped = shared(nbytes)
+        calls = {name: partial(_Log.do, step) for name, step in (("wait", _wait), ("write", _write), ("copy", _copied))}
+        return Mapped(mapped.areas, mapped.counts, **calls)
+
+    def rank_of(rank: int) -> int:
+        try:
+            messenger = SymmetricMessenger(None, cpu, rank=rank, world=world, memory=logged)
+            add = partial(_Log.do, add_pieces)
+            engine = CudaOverlapEngine(device=cpu, messenger=messenger, timeout_s=1e6, add=add)
+            engine.recorder._record = _Log(messenger).record
+            plan, mine = engine.plan(chunk_rows(rows, world), 2, columns), torch.empty(rows, 5)
+            for turn, everyone in enumerate(turns):
+                mine = mine.clone() if rank == 0 else mine
+                mine.copy_(everyone[rank])
+
+                def queue(y: torch.Tensor, out: Any, mine: torch.Tensor = mine) -> torch.Tensor:
+                    def product(low: int, high: int) -> None:
+                        _Log.do(torch.Tensor.copy_, y[low:high], mine[low:high])
+
+                    def panel(low: int, high: int, left: int, right: int, into: torch.Tensor) -> None:
+                        _Log.do(torch.Tensor.copy_, into, mine[low:high, left:right])
+
+                    return engine.reduce_scatter(plan, product, y, panel=panel, out=out)
+
+                found = engine.recorder.run(plan, (mine,), 5, queue)
+                assert torch.equal(found, everyone.sum(0)[slice(*plan.own)]), turn
+                if turn % 4 == 3:
+                    by_rows, y = engine.plan(plan.sizes, 1), mine.clone()
+                    assert torch.equal(engine.all_reduce(by_rows, lambda low, high: None, y), everyone.sum(0)), turn
+            replayed = sum(case.replayed for case in engine.recorder.replays.cases.values())
+            engine.close()
+            return replayed
+        except BaseException:
+            _failed.set()
+            shared.barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(world) as pool:
+        replayed = list(pool.map(rank_of, range(world)))
+    assert replayed[1:] == [10] * (world - 1)  # the first is queued, the second recorded
 
 
 def test_ranks_map_memory_only_where_they_can_know_that_they_reach_it():
@@ -424,6 +526,7 @@ def test_the_benchmark_of_one_gpu_is_right(rows, seed):
         patch.setattr(torch.cuda, "synchronize", lambda: None)
         messenger = PinnedMessenger(0, overlap_cuda.WORLD, here, theirs, copies=_all_copied, pinned=False)
         engine = CudaOverlapEngine(device=here, messenger=messenger)
+        engine.recorder._record = lambda queue, staggered: (lambda _: queue(), None)  # what is replayed is queued
         rank = overlap_cuda._Rank(a, b, theirs, engine, messenger, sizes)
         for arm in CUDA_ARMS:
             if not arm.tracked:  # no Triton here
@@ -573,6 +676,20 @@ def main() -> None:
         assert whole is not None and torch.equal(whole, want.bfloat16()) and bool(out.isfinite().all())
     print(f"rank {rank} of {world}: all right\n{team.explain()}", flush=True)
     team.close()
+    for arm in REPLAYED_ARMS:  # ranks need not agree who replays: the last one's operands lie elsewhere at times
+        team = Team(device=device, overlap=arm.name)
+        for turn in range(40):
+            values = torch.full((), float(turn % 3), device=device)
+            a.copy_((torch.rand(a.shape, device=device) < 0.5) * values)
+            mine = a.clone() if rank == world - 1 and turn % 7 > 3 else a
+            want = a.float() @ b.float()
+            dist.all_reduce(want)
+            got = matmul_reduce_scatter(mine, b, "sum", 0, team)
+            assert torch.equal(got, want.bfloat16().chunk(world)[rank]), (arm.name, turn)
+            if turn % 5 == 4:  # calls that are not replayed, on the same memory
+                assert torch.equal(matmul_all_reduce(a, b, "sum", team), want.bfloat16()), (arm.name, turn)
+        print(f"rank {rank} of {world}: {arm.name}: all right\n{team.explain()}", flush=True)
+        team.close()
     dist.destroy_process_group()
 
 

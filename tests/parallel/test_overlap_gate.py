@@ -14,11 +14,13 @@ from undertow.parallel.overlap_gate import (
     COLUMN_ARMS,
     CUDA_ARMS,
     ROUNDS,
+    ROW_ARMS,
     SEQUENTIAL,
     Gate,
     Rates,
     cut,
     fewer_reads,
+    narrow,
 )
 
 MACHINE = Machine("made up", links={"gloo": Link(1e-4, 1e9)}, flops={"gemm/float32": 1e11})
@@ -137,6 +139,7 @@ def test_columns_are_tried_where_the_first_operand_is_the_smaller():
     assert [fewer_reads(arm, sizes, k, n, 2) for arm in COLUMN_ARMS] == [True, True, True]
     assert not fewer_reads(eight, sizes, k, 1024, 2)  # the second operand is the smaller
     assert fewer_reads(eight, (511,) * 8, k, n, 2) and not fewer_reads(eight, (512,) * 8, k, n, 2)  # operations enough
+    assert [narrow(arm, 2048) for arm in (*ROW_ARMS, *COLUMN_ARMS)] == [False] * 5 + [True]
     assert not any(fewer_reads(arm, (255,), k, n, 2) for arm in COLUMN_ARMS)  # one rank sends nothing
     rates, slow = Rates(1e15, 1e11, 0.0), Rates(1e15, 1e11, 0.0, 1e12)
     seconds = {

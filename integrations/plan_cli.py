@@ -65,8 +65,12 @@ def plan(
         raise UserError(f"--dtype {dtype}", expected=f"one of {', '.join(DTYPES)}")
     if compare is not None and (model or ranks or seq_len):
         raise UserError("--compare reads the job from the run", remedy="leave out --model, --ranks and --seq-len")
-    if compare is None and not (model and ranks and seq_len):
-        raise UserError("no job to plan", expected="--model, --ranks and --seq-len; or --compare RUN_DIR")
+    needed = {"--model": model, "--ranks": ranks, "--seq-len": seq_len}
+    missing = [name for name, value in needed.items() if not value]
+    if compare is None and missing:
+        raise UserError(
+            f"no job to plan without {' and '.join(missing)}", expected=f"{', '.join(needed)}; or --compare RUN_DIR"
+        )
     common = {
         "device_bytes": parse_bytes(memory, name="--memory"),
         "host_bytes": parse_bytes(host, name="--host"),

@@ -79,13 +79,19 @@ def plan(
         console.print(
             f"each of {context} ranks: {mine} tokens, and {format_bytes(host_bytes)} of host memory for itself"
         )
-    console.print(str(made), markup=False)
-    console.print(f"peak        {format_bytes(resident + gathered + made.device_bytes)} of {format_bytes(total)}")
+    console.print(str(made), markup=False, soft_wrap=True)
+    fits = made.device_bytes <= budget
+    verdict = "" if fits else ": it does not fit"
+    console.print(
+        f"peak        {format_bytes(resident + gathered + made.device_bytes)} of {format_bytes(total)}{verdict}"
+    )
     work = _work(shape, made, ranks)
     console.print(f"work        {sum(work.values()) / 1e15:.2f} PFLOP a step")
     if machine:
         console.print(f"time        {_seconds(Machine.load(Path(machine)), work):.1f} s a step, from {machine}")
     console.print(_lengths(shape, batch, budget, host_bytes, kind))
+    if not fits:
+        raise typer.Exit(1)
 
 
 def shape_of(model: str) -> DecoderShape:

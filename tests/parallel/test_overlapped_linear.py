@@ -117,6 +117,13 @@ def _ragged(rank: int, world: int) -> None:
     close_teams()
 
 
+def test_a_script_without_a_process_group_is_told_so():
+    a, b = torch.ones(4, 8), torch.ones(8, 6)
+    for call in (matmul_reduce_scatter, matmul_all_reduce, lambda a, b, *_: all_gather_matmul(a, [b], 0)):
+        with pytest.raises(UserError, match="there is no process group; expected torchrun"):
+            call(a, b, *(("sum", 0) if call is matmul_reduce_scatter else ()))
+
+
 def test_rows_that_the_world_does_not_divide(ranks):
     ranks(3, _ragged)
 

@@ -13,6 +13,7 @@ from undertow.parallel.stream.cli import KNOWN, longest, main, shape_of
 def test_plan_prints_the_plan_and_what_would_fit(capsys):
     assert main(["plan", "--model", "llama3-8b", "--seq-len", "262144", "--memory", "80GB"]) == 0
     out = capsys.readouterr().out
+    assert "does not fit" not in out
     for word in ("chunks", "layer inputs", "peak", "PFLOP", "gradient checkpointing", "K tokens"):
         assert word in out
 
@@ -21,8 +22,9 @@ def test_plan_prints_the_plan_and_what_would_fit(capsys):
 def test_one_rank_of_several(capsys):
     """As the guide says; and with sharded weights no input is computed again."""
     guide = (Path(__file__).parents[2] / "docs" / "stream-backprop.md").read_text()
-    assert main(["plan", "--model", "llama3-8b", "--seq-len", "1048576", "--context", "2"]) == 0
+    assert main(["plan", "--model", "llama3-8b", "--seq-len", "1048576", "--context", "2"]) == 1
     out = capsys.readouterr().out
+    assert "of 74.5 GiB: it does not fit" in out and "because         even the smallest plan exceeds the budget" in out
     assert "each of 2 ranks" in out and "1 x 524288" in out
     assert "614 K" in out and "614K" in guide and "232 K" in out and "232K" in guide
     for shards, kept in (("1", False), ("2", True)):

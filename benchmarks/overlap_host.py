@@ -6,7 +6,7 @@ A piece is sent by a dozen such calls. Where they take the host longer than the 
 and finer pieces are slower whatever they hide. The link is pinned host memory, and the shape is small, so that the host
 is what is measured: it queues no more than the device's queue holds, and the clock stops before it waits for that. What
 is lost on the device itself shows where a whole call is queued while the device sleeps, beside the same call from idle;
-`of ideal` compares with the longer of product and copies alone.
+`of ideal` compares with the longer of product and copies alone. Products of few rows or columns come last.
 """
 
 from __future__ import annotations
@@ -125,6 +125,30 @@ def on_the_device(m: int, n: int, k: int, queue: Any = None) -> None:
             )
 
 
+def rates(k: int = 16384) -> None:
+    """Print what share of the whole product's rate one reaches of some rows, or of some columns: what pieces cost."""
+    a, b = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for shape in ((2048, k), (k, 8192)))
+
+    def flops(rows: int, columns: int) -> float:
+        x, w, y = a[:rows], b[:, :columns], a.new_empty(rows, columns)
+
+        def five() -> None:
+            for _ in range(5):
+                torch.mm(x, w, out=y)
+
+        return 5 * 2e6 * rows * columns * k / device_microseconds(five)
+
+    whole = flops(2048, 8192)
+    print(f"\nA product of 2048×8192×{k} at {whole / 1e12:.0f} TFLOP/s; parts of it reach of that\n")
+    print("| rows | columns | of the rate |\n|---:|---:|---:|")
+    for rows, columns in (
+        *((rows, 8192) for rows in (64, 128, 256, 512, 1024)),
+        *((1792, columns) for columns in (64, 128, 256, 512, 1024, 2048)),
+        *((256, columns) for columns in (256, 512, 1024, 2048, 4096)),
+    ):
+        print(f"| {rows} | {columns} | {flops(rows, columns) / whole:.2f} |", flush=True)
+
+
 def main() -> int:
     if not torch.cuda.is_available():
         raise UserError("no CUDA device", remedy="run it on a machine with a GPU")
@@ -141,6 +165,7 @@ def main() -> int:
         print(f"| {arm.name} | {pieces} | {took:.0f} | {took / pieces:.1f} |", flush=True)
     for shape in SHAPES:
         on_the_device(*shape)
+    rates()
     print("\nThe copies of a piece of columns in one call of the driver", flush=True)
     for shape in SHAPES:
         on_the_device(*shape, queue=cuda_driver.copy_all)

@@ -4,8 +4,10 @@ Nothing is trained: each sample saves the same state several times, the next as 
 the last is durable (`checkpoint_durable`: by the same rule for every arm). `raw O_DIRECT` writes as many bytes from
 aligned memory to one file, in blocks of 16 MiB, and fsyncs; no format, no checksum, no copy. Saves that follow one
 another also remove one another, and a disk has work with that (`discard`): `raw O_DIRECT, removing` writes one file per
-save and removes the one before beside it, as retention does. Predicted, where `--machine` names what `undertow probe`
-measured, is the cost model's shortest interval of saves, times their number.
+save and removes the one before beside it, as retention does; `raw O_DIRECT, recycled` writes over files that are there,
+as ours does where it recycles (`checkpointing/recycle.py`), and `undertow disk, removing` is ours without that.
+Predicted, where `--machine` names what `undertow probe` measured, is the cost model's shortest interval of saves, times
+their number.
 """
 
 from __future__ import annotations
@@ -37,15 +39,23 @@ BLOCK_BYTES = 16 * 2**20
 
 class Raw:
     """Writes `files` files of `nbytes`, past the page cache, and makes them durable. `removing`: each is removed beside
-    the next one."""
+    the next one. `recycled`: two files that stay are written over in turn."""
 
-    def __init__(self, folder: Path, nbytes: int, files: int, *, removing: bool) -> None:
+    def __init__(
+        self, folder: Path, nbytes: int, files: int, *, removing: bool = False, recycled: bool = False
+    ) -> None:
         self.folder, self.blocks, self.files, self.removing = folder, -(-nbytes // BLOCK_BYTES), files, removing
         self.block = mmap.mmap(-1, BLOCK_BYTES)  # whole pages: aligned as O_DIRECT wants
         self.block.write(os.urandom(BLOCK_BYTES))
+        self.kept = [folder / f"kept-{index}" for index in range(2)] if recycled else []
 
     def run(self) -> Measured:
         paths = [self.folder / f"raw-{index}" for index in range(self.files if self.removing else 1)]
+        if self.kept:
+            for path in self.kept:
+                if not path.exists():
+                    self._write(path, self.blocks)
+            paths = [self.kept[index % 2] for index in range(self.files)]
         blocks = self.blocks * self.files // len(paths)
         removal, short = threading.Thread(target=lambda: None), 0
         began_s = time.perf_counter()
@@ -54,14 +64,15 @@ class Raw:
             self._write(path, blocks)
             removal.join()
             short += abs(path.stat().st_size - blocks * BLOCK_BYTES)
-            removal = threading.Thread(target=paths[index].unlink)
+            removal = threading.Thread(target=paths[index].unlink if self.removing else lambda: None)
         seconds = time.perf_counter() - began_s
-        paths[-1].unlink()
+        if not self.kept:
+            paths[-1].unlink()
         return Measured(float(short), seconds)
 
     def _write(self, path: Path, blocks: int) -> None:
         try:
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT, 0o666)
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o666)
         except OSError as error:
             raise UserError(
                 f"{path.parent} refuses O_DIRECT ({error.strerror})",
@@ -113,12 +124,13 @@ def _trial(size: Size, device: torch.device, base: Path, machine: Machine | None
 
         return Arm(name, run, prepare=os.sync, predicted_s=predicted_s)
 
-    def raw(*, removing: bool) -> Callable[[], Measured]:
-        return Raw(job.folder, job.state_bytes, saves, removing=removing).run
+    def raw(**way: bool) -> Callable[[], Measured]:
+        return Raw(job.folder, job.state_bytes, saves, **way).run
 
     arms = [
-        Arm("raw O_DIRECT", raw(removing=False), prepare=os.sync),
+        Arm("raw O_DIRECT", raw(), prepare=os.sync),
         Arm("raw O_DIRECT, removing", raw(removing=True), prepare=os.sync),
+        Arm("raw O_DIRECT, recycled", raw(recycled=True), prepare=os.sync),
     ]
     if rivals:
         arms += [
@@ -127,6 +139,7 @@ def _trial(size: Size, device: torch.device, base: Path, machine: Machine | None
             arm("torch.save", lambda: TorchSave(job, "torch")),
         ]
     arms.append(arm("undertow disk (fsync)", lambda: Undertow(job, "disk"), _predicted_s(job, machine, saves)))
+    arms.append(arm("undertow disk, removing", lambda: Undertow(job, "removing", recycle=False)))
     return Trial(arms, lambda: 0.0)
 
 

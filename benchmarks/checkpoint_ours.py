@@ -12,9 +12,11 @@ from undertow.checkpointing import Checkpointer
 
 class Undertow(Method):
     """Ours: `disk` (fsync, checksums, commit) or `host` (shared memory that outlives the process). `arena`: its share
-    of the state."""
+    of the state. `recycle`: as for `Checkpointer`."""
 
-    def __init__(self, job: Job, folder: str, *, host: bool = False, arena: float | None = None) -> None:
+    def __init__(
+        self, job: Job, folder: str, *, host: bool = False, arena: float | None = None, recycle: bool | None = None
+    ) -> None:
         super().__init__(job, folder)
         self.host = host
         self.ckpt = Checkpointer(
@@ -22,6 +24,7 @@ class Undertow(Method):
             model=job.model,
             optimizer=job.optimizer,
             keep=1,
+            recycle=recycle,
             host_every=int(host),
             arena_bytes=None if arena is None else int(arena * job.state_bytes),
         )

@@ -51,7 +51,8 @@ class Checkpointer:
     """Saves and restores the named `objects` (modules, optimizers, anything with state_dict) under `root`.
 
     `every`: steps between saves to disk (0: only when `save` is called; a `Frequency` chooses). `keep`: how many newest
-    checkpoints to retain (None: all; a `Retention` has more rules). `mirror`: a second folder to copy some of them to,
+    checkpoints to retain (None: all; a `Retention` has more rules). `recycle`: whether later saves write over the files
+    of those that go (None: on a local disk where removing slows down writing). `mirror`: a second folder for some,
     `bucket`: a place in an object store (S3, GCS, Azure).
     `host_every`: steps between saves to host memory, which survives a killed process but not the machine;
     `host_generations` of them are held (one always valid, one being written, one being flushed). `partner`: each is
@@ -69,6 +70,7 @@ class Checkpointer:
         *,
         every: int | Frequency = 0,
         keep: int | Retention | None = 3,
+        recycle: bool | None = None,
         mirror: Mirror | None = None,
         bucket: Bucket | None = None,
         host_every: int = 0,
@@ -124,6 +126,7 @@ class Checkpointer:
             ops=ops or FileOps(),
             timeout_s=timeout_s,
             trace=self._trace,
+            recycle=recycle,
         )
         self.folder, self.host = self._tiers.folder, self._tiers.host
         self._restorer = Restorer(

@@ -8,7 +8,11 @@ trace against a model of a disk that loses what was not synced.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import signal
+import stat
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ class FileOps:
 
     def __init__(self, *, direct: bool = True, syncs: bool = True) -> None:
         self.direct, self.syncs = direct, syncs
+        self.spare: Callable[[], bool] = lambda: False  # called when the disk is full: whether it gave room back
 
     def _sync(self, handle: int) -> None:
         if self.syncs:
@@ -33,21 +38,41 @@ class FileOps:
 
     def create(self, path: Path, nbytes: int) -> int:
         """Create `path`, reserve `nbytes` so that a full disk is known before anything is copied; return the handle."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        handle = self._open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        try:
+            try:
+                _reserve(handle, nbytes)
+            except OSError as error:
+                if error.errno != errno.ENOSPC or not self.spare():
+                    raise
+                _reserve(handle, nbytes)
+        except OSError:
+            os.close(handle)
+            raise
+        return handle
+
+    def reuse(self, path: Path, nbytes: int, like: tuple[int, ...]) -> int:
+        """Open `path`, which nobody is to find any more, to write over it, with room for `nbytes`; −1 where that is not
+        safe: it does not look `like` a file made now (`looks`), has a second name, or is open or mapped elsewhere."""
         handle = -1
+        try:
+            handle = self._open(path, os.O_WRONLY | os.O_NONBLOCK)  # which never waits for what is no file, or leased
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or looks(status) != like or not _alone(handle):
+                raise FileExistsError(path)
+            _reserve(handle, nbytes)
+        except OSError:
+            if handle >= 0:
+                os.close(handle)
+            return -1
+        return handle
+
+    def _open(self, path: Path, flags: int) -> int:
+        flags |= os.O_NOFOLLOW | os.O_CLOEXEC
         if self.direct and hasattr(os, "O_DIRECT"):
             with suppress(OSError):  # tmpfs and some network file systems refuse O_DIRECT: buffered is right there
-                handle = os.open(path, flags | os.O_DIRECT, 0o666)
-        if handle < 0:
-            handle = os.open(path, flags, 0o666)
-        try:
-            if nbytes:
-                os.posix_fallocate(handle, 0, nbytes)
-        except OSError as error:
-            if error.errno not in CANNOT_RESERVE:
-                os.close(handle)
-                raise
-        return handle
+                return os.open(path, flags | os.O_DIRECT, 0o666)
+        return os.open(path, flags, 0o666)
 
     def pwrite(self, handle: int, data: Any, offset: int) -> None:
         view = memoryview(data).cast("B")
@@ -69,13 +94,21 @@ class FileOps:
     def write_file(self, path: Path, data: bytes) -> None:
         """Write a small file durably under its final name: scratch name, fsync, rename. The folder is not synced."""
         scratch = path.with_name(path.name + ".part")
+        try:
+            self._write_scratch(scratch, data)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not self.spare():
+                raise
+            self._write_scratch(scratch, data)
+        self.rename(scratch, path)
+
+    def _write_scratch(self, scratch: Path, data: bytes) -> None:
         handle = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             self.pwrite(handle, data, 0)
             self._sync(handle)
         finally:
             os.close(handle)
-        self.rename(scratch, path)
 
     def rename(self, source: Path, target: Path) -> None:
         os.rename(source, target)
@@ -104,3 +137,29 @@ class FileOps:
             else:
                 self.unlink(child)
         os.rmdir(path)
+
+
+def looks(status: os.stat_result) -> tuple[int, ...]:
+    """Device, mode and owner of a file: what one written over must have in common with one made now."""
+    return status.st_dev, status.st_mode, status.st_uid, status.st_gid
+
+
+def _reserve(handle: int, nbytes: int) -> None:
+    try:
+        if nbytes:
+            os.posix_fallocate(handle, 0, nbytes)
+    except OSError as error:
+        if error.errno not in CANNOT_RESERVE:
+            raise
+
+
+def _alone(handle: int) -> bool:
+    """Whether no other open file and no mapping, in any process, leads to the file of `handle`: only then the kernel
+    gives a write lease, and not where it cannot know (fcntl(2), Leases)."""
+    try:
+        fcntl.fcntl(handle, fcntl.F_SETSIG, signal.SIGURG)  # for who opens it just now; the default would kill us
+        fcntl.fcntl(handle, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        fcntl.fcntl(handle, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError:
+        return False
+    return True

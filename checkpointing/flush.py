@@ -18,14 +18,17 @@ from .copies import HostCopier
 from .files import SECTOR, FileOps
 from .layout import Image
 from .manifest import FileRecord, checksum
+from .recycle import Pool
 
 
 class ShardFile:
     """One rank's shard file being written, with its folder; created by the first write. Thread-safe. `followers`: so
-    many other tiers read the chunks as they come (`await_chunk`), and each calls `leave` in the end."""
+    many other tiers read the chunks as they come (`await_chunk`), and each calls `leave` in the end. `pool`: where the
+    file may come from, to be written over."""
 
-    def __init__(self, ops: FileOps, path: Path, image: Image, *, followers: int = 0) -> None:
+    def __init__(self, ops: FileOps, path: Path, image: Image, *, followers: int = 0, pool: Pool | None = None) -> None:
         self.ops, self.path, self.image = ops, path, image
+        self._pool, self._recycled = pool, False
         self._handle = self._reader = -1
         self._followers = followers
         self._left: set[int] = set()
@@ -39,7 +42,10 @@ class ShardFile:
             if self._handle < 0:
                 self.ops.mkdir(self.path.parent)
                 rounded = -(-self.image.size // SECTOR) * SECTOR
-                self._handle = self.ops.create(self.path, rounded)
+                if self._pool is None:
+                    self._handle = self.ops.create(self.path, rounded)
+                else:
+                    self._handle, self._recycled = self._pool.create(self.path, rounded)
                 if len(self._left) < self._followers:
                     # held open: the file is renamed, and retention may remove it before it is read
                     self._reader = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -95,6 +101,8 @@ class ShardFile:
         """Make the file durable; its record."""
         handle, self._handle = self._open(), -1
         self.ops.finish(handle, self.image.size)
+        if self._pool is not None and self._recycled:
+            self._pool.settle()
         return FileRecord(self.image.size, tuple(self.sums))
 
     def abandon(self) -> None:

@@ -38,6 +38,7 @@ from .manifest import (
     require_known_format,
 )
 from .reader import Reader
+from .recycle import Pool
 from .verify import check_content, check_lengths
 
 log = get_logger(__name__)
@@ -53,6 +54,7 @@ class Folder:
 
     def __init__(self, root: Path, ops: FileOps) -> None:
         self.root, self.ops = root, ops
+        self.pool: Pool | None = None  # where shard files of removed checkpoints go, to be written over
         self._lock = -1
 
     def final(self, step: int) -> Path:
@@ -120,6 +122,8 @@ class Folder:
     def release(self) -> None:
         """Give the lock back."""
         if self._lock >= 0:
+            if self.pool is not None:
+                self.pool.close()
             fcntl.flock(self._lock, fcntl.LOCK_UN)  # closing is not enough: forked loader processes hold it open too
             os.close(self._lock)
             self._lock = -1
@@ -224,6 +228,11 @@ class Folder:
         self.ops.unlink(self.final(step) / COMMIT)
 
     def remove(self, step: int) -> None:
+        if self.pool is not None:
+            try:
+                self.pool.fill(self.final(step))
+            except OSError as error:
+                log.warning("cannot keep the files of step %d to write over them (%s)", step, error)
         self.ops.rmtree(self.final(step))
 
     def manifest(self, step: int) -> Manifest:

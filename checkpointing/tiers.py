@@ -36,6 +36,7 @@ from .mirror import Mirror, MirrorFile
 from .partner import Partner
 from .partner_tier import PartnerTier
 from .pipeline import Pipeline
+from .recycle import Pool, choose
 from .retention import Retention
 from .save import Save
 from .snapshot import OnChunks, Snapshot
@@ -60,9 +61,13 @@ class Tiers:
         ops: FileOps,
         timeout_s: float,
         trace: Trace,
+        recycle: bool | None = None,
     ) -> None:
         self.coordinator, self._timeout_s, self._trace = coordinator, timeout_s, trace
         self.folder = Folder(root, ops)
+        self._removal = None if keep is None else choose(root, recycle)
+        if self._removal is not None and self._removal.on:
+            self.folder.pool = Pool(self.folder.scratch(0, f"{coordinator.token}-0"), ops, coordinator.world)
         self.host: HostTier | PartnerTier | None = None
         if host_generations and partner is not None:
             ways = {"timeout_s": timeout_s, "trace": trace}
@@ -177,7 +182,8 @@ class Tiers:
             if self._mirror_folder is not None and "mirror" in save.attempt.tiers:
                 far = self._mirror_folder.scratch(save.step, self.coordinator.token) / name
             sent = self._bucket_folder is not None and "bucket" in save.attempt.tiers
-            file = ShardFile(self.folder.ops, path, save.plan.image, followers=(far is not None) + sent)
+            followers = (far is not None) + sent
+            file = ShardFile(self.folder.ops, path, save.plan.image, followers=followers, pool=self.folder.pool)
             takers.append(partial(pipe.flush, file, memory, copier))
             parts.append((self._committers["disk"], Part(save, file, after=self._after_disk(save, claimed))))
             if far is not None:
@@ -226,6 +232,8 @@ class Tiers:
         lines.append(
             f"  disk    {rhythm(every)} → {self.folder.root}, through {format_bytes(arena_bytes)} of host memory"
         )
+        if self._removal is not None:
+            lines.append(f"          {self._removal}")
         if self._mirror is not None and self._mirror_folder is not None:
             lines.append(f"  mirror  one of every {self._mirror.every} steps' → {self._mirror_folder.root}")
         if self._bucket is not None:

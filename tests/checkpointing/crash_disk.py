@@ -51,6 +51,14 @@ class RecordingOps(FileOps):
         self.note("size", path, nbytes)
         return handle
 
+    def reuse(self, path: Path, nbytes: int, like: tuple[int, ...]) -> int:
+        before = path.stat().st_size
+        handle = super().reuse(path, nbytes, like)
+        if handle >= 0:
+            self._paths[handle] = path
+            self.note("size", path, max(before, nbytes))
+        return handle
+
     def pwrite(self, handle: int, data: Any, offset: int) -> None:
         if handle in self._paths:
             self.note("write", self._paths[handle], offset, bytes(data))

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from ckpt_job import Job, same
 from crash_disk import Disk, RecordingOps, build, merge, read_image
 
-from undertow.checkpointing import plan
+from undertow.checkpointing import files, plan, recycle
 from undertow.checkpointing.files import FileOps
 from undertow.checkpointing.folder import Folder
 from undertow.dist.errors import UserError
@@ -32,17 +32,25 @@ def small_tensors_are_lazy_too(monkeypatch):
     monkeypatch.setattr(plan, "SMALL_BYTES", 4096)
 
 
+@pytest.fixture
+def any_file_system_recycles(monkeypatch):
+    """Leases are tried elsewhere (test_recycle); what a crash leaves must be tried wherever the tests run."""
+    monkeypatch.setattr(recycle, "mount_of", lambda root, mounts=None: ("ext4", frozenset()))
+    monkeypatch.setattr(files, "_alone", lambda handle: True)
+
+
 class Tape:
     """A job whose disk is recorded, and what it was told about its checkpoints."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, **options: Any) -> None:
         base.mkdir()
         self.base, self.ops = base, RecordingOps()
         self.layers = 1
         self.versions: dict[int, list[dict[str, Any]]] = {}
+        self.shards: set[bytes] = set()
         self.job = Job(width=64, layers=1)
         # in a folder that is not there yet: its own name must be durable too
-        self.ckpt = self.job.checkpointer(base / "new" / "ckpt", keep=2, ops=self.ops, chunk_bytes=CHUNK)
+        self.ckpt = self.job.checkpointer(base / "new" / "ckpt", keep=2, ops=self.ops, chunk_bytes=CHUNK, **options)
 
     def save(self, step: int) -> None:
         self.versions.setdefault(step, []).append(self.job.state())
@@ -50,6 +58,7 @@ class Tape:
         self.job.advance(step)
         assert self.ckpt.wait()[-1].ok, self.ckpt.reports[-1]
         self.ops.note("mark", "saved", step, len(self.versions[step]) - 1)
+        self.shards.add((self.ckpt.folder.final(step) / "__0_0.distcp").read_bytes())
 
     def roll_back(self, step: int) -> None:
         self.ops.note("mark", "rolled back", step, 0)
@@ -97,7 +106,7 @@ def judge(tape: Any, marks: list[Any], image: dict[str, bytes | None], root: Pat
 
 @pytest.mark.slow
 def test_no_power_failure_loses_or_invents_a_checkpoint(tmp_path, seed):
-    tape = Tape(tmp_path / "real")
+    tape = Tape(tmp_path / "real", recycle=False)
     with tape.ckpt:
         for step in (1, 2, 3, 4):
             tape.save(step)
@@ -124,6 +133,38 @@ def test_no_power_failure_loses_or_invents_a_checkpoint(tmp_path, seed):
                 done = [str(entry[:2]) for entry in tape.ops.log[:count]][-4:]
                 raise AssertionError(f"after {count} operations, keep {keep}, seed {seed}: {error}\n{done}") from error
     assert len(judged) > len(disk.ops)
+
+
+@pytest.mark.slow
+def test_no_power_failure_shows_a_recycled_file(tmp_path, seed, any_file_system_recycles):
+    """Files of expired checkpoints are written over: whatever of that reached the disk, what was promised comes back,
+    and no folder with a `.metadata`, which DCP would read without a COMMIT.json, holds a file of two saves."""
+    tape = Tape(tmp_path / "real", recycle=True)
+    with tape.ckpt:
+        for step in (1, 2, 3, 4, 5):
+            tape.save(step)
+        tape.save(5)
+    log = tape.ops.log
+    into = [rest[1] for kind, *rest in log if kind == "rename" and rest[0].parent.name.endswith("-0")]
+    assert len(into) >= 2 and all(".tmp-" in path.parent.name for path in into), "nothing was recycled"
+    disk, judged = Disk(tape.base, log), set()
+    for count in range(len(disk.ops) + 1):
+        for trial, keep in enumerate((0.0, 0.5, 0.5)):
+            image = disk.after_crash(count, random.Random(f"{seed}/{count}/{trial}"), keep)
+            marks = disk.marks(count)
+            known = hash((promised(marks), tuple(sorted(image.items()))))
+            if known in judged:
+                continue
+            judged.add(known)
+            done = f"after {count} operations, keep {keep}, seed {seed}"
+            for name, data in image.items():
+                if name.endswith(".distcp") and f"{name.rpartition('/')[0]}/.metadata" in image and "_0.d" in name:
+                    assert data in tape.shards, f"{done}: {name} is not what was saved"
+            try:
+                judge(tape, marks, image, tmp_path / "crashed")
+            except BaseException as error:
+                raise AssertionError(f"{done}: {error}\n{[str(entry[:2]) for entry in log[:count]][-4:]}") from error
+    assert len(judged) > 100
 
 
 @pytest.mark.slow
@@ -218,7 +259,8 @@ def test_the_model_forgets_what_was_not_synced(tmp_path, seed, keep):
 
 def test_nothing_changes_the_disk_past_the_recorder():
     """A method added to FileOps must be added to the recorder, or the tests above would see nothing of it."""
-    known = {"mkdir", "create", "pwrite", "finish", "abandon", "write_file", "rename", "fsync_dir", "unlink", "rmtree"}
+    known = {"mkdir", "create", "reuse", "pwrite", "finish", "abandon", "write_file", "rename"}
+    known |= {"fsync_dir", "unlink", "rmtree"}
     assert {name for name, _ in inspect.getmembers(FileOps, inspect.isfunction) if name[0] != "_"} == known
     assert known <= set(vars(RecordingOps))
 

@@ -30,7 +30,7 @@ MARGIN = 0.97  # another schedule must be predicted to take at most so much of t
 _SIMULATED_RANKS = 16
 _MANY_RANKS, _FEW_SCHEDULES = 8, 5  # with more ranks than that, only so many schedules are simulated
 _ALWAYS = (DEFAULT, "all_gather_kv")  # the plain ways are always simulated
-STARTS_S = (0.18e-3, 0.77e-3)  # of a GPU's attention kernels, forward and backward; see `Rates.start_s`
+STARTS_S = (0.07e-3, 0.27e-3)  # of a GPU's attention kernels, forward and backward; see `Rates.start_s`
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Rates:
     `drag`: how much of a merge's time the attention beside it loses, 0 to 1; all of it unless somebody has measured.
     `start_s`: what an attention kernel loses, forward and backward, by filling the device and leaving it piece by
     piece, at most as long as it computes. It is what makes small blocks slow: a rate and such a constant give cuDNN's
-    times of twelve shapes of blocks (4,096 to 32,768 rows, 32:8 heads of 128, one H200,
-    `benchmarks/attention_blocks.py`) within 6 %, with 0.18 and 0.77 ms.
+    times of 24 shapes of blocks (4,096 to 57,344 rows, 32:8 heads of 128, one H200,
+    `benchmarks/attention_blocks.py`) within 6 %, with 0.07 and 0.27 ms.
     """
 
     name: str

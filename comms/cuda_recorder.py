@@ -9,9 +9,9 @@ gets is a copy of the rows that the rank keeps. Nothing is recorded while somebo
 gets the calls themselves.
 
 Work is captured on streams that nobody else has: torch hands the streams of its pool out again, and with them cuBLAS's
-workspace, which a graph goes on using. Products follow each other on one stream: with two equal ones, pieces take
-processors from each other and leave late. `staggered` ones begin on the processors that the one before leaves: a piece
-waits for the one before the last, and goes behind the last one by its stream's priority, which nodes of a graph keep.
+workspace, which a graph goes on using. Products follow each other on one stream (`lanes`): with two equal ones, pieces
+take processors from each other, and leave late. On more, they begin on the processors that the one before leaves: a
+piece waits for the one before the last, and goes behind the last one by its stream's priority, which graphs keep.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from .overlap_cuda import CudaOverlapEngine
 
 log = get_logger(__name__)
-Case = tuple[ChunkPlan, int, torch.dtype, bool]  # the product's columns; whether pieces are staggered
+Case = tuple[ChunkPlan, int, torch.dtype, int]  # the product's columns; on how many streams pieces are made
 Queue = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]  # a call into (the product, the result or None)
-LANES = 6  # streams of products, where the device knows as many priorities
+EQUAL = 2  # streams of products that are equally urgent; where there are more, the first one is the most urgent
 
 
 class Recording(NamedTuple):
@@ -56,7 +56,7 @@ class Recorder:
         self,
         engine: CudaOverlapEngine,
         *,
-        record: Callable[[Callable[[], Any], bool], tuple[Callable[[int], None], Any]] | None = None,
+        record: Callable[[Callable[[], Any], int], tuple[Callable[[int], None], Any]] | None = None,
     ) -> None:
         self.engine, self.replays = engine, Replays[Recording]()
         self._record = record or self._capture
@@ -74,11 +74,11 @@ class Recorder:
         return "" if self.engine.messenger.memory() is not None else "its messages cannot be recorded"
 
     def run(
-        self, plan: ChunkPlan, operands: Sequence[torch.Tensor], columns: int, queue: Queue, staggered: bool = False
+        self, plan: ChunkPlan, operands: Sequence[torch.Tensor], columns: int, queue: Queue, lanes: int = 1
     ) -> torch.Tensor:
         """This rank's rows of the sum, [own rows, columns]: by a replay, or by `queue(y, None)`, which must make the
         product of `operands` and of nothing else. Collective, but ranks need not agree which of them replay."""
-        case = plan, columns, operands[0].dtype, staggered
+        case = plan, columns, operands[0].dtype, lanes
         if not self.able() and self.replays.looks(case) and not self.engine.capturing():
             key, addresses = self._key(case, operands)
             found = self.replays.find(case, key)
@@ -95,10 +95,10 @@ class Recorder:
         self.replays.see(tuple(map(_place, operands)))
 
     def prepare(
-        self, plan: ChunkPlan, operands: Sequence[torch.Tensor], columns: int, queue: Queue, staggered: bool = False
+        self, plan: ChunkPlan, operands: Sequence[torch.Tensor], columns: int, queue: Queue, lanes: int = 1
     ) -> None:
         """Record now what `run` would record at this call. Nothing is sent."""
-        case = plan, columns, operands[0].dtype, staggered
+        case = plan, columns, operands[0].dtype, lanes
         if self.able() or self.engine.capturing():
             return
         key, addresses = self._key(case, operands)
@@ -146,7 +146,7 @@ class Recorder:
         self.engine.watched(current)
         return out
 
-    def _capture(self, queue: Callable[[], Any], staggered: bool) -> tuple[Callable[[int], None], Any]:
+    def _capture(self, queue: Callable[[], Any], lanes: int) -> tuple[Callable[[int], None], Any]:
         """By a CUDA graph. Nothing runs."""
         engine, device = self.engine, self.engine.device
         if not self._streams:
@@ -155,7 +155,8 @@ class Recorder:
             self._pool = torch.cuda.graph_pool_handle()
         graph, current = torch.cuda.CUDAGraph(keep_graph=True), torch.cuda.current_stream(device)
         before_this = engine.streams, engine.staggered
-        engine.streams, engine.staggered = self._streams[1:] if staggered else self._streams[-1:], staggered
+        engine.staggered = lanes > EQUAL
+        engine.streams = self._streams[1:-1] if engine.staggered else self._streams[-lanes:]
         self.recording = True
         end = engine.messenger.recording()
         try:
@@ -183,10 +184,9 @@ _spare: dict[torch.device, list[list[Any]]] = {}  # streams of recorders that ar
 
 
 def _ranked_streams(device: torch.device) -> list[Any]:
-    """A capture's own, then those of the products, the most urgent first."""
+    """A capture's own, then those of the products, the most urgent first, of which the last two are equal."""
     _, greatest = cuda_driver.priorities(device)
-    ranks = range(greatest, min(0, greatest + LANES - 1) + 1)
-    return [cuda_driver.new_stream(device, priority) for priority in (greatest, *ranks)]
+    return [cuda_driver.new_stream(device, priority) for priority in (greatest, *range(greatest, 0), 0, 0)]
 
 
 def _captured(graph: Any, queue: Callable[[], Any], pool: Any) -> None:

@@ -136,7 +136,7 @@ def _recorder(monkeypatch: pytest.MonkeyPatch, engine: Any, record: Any = None) 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: None)
     monkeypatch.setattr("undertow.comms.cuda_recorder._current", lambda _: 1)
-    return Recorder(engine, record=record or (lambda queue, staggered: (lambda _: queue(), None)))
+    return Recorder(engine, record=record or (lambda queue, lanes: (lambda _: queue(), None)))
 
 
 def _doubled(recorder: Recorder, a: torch.Tensor, done: list[str]) -> torch.Tensor:
@@ -198,7 +198,7 @@ def test_calls_are_queued_as_ever_while_somebody_else_captures(monkeypatch):
 def test_what_cannot_be_recorded_is_queued_as_ever(monkeypatch):
     engine, done = _Engine(), list[str]()
 
-    def broken(queue: Any, staggered: bool) -> Any:
+    def broken(queue: Any, lanes: int) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     recorder, a = _recorder(monkeypatch, engine, broken), torch.ones(3, 4)

@@ -2,10 +2,11 @@
 
 On a GPU the bytes leave by a copy engine, and what a save costs is its Python: on the training thread, and in the other
 threads that take the interpreter from it. Here the bytes stay (`copy_many` does nothing, and copies are issued as they
-are for a GPU), so that this cost is all there is, and no GPU is needed. Arms save to host memory or
-to disk at every step of a model of many tensors on one core. Beside the steps' time stand the processor time of a save
-in its call and at its fence (`call_us`, `fence_us`), of the other threads (`copier_us`, which issues the copies,
-`commit_us`, `writers_us`), and of all but the writers for one tensor (`tensor_us`), from the threads' own clocks, which other processes disturb less.
+are for a GPU), so that this cost is all there is, and no GPU is needed. Arms save to host memory or to disk
+at every step of a model of many tensors on one core. Beside the steps' time stand the processor time of a save in its
+call and at its fence (`call_us`, `fence_us`), of the other threads (`copier_us`, which issues the copies, `commit_us`,
+`writers_us`), and of all but the writers for one tensor (`tensor_us`), from the threads' own clocks, which other
+processes disturb less.
 
     undertow bench checkpoint_threads --rounds 8
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -97,14 +98,14 @@ def test_queued_copies_are_exact(tmp_path, queue, groups, disk):
     model, optimizer = make(groups)
     train(model, optimizer)
     expected = {}
-    ways = {"every": 1, "keep": None} if disk else {"host_every": 1}
+    ways: dict[str, Any] = {"every": 1, "keep": None} if disk else {"host_every": 1}
     with Checkpointer(tmp_path, model=model, optimizer=optimizer, chunk_bytes=2**20, **ways) as ckpt:
         for step in range(5):
             expected = tensors(model, optimizer)
             ckpt.step(step)
             train(model, optimizer)
         assert all(report.ok for report in ckpt.wait()), ckpt.reports
-        found = stored(ckpt.folder if disk else ckpt.host.folder, 4)
+        found = stored(ckpt.folder if disk else ckpt._tiers.folders[0], 4)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], value) for key, value in expected.items())
     if not disk and groups == 1:

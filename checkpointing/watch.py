@@ -91,7 +91,8 @@ class Watch:
         )
 
 
-_shape, _local, _rows = attrgetter("shape"), attrgetter("_local_tensor"), torch._C.TensorBase.__len__
+_shape, _local = attrgetter("shape"), attrgetter("_local_tensor")
+_rows = torch._C.TensorBase.__len__  # type: ignore[attr-defined]  # its stub lacks it; Tensor.__len__ is Python
 
 
 def _held(owners: Sequence[dict[Any, Any]]) -> Iterator[Any]:

@@ -83,6 +83,7 @@ class MeshShape:
             raise UserError(
                 f"{self.equation()} = world size {world_size} has no whole solution ({world_size} / {known})",
                 expected=f"known degrees whose product divides {world_size}",
+                remedy=f"start {known} ranks, or a multiple of them (torchrun --nproc-per-node {known})",
             )
         if not rest and known != world_size:
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -83,4 +84,11 @@ def recipe(name: str, **changes: object) -> TrainConfig:
     for field in ("steps", "batch", "accumulate", "length", "log_every"):
         if getattr(config, field) < 1:
             raise UserError(f"{field} is {getattr(config, field)}", expected="at least 1")
+    for field in ("checkpoint_every", "eval_every"):
+        if getattr(config, field) < 0:
+            raise UserError(f"{field} is {getattr(config, field)}", expected="at least 1, or 0 for never")
+    if config.keep < 1:
+        raise UserError(f"keep is {config.keep}", expected="at least 1")
+    if not 0 < config.lr < math.inf:
+        raise UserError(f"lr is {config.lr}", expected="a positive, finite number")
     return config

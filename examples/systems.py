@@ -19,7 +19,8 @@ from ..comms.gradients import GradientAverage
 from ..dist.errors import UserError
 from ..dist.mesh import Mesh, MeshShape
 from ..parallel.context_parallel import ContextParallel
-from ..parallel.overlap_team import Team
+from ..parallel.overlap_gate import ARMS, CUDA_ARMS
+from ..parallel.overlap_team import MODES, Team
 from ..parallel.stream import enable
 from ..parallel.stream.protocol import Attend, causal_attention
 from ..parallel.token_ring import executors
@@ -50,6 +51,13 @@ class Systems:
     def __post_init__(self) -> None:
         if not self.stream and (self.stream_budget_bytes, self.stream_chunk) != (None, None):
             raise UserError("a stream budget or chunk without streaming", remedy="pass --stream too")
+        if self.overlap not in (*MODES, *(arm.name for arm in (*ARMS, *CUDA_ARMS))):
+            raise UserError(f"overlap {self.overlap!r}", expected=f"one of {', '.join(MODES)}")
+        if self.overlap not in ("auto", "off") and self.tensor_parallel == 1:
+            raise UserError(
+                f"overlap {self.overlap!r} where no ranks share products",
+                remedy="pass --tensor-parallel N too, or leave --overlap out",
+            )
         if self.stream_chunk is not None and self.stream_chunk < 1:
             raise UserError(f"chunks of {self.stream_chunk} rows", expected="at least 1")
         if self.stream_chunk is not None and self.tensor_parallel > 1:

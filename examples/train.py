@@ -141,6 +141,11 @@ def train(run: Run, *, resume: bool, checkpoints: bool, trace: Trace) -> Result 
         if resume and start is None:
             log.info("no checkpoint in %s yet: starting from step 0", run.out)
         start = start or 0
+        if start > config.steps:  # going on would set newer checkpoints aside
+            raise UserError(
+                f"{run.out} has been trained to step {start} already, and --steps is {config.steps}",
+                expected=f"at least {start} steps",
+            )
         _note_memory(run, trace)
         metrics = Metrics(run.out, enabled=rank0, start=start)
         tokens = config.batch * config.length

@@ -10,6 +10,7 @@ import signal
 import sysconfig
 import time
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -197,6 +198,16 @@ WRONG = {
     "no steps": (["--steps", "0"], "steps is 0"),
     "a device that is none": (["--device", "tpu"], "--device tpu"),
     "a long row": (["--length", "0"], "length is 0"),
+    "a rate that is none": (["--lr", "-1"], "lr is -1.0; expected a positive, finite number"),
+    "an endless rate": (["--lr", "inf"], "lr is inf"),
+    "checkpoints before the start": (["--checkpoint-every", "-1"], "checkpoint_every is -1"),
+    "nothing to keep": (["--keep", "0"], "keep is 0"),
+    "an overlap that is none": (["--overlap", "x"], "overlap 'x'; expected one of auto, off, on"),
+    "an overlap of nothing": (["--overlap", "on"], "pass --tensor-parallel N too"),
+    "too few ranks": (
+        ["--context-parallel", "3"],
+        "start 3 ranks, or a multiple of them (torchrun --nproc-per-node 3)",
+    ),
     "a budget for nothing": (["--stream-budget", "1MiB"], "a stream budget or chunk without streaming"),
     "a budget that is no size": (["--stream", "--stream-budget", "much"], "much"),
 }
@@ -241,6 +252,14 @@ def test_a_finished_run_is_not_overwritten(finished, data, capsys, name):
     assert main([*base, "--data", str(data), "--out", str(finished), *options]) == 2
     assert message in capsys.readouterr().err
     assert files(finished) == before
+
+
+def test_fewer_steps_than_were_made_set_nothing_aside(finished, data, capsys):
+    before = files(finished / "checkpoints")
+    base = ["train", "--recipe", "tiny", "--steps", "2", "--checkpoint-every", "3", "--device", "cpu", "--resume"]
+    assert main([*base, "--data", str(data), "--out", str(finished)]) == 2
+    assert f"trained to step {STEPS} already, and --steps is 2" in capsys.readouterr().err
+    assert files(finished / "checkpoints") == before | {".lock": ANY, "RESTARTS.json": ANY}
 
 
 def test_other_text_is_another_configuration(finished, tmp_path, capsys):

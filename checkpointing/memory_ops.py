@@ -38,24 +38,22 @@ class MemoryOps(FileOps):
         super().__init__(direct=False, syncs=False)
         self._library = _library()
 
-    def write_file(self, path: Path, data: bytes) -> None:
+    def _write_scratch(self, scratch: Path, data: bytes) -> None:
         if len(data) > LONG_BYTES:
-            super().write_file(path, data)
+            super()._write_scratch(scratch, data)
             return
-        target = os.fsencode(path)
-        scratch = target + b".part"
-        handle = self._checked(self._library.open(scratch, CREATE, 0o666), scratch)
+        name = os.fsencode(scratch)
+        handle = self._checked(self._library.open(name, CREATE, 0o666), name)
         try:
             done = 0
             while done < len(data):
-                rest = data if not done else data[done:]
+                rest = data[done:] if done else data
                 written = self._library.write(handle, rest, len(rest))
                 if written < 0 and ctypes.get_errno() == errno.EINTR:
                     continue
-                done += self._checked(written, scratch)
+                done += self._checked(written, name)
         finally:
-            os.close(handle)
-        self._checked(self._library.rename(scratch, target), scratch, target)
+            self._library.close(handle)
 
     def rename(self, source: Path, target: Path) -> None:
         names = os.fsencode(source), os.fsencode(target)

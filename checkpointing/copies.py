@@ -2,7 +2,7 @@
 
 One `Copier` serves all saves of a run. A save has about a thousand copies; issued one by one from Python they cost the
 training thread milliseconds, and issued by another thread each one fights for the interpreter lock, which was measured
-to delay the last copy past the end of a step. So CUDA copies are handed to the driver many at once
+to delay the last copy past the end of a step. So CUDA copies are handed to the driver many at once, by a thread of ours
 (`cudaMemcpyBatchAsync`, CUDA 12.8), and one by one only where that call is missing.
 """
 
@@ -24,7 +24,7 @@ class HostCopier:
 
     device = torch.device("cpu")
     chunks_at_once = 1  # how many chunks `Snapshot` hands over in one call
-    queues = False  # whether `copy` returns at once, so that the training thread may as well call it
+    queues = False  # whether `copy` returns at once: then all can be handed over in a row (`Snapshot.issue`)
 
     def begin(self) -> None:
         """Called by the training thread when a snapshot starts."""

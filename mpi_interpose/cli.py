@@ -55,7 +55,7 @@ def run(
     """Run a program under the preload."""
     status = launch.run(list(command), mode, report, mpicc, abi)
     if report and report.exists():
-        show_report(json.loads(report.read_text()), Console(stderr=True))
+        show_report(json.loads(report.read_text()), _console(stderr=True))
     raise typer.Exit(status)
 
 
@@ -216,7 +216,13 @@ def measure_(
 @app.command()
 def report(file: Path) -> None:
     """Print a report that `run --report` wrote."""
-    show_report(_read_report(file), Console())
+    show_report(_read_report(file), _console())
+
+
+def _console(*, stderr: bool = False) -> Console:
+    """A file or a pipe has no width of its own, and a table of ten columns is unreadable in eighty."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else 160, highlight=False)
 
 
 def _read_report(file: Path) -> dict:
@@ -234,7 +240,8 @@ def _read_report(file: Path) -> dict:
 
 def show_report(data: dict, console: Console) -> None:
     """A table of datatypes, the largest first; then what was refused."""
-    table = Table(title=f"datatypes on {len(data['ranks'])} rank(s), mode {data['mode']}, {data['library']}")
+    title = f"datatypes on {len(data['ranks'])} rank(s), mode {data['mode']}, {data['library']}"
+    table = Table(title=title, title_justify="left")
     for title in (
         "layout",
         "class",
@@ -247,7 +254,7 @@ def show_report(data: dict, console: Console) -> None:
         "ms ours / library",
         "ms saved",
     ):
-        table.add_column(title, overflow="fold")
+        table.add_column(title, overflow="fold", justify="left" if title in ("layout", "class") else "right")
     for row in data["types"][:30]:
         uses = [row.get(use) for use in launch.USES]
         if not any(uses):

@@ -84,6 +84,18 @@ def test_bad_input_is_one_line(argv: list[str], message: str, capsys: pytest.Cap
     assert message in err and len(err.strip().splitlines()) == 1 and "Traceback" not in err
 
 
+def test_a_report_in_a_file_keeps_its_columns(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    use = {"taken": 592, "passed": 8, "bytes": 9 << 20, "ours_ns": 4_000, "library_ns": 9_000, "saved_ns": 1_060_000}
+    layout = "(loop 1024 64 (bytes 16))"
+    data = {"types": [{"layout": layout, "class": "strided", "size": 16384, "pack": use, "send": use}]}
+    (tmp_path / "a.json").write_text(
+        json.dumps(data | {"ranks": [0, 1], "mode": "auto", "library": "libmpi.so", "refused": {}, "mismatches": 0})
+    )
+    assert cli.main(["report", str(tmp_path / "a.json")]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if layout in line]
+    assert "strided" in row and "592/600" in row and "16384" in row
+
+
 def test_without_a_compiler_or_an_mpi_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from undertow.mpi_interpose import compile as compiling
 

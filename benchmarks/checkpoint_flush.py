@@ -151,7 +151,7 @@ def _trial(
         ]
     predicted_s = _predicted_s(job, machine, saves)
     arms.append(arm("undertow disk (fsync)", lambda: Undertow(job, "disk"), predicted_s))
-    if removing:
+    if removing and not rivals:
         arms.append(arm("undertow disk, removing", lambda: Undertow(job, "removing", recycle=False), predicted_s))
     return Trial(arms, lambda: 0.0)
 

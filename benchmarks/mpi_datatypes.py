@@ -12,9 +12,9 @@ It judges itself by a table of goals: no cell where auto loses (the whole 95 % i
 more than 2 us), the gains promised, the cost of passing through, and the choices of a table that is fitted on half of
 the rounds and judged by the others; then the choices for datatypes that it has never seen. The arm auto goes by the
 table at hand, and without `undertow mpi measure` that one has no messages: gains of messages are those of the way that
-the half-fitted table chooses, by the other rounds. Between two messages both ranks read what they got and write what they
-send, as a program does. What of a message is out of reach is told beside its goal: the arm dense sends the packed bytes
-alone, so library / dense is what packing in no time would gain. The exit status is 1 when a cell loses.
+the half-fitted table chooses, by the other rounds. Between two messages both ranks read what they got and write what
+they send, as a program does. What of a message is out of reach is told beside its goal: the arm dense sends the packed
+bytes alone, so library / dense is what packing in no time would gain. The exit status is 1 when a cell loses.
 """
 
 from __future__ import annotations

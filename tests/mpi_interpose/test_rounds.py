@@ -108,7 +108,9 @@ def test_a_trial_takes_the_best_way_and_gives_up_what_promises_nothing(
 
 
 @pytest.mark.parametrize(("everything", "timed"), [(1000, 9), (980, 9), (1500, 9), (900, 36)])
-def test_where_the_table_takes_nothing_the_library_s_way_is_tried_against_one_other(everything: int, timed: int) -> None:
+def test_where_the_table_takes_nothing_the_library_s_way_is_tried_against_one_other(
+    everything: int, timed: int
+) -> None:
     rounds = Rounds()
     seen = rounds.run(40 + 512, (1000, 1000, everything), tables=False)
     assert sum(timed for _, timed in seen) == timed

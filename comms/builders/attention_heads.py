@@ -1,6 +1,8 @@
 """Heads dealt out among neighbouring ranks before attention, and collected after it (Jacobs et al. 2023, Ulysses).
 
-All sends are staggered, so that no two ranks send to one at once.
+All sends are staggered, so that no two ranks send to one at once. A team's rows need not be those of one rank after
+those of another (`Shape.runs`): in the order of the sequence a zigzag team has one run of tokens, or two, so its block
+is one kernel call, where it would be many.
 """
 
 from __future__ import annotations
@@ -36,30 +38,33 @@ def split(draft: Draft, shape: Shape, rank: int, name: str) -> None:
 
 def gathered(
     draft: Draft, shape: Shape, rank: int, team: int, column: int, name: str
-) -> tuple[Content, dict[int, Slice]]:
-    """Declare on `rank` the input `name` of all members with share `column` of the heads: what it will hold, and where
-    the part of each member goes."""
+) -> tuple[Content, dict[int, list[tuple[Slice, Slice]]]]:
+    """Declare on `rank` the input `name` of all members with share `column` of the heads: what it will hold, and for
+    each member which rows of its share go where."""
     _, row, dtype = shape.field(name, shape.inner)
     draft.value(rank, f"{name}.h", dtype, shape.team_rows(name, team), row)
-    at, parts, places = 0, [], {}
+    parts, places = dict[int, Content](), {}
     for member in range(team * shape.inner, (team + 1) * shape.inner):
-        rows = shape.rows(name, member)
-        places[member % shape.inner] = Slice(f"{name}.h", at, at + rows)
-        at += rows
-        parts.append(applied("split_heads", [origin(name, member, 0, rows)], rows, output=column))
-    return join(parts), places
+        rows, runs = shape.rows(name, member), shape.runs(name, member)
+        places[member % shape.inner] = [
+            (Slice(f"{name}.to.{column}", run.start, run.stop), Slice(f"{name}.h", run.at, run.end)) for run in runs
+        ]
+        for run in runs:
+            share = applied("split_heads", [origin(name, member, 0, rows)], rows, output=column)
+            parts[run.at] = cut(share, run.start, run.stop)
+    return join(parts[at] for at in sorted(parts)), places
 
 
-def take(draft: Draft, shape: Shape, rank: int, name: str, shift: int, here: Slice) -> None:
-    """Bring the share of the member `shift` before `rank` to `here`; 0 is this rank itself."""
+def take(draft: Draft, shape: Shape, rank: int, name: str, shift: int, here: list[tuple[Slice, Slice]]) -> None:
+    """Bring the share of the member `shift` before `rank`: (its rows, where they go); 0 is this rank itself."""
     team, column = divmod(rank, shape.inner)
     source = team * shape.inner + (column - shift) % shape.inner
-    share = Slice(f"{name}.to.{column}", 0, here.rows)
-    if here.rows and not shift:
-        draft.compute(rank, "copy", [share], [here], kind="copy", lane="exchange")
-    elif here.rows:
-        draft.send(source, "heads_out", rank, f"{name}.heads", share)
-        draft.recv(rank, "heads_in", source, f"{name}.heads", here)
+    shares, places = [share for share, _ in here], [place for _, place in here]
+    if here and not shift:
+        draft.compute(rank, "copy", shares, places, kind="copy", lane="exchange")
+    elif here:
+        draft.send(source, "heads_out", rank, f"{name}.heads", *shares)
+        draft.recv(rank, "heads_in", source, f"{name}.heads", *places)
 
 
 def collect(draft: Draft, shape: Shape, teams: Sequence[Sharing], *, backward: bool, goals: bool) -> None:
@@ -72,26 +77,29 @@ def collect(draft: Draft, shape: Shape, teams: Sequence[Sharing], *, backward: b
             for rank in range(draft.world):
                 team, column = divmod(rank, inner)
                 rows, other = shape.rows(name, rank), teams[(column - shift) % inner]
-                start = sum(shape.rows(name, team * inner + m) for m in range(column))
-                away = Slice(f"{name}.h", start, start + rows)
-                if shift and rows:
-                    _, row, dtype = shape.part(name, inner)
-                    away = Slice(f"{name}.{sent}", start, start + rows)
+                runs = shape.runs(name, rank)
+                if not shift and len(runs) == 1:
+                    parts[rank, other.column] = Slice(f"{name}.h", runs[0].at, runs[0].end)
+                elif rows:
+                    _, row, dtype = shape.part(name, inner) if shift else shape.field(name, inner)
+                    away = [Slice(f"{name}.{sent if shift else 'h'}", run.at, run.end) for run in runs]
                     home = draft.value(rank, f"{name}.from.{other.column}", dtype, rows, row)
-                    draft.send(other.rank(team), "results_out", rank, f"{name}.heads", away)
-                    draft.recv(rank, "results_in", other.rank(team), f"{name}.heads", home)
-                    away = home
-                parts[rank, other.column] = away
+                    into = [Slice(home.value, run.start, run.stop) for run in runs]
+                    parts[rank, other.column] = home
+                    if shift:
+                        draft.send(other.rank(team), "results_out", rank, f"{name}.heads", *away)
+                        draft.recv(rank, "results_in", other.rank(team), f"{name}.heads", *into)
+                    else:
+                        draft.compute(rank, "copy", away, into, kind="copy", lane="exchange")
         for rank in range(draft.world):
-            team, column = divmod(rank, inner)
-            rows = shape.rows(name, rank)
-            start = sum(shape.rows(name, team * inner + m) for m in range(column))
+            team = rank // inner
+            rows, runs = shape.rows(name, rank), shape.runs(name, rank)
             _, row, dtype = shape.field(name)
             out = draft.value(rank, name, dtype, rows, row, "output")
             if rows:
                 draft.compute(rank, "join_heads", [parts[rank, i] for i in range(inner)], [out], lane="exchange")
             if rows and goals:
-                contents = [cut(other.results[team, name], start, start + rows) for other in teams]
+                contents = [join(cut(o.results[team, name], run.at, run.end) for run in runs) for o in teams]
                 draft.goal(rank, out, applied("join_heads", contents, rows))
 
 

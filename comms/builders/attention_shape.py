@@ -29,6 +29,19 @@ class Need:
 
 
 @dataclass(frozen=True)
+class Run:
+    """Rows start:stop of a rank that are one run in its team, from row `at` on."""
+
+    start: int
+    stop: int
+    at: int
+
+    @property
+    def end(self) -> int:
+        return self.at + self.stop - self.start
+
+
+@dataclass(frozen=True)
 class Heads:
     """Sizes of one row: `batch` × `q_heads` × `head_dim` of q, `kv_heads` of k, `v_dim` of v. `partial`: the dtype
     that partial results are summed in; `wire`: the one that they are computed and sent in ('' for the same); `result`:
@@ -48,7 +61,8 @@ class Heads:
 @dataclass(frozen=True)
 class Shape:
     """Rows of each rank, and the needs of each (query team, key team). A team is `inner` neighbouring ranks. `joined`:
-    how many arrivals may be one kernel call, forward and backward (see `attention_block`)."""
+    how many arrivals may be one kernel call, forward and backward (see `attention_block`). `q_order`, `kv_order`: where
+    each rank's rows lie among its team's; without them, the ranks' rows one after the other."""
 
     q_rows: tuple[int, ...]
     kv_rows: tuple[int, ...]
@@ -56,6 +70,8 @@ class Shape:
     needs: Mapping[tuple[int, int], tuple[Need, ...]]
     inner: int = 1
     joined: tuple[int, int] = (1, 1)
+    q_order: tuple[tuple[Run, ...], ...] = ()
+    kv_order: tuple[tuple[Run, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.q_rows) % self.inner or self.heads.q_heads % self.inner or self.heads.kv_heads % self.inner:
@@ -89,3 +105,11 @@ class Shape:
 
     def team_rows(self, name: str, team: int) -> int:
         return sum(self.rows(name, team * self.inner + member) for member in range(self.inner))
+
+    def runs(self, name: str, rank: int) -> tuple[Run, ...]:
+        """Where the rows of `rank` lie in its team, in the order of its rows."""
+        if order := self.q_order if name in OF_QUERIES else self.kv_order:
+            return order[rank]
+        first = rank - rank % self.inner
+        rows = self.rows(name, rank)
+        return (Run(0, rows, sum(self.rows(name, member) for member in range(first, rank))),) if rows else ()

@@ -43,7 +43,7 @@ class Team:
         self.blocks = blocks_of(shape, routes, moves, self.size, backward=backward)
         self.away_buffers = 2 * max(len(block.parts) for block in self.blocks)
         self.returned = {"kv": ("dk",), "q": ("out", "dq")}[moves]
-        self.places: dict[tuple[int, str], dict[int, Slice]] = {}
+        self.places: dict[tuple[int, str], dict[int, list[tuple[Slice, Slice]]]] = {}
         self.content: dict[tuple[int, str], Content] = {}
         self.results: dict[tuple[int, str], Content] = {}
         self.running: dict[tuple[int, str], Running] = {}

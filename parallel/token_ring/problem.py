@@ -14,13 +14,15 @@ from functools import cached_property, lru_cache
 from ...comms.actions import ITEM_BYTES
 from ...comms.builders.attention import attention
 from ...comms.builders.attention_named import BOOKENDED, HALVES, JOINED, SCHEDULES, best_routes, moves_of
-from ...comms.builders.attention_shape import Heads, Need, Shape
+from ...comms.builders.attention_shape import Heads, Need, Run, Shape
 from ...comms.builders.attention_totals import Totals
 from ...comms.builders.routes import Route
 from ...comms.schedule import Schedule
 from ...dist.errors import UserError
 from ..masks import Mask, Tile, tiles
 from ..partition import Span, rows_of, shards
+
+MOST_RUNS = 4  # of a shard that a team brings into the order of the sequence: each is a slice of every message
 
 
 @dataclass(frozen=True)
@@ -153,12 +155,17 @@ def _shape_of_teams(problem: Problem, inner: int, copies: int, halves: str, join
         replace(
             h,
             kv_heads=h.kv_heads * copies,
-            wire=h.wire or _lossless(problem, inner, needs),
+            wire=h.wire
+            or ("" if copies > 1 else _lossless(problem, inner, needs)),  # copies' gradients are summed last
             result=h.result or (h.dtype if inner == 1 else ""),
         ),
         needs,
         inner,
         joined,
+        *(
+            tuple(run for t in range(size) for run in _ordered(tuple(spans[t * inner : (t + 1) * inner]))[1])
+            for spans in ((problem.q_spans, problem.k_spans) if inner > 1 else ())
+        ),
     )
 
 
@@ -167,7 +174,7 @@ def _lossless(problem: Problem, inner: int, needs: Mapping[tuple[int, int], tupl
 
     A kernel rounds to the dtype of its inputs. Where each block is one kernel call, its results are that already.
     """
-    if ITEM_BYTES[problem.heads.dtype] >= ITEM_BYTES[problem.heads.partial] or inner > 1:
+    if ITEM_BYTES[problem.heads.dtype] >= ITEM_BYTES[problem.heads.partial]:
         return ""
     calls = (
         len(problem.tiles(i, j, inner, (n.q0, n.q1), (n.k0, n.k1))) for (i, j), found in needs.items() for n in found
@@ -199,7 +206,45 @@ def _needs(problem: Problem, inner: int, i: int, j: int, halves: str) -> tuple[N
 
 
 def _team(spans: Sequence[tuple[Span, ...]], team: int, inner: int) -> tuple[Span, ...]:
-    return tuple(span for member in spans[team * inner : (team + 1) * inner] for span in member)
+    """The spans of a team's rows, in the order in which it has them."""
+    return _ordered(tuple(spans[team * inner : (team + 1) * inner]))[0]
+
+
+@lru_cache(maxsize=1024)
+def _ordered(members: tuple[tuple[Span, ...], ...]) -> tuple[tuple[Span, ...], tuple[tuple[Run, ...], ...]]:
+    """The spans of ranks that exchange heads, and where the rows of each lie among them: in the order of the sequence,
+    where neighbouring spans become one, or, if a rank has many or its tokens are apart, one rank after the other."""
+    found = [
+        (span, rank, row)
+        for rank, mine in enumerate(members)
+        for span, row in zip(mine, _first_rows(mine))
+        if span.count
+    ]
+    sorts = all(len(m) <= MOST_RUNS and all(s.stride == 1 for s in m) for m in members) and len(members) > 1
+    spans, runs, at = list[Span](), [list[Run]() for _ in members], 0
+    for span, rank, row in sorted(found, key=lambda item: item[0].start) if sorts else found:
+        if sorts and spans and spans[-1].start + spans[-1].count == span.start:
+            spans[-1] = Span(spans[-1].start, spans[-1].count + span.count)
+        else:
+            spans.append(span)
+        runs[rank].append(Run(row, row + span.count, at))
+        at += span.count
+    return tuple(spans), tuple(tuple(_joined(sorted(mine, key=lambda run: run.start))) for mine in runs)
+
+
+def _first_rows(spans: Sequence[Span]) -> list[int]:
+    return [sum(span.count for span in spans[:at]) for at in range(len(spans))]
+
+
+def _joined(runs: Sequence[Run]) -> list[Run]:
+    """Runs that follow each other in the rank and in the team are one; empty ones are none."""
+    found = list[Run]()
+    for run in runs:
+        if found and (found[-1].stop, found[-1].end) == (run.start, run.at):
+            found[-1] = Run(found[-1].start, run.stop, found[-1].at)
+        elif run.stop > run.start:
+            found.append(run)
+    return found
 
 
 def _rows(spans: Sequence[Span], start: int, stop: int) -> tuple[Span, ...]:

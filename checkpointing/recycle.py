@@ -36,7 +36,8 @@ class Choice:
 
     def __str__(self) -> str:
         if self.on:
-            return f"shard files of expired ones are written over ({self.why}); until then they stay on the disk"
+            fill = "until then one set of them, as large as a save, stays on the disk"
+            return f"shard files of expired ones are written over by later saves ({self.why}); {fill}"
         return f"expired ones are removed ({self.why})"
 
 

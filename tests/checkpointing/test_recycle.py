@@ -202,7 +202,7 @@ def test_saves_go_round_in_the_same_files(tmp_path, leases):
             state = save(ckpt, job, step)
             inodes.append((tmp_path / "c" / f"step-{step:09d}" / SHARD).stat().st_ino)
         assert ckpt.folder.committed() == [4, 5]
-        assert "files of expired ones are written over (recycle=True)" in ckpt.explain()
+        assert "are written over by later saves (recycle=True); until then one set of them" in ckpt.explain()
         pooled = [path.name for path in (tmp_path / "c").iterdir() if ".tmp-" in path.name]
         assert len(pooled) == 1, "one folder of files to write over"
     if leases:

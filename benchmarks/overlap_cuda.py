@@ -86,7 +86,7 @@ class _Rank:
         plan = self.engine.plan(self.sizes, arm.subchunks, self.b.shape[1] if arm.columns else 0)
         if arm.replayed and not check:
             queue = partial(self._queue, plan, arm)
-            return self.engine.recorder.run(plan, (self.a, self.b), self.b.shape[1], queue, arm.lanes)
+            return self.engine.recorder.run(plan, (self.a, self.b), self.b.shape[1], queue)
         y = self.a.new_empty(self.a.shape[0], self.b.shape[1])
         out = self._queue(plan, arm, y)
         if check:

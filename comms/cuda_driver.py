@@ -20,7 +20,7 @@ from ..dist.errors import UndertowError
 
 Copy = tuple[int, int, int]  # target, source, bytes
 _GEQ, _RELAXED = 0, 2  # CU_STREAM_WAIT_VALUE_GEQ, CU_STREAM_CAPTURE_MODE_RELAXED
-_NON_BLOCKING, _NODE_PRIORITY = 1, 8  # CU_STREAM_NON_BLOCKING, CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 
 
 @cache
@@ -28,7 +28,7 @@ def _driver() -> Any:
     library = ctypes.CDLL("libcuda.so.1")
     for call in (library.cuStreamWaitValue32_v2, library.cuStreamWriteValue32_v2):
         call.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
-    library.cuStreamCreateWithPriority.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_uint, ctypes.c_int]
+    library.cuStreamCreate.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_uint]
     library.cuGraphInstantiateWithFlags.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_ulonglong]
     library.cuGraphLaunch.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     library.cuGraphExecDestroy.argtypes = [ctypes.c_void_p]
@@ -101,32 +101,22 @@ def copy_all(stream: Any, each: Sequence[Copy]) -> None:
     _check(code, "cuMemcpyBatchAsync")
 
 
-def new_stream(device: torch.device, priority: int = 0) -> torch.cuda.ExternalStream:
-    """A stream that nobody else has, unlike torch's, of which it hands out 32 again and again; lower priorities run
-    first. It lives as long as the process."""
+def new_stream(device: torch.device) -> torch.cuda.ExternalStream:
+    """A stream that nobody else has, unlike torch's, of which it hands out 32 again and again. It lives as long as the
+    process."""
     handle = ctypes.c_void_p()
     with torch.cuda.device(device):
-        code = _driver().cuStreamCreateWithPriority(ctypes.byref(handle), _NON_BLOCKING, priority)
-    _check(code, "cuStreamCreateWithPriority")
+        code = _driver().cuStreamCreate(ctypes.byref(handle), _NON_BLOCKING)
+    _check(code, "cuStreamCreate")
     return torch.cuda.ExternalStream(handle.value, device)
 
 
-def priorities(device: torch.device) -> tuple[int, int]:
-    """The least and the greatest priority of streams: a number, and a lower one."""
-    least, greatest = ctypes.c_int(), ctypes.c_int()
-    with torch.cuda.device(device):
-        code = _driver().cuCtxGetStreamPriorityRange(ctypes.byref(least), ctypes.byref(greatest))
-    _check(code, "cuCtxGetStreamPriorityRange")
-    return least.value, greatest.value
-
-
 class Launchable:
-    """A graph (its handle), made ready to be launched; every node goes by the priority of the stream that it was
-    captured on."""
+    """A graph (its handle), made ready to be launched."""
 
     def __init__(self, graph: int) -> None:
         handle = ctypes.c_void_p()
-        code = _driver().cuGraphInstantiateWithFlags(ctypes.byref(handle), graph, _NODE_PRIORITY)
+        code = _driver().cuGraphInstantiateWithFlags(ctypes.byref(handle), graph, 0)
         _check(code, "cuGraphInstantiateWithFlags")
         self.handle = handle.value or 0
         ending = weakref.finalize(self, _driver().cuGraphExecDestroy, self.handle)  # a launch on its way goes on

@@ -1,7 +1,7 @@
 """A reduce-scatter recorded once as a CUDA graph, and replayed when the same call comes again.
 
 To queue a piece takes the host some 60 µs, so where the GPU takes less, or has nothing else to do when the call begins,
-it waits for the host; to queue a whole graph takes a tenth of one piece. The graph holds the very calls that the engine
+it waits for the host; a whole graph is queued in the time of one piece. The graph holds the very calls that the engine
 queues (products, events as edges, copies, sums), so a replay gives the same bits. What it depends on is its key: plan,
 operands' addresses and strides, torch's settings for products, and the messenger's own memory. The product and the
 landings lie in a memory pool that all recordings of an engine share, as they run one after the other; what a caller
@@ -9,9 +9,9 @@ gets is a copy of the rows that the rank keeps. Nothing is recorded while somebo
 gets the calls themselves.
 
 Work is captured on streams that nobody else has: torch hands the streams of its pool out again, and with them cuBLAS's
-workspace, which a graph goes on using. Products follow each other on one stream (`lanes`): with two equal ones, pieces
-take processors from each other, and leave late. On more, they begin on the processors that the one before leaves: a
-piece waits for the one before the last, and goes behind the last one by its stream's priority, which graphs keep.
+workspace, which a graph goes on using. Products follow each other on one stream. On two, pieces take processors from
+each other and leave late; a graph's nodes follow each other closely enough without. Streams of falling priority were
+slower too.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ if TYPE_CHECKING:
     from .overlap_cuda import CudaOverlapEngine
 
 log = get_logger(__name__)
-Case = tuple[ChunkPlan, int, torch.dtype, int]  # the product's columns; on how many streams pieces are made
+Case = tuple[ChunkPlan, int, torch.dtype]  # the product's columns
 Queue = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]  # a call into (the product, the result or None)
-EQUAL = 2  # streams of products that are equally urgent; where there are more, the first one is the most urgent
 
 
 class Recording(NamedTuple):
@@ -56,13 +55,13 @@ class Recorder:
         self,
         engine: CudaOverlapEngine,
         *,
-        record: Callable[[Callable[[], Any], int], tuple[Callable[[int], None], Any]] | None = None,
+        record: Callable[[Callable[[], Any]], tuple[Callable[[int], None], Any]] | None = None,
     ) -> None:
         self.engine, self.replays = engine, Replays[Recording]()
         self._record = record or self._capture
         self.recording = False  # a capture is this one's own
         self._outs: WeakValueDictionary[Hashable, torch.Tensor] = WeakValueDictionary()
-        self._streams: list[Any] = []  # of a capture: its own, then those of the products
+        self._streams: list[Any] = []  # of a capture: its own, then that of the products
         self._pool: Any = None
         self._done: Any = None  # the last replay, whose memory the next one uses
         self._last: int | None = None  # the handle of the stream that it was on
@@ -73,12 +72,10 @@ class Recorder:
             return self.replays.off
         return "" if self.engine.messenger.memory() is not None else "its messages cannot be recorded"
 
-    def run(
-        self, plan: ChunkPlan, operands: Sequence[torch.Tensor], columns: int, queue: Queue, lanes: int = 1
-    ) -> torch.Tensor:
+    def run(self, plan: ChunkPlan, operands: Sequence[torch.Tensor], columns: int, queue: Queue) -> torch.Tensor:
         """This rank's rows of the sum, [own rows, columns]: by a replay, or by `queue(y, None)`, which must make the
         product of `operands` and of nothing else. Collective, but ranks need not agree which of them replay."""
-        case = plan, columns, operands[0].dtype, lanes
+        case = plan, columns, operands[0].dtype
         if not self.able() and self.replays.looks(case) and not self.engine.capturing():
             key, addresses = self._key(case, operands)
             found = self.replays.find(case, key)
@@ -94,11 +91,9 @@ class Recorder:
         """Remember where they lie, for a call that is made in another way."""
         self.replays.see(tuple(map(_place, operands)))
 
-    def prepare(
-        self, plan: ChunkPlan, operands: Sequence[torch.Tensor], columns: int, queue: Queue, lanes: int = 1
-    ) -> None:
+    def prepare(self, plan: ChunkPlan, operands: Sequence[torch.Tensor], columns: int, queue: Queue) -> None:
         """Record now what `run` would record at this call. Nothing is sent."""
-        case = plan, columns, operands[0].dtype, lanes
+        case = plan, columns, operands[0].dtype
         if self.able() or self.engine.capturing():
             return
         key, addresses = self._key(case, operands)
@@ -109,6 +104,8 @@ class Recorder:
         """Drop all recordings."""
         self.replays.stop("closed")
         if self._streams:
+            if self._done is not None:
+                self._done.synchronize()
             _spare[self.engine.device].append(self._streams)  # cuBLAS keeps a workspace for each of them
         self._streams, self._pool = [], None
 
@@ -117,21 +114,21 @@ class Recorder:
         return (case, self.engine.messenger.memory(), settings(), addresses), addresses
 
     def _wanted(self, case: Case, key: Hashable, seen: bool) -> bool:
-        return self.replays.wants(case, key, seen, _nbytes(*case[:3]))
+        return self.replays.wants(case, key, seen, _nbytes(*case), _shared(*case))
 
     def _new(self, plan: ChunkPlan, case: Case, key: Hashable, like: torch.Tensor, queue: Queue) -> Recording | None:
         """None where it failed; nothing is recorded any more then."""
-        out = self._outs.get(case)
+        out = self._outs.get(_shared(*case))
         if out is None:
-            out = self._outs[case] = like.new_empty(plan.own[1] - plan.own[0], case[1])
+            out = self._outs[_shared(*case)] = like.new_empty(plan.own[1] - plan.own[0], case[1])
         try:
-            replay, graph = self._record(lambda: queue(like.new_empty(plan.rows, case[1]), out), case[3])
+            replay, graph = self._record(lambda: queue(like.new_empty(plan.rows, case[1]), out))
         except (RuntimeError, UndertowError) as error:
             log.warning("overlapped products are queued piece by piece, because recording failed: %s", error)
             self.replays.stop(f"recording failed ({str(error).splitlines()[0]})")
             return None
         found = Recording(replay, graph, out)
-        self.replays.keep(case, key, found, _nbytes(*case[:3]))
+        self.replays.keep(case, key, found, _nbytes(*case), _shared(*case))
         return found
 
     def _replay(self, found: Recording) -> torch.Tensor:
@@ -146,18 +143,15 @@ class Recorder:
         self.engine.watched(current)
         return out
 
-    def _capture(self, queue: Callable[[], Any], lanes: int) -> tuple[Callable[[int], None], Any]:
+    def _capture(self, queue: Callable[[], Any]) -> tuple[Callable[[int], None], Any]:
         """By a CUDA graph. Nothing runs."""
         engine, device = self.engine, self.engine.device
         if not self._streams:
             spare = _spare.setdefault(device, [])
-            self._streams = spare.pop() if spare else _ranked_streams(device)
+            self._streams = spare.pop() if spare else [cuda_driver.new_stream(device) for _ in range(2)]
             self._pool = torch.cuda.graph_pool_handle()
         graph, current = torch.cuda.CUDAGraph(keep_graph=True), torch.cuda.current_stream(device)
-        before_this = engine.streams, engine.staggered
-        engine.staggered = lanes > EQUAL
-        engine.streams = self._streams[1:-1] if engine.staggered else self._streams[-lanes:]
-        self.recording = True
+        products, engine.streams, self.recording = engine.streams, self._streams[1:], True
         end = engine.messenger.recording()
         try:
             with _no_collection():
@@ -171,7 +165,7 @@ class Recorder:
             raise
         finally:
             torch.cuda.set_stream(current)
-            (engine.streams, engine.staggered), self.recording = before_this, False
+            engine.streams, self.recording = products, False
 
         def replay(stream: int) -> None:
             before()
@@ -181,12 +175,6 @@ class Recorder:
 
 
 _spare: dict[torch.device, list[list[Any]]] = {}  # streams of recorders that are closed
-
-
-def _ranked_streams(device: torch.device) -> list[Any]:
-    """A capture's own, then those of the products, the most urgent first, of which the last two are equal."""
-    _, greatest = cuda_driver.priorities(device)
-    return [cuda_driver.new_stream(device, priority) for priority in (greatest, *range(greatest, 0), 0, 0)]
 
 
 def _captured(graph: Any, queue: Callable[[], Any], pool: Any) -> None:
@@ -225,6 +213,11 @@ def _nbytes(plan: ChunkPlan, columns: int, dtype: torch.dtype) -> int:
     """Of the product, the landings and the result."""
     own = plan.own[1] - plan.own[0]
     return (plan.rows + plan.world * own) * columns * dtype.itemsize
+
+
+def _shared(plan: ChunkPlan, columns: int, dtype: torch.dtype) -> Hashable:
+    """Plans of the same product share its memory."""
+    return plan.sizes, columns, dtype
 
 
 @contextmanager

@@ -8,8 +8,9 @@ is the bookkeeping only: it knows no tensor, stream or device (`cuda_recorder` d
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Generic, TypeVar
 
 KEPT = 64  # recordings of an engine; a model has one for each of its layers
@@ -25,7 +26,8 @@ T = TypeVar("T")
 class Case:
     """Calls that differ in their addresses only."""
 
-    nbytes: int = 0  # of the memory that its recordings share
+    nbytes: int = 0  # of the memory that its recordings share, with those of all cases that say the same `memory`
+    memory: Hashable = None
     ready: bool = False  # has run once: what is made at the first call is there
     strange: int = 0  # calls in a row whose addresses were new
     skip: int = 0  # calls that are not looked at
@@ -94,8 +96,8 @@ class Replays(Generic[T]):
             del self._seen[next(iter(self._seen))]
         return before
 
-    def wants(self, case: Hashable, key: Hashable, seen: bool, nbytes: int) -> bool:
-        """Whether a call of `key` should be recorded, whose memory, shared by all of its case, is `nbytes`."""
+    def wants(self, case: Hashable, key: Hashable, seen: bool, nbytes: int, memory: Hashable = None) -> bool:
+        """Whether a call of `key` should be recorded, with `nbytes` of what those of the same `memory` share."""
         state = self.case(case)
         if not seen:
             state.strange += 1
@@ -105,13 +107,19 @@ class Replays(Generic[T]):
         state.strange = 0
         if self.off or not state.ready or state.wasted >= WASTED or key in self._recordings:
             return False
-        others = sum(other.nbytes for other in self.cases.values() if other is not state)
-        return others + max(state.nbytes, nbytes) <= self.most_bytes
+        return self.nbytes({memory: nbytes}) <= self.most_bytes
 
-    def keep(self, case: Hashable, key: Hashable, what: T, nbytes: int) -> None:
+    def nbytes(self, more: Mapping[Hashable, int] = MappingProxyType({})) -> int:
+        """Of the memory that recordings hold, and `more`, each memory once."""
+        held = dict(more)
+        for case in self.cases.values():
+            held[case.memory] = max(case.nbytes, held.get(case.memory, 0))
+        return sum(held.values())
+
+    def keep(self, case: Hashable, key: Hashable, what: T, nbytes: int, memory: Hashable = None) -> None:
         """A new recording; the one that was used longest ago goes where there are too many."""
         state = self.case(case)
-        state.nbytes = max(state.nbytes, nbytes)
+        state.nbytes, state.memory = max(state.nbytes, nbytes), memory
         self._recordings[key] = Kept(case, what)
         if len(self._recordings) > self.kept:
             oldest = self._recordings.pop(next(iter(self._recordings)))
@@ -136,5 +144,4 @@ class Replays(Generic[T]):
             return f"replay: off, {self.off}"
         if not calls:
             return ""
-        nbytes = sum(case.nbytes for case in self.cases.values())
-        return f"replay: {replayed} of {calls} calls by {len(self)} recordings, {nbytes / 2**20:.0f} MiB"
+        return f"replay: {replayed} of {calls} calls by {len(self)} recordings, {self.nbytes() / 2**20:.0f} MiB"

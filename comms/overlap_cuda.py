@@ -62,7 +62,6 @@ class CudaOverlapEngine:
         self.messenger = messenger or NcclMessenger(group, device, END * timeout_s)
         self.rank, self.world, self.device = self.messenger.rank, self.messenger.world, device
         self.streams, self.sums = [torch.cuda.Stream(device) for _ in range(2)], torch.cuda.Stream(device, priority=-1)
-        self.staggered = False  # a piece waits for the one before the last, and goes behind the last one
         self._watch = Watch(
             timeout_s,
             end_s=None if self.messenger.capturable else END * timeout_s,
@@ -71,7 +70,6 @@ class CudaOverlapEngine:
         self._events = Events(torch.cuda.Event)
         self._plans: dict[tuple[tuple[int, ...], int, int], ChunkPlan] = {}
         self._counts, self.add = Counts(device), add
-        self._made: tuple[Any, ...] = ()  # the events of the last two pieces
         self.recorder = Recorder(self)
 
     def plan(self, sizes: tuple[int, ...], subchunks: int = 1, columns: int = 0) -> ChunkPlan:
@@ -266,17 +264,11 @@ class CudaOverlapEngine:
         try:
             if at < len(self.streams):  # what is queued later is behind it too
                 start.wait(stream)
-            if self.staggered and at > 1:  # the last one for the most urgent stream, whose turn it is again
-                self._made[-1 if at % len(self.streams) == 0 else -2].wait(stream)
-            elif self.staggered and at == 1:
-                torch.cuda._sleep(1)  # so that the first piece is the first to be launched
             if needed is not None:
                 needed.wait(stream)
             for block in blocks:
                 fill(block)
-            made = run.call.event(stream)
-            self._made = (*self._made[-1:], made)
-            return made
+            return run.call.event(stream)
         finally:
             torch.cuda.set_stream(run.current)
 

@@ -33,8 +33,7 @@ class Arm:
 
     `tracked`: one kernel that counts its tiles (`kernels.tracked_matmul`), instead of a product for each piece.
     `columns`: the pieces are columns, each with rows for every rank, instead of rows (`chunk_plan`). `replayed`: as a
-    CUDA graph where the operands lie where they did before (`cuda_recorder`), else piece by piece; `lanes`: on how many
-    streams the graph makes them.
+    CUDA graph where the operands lie where they did before (`cuda_recorder`), else piece by piece.
     """
 
     name: str
@@ -43,7 +42,6 @@ class Arm:
     tracked: bool = False
     columns: bool = False
     replayed: bool = False
-    lanes: int = 1
 
 
 SEQUENTIAL = Arm("sequential", 1, False)
@@ -54,10 +52,7 @@ TRACKED_ARMS = tuple(Arm(f"tracked, {n} pieces", n, True, True) for n in (2, 4, 
 REPLAYED_ARMS = (
     Arm("replayed, 1 piece", 1, True, replayed=True),
     Arm("replayed, 2 pieces", 2, True, replayed=True),
-    Arm("replayed on two streams, 2 pieces", 2, True, replayed=True, lanes=2),
     Arm("replayed columns, 4 pieces", 4, True, columns=True, replayed=True),
-    Arm("staggered, 1 piece", 1, True, replayed=True, lanes=6),
-    Arm("staggered, 2 pieces", 2, True, replayed=True, lanes=6),
 )
 CUDA_ARMS = (SEQUENTIAL, *ROW_ARMS, *COLUMN_ARMS, *TRACKED_ARMS, *REPLAYED_ARMS)
 

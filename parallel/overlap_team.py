@@ -154,7 +154,7 @@ class Team:
 
         def call(plan: ChunkPlan, arm: Arm) -> Tensor:
             if arm.replayed and case[0] == SCATTER and self._recorder is not None:
-                return self._recorder.run(plan, (a, b), n, lambda y, out: queue(plan, y, out=out), arm.lanes)
+                return self._recorder.run(plan, (a, b), n, lambda y, out: queue(plan, y, out=out))
             y = a.new_empty(a.shape[0], n)
             more = {"tracked": tracked_product(a, b, y)} if arm.tracked else {}
             return queue(plan, y, overlap=arm.overlap, **more)
@@ -163,7 +163,7 @@ class Team:
             if self._recorder is None or case[0] != SCATTER:
                 return
             if arm.replayed:
-                self._recorder.prepare(plan, (a, b), n, lambda y, out: queue(plan, y, out=out), arm.lanes)
+                self._recorder.prepare(plan, (a, b), n, lambda y, out: queue(plan, y, out=out))
             else:
                 self._recorder.see((a, b))
 

@@ -16,14 +16,15 @@ from undertow.comms.spans import Memory
 from undertow.parallel.overlap_gate import REPLAYED_ARMS
 
 
-def call(replays: Replays[str], key: Any, case: Any = "case", nbytes: int = 1) -> str:
+def call(replays: Replays[str], key: Any, case: Any = "case", nbytes: int = 1, memory: Any = None) -> str:
     """What a call does: 'eager', 'unseen', 'recorded' or 'replayed'."""
     if not replays.looks(case):
         return "eager"
     if replays.find(case, key) is not None:
         return "replayed"
-    if replays.wants(case, key, replays.see(key), nbytes):
-        replays.keep(case, key, "a recording", nbytes)
+    memory = case if memory is None else memory
+    if replays.wants(case, key, replays.see(key), nbytes, memory):
+        replays.keep(case, key, "a recording", nbytes, memory)
         return "recorded"
     replays.case(case).ready = True
     return "unseen"
@@ -81,7 +82,9 @@ def test_memory_is_capped_over_cases_and_given_back():
     assert [call(replays, 2, "large", 6) for _ in range(3)] == ["unseen"] * 3
     for key in (3, 4):  # of the same case: they share its memory
         assert [call(replays, key, "small", 6) for _ in range(2)] == ["unseen", "recorded"]
-    assert "6 MiB" not in replays.explain() and replays.case("small").nbytes == 6
+    assert replays.nbytes() == 6
+    assert [call(replays, (7, of), of, 6, "small") for of in ("way", "way")] == ["unseen", "recorded"]
+    assert replays.nbytes() == 6  # another way to make the same product
     assert [call(replays, 5, "little", 4) for _ in range(2)] == ["unseen", "recorded"]
     assert [call(replays, 6, "little", 4) for _ in range(2)] == ["unseen", "recorded"]
     assert replays.case("small").nbytes == 0  # the last of its recordings has gone
@@ -125,7 +128,7 @@ class _Engine:
 
 
 class _Plan:
-    rows, own, world = 3, (1, 3), 2
+    rows, own, world, sizes = 3, (1, 3), 2, (1, 2)
 
 
 def _recorder(monkeypatch: pytest.MonkeyPatch, engine: Any, record: Any = None) -> Recorder:
@@ -136,7 +139,7 @@ def _recorder(monkeypatch: pytest.MonkeyPatch, engine: Any, record: Any = None) 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: None)
     monkeypatch.setattr("undertow.comms.cuda_recorder._current", lambda _: 1)
-    return Recorder(engine, record=record or (lambda queue, lanes: (lambda _: queue(), None)))
+    return Recorder(engine, record=record or (lambda queue: (lambda _: queue(), None)))
 
 
 def _doubled(recorder: Recorder, a: torch.Tensor, done: list[str]) -> torch.Tensor:
@@ -198,7 +201,7 @@ def test_calls_are_queued_as_ever_while_somebody_else_captures(monkeypatch):
 def test_what_cannot_be_recorded_is_queued_as_ever(monkeypatch):
     engine, done = _Engine(), list[str]()
 
-    def broken(queue: Any, lanes: int) -> Any:
+    def broken(queue: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     recorder, a = _recorder(monkeypatch, engine, broken), torch.ones(3, 4)

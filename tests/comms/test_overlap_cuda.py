@@ -255,7 +255,7 @@ class _Log:
         else:
             log.steps.append([step, *arguments])
 
-    def record(self, queue: Any, lanes: int) -> Any:
+    def record(self, queue: Any) -> Any:
         end, self.steps, _Log.mine.log = self.messenger.recording(), [], self
         try:
             queue()
@@ -526,7 +526,7 @@ def test_the_benchmark_of_one_gpu_is_right(rows, seed):
         patch.setattr(torch.cuda, "synchronize", lambda: None)
         messenger = PinnedMessenger(0, overlap_cuda.WORLD, here, theirs, copies=_all_copied, pinned=False)
         engine = CudaOverlapEngine(device=here, messenger=messenger)
-        engine.recorder._record = lambda queue, lanes: (lambda _: queue(), None)  # what is replayed is queued
+        engine.recorder._record = lambda queue: (lambda _: queue(), None)  # what is replayed is queued
         rank = overlap_cuda._Rank(a, b, theirs, engine, messenger, sizes)
         for arm in CUDA_ARMS:
             if not arm.tracked:  # no Triton here

@@ -267,7 +267,9 @@ def backward_planned(
             wide = dout_BHLE.to(own_lse.dtype)
             dlse = share * (wide * (own.to(wide.dtype) - out_BHLE.to(wide.dtype))).sum(-1)
             down = (wide * share.unsqueeze(-1)).to(own.dtype)
-        return torch.autograd.grad((own, own_lse), leaves, (down, dlse.masked_fill(empty, 0)))
+        # On this thread: torch's thread for the device may be the one that waits for this.
+        with torch.autograd.set_multithreading_enabled(False):
+            return torch.autograd.grad((own, own_lse), leaves, (down, dlse.masked_fill(empty, 0)))
 
     dq, dk, dv = _apart(work, q_BHLD, k_BGLD, "backward")
     return dq, dk, dv

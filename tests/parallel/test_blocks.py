@@ -298,6 +298,38 @@ def test_one_program_serves_all_blocks_of_a_kind(seed, flex_on_cpu):
     assert total.startswith("flex: 4 programs compiled in this process, ")
 
 
+def test_flex_asks_no_other_thread_for_gradients(seed, flex_on_cpu, monkeypatch):
+    """On CUDA torch runs a backward on a thread of the device: the one that waits in the operator's own backward."""
+    flex_on_cpu()
+    seen, plain = [], torch.autograd.grad
+
+    def grad(*args, **how):
+        seen.append(torch.autograd.is_multithreading_enabled())
+        return plain(*args, **how)
+
+    q, k, v, dout = draw((1, 4, 2, 300, 300, 16, 16), torch.float64, "cpu")
+    how = {"scale": 0.3, "causal": True, "window": 40}
+    out, lse = flex.forward(q, k, v, **how)
+    flex.backward(dout, q, k, v, out, lse, **how)  # compiles, which asks for gradients too
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    flex.backward(dout, q, k, v, out, lse, **how)
+    assert seen == [False] and torch.autograd.is_multithreading_enabled()
+
+
+@pytest.mark.gpu
+@NO_GPU
+def test_flex_within_a_backward(seed):
+    """`loss.backward()` calls the operator's backward on torch's thread for the device."""
+    from undertow.parallel import token_ring_attention
+
+    q, k, v = (torch.randn(1, 600, h, 64, device="cuda").bfloat16().requires_grad_() for h in (4, 2, 2))
+    how = {"causal": True, "window": 50}
+    wanted = torch.autograd.grad(token_ring_attention(q, k, v, **how, kernel="tiled").float().sum(), (q, k, v))
+    token_ring_attention(q, k, v, **how, kernel="flex").float().sum().backward()
+    for x, want in zip((q, k, v), wanted):
+        assert x.grad is not None and relative(x.grad, want) < TOLERANCE[torch.bfloat16]
+
+
 @pytest.mark.gpu
 @NO_GPU
 @pytest.mark.parametrize("name", ["flash2", "cudnn"])

@@ -39,7 +39,7 @@ from .plan import SavePlan, make_plan, signature
 from .save import Save
 from .snapshot import Snapshot
 from .staging import Staging
-from .state import Leaf, local_tensor
+from .state import Leaf, local_tensor, refuse_odd
 
 TIMEOUT_S = 300.0
 
@@ -122,6 +122,7 @@ class _Engine:
         self.committer.reports()  # each future has its own; nobody else asks for them
         _refuse(folder.path)
         leaves = _leaves(state_dict)
+        refuse_odd(leaves)
         self._fit(attempt, leaves)
         assert self._arena is not None
         plan, arena = self.plan, self._arena

@@ -23,7 +23,7 @@ from .sample import Sampler
 from .snapshot import Seal
 from .spread import own_part
 from .staging import Staging
-from .state import AppState, Leaf, local_tensor
+from .state import AppState, Leaf, local_tensor, refuse_odd
 from .watch import Watch
 
 PARTS = 8  # of the lazy tensors at most, fenced one after the other as optimizers and their groups come to them
@@ -63,6 +63,7 @@ class LiveState:
         self._names = self.state.parameter_names()
         held, fresh = self.state.held_leaves(self._names), self.state.fresh_leaves(self._names)
         leaves = [*held, *fresh]
+        refuse_odd(leaves)
         key = signature(leaves)
         if key != self._plan_key:
             before_planning()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,6 +153,24 @@ class AppState:
                 for parameter in group["params"]:
                     order.setdefault(id(parameter), len(order))
         return order
+
+
+def refuse_odd(leaves: Sequence[Leaf]) -> None:
+    """`UserError` with the name of a tensor that is not plain memory: nothing here could copy or hash its bytes."""
+    for leaf in leaves:
+        value, kind = leaf.value, ""
+        if not isinstance(value, torch.Tensor):
+            continue
+        if value.device.type == "meta":
+            kind = "on the meta device"
+        elif value.layout != torch.strided or value.is_quantized:
+            kind = "quantized" if value.is_quantized else str(value.layout).removeprefix("torch.")
+        if kind:
+            raise UserError(
+                f"'{leaf.key}' is {kind}",
+                expected="dense tensors that have memory",
+                remedy="materialise or convert it, or register the buffer with persistent=False",
+            )
 
 
 def _module_leaves(label: str, module: nn.Module, order: Mapping[int, int]) -> Iterator[Leaf]:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from ckpt_job import Job, same
 
-from undertow.checkpointing import Checkpointer
+from undertow.checkpointing import Checkpointer, async_save
 from undertow.dist.errors import UserError
 
 
@@ -389,3 +389,24 @@ def test_a_lazy_module_without_shapes_is_named_and_works_after_a_call(tmp_path, 
         ckpt.step(1)
         assert ckpt.wait()[-1].ok
         assert ckpt.restore() == 1
+
+
+ODD = {
+    "sparse_coo": lambda: torch.eye(3).to_sparse(),
+    "sparse_csr": lambda: torch.eye(3).to_sparse_csr(),
+    "on the meta device": lambda: torch.empty(3, device="meta"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("kind", ODD)
+def test_a_tensor_that_is_not_plain_memory_is_named(tmp_path, kind):
+    model = nn.Linear(2, 2)
+    model.register_buffer("odd", ODD[kind]())
+    with Checkpointer(tmp_path / "a", model=model, every=1) as ckpt:
+        with pytest.raises(UserError, match=f"'model.odd' is {kind}; expected dense tensors"):
+            ckpt.step(0)
+        model.odd = torch.ones(3)
+        assert ckpt.step(1) and ckpt.wait()[-1].ok
+    with pytest.raises(UserError, match=f"'x' is {kind}"):
+        async_save({"x": ODD[kind]()}, checkpoint_id=tmp_path / "b")

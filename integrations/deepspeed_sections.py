@@ -9,7 +9,10 @@ from typing import Any
 from ..checkpointing.deepspeed_config import KNOWN, SECTION, near
 from ..dist.errors import UserError
 from ..dist.units import parse_bytes
+from ..parallel.partition import LAYOUTS
+from ..parallel.token_ring.problem import SCHEDULES
 
+WAYS = ("auto", "predicted", *SCHEDULES)
 KNOWN |= {
     "stream": "streamed backpropagation",
     "context_parallel": "TokenRing attention of transformers models, each sequence on several ranks",
@@ -70,6 +73,9 @@ def context_section(raw: Any) -> ContextSection | None:
         raise UserError(
             f"'{name}' is {raw!r}", expected="the number of ranks that share a sequence, or an object with 'ranks'"
         )
+    for key, known in (("layout", LAYOUTS), ("schedule", WAYS), ("backward_schedule", WAYS)):
+        if options.get(key, known[0]) not in known:
+            raise UserError(f"'{name}.{key}' is {options[key]!r}", expected=f"one of {', '.join(known)}")
     return ContextSection(**options) if ranks > 1 else None
 
 

@@ -26,6 +26,7 @@ from ..dist import launch
 from ..dist.errors import UserError
 from ..dist.log import get_logger, warn_once
 from ..parallel.stream import disable, enable
+from ..parallel.stream.api import check_names
 
 try:
     from lightning.pytorch import Callback
@@ -102,6 +103,7 @@ class Stream(Callback):
     transformers model or one of our protocol ('' is the module itself); `options` are those of `enable`."""
 
     def __init__(self, name: str = "model", **options: Any) -> None:
+        check_names(options)
         self.name, self.options = name, options
         self.engine: Any = None
 

@@ -9,7 +9,9 @@ equally.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from numbers import Integral, Real
 
 import psutil
@@ -141,6 +143,19 @@ def enable(
     engine.enable()
     model.__dict__[_ENGINE] = engine
     return engine
+
+
+def check_names(options: Mapping[str, object]) -> None:
+    """For whoever keeps options until training begins: a name that `enable` does not take is refused at once."""
+    known = [name for name in inspect.signature(enable).parameters if name != "model"]
+    for name in options:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            raise UserError(
+                f"streaming has no option '{name}'",
+                expected=f"some of {', '.join(known)}",
+                remedy=f"write {near[0]}" if near else "",
+            )
 
 
 def disable(model: nn.Module) -> None:

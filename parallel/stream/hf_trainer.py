@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .api import disable, enable
+from .api import check_names, disable, enable
 from .engine import Engine
 
 
@@ -19,6 +19,7 @@ class StreamCallback(TrainerCallback):
     """`options` are those of `enable`. `engine` holds the plan and the report while training runs."""
 
     def __init__(self, **options: Any) -> None:
+        check_names(options)
         self.options = options
         self.engine: Engine | None = None
 

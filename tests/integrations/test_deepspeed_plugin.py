@@ -44,6 +44,14 @@ WRONG = {
     "type": ({"stream": 3}, "true, false or an object"),
     "overlap": ({"overlap": True}, "ZeRO partitions and gathers weights by itself"),
     "ranks": ({"context_parallel": True}, "the number of ranks that share a sequence"),
+    "a layout": (
+        {"context_parallel": {"ranks": 2, "layout": "zig"}},
+        "layout' is 'zig'; expected one of contiguous, zigzag",
+    ),
+    "a schedule": (
+        {"context_parallel": {"ranks": 2, "backward_schedule": "x"}},
+        "expected one of auto, predicted, ring_kv",
+    ),
     "context": ({"context_parallel": {"rank": 2}}, "write 'ranks'"),
 }
 

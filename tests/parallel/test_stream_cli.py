@@ -85,6 +85,8 @@ def test_trainer_callback_gives_the_same_training(family, tmp_path):
         Trainer(model, arguments, train_dataset=data, callbacks=callbacks).train()
         return model
 
+    with pytest.raises(UserError, match="streaming has no option 'chnk'.*write chunk"):
+        StreamCallback(chnk=7)
     callback = StreamCallback(chunk=7)
     plain, streamed = train([]), train([callback])
     assert callback.engine is not None and set(callback.engine.report().values()) == {"streamed"}

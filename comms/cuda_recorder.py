@@ -123,7 +123,7 @@ class Recorder:
             out = self._outs[_shared(*case)] = like.new_empty(plan.own[1] - plan.own[0], case[1])
         try:
             replay, graph = self._record(lambda: queue(like.new_empty(plan.rows, case[1]), out))
-        except (RuntimeError, UndertowError) as error:
+        except (RuntimeError, TypeError, UndertowError) as error:  # by type: torch before 2.8, which keeps no graph
             log.warning("overlapped products are queued piece by piece, because recording failed: %s", error)
             self.replays.stop(f"recording failed ({str(error).splitlines()[0]})")
             return None

@@ -278,6 +278,7 @@ def save_on_ranks(rank: int, world: int, base: str) -> list[int]:
         for step in range(4):
             save(ckpt, job, step)
             inodes.append((Path(base) / f"step-{step:09d}" / f"__{rank}_0.distcp").stat().st_ino)
+            torch.distributed.barrier()  # rank 0 comes when it has filled the pool
     return inodes
 
 

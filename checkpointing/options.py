@@ -55,6 +55,10 @@ def _each(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, Sequence) and not isinstance(value, str) and all(map(fits, value))
 
 
+def _positive(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and float(value) > 0
+
+
 FREE = ("rng", "trace", "ops", "recycle")  # options that nothing is asked of
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "every": (_whole(0, kind=Frequency), "every ≥ 0 steps, or a Frequency(…)"),
@@ -68,7 +72,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "arena_bytes": (_whole(1, none=True), "None or a number of bytes ≥ 1"),
     "chunk_bytes": (_whole(1), "a number of bytes ≥ 1"),
     "writers": (_whole(1), "writers ≥ 1 threads"),
-    "timeout_s": (lambda value: isinstance(value, Real) and not isinstance(value, bool) and value > 0, "seconds > 0"),
+    "timeout_s": (_positive, "seconds > 0"),
     "preemption": (_kind(Preemption), "None or a Preemption()"),
     "allow_types": (_each(lambda each: isinstance(each, type)), "a list of classes"),
     "observers": (_each(callable), "a list of functions of (report, arena bytes)"),
@@ -93,7 +97,9 @@ def metrics_of(metrics: Mapping[str, Any] | None) -> dict[str, float]:
     found = {}
     for name, value in (metrics or {}).items():
         try:
-            found[str(name)] = float(None if isinstance(value, str) else value)
+            if isinstance(value, str):
+                raise TypeError("a text")
+            found[str(name)] = float(value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"metrics[{name!r}]={value!r}", expected="a number") from error
     return found

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.tensor import DTensor
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from ..dist.errors import UserError
 from .spread import own_part, refuse_unknown
@@ -179,7 +179,7 @@ def _module_leaves(label: str, module: nn.Module, order: Mapping[int, int]) -> I
     for name, value in module.state_dict().items():
         name = plain_name(name)
         parameter = parameters.get(name)
-        if isinstance(value, UninitializedTensorMixin):  # state_dict hands these out as they are
+        if is_lazy(value):  # state_dict hands these out as they are
             raise UserError(
                 f"{label}.{name} belongs to a lazy module and has no shape yet",
                 remedy="call the model once with a batch before the first restore() or step()",

@@ -5,11 +5,11 @@
     python benchmarks/attention_blocks.py --device cpu --lengths 2048 --ranks 2,4 --heads 4:2 --seconds 20
 
 The operations are taken out of the schedules themselves, with the shapes, tiles and memory layout that an executor
-gives them, so nothing is timed that would not run. Each distinct operation is timed once (device events, queued ahead, all
-backends interleaved, the median), and a rank's time is the sum over its program. Then, for the shortest length and the most
-ranks, what a merge and the attention beside it cost each other (`attention_beside`). Nothing is sent: what is modelled
-elsewhere from these figures says so. With ``--flex`` FlexAttention is timed too (compiled first, which takes a while),
-blocks of several tiles in one call; that is what kernel='auto+flex' sees. Cells are run from short to long until
+gives them, so nothing is timed that would not run. Each distinct operation is timed once (device events, queued ahead,
+all backends interleaved, the median), and a rank's time is the sum over its program. Then, for the shortest length and
+the most ranks, what a merge and the attention beside it cost each other (`attention_beside`). Nothing is sent: what is
+modelled elsewhere from these figures says so. With ``--flex`` FlexAttention is timed too (compiled first), blocks of
+several tiles in one call; that is what kernel='auto+flex' sees. Cells are run from short to long until
 `--seconds` is used up; tables come last.
 """
 

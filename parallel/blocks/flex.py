@@ -189,11 +189,11 @@ def report() -> list[str]:
 def _attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
     if plan.ready is not None:
         plan.ready.wait(torch.cuda.current_stream(q.device))
-    wide = [_filled(x) for x in (q, k, v)]
-    for x in wide:
+    wide_q, wide_k, wide_v = map(_filled, (q, k, v))
+    for x in (wide_q, wide_k, wide_v):
         torch._dynamo.maybe_mark_dynamic(x, 2)
     with torch._dynamo.config.patch(recompile_limit=KINDS):
-        out, aux = programs().call(*wide, plan.seen, plan.lists, scale)
+        out, aux = programs().call(wide_q, wide_k, wide_v, plan.seen, plan.lists, scale)
     return out[:, :, : q.shape[2], : v.shape[3]], aux.lse[:, :, : q.shape[2]].to(lse_dtype(q.dtype))
 
 

@@ -267,7 +267,7 @@ def _rows_first(x: Tensor) -> Tensor:
 @torch.library.custom_op("undertow::token_ring_attention", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, asked: int) -> tuple[Tensor, Tensor, Tensor]:
     with torch.inference_mode(False):  # lanes are threads, which write to what is allocated here
-        number = _prepare(_asked[asked], *(tuple(x.shape) for x in (q, k, v)), q.dtype, q.device)
+        number = _prepare(_asked[asked], tuple(q.shape), tuple(k.shape), tuple(v.shape), q.dtype, q.device)
         found = _run(_calls[number], False, {"q": _rows_first(q), "k": _rows_first(k), "v": _rows_first(v)})
         out, lse = (found[name].transpose(0, 1).contiguous() for name in ("out", "lse"))
     return out.to(q.dtype), lse, torch.tensor(number, dtype=torch.int64, device="cpu")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from undertow.checkpointing import Checkpointer, live
+from undertow.checkpointing import Checkpointer, host_tier, live
 from undertow.checkpointing.copies import HostCopier
 from undertow.checkpointing.folder import read_manifest
 from undertow.checkpointing.reader import Reader
@@ -56,7 +56,8 @@ class Queue(HostCopier):
 
 
 @pytest.fixture
-def queue(monkeypatch):
+def queue(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(host_tier, "SHARED_MEMORY", tmp_path_factory.mktemp("memory"))  # which nobody clears
     one = Queue()
     monkeypatch.setattr(live, "copier_for", lambda tensors: one)
     return one

@@ -98,7 +98,8 @@ class Progress:
             self._rich = None
         elif not self._patient or self._printed_s > self._started_s:
             took = format_seconds(time.monotonic() - self._started_s)
-            self._print(f"{self.line(eta=False)}  {'stopped' if kind else 'done'} after {took}")
+            ended = "stopped" if kind or (self.total is not None and self.done < self.total) else "done"
+            self._print(f"{self.line(eta=False)}  {ended} after {took}")
 
     def rate(self) -> float:
         """Units per second over the last minute; 0 before anything is known."""

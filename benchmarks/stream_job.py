@@ -110,7 +110,7 @@ class Job:
         if name not in self._engines:
             self._engines[name] = enable(
                 self.model,
-                budget_bytes=self.budget if name == WITHIN else None,
+                budget_bytes=max(0, self.budget) if name == WITHIN else None,
                 attend=self._attend if self.spread else None,
                 ranks=self._handle.context if self.spread else None,
             )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -76,6 +77,7 @@ _calls: dict[int, Call] = {}
 _numbers: dict[tuple, int] = {}
 _asked: dict[int, Asked] = {}
 _asked_numbers: dict[Asked, int] = {}
+_of_documents: deque[int] = deque()  # of these, those with bounds of documents
 _next = itertools.count()
 
 
@@ -160,10 +162,15 @@ def _ask(
     lengths = None if lengths is None else (lengths[0], lengths[1])
     asked = Asked(group_of(group), causal, window, prefix, cu_q, cu_k, layout, lengths, scale, (schedule, backward),
                   return_lse, wire, kernel)  # fmt: skip
-    if asked not in _asked_numbers:
-        number = _asked_numbers[asked] = next(_next)
-        _asked[number] = asked
-    return _asked_numbers[asked]
+    if (number := _asked_numbers.get(asked)) is not None:
+        return number
+    number = _asked_numbers[asked] = next(_next)
+    _asked[number] = asked
+    if cu_q is not None:  # documents differ in every batch; a compiled graph may use all others for ever
+        _of_documents.append(number)
+        while len(_of_documents) > _KEPT:
+            del _asked_numbers[_asked.pop(_of_documents.popleft())]
+    return number
 
 
 def _prepare(asked: Asked, q: Sizes, k: Sizes, v: Sizes, dtype: torch.dtype, device: torch.device) -> int:

@@ -93,6 +93,7 @@ class Checkpointer:
             objects,
             every=every,
             keep=keep,
+            recycle=recycle,
             mirror=mirror,
             bucket=bucket,
             host_every=host_every,

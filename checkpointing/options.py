@@ -59,10 +59,11 @@ def _positive(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and float(value) > 0
 
 
-FREE = ("rng", "trace", "ops", "recycle")  # options that nothing is asked of
+FREE = ("rng", "trace", "ops")  # options that nothing is asked of
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "every": (_whole(0, kind=Frequency), "every ≥ 0 steps, or a Frequency(…)"),
     "keep": (_whole(1, none=True, kind=Retention), "keep ≥ 1, None for all, or a Retention(…)"),
+    "recycle": (_kind(bool), "None (where it helps), True or False"),
     "mirror": (_kind(Mirror), 'None or a Mirror("/lustre/run", every=1000)'),
     "bucket": (_kind(Bucket), 'None or a Bucket("s3://bucket/run", every=1000)'),
     "host_every": (_whole(0), "host_every ≥ 0 steps"),

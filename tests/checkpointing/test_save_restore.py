@@ -203,6 +203,7 @@ def test_what_is_switched_off_does_nothing(tmp_path, monkeypatch):
         ({"per_rank": [1]}, "per_rank=.*expected None or a dict of objects"),
         ({"arena_bytes": 0}, "arena_bytes=0"),
         ({"writers": 0}, "writers=0"),
+        ({"recycle": 0}, "recycle=0; expected None"),  # 0 is not False here
         ({"timeout_s": 0}, "timeout_s=0; expected seconds > 0"),
         ({"preemption": True}, "preemption=True; expected None or a Preemption"),
         ({"allow_types": "Path"}, "allow_types='Path'; expected a list of classes"),

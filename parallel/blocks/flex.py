@@ -258,17 +258,18 @@ def backward_planned(
     """(dq, dk, dv) of the block for the merged `out` and `lse`."""
 
     def work() -> tuple[Tensor, ...]:
-        with torch.enable_grad():
-            q, k, v = leaves = [x.detach().requires_grad_() for x in (q_BHLD, k_BGLD, v_BGLE)]
-            own, own_lse = _attention(q, k, v, plan, scale)
-        with torch.no_grad():
-            empty = torch.isneginf(own_lse) | torch.isneginf(lse_BHL)
-            share = torch.exp(own_lse - lse_BHL).masked_fill(empty, 0)
-            wide = dout_BHLE.to(own_lse.dtype)
-            dlse = share * (wide * (own.to(wide.dtype) - out_BHLE.to(wide.dtype))).sum(-1)
-            down = (wide * share.unsqueeze(-1)).to(own.dtype)
-        # On this thread: torch's thread for the device may be the one that waits for this.
+        # On this thread: torch's thread for the device may be the one that waits for this. Compiling asks for
+        # gradients too, of the traced program.
         with torch.autograd.set_multithreading_enabled(False):
+            with torch.enable_grad():
+                q, k, v = leaves = [x.detach().requires_grad_() for x in (q_BHLD, k_BGLD, v_BGLE)]
+                own, own_lse = _attention(q, k, v, plan, scale)
+            with torch.no_grad():
+                empty = torch.isneginf(own_lse) | torch.isneginf(lse_BHL)
+                share = torch.exp(own_lse - lse_BHL).masked_fill(empty, 0)
+                wide = dout_BHLE.to(own_lse.dtype)
+                dlse = share * (wide * (own.to(wide.dtype) - out_BHLE.to(wide.dtype))).sum(-1)
+                down = (wide * share.unsqueeze(-1)).to(own.dtype)
             return torch.autograd.grad((own, own_lse), leaves, (down, dlse.masked_fill(empty, 0)))
 
     dq, dk, dv = _apart(work, q_BHLD, k_BGLD, "backward")

@@ -4,8 +4,14 @@ Each arm trains the same model for a few steps, with its saves, and all ranks wa
 and one place: host memory that outlives the processes, at every step; the same with a copy in the next rank's memory,
 at every step at which the last copy has arrived (on one host, by TCP on the loopback: a machine's network is another);
 or the disk, at every 8th step, ours with fsync, checksums and a commit that all ranks agree on, beside torch's own
-`dcp.async_save` without these. `saves` is how many of a sample were committed. Before anything is timed, what each arm
-saved is read back (by stock `dcp.load`, from partners by our own) and compared bit by bit, on every rank.
+`dcp.async_save` without these. `saves` is how many of a sample were committed, `call_ms` and `fence_ms` what a save
+took of rank 0's training thread. Before anything is timed, what each arm saved is read back (by stock `dcp.load`, from
+partners by our own) and compared bit by bit, on every rank.
+
+Every rank has its own cores, and AdamW is fused, as trainers of FSDP2 have it, so that the GPU and not the processor
+sets the pace; `twice the batch` sees to it. `AdamW not fused` is torch's default, which is the processor's pace: there
+all that Python does for a save shows. With `--machine` the cost model's stall stands beside: the time of a step until
+the optimizer's first write (`predicted_window_ms`) is measured before, without saves, and the copy has to fit into it.
 
     torchrun --nproc-per-node 2 -m undertow bench checkpoint_ranks --minutes 6
 
@@ -14,13 +20,13 @@ Without GPUs it trains a tiny model over gloo, to see that it works. UNDERTOW_BE
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,42 +34,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict
-from torch.distributed.fsdp import fully_shard
 
 from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Measured, Trial
-from undertow.benchmarks.checkpoint_job import LARGE, MEDIUM, Loop, Size
+from undertow.benchmarks.checkpoint_job import LARGE, MEDIUM, Size
 from undertow.benchmarks.checkpoint_phases import TINY
+from undertow.benchmarks.checkpoint_sharded import Sharded, bind_cores
 from undertow.checkpointing import Checkpointer, Partner
+from undertow.checkpointing.cost import Prediction, predict
 from undertow.dist.errors import UserError
-from undertow.examples.lm import ByteLM
+from undertow.dist.machine import Machine
 
 # Of one sample; a save to disk at the first of them. Few where every step saves: the speed of the machine drifts within
 # seconds, and many short samples in turns tell arms apart that few long ones do not.
 STEPS = {"host": 6, "partner": 16, "disk": 8}
-
-
-class Sharded(Loop):
-    """One FSDP2 training job on this rank; `folder` is the same on all ranks."""
-
-    def __init__(self, size: Size, device: torch.device, folder: Path) -> None:
-        torch.manual_seed(0)
-        self.device, self.folder = device, folder
-        with device:
-            self.model = ByteLM(size.model)
-        for layer in self.model.blocks:
-            fully_shard(layer)
-        fully_shard(self.model)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
-        torch.manual_seed(1 + dist.get_rank())
-        self.tokens = torch.randint(0, 256, (size.batch, size.length + 1), device=device)
-        self.closing = contextlib.ExitStack()
-        self.train()
-
-    def state(self) -> dict[str, Any]:
-        """As dcp keeps it: sharded, by names."""
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer}
 
 
 class Ours:
@@ -90,6 +73,18 @@ class Ours:
     @property
     def saves(self) -> int:
         return len(self.ckpt.reports)
+
+    def blocked(self, saves: int) -> dict[str, float]:
+        """What the last `saves` took of this rank's training thread, in the call and at the fence; mean."""
+        last = self.ckpt.reports[-saves:]
+        call_s, fence_s = (sum(getattr(report, name) for report in last) for name in ("call_s", "fence_s"))
+        return {"call_ms": 1e3 * call_s / saves, "fence_ms": 1e3 * fence_s / saves}
+
+    def predict(self, machine: Machine, window_s: float) -> Prediction:
+        """By the cost model, of the state as the last save found it."""
+        live = self.ckpt._live
+        ways: dict[str, Any] = {"cuda": live.pinned, "window_s": window_s, "eager_bytes": live.plan.image.eager_bytes}
+        return predict(live.plan.image.size, machine, ranks_per_disk=dist.get_world_size(), **ways)
 
     def read(self, found: dict[str, torch.Tensor]) -> None:
         if not self.partner:
@@ -174,7 +169,10 @@ def sample(job: Sharded, way: Any, host: bool, steps: int) -> Measured:
         way.drain()
     durable_s = time.perf_counter() - began_s
     saves = 0 if way is None else way.saves - before
-    return Measured(0, seconds, {"step_ms": 1e3 * seconds / steps, "all_saved_s": durable_s, "saves": float(saves)})
+    extras = {"step_ms": 1e3 * seconds / steps, "all_saved_s": durable_s, "saves": float(saves)}
+    if isinstance(way, Ours) and saves:
+        extras |= way.blocked(saves)
+    return Measured(0, seconds, extras)
 
 
 OURS = {
@@ -185,23 +183,33 @@ OURS = {
 _open: list[Sharded] = []
 
 
-def trial(size: Size, place: str, device: torch.device) -> Trial:
+def trial(size: Size, place: str, device: torch.device, machine: Machine | None = None, *, fused: bool = True) -> Trial:
     while _open:
         _close(_open.pop())
     base = os.environ.get("UNDERTOW_BENCH_DIR") or None
     made = [tempfile.mkdtemp(prefix="undertow-bench-", dir=base) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(made, 0)
-    job = Sharded(size, device, Path(str(made[0])))
+    job = Sharded(size, device, Path(str(made[0])), fused=fused)
     _open.append(job)
     host, steps = place != "disk", STEPS[place]
-    ways: dict[str, Any] = {"no checkpoints": None, OURS[place]: Ours(job, place)}
+    ours = Ours(job, place)
+    ways: dict[str, Any] = {"no checkpoints": None, OURS[place]: ours}
     if not host:
         ways[f"dcp.async_save, every {steps}"] = Dcp(job, "dcp")
     checks = {name: wrong(job, way) if way is not None else 0 for name, way in ways.items()}
+    predicted_s, facts = None, {}
+    if machine is not None:
+        window_s, step_s = job.pace()
+        cost = ours.predict(machine, window_s)
+        if cost.stall_s is not None and cost.copy_s is not None:
+            predicted_s = steps * step_s + (steps if host else 1) * cost.stall_s
+            found = {"window": window_s, "copy": cost.copy_s, "stall": cost.stall_s}
+            facts = {f"predicted_{name}_ms": 1e3 * seconds for name, seconds in found.items()}
 
     def arm(name: str, way: Any) -> Arm:
         run: Callable[[], Measured] = partial(sample, job, way, host, steps)
-        return Arm(name, run, reference=lambda: checks[name])
+        known: dict[str, Any] = {"predicted_s": predicted_s, "facts": facts} if way is ours else {}
+        return Arm(name, run, reference=lambda: checks[name], **known)
 
     return Trial([arm(name, way) for name, way in ways.items()], reference=lambda: 0)
 
@@ -222,11 +230,19 @@ def cases(context: Context) -> Sequence[Case]:
     cuda = torch.cuda.is_available()
     sizes = [MEDIUM, LARGE] if cuda else [TINY]
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    return [
-        Case(f"{size.name}, {place}", partial(trial, size, place, device), "no checkpoints", OURS[place], warm_ups=1)
-        for size in (sizes[:1] if context.quick else sizes)
-        for place in OURS
-    ]
+
+    def case(size: Size, place: str, note: str = "", *, fused: bool = True) -> Case:
+        def build() -> Trial:
+            bind_cores()  # not before the report has counted them
+            return trial(size, place, device, context.machine, fused=fused)
+
+        return Case(f"{size.name}, {place}{note}", build, "no checkpoints", OURS[place], warm_ups=1)
+
+    found = [case(size, place) for size in (sizes[:1] if context.quick else sizes) for place in OURS]
+    if not context.quick:
+        twice = replace(sizes[0], batch=2 * sizes[0].batch)
+        found += [case(twice, "host", ", twice the batch"), case(sizes[0], "host", ", AdamW not fused", fused=False)]
+    return found
 
 
 BENCHMARK = Benchmark(

@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor
 
 from undertow.benchmarks.checkpoint_job import LARGE, MEDIUM, Size
 from undertow.benchmarks.checkpoint_phases import TINY
-from undertow.benchmarks.checkpoint_ranks import Sharded
+from undertow.benchmarks.checkpoint_sharded import Sharded
 from undertow.checkpointing import Checkpointer, Partner, host_tier
 from undertow.dist.errors import UndertowError, UserError
 from undertow.dist.launch import detect, init_process_group, local_device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,10 @@ def test_predictions_follow_the_rates():
     small = predict(4_000_000_000, MACHINE, cuda=True, window_s=1, arena_bytes=1_000_000_000)
     assert small.stall_s == pytest.approx(2.0)  # three of four seconds of writing, less the window
     assert predict(4_000_000_000, MACHINE, cuda=True, ranks_per_disk=8).interval_s == pytest.approx(32)
+    device = replace(MACHINE, copies=MACHINE.copies | {"d2d": 2e12})
+    beside = predict(4_000_000_000, device, cuda=True, window_s=0.1)
+    assert beside.stall_s == pytest.approx(0.001)  # what fits into the window still reads the device's memory
+    assert predict(4_000_000_000, device, cuda=False).stall_s == predict(4_000_000_000, MACHINE, cuda=False).stall_s
 
 
 def test_what_was_not_measured_is_not_guessed():

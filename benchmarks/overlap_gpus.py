@@ -26,8 +26,9 @@ import torch.distributed as dist
 from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Trial
 from undertow.benchmarks.overlap_choice import known
 from undertow.comms.chunk_plan import chunk_rows
+from undertow.comms.cost import overlapped_scatter_seconds
 from undertow.dist.errors import UserError
-from undertow.parallel.overlap_gate import ARMS, CUDA_ARMS, ROUNDS
+from undertow.parallel.overlap_gate import ARMS, CUDA_ARMS, ROUNDS, ROW_ARMS, SEQUENTIAL
 from undertow.parallel.overlap_team import Team
 
 SHAPES = [(8192, 12288, 49152), (8192, 49152, 12288), (8192, 8192, 28672), (8192, 28672, 8192)]
@@ -89,7 +90,9 @@ class Ranks:
 
     def facts(self) -> dict[str, float]:
         """What the model of the gate has to predict from. Collective."""
-        product = self.a.new_zeros(sum(self.sizes), self.a.shape[1]) if self.pattern == GATHER else self.a
+        product = self.a
+        if self.pattern == GATHER:  # of random numbers: a product of zeros takes less power and so less time
+            product = torch.randn_like(self.a.new_empty(sum(self.sizes), self.a.shape[1]))
         moved = product if self.pattern == GATHER else product @ self.b
         share = moved.new_empty(self.sizes[self.rank], moved.shape[1])
 
@@ -167,6 +170,20 @@ def close_teams() -> None:
         _teams.popitem()[1].close()
 
 
+def predicted(pattern: str, world: int, product_s: float, link_s: float) -> dict[str, float]:
+    """Seconds of the ways that a closed form exists for, from those of the product and of the collective alone.
+
+    A gather is a scatter backwards: of its pieces the own one is there first, and the last one's product hides nothing.
+    An all-reduce hides its reduce-scatter alone, which is half of it.
+    """
+    shown_s = link_s / 2 if pattern == SUM else 0.0
+    found = {
+        arm.name: overlapped_scatter_seconds(world, product_s, link_s - shown_s, arm.subchunks) + shown_s
+        for arm in ROW_ARMS
+    }
+    return {PLAIN: product_s + link_s, SEQUENTIAL.name: product_s + link_s, **found}
+
+
 def trial(pattern: str, shape: tuple[int, int, int], world: int, seed: int) -> Trial:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
@@ -175,9 +192,12 @@ def trial(pattern: str, shape: tuple[int, int, int], world: int, seed: int) -> T
 
     why = ranks.teams["auto"].explain().splitlines()[-1]  # the team is that of all cases
     facts = ranks.facts()
+    expected_s = predicted(pattern, world, facts["product_s"], facts.get("link_s", 0.0))
 
     def checked(name: str, call: Callable[[], Any]) -> Arm:
-        return Arm(name, call, device=kind, said=why, facts=facts) if name == "auto" else Arm(name, call, device=kind)
+        if name == "auto":
+            return Arm(name, call, device=kind, said=why, facts=facts)
+        return Arm(name, call, device=kind, predicted_s=expected_s.get(name))
 
     arms = [checked(PLAIN, ranks.plain)]
     arms += [checked(name, partial(ranks.ours, name)) for name in (*ranks.names, "auto")]

@@ -7,14 +7,13 @@ together and all get the slowest rank's time, because a job waits for its slowes
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from undertow.benchmarks.case import Arm, Measured
+from undertow.dist.collector import no_collection
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class HostTimer:
         if arm.prepare is not None:
             arm.prepare()
         answer = None
-        with _no_collection():
+        with no_collection():
             start = self._clock()
             for _ in range(inner):
                 answer = arm.run()
@@ -88,7 +87,7 @@ class CudaTimer:
         answer = None
         start, stop = self._cuda.Event(enable_timing=True), self._cuda.Event(enable_timing=True)
         self._cuda.synchronize()  # the work of the arm before must not run into this arm's time
-        with _no_collection():
+        with no_collection():
             start.record()
             for _ in range(inner):
                 answer = arm.run()
@@ -129,14 +128,3 @@ def _sample(answer: Any, seconds: float) -> Sample:
 def default_timer(arm: Arm, peers: Peers) -> Timer:
     timer = CudaTimer() if arm.device == "cuda" else HostTimer()
     return SlowestRank(timer, peers)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()

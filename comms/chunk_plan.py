@@ -131,11 +131,11 @@ class ChunkPlan:
     def world(self) -> int:
         return len(self.sizes)
 
-    @property
+    @cached_property
     def rows(self) -> int:
         return sum(self.sizes)
 
-    @property
+    @cached_property
     def own(self) -> tuple[int, int]:
         """The rows that this rank keeps."""
         return bounds(self.sizes)[self.rank]

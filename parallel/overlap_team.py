@@ -21,6 +21,7 @@ from ..comms.chunk_plan import ChunkPlan
 from ..comms.link import LinkModel
 from ..comms.overlap_cuda import CudaOverlapEngine
 from ..comms.overlap_engine import OverlapEngine
+from ..comms.placement import Panel, Product
 from ..dist.errors import UserError
 from ..dist.launch_env import detect
 from ..dist.log import get_logger
@@ -148,22 +149,22 @@ class Team:
     ) -> Tensor:  # fmt: skip
         n = b.shape[1]
 
-        def queue(plan: ChunkPlan, y: Tensor, **more: Any) -> Tensor:
-            more |= {"panel": panel_of(a, b)} if plan.columns else {}
-            return pattern(plan, rows_of(a, b, y), y, **more)
+        def make(y: Tensor) -> tuple[Product, Panel]:
+            return rows_of(a, b, y), panel_of(a, b)
 
         def call(plan: ChunkPlan, arm: Arm) -> Tensor:
             if arm.replayed and case[0] == SCATTER and self._recorder is not None:
-                return self._recorder.run(plan, (a, b), n, lambda y, out: queue(plan, y, out=out))
+                return self._recorder.run(plan, (a, b), n, make)
             y = a.new_empty(a.shape[0], n)
-            more = {"tracked": tracked_product(a, b, y)} if arm.tracked else {}
-            return queue(plan, y, overlap=arm.overlap, **more)
+            more: dict[str, Any] = {"tracked": tracked_product(a, b, y)} if arm.tracked else {}
+            more |= {"panel": panel_of(a, b)} if plan.columns else {}
+            return pattern(plan, rows_of(a, b, y), y, overlap=arm.overlap, **more)
 
         def before(plan: ChunkPlan, arm: Arm) -> None:
             if self._recorder is None or case[0] != SCATTER:
                 return
             if arm.replayed:
-                self._recorder.prepare(plan, (a, b), n, lambda y, out: queue(plan, y, out=out))
+                self._recorder.prepare(plan, (a, b), n, make)
             else:
                 self._recorder.see((a, b))
 

@@ -9,7 +9,6 @@ import random
 import signal
 import threading
 import time
-from collections import defaultdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -211,7 +210,9 @@ def test_the_engine_takes_the_closed_form_on_a_virtual_clock(world, subchunks, r
     width, each = 120, 12
     nbytes, gemm_s = (world - 1) * each * width * 4, 1.0
     times: dict[str, list[float]] = {way: [0.0] * world for way in ("rows", "columns", "sequential")}
-    for way, mail in ((way, defaultdict(queue.Queue)) for way in times):
+    for way in times:
+        ranks = range(world)  # all queues are made before: two threads that asked at once would get one each
+        mail = {(src, to, tag): queue.Queue[Any]() for src in ranks for to in ranks for tag in range(subchunks)}
 
         def one(rank: int, way: str = way, mail: Any = mail) -> None:
             clock = _Virtual(rank, world, mail, nbytes / (ratio * gemm_s))
@@ -234,7 +235,7 @@ def test_the_engine_takes_the_closed_form_on_a_virtual_clock(world, subchunks, r
             times[way][rank] = clock.now_s
             engine.close()
 
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world)]
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in ranks]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -113,11 +113,16 @@ def test_an_unknown_verb_is_one_clear_line():
     assert done.stderr.count("\n") == 1 and "'trian' is not a verb" in done.stderr
 
 
-@pytest.mark.parametrize("folder", ["dist", "comms", "checkpointing", "parallel", "integrations", "benchmarks"])
+ROOMS = ("dist", "comms", "slurm", "mpi_interpose", "checkpointing", "parallel", "integrations", "benchmarks")
+
+
+@pytest.mark.parametrize("folder", ROOMS)
 def test_every_module_can_be_imported(folder):
     """Plain import, without the optional frameworks: adapters import theirs where they are used or named."""
     base = Path(undertow.__file__).parent
-    for path in sorted((base / folder).rglob("*.py")):
+    paths = sorted((base / folder).rglob("*.py"))
+    assert paths, f"no module of {folder} is installed"
+    for path in paths:
         if path.stem == "__main__":
             continue
         name = ".".join(("undertow", *path.relative_to(base).with_suffix("").parts)).removesuffix(".__init__")

@@ -206,10 +206,17 @@ def _filled(x_BHLD: Tensor) -> Tensor:
     return F.pad(x_BHLD.permute(2, 0, 1, 3), (0, missing[1], 0, 0, 0, 0, 0, missing[0])).permute(1, 2, 0, 3)
 
 
+def _one_batch(x_BHLD: Tensor) -> Tensor:
+    """A batch of one has any stride, which a program would ask for: the same one for shards and whole tensors."""
+    return x_BHLD[0][None] if x_BHLD.shape[0] == 1 else x_BHLD
+
+
 def _apart(work: Callable[[], Any], q_BHLD: Tensor, k_BGLD: Tensor, phase: str) -> Any:
     """Run `work` on a thread of its own, on this thread's stream, and wait for it (not for the device).
 
-    A custom operator's body runs below autograd, which is a state of the thread: nothing has gradients there.
+    A custom operator's body runs below autograd, which is a state of the thread: nothing has gradients there. All
+    gradients of `work` are computed on its thread, also those that compiling asks for, of traced programs: torch's
+    thread for the device may be the one that waits for this.
     """
     device = q_BHLD.device
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
@@ -218,7 +225,7 @@ def _apart(work: Callable[[], Any], q_BHLD: Tensor, k_BGLD: Tensor, phase: str) 
 
     def run() -> None:
         try:
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(stream), torch.autograd.set_multithreading_enabled(False):
                 found.extend((programs().timed(work, label), None))
         except BaseException as error:  # handed to the caller
             found.extend((None, error))
@@ -239,7 +246,7 @@ def forward_planned(
 
     def work() -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            return _attention(q_BHLD, k_BGLD, v_BGLE, plan, scale)
+            return _attention(*map(_one_batch, (q_BHLD, k_BGLD, v_BGLE)), plan, scale)
 
     return _apart(work, q_BHLD, k_BGLD, "forward")
 
@@ -258,19 +265,16 @@ def backward_planned(
     """(dq, dk, dv) of the block for the merged `out` and `lse`."""
 
     def work() -> tuple[Tensor, ...]:
-        # On this thread: torch's thread for the device may be the one that waits for this. Compiling asks for
-        # gradients too, of the traced program.
-        with torch.autograd.set_multithreading_enabled(False):
-            with torch.enable_grad():
-                q, k, v = leaves = [x.detach().requires_grad_() for x in (q_BHLD, k_BGLD, v_BGLE)]
-                own, own_lse = _attention(q, k, v, plan, scale)
-            with torch.no_grad():
-                empty = torch.isneginf(own_lse) | torch.isneginf(lse_BHL)
-                share = torch.exp(own_lse - lse_BHL).masked_fill(empty, 0)
-                wide = dout_BHLE.to(own_lse.dtype)
-                dlse = share * (wide * (own.to(wide.dtype) - out_BHLE.to(wide.dtype))).sum(-1)
-                down = (wide * share.unsqueeze(-1)).to(own.dtype)
-            return torch.autograd.grad((own, own_lse), leaves, (down, dlse.masked_fill(empty, 0)))
+        with torch.enable_grad():
+            q, k, v = leaves = [_one_batch(x.detach()).detach().requires_grad_() for x in (q_BHLD, k_BGLD, v_BGLE)]
+            own, own_lse = _attention(q, k, v, plan, scale)
+        with torch.no_grad():
+            empty = torch.isneginf(own_lse) | torch.isneginf(lse_BHL)
+            share = torch.exp(own_lse - lse_BHL).masked_fill(empty, 0)
+            wide = dout_BHLE.to(own_lse.dtype)
+            dlse = share * (wide * (own.to(wide.dtype) - out_BHLE.to(wide.dtype))).sum(-1)
+            down = (wide * share.unsqueeze(-1)).to(own.dtype)
+        return torch.autograd.grad((own, own_lse), leaves, (down, dlse.masked_fill(empty, 0)))
 
     dq, dk, dv = _apart(work, q_BHLD, k_BGLD, "backward")
     return dq, dk, dv

@@ -15,6 +15,7 @@ beside the arm it chose is not part of this: that is in the benchmark's own repo
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections import Counter
@@ -174,13 +175,20 @@ def _verdict(part: str, cells: Sequence[Replayed]) -> str:
     return f"| {part} | {sum(cell.right for cell in cells)} of {len(cells)} | {regret:.1%} | {verdict} |"
 
 
-def main(paths: Sequence[str]) -> int:
-    if not paths:
-        raise UserError("no results", expected="JSON files of `undertow bench overlap…` as arguments")
-    for path in map(Path, paths):
-        print(markdown(path.stem, replay_all(json.loads(path.read_text()))))
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("results", nargs="+", type=Path, help="JSON files of `undertow bench overlap…`")
+    for path in parser.parse_args(argv).results:
+        try:
+            document = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: {error}", expected="a file that `undertow bench overlap…` wrote") from error
+        print(markdown(path.stem, replay_all(document)))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        sys.exit(f"overlap_choice: {error}")

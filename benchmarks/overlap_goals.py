@@ -10,6 +10,7 @@ plain way is not the engine's own but a library's, which may have overlap or non
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -92,10 +93,10 @@ def markdown(name: str, found: Sequence[Cell]) -> str:
     )
 
 
-def main(paths: Sequence[str]) -> int:
-    if not paths:
-        raise UserError("no results", expected="JSON files of `undertow bench overlap…` as arguments")
-    for path in map(Path, paths):
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("results", nargs="+", type=Path, help="JSON files of `undertow bench overlap…`")
+    for path in parser.parse_args(argv).results:
         print(markdown(path.stem, cells(Report.load(path).rows)))
     return 0
 

@@ -11,10 +11,11 @@ is lost on the device itself shows where a whole call is queued while the device
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -149,7 +150,8 @@ def rates(k: int = 16384) -> None:
         print(f"| {rows} | {columns} | {flops(rows, columns) / whole:.2f} |", flush=True)
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> int:
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args(argv)
     if not torch.cuda.is_available():
         raise UserError("no CUDA device", remedy="run it on a machine with a GPU")
     device = torch.device("cuda", torch.cuda.current_device())
@@ -174,6 +176,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(main(sys.argv[1:]))
     except UserError as error:
         sys.exit(f"overlap_host: {error}")

@@ -8,6 +8,7 @@ bytes leave. The number in a bar is the rank that keeps these rows.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import time
@@ -129,16 +130,15 @@ def draw(runs: Mapping[str, Sequence[list[Bar]]], path: Path) -> None:
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) != 1:
-        print(__doc__)
-        return 2
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("picture", type=Path, help="the PNG to write")
+    path: Path = parser.parse_args(argv).picture
     with tempfile.TemporaryDirectory() as folder:
         found = run_ranks(WORLD, one_rank, folder, timeout_s=300)
     runs = {
         title: min(zip(*(each[title] for each in found)), key=lambda call: window(call)[1] - window(call)[0])
         for title in found[0]
     }
-    path = Path(argv[0])
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(runs, path)
     print(f"written: {path}")

@@ -8,6 +8,7 @@ logits are those of the streamed arms; the mask of ones without which it fails i
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -82,12 +83,16 @@ def steps(options: dict[str, Any]) -> tuple[dict[str, Tensor], Callable[[], None
 
 
 def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("case", type=json.loads, help="what to run, as JSON: `stream_cpu` writes it")
+    case = parser.parse_args(argv).case
+
     from undertow.parallel.stream.track import PeakBytes
 
     answers, sys.stdout = sys.stdout, sys.stderr  # what the package prints is not an answer
     for newer in ("datasets", "peft"):  # of this environment, which the old transformers cannot work with
         sys.modules[newer] = None  # type: ignore[assignment]
-    named, step = steps(json.loads(argv[0]))
+    named, step = steps(case)
     for line in sys.stdin:
         command, _, path = line.strip().partition(" ")
         answer: dict[str, float] = {}

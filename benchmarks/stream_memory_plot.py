@@ -5,6 +5,7 @@ python benchmarks/stream_memory_plot.py docs/stream-memory.png
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -14,6 +15,10 @@ from undertow.parallel.stream.planner import plan
 
 
 def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("picture", type=Path, help="the PNG to write")
+    picture: Path = parser.parse_args(argv).picture
+
     import matplotlib
 
     matplotlib.use("Agg")
@@ -46,7 +51,7 @@ def main(argv: list[str]) -> int:
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.legend()
     figure.tight_layout()
-    figure.savefig(Path(argv[0]), dpi=110)
+    figure.savefig(picture, dpi=110)
     return 0
 
 

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import statistics
@@ -76,7 +77,9 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    options = json.loads(argv[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("cell", type=json.loads, help="what to run, as JSON: `stream_backprop` writes it")
+    options = parser.parse_args(argv).cell
     try:
         row = run(options)
     except torch.OutOfMemoryError:

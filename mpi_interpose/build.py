@@ -29,6 +29,7 @@ GLUE = (
     "prove",
     "types",
     "passing",
+    "script",
     "report",
     "model",
     "transfer",

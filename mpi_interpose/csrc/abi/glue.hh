@@ -23,7 +23,10 @@ namespace undertow {
 
 #include "reals.inc"
 
-extern Real real;
+// For what calls that pass read: reached by an offset, without asking the table of addresses that the loader fills.
+#define UNDERTOW_HIDDEN __attribute__((visibility("hidden")))
+
+extern Real real UNDERTOW_HIDDEN;
 extern Own own;
 
 struct Constants {

@@ -156,8 +156,10 @@ struct Batch {
   }
 };
 
-template <class F>
-int on_waitall(F next, Site site, int n, MPI_Request* requests, MPI_Status* statuses) {
+template <auto Next, Site site>
+UNDERTOW_APART int waitall_asked(int n, MPI_Request* requests, MPI_Status* statuses) {
+  const auto next = real.*Next;
+  if (!this_round.reader.completes(n)) interrupt_script();
   RoundEnd end(n, requests);
   if (!any_entries() && !any_orphans()) {
     count_call(site, false);
@@ -174,6 +176,13 @@ int on_waitall(F next, Site site, int n, MPI_Request* requests, MPI_Status* stat
     for (int i = 0; i < n; ++i) batch.settle(i, &st[i], true);
   group.finish();
   return end.done(rc);
+}
+
+template <auto Next, Site site>
+UNDERTOW_IN_ENTRY int on_waitall(int n, MPI_Request* requests, MPI_Status* statuses) {
+  if (any_entries() || any_orphans() || !this_round.reader.completes(n)) return waitall_asked<Next, site>(n, requests, statuses);
+  count_loosely(sites[site].calls);
+  return (real.*Next)(n, requests, statuses);
 }
 
 template <class F>

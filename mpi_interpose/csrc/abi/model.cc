@@ -164,7 +164,7 @@ Verdict wins(Record& r, Use use, int64_t bytes, const Peer& peer, double gain, T
   if (timed == Timed::Round && links == 1u << last) {
     const Online& rounds = round_of(r, use, last, bytes);
     const auto settled = rounds.decision();
-    if (this_round.timed) {
+    if (this_round.timed()) {
       if (!round_takes(r, use, last, bytes, ratio)) return Verdict::Pass;
     } else if (settled == Online::kLibrary || (settled == Online::kOpen && ratio < gain)) {
       return Verdict::PassAlways;

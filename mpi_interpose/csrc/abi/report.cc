@@ -12,6 +12,7 @@
 #include "device.hh"
 #include "kernels.hh"
 #include "passing.hh"
+#include "script.hh"
 
 namespace undertow {
 
@@ -110,8 +111,9 @@ void write_json(FILE* f, int rank, int size) {
   static const char* const uses[] = {"pack", "unpack", "send", "recv"};
   std::fprintf(f, "{\"format\": 1, \"rank\": %d, \"size\": %d, \"mode\": \"%s\", \"kernels\": \"%s\", ", rank, size,
                modes[static_cast<int>(mode)], kernels().name);
-  std::fprintf(f, "\"library\": %s, \"mismatches\": %lld,\n \"functions\": {", quoted(mapped_library()).c_str(),
-               static_cast<long long>(g_mismatches.load()));
+  std::fprintf(f, "\"library\": %s, \"mismatches\": %lld, \"scripted_rounds\": %lld,\n \"functions\": {",
+               quoted(mapped_library()).c_str(), static_cast<long long>(g_mismatches.load()),
+               static_cast<long long>(scripted_rounds()));
   const char* comma = "";
   for (int k = 0; k < kSites; ++k) {
     const long long calls = sites[k].calls.load(), taken = sites[k].taken.load();

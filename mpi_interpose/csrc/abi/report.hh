@@ -15,7 +15,7 @@ namespace undertow {
 struct SiteTally {
   std::atomic<int64_t> calls{0}, taken{0};
 };
-extern SiteTally sites[kSites];
+extern SiteTally sites[kSites] UNDERTOW_HIDDEN;
 
 void report_refused(const char* why);       // a datatype was not understood
 void report_retired(Record& record);        // a datatype died: keep its counts

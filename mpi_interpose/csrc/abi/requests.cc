@@ -78,7 +78,7 @@ void remove(Entry* e) {
     s.remove(e);
   }
   e->claimed = false;
-  add(live_entries, -1);
+  add(hot.entries, -1);
 }
 
 void unpack_entry(Entry* e, MPI_Status* status) {
@@ -91,7 +91,6 @@ void unpack_entry(Entry* e, MPI_Status* status) {
 
 }  // namespace
 
-std::atomic<int64_t> live_entries{0}, orphan_count{0};
 uintptr_t complete_request = 0;
 
 void requests_init() {
@@ -126,7 +125,7 @@ void restore(Entry* e) {
 void enter(Entry* e, MPI_Request request) {
   e->request = request;
   put_in(e);
-  add(live_entries, 1);
+  add(hot.entries, 1);
 }
 
 void deliver(Entry* e, MPI_Status* status) {
@@ -157,7 +156,8 @@ void adopt_orphan(Entry* e) {
   remove(e);
   std::lock_guard<std::mutex> guard(g_orphan_lock);
   g_orphans->push_back(e);
-  orphan_count.fetch_add(1);
+  hot.orphans.fetch_add(1);
+  passing_changed();  // until the last one is gone no call passes without polling them
 }
 
 void drain_orphans(bool wait) {
@@ -181,13 +181,13 @@ void drain_orphans(bool wait) {
     destroy(e);
     (*g_orphans)[i] = g_orphans->back();
     g_orphans->pop_back();
-    orphan_count.fetch_sub(1);
+    hot.orphans.fetch_sub(1);
   }
   inside = false;
 }
 
 void finish_orphans() {
-  if (orphan_count.load()) drain_orphans(true);
+  if (hot.orphans.load()) drain_orphans(true);
 }
 
 }  // namespace undertow

@@ -38,8 +38,7 @@ struct Entry {
   bool claimed = false; // out of the table while one thread asks the library about it
 };
 
-extern std::atomic<int64_t> live_entries;
-inline bool any_entries() { return live_entries.load(std::memory_order_relaxed) != 0; }  // false on the pass-through path
+inline bool any_entries() { return hot.entries.load(std::memory_order_relaxed) != 0; }  // false on the pass-through path
 extern uintptr_t complete_request;      // Open MPI's request of sends that completed at once; 0: not known
 void requests_init();
 Entry* entry_of(MPI_Request request);   // for looking only
@@ -52,8 +51,7 @@ void forget(Entry* entry);              // frees without unpacking
 void failed(Entry* entry, MPI_Request after);  // after an error: gone if the library freed the request, else kept
 void adopt_orphan(Entry* entry);
 void drain_orphans(bool wait);
-extern std::atomic<int64_t> orphan_count;
-inline bool any_orphans() { return __builtin_expect(orphan_count.load(std::memory_order_relaxed) != 0, 0); }
+inline bool any_orphans() { return __builtin_expect(hot.orphans.load(std::memory_order_relaxed) != 0, 0); }
 inline void poll_orphans() {
   if (any_orphans()) drain_orphans(false);
 }

@@ -9,12 +9,20 @@ namespace {
 
 constexpr double kTry = 0.6;        // the table's worst gain for a message that a trial may take
 constexpr int kIrregular = 64, kNothing = 1 << 20;  // rounds until the next look where rounds change, or nothing can be taken
+constexpr int kPatient = 1 << 20;  // rounds alike that it takes at most before a script begins
 
 Habit& habit_of(Round& r, uint64_t print) {
   if (!r.all) {
-    static thread_local std::unique_ptr<Habits> owner;  // ends with the thread
-    owner = std::make_unique<Habits>();
-    r.all = owner.get();
+    static thread_local struct Keeper {  // ends with the thread, after which calls may still come
+      std::unique_ptr<Habits> habits;
+      ~Keeper() {
+        this_round.all = nullptr;
+        this_round.habit = nullptr;
+        this_round.attends = 0;
+      }
+    } keeper;
+    keeper.habits = std::make_unique<Habits>(r.reader);
+    r.all = keeper.habits.get();
   }
   Habit& h = r.all->known[print % Habits::kKnown];
   if (h.first != print) {
@@ -43,13 +51,26 @@ void settle(const Round& r) {
   passing_changed();
 }
 
+void wait_longer(Round& r) { r.patience = std::min(2 * r.patience, kPatient); }
+
+// After a whole round. Whether a script serves the next ones.
+bool begin_script(Round& r) {
+  r.alike = r.prints == r.usual ? r.alike + 1 : 0;
+  r.usual = r.prints;
+  const int rest = r.habit->trial.rest();
+  if (r.alike < r.patience || r.timed() || rest <= 1) return false;
+  r.alike = 0;
+  if (r.all->script.begin(r.posts, rest)) return true;
+  wait_longer(r);
+  return false;
+}
+
 }  // namespace
 
 void round_opens(Round& r, uint64_t print) {
-  r.looks = false;
   r.habit = &habit_of(r, print);
   r.way = r.habit->trial.next();
-  r.timed = r.habit->trial.timed();
+  r.attends = r.habit->trial.timed() ? Round::kTimed : 0;
 }
 
 bool round_takes(Record& record, Use use, int link, int64_t bytes, double ratio) {
@@ -65,18 +86,34 @@ bool round_takes(Record& record, Use use, int link, int64_t bytes, double ratio)
   return ours;
 }
 
+void script_ends(Round& r) {
+  int posts;
+  const uint64_t* prints;
+  r.habit->trial.rested(r.all->script.end(&posts, &prints));
+  for (int k = 0; k < posts; ++k) r.post(prints[k]);
+  r.served = true;
+}
+
 void round_closes(Round& r, bool whole, bool valid) {
-  if (Habit* const h = r.habit) {
+  const bool timed = r.timed();
+  bool scripted = false;
+  if (r.served) {
+    const bool same = whole && r.prints == r.usual;
+    r.habit->trial.rested(same);
+    if (!same) wait_longer(r);
+    r.served = false;
+  } else if (Habit* const h = r.habit) {
     if (!whole || (h->whole && h->whole != r.prints)) {
       h->trial.put_off(kIrregular);
-    } else if (r.timed && r.parts == 0) {
+    } else if (timed && r.parts == 0) {
       h->trial.put_off(kNothing);
-    } else if (h->trial.done(r.ns, r.timed && tables(r))) {
+    } else if (h->trial.done(r.ns, timed && tables(r))) {
       settle(r);
     }
     h->whole = whole ? r.prints : 0;
+    scripted = whole && begin_script(r);
   }
-  if (r.timed) {
+  if (timed) {
     const double each = r.bytes > 0 ? static_cast<double>(r.ns) / static_cast<double>(r.bytes) : 0;
     for (int k = 0; k < r.parts; ++k) {
       const Member& p = r.all->part[k];
@@ -88,12 +125,12 @@ void round_closes(Round& r, bool whole, bool valid) {
       release(p.record);
     }
   }
-  r.habit = nullptr;
+  if (!scripted) r.habit = nullptr;
   r.parts = 0;
-  r.posts = 0;
-  r.timed = r.has_first = false;
+  r.clear();
+  r.has_first = false;
   r.bytes = r.ns = 0;
-  r.looks = whole;
+  r.attends = whole && !scripted ? Round::kLooks : 0;
 }
 
 }  // namespace undertow

@@ -5,11 +5,13 @@
 // its messages (datatype, count, communicator and peer of each, in their order). Rounds that come again are tried in
 // several ways (core/trial.hh), and what a trial decides holds for the nonblocking messages of these datatypes, sizes and
 // kinds of peer. Only a thread whose last round ended with such a Waitall looks for the round that begins; one that
-// completes its requests otherwise pays a few loads per call.
+// completes its requests otherwise pays a few loads per call. Between trials nothing is asked of a round: after some that
+// were alike and whose messages are all known to pass, a script (script.hh) serves those that are left until the next
+// trial, as long as they go on to be alike.
 #pragma once
 
 #include "model.hh"
-#include "passing.hh"
+#include "script.hh"
 #include "trial.hh"
 
 namespace undertow {
@@ -32,26 +34,39 @@ struct Habits {  // of a thread; made when its first round has been completed by
   static constexpr int kKnown = 16, kMost = 64;  // rounds that are remembered; messages of one, more only count in bytes
   Habit known[kKnown];
   Member part[kMost];
+  Script script;
+  explicit Habits(Reader& reader) : script(reader) {}
 };
 
 struct Round {
-  int posts = 0;       // nonblocking messages started since the last completion, ours or not
-  bool looks = false;  // the last round was completed by one Waitall: the next message may begin a round that is known
-  bool timed = false;
+  enum : unsigned { kLooks = 1, kTimed = 2 };
+  unsigned attends = 0;  // why a call must come the long way. kLooks: the last round was completed by one Waitall, so the
+                         // next message may begin a round that is known
+  int posts = 0;         // nonblocking messages started since the last completion, ours or not
+  uint64_t prints = 0;   // their fingerprints
+  uint64_t usual = 0;    // those of the last whole round
+  int alike = 0, patience = 4;  // whole rounds alike in a row; how many it takes before a script begins
+  Reader reader;
+  bool served = false;  // a script has ended in this round
   Way way = kTableWay;
   int parts = 0;
-  uint64_t first_print = 0, prints = 0;
   uintptr_t first = 0;  // the request of the first message that was started under the clock
   bool has_first = false;
   int64_t bytes = 0, ns = 0, mark_ns = 0;
-  Habit* habit = nullptr;  // of this round
+  Habit* habit = nullptr;  // of this round, or of those that the script serves
   Habits* all = nullptr;   // every member has a constant to begin with, so that no access asks whether it was constructed
 
-  bool attends() const { return __builtin_expect(looks | timed, 0); }  // a call must come the long way
-  __attribute__((always_inline)) void post(uint64_t print) {
-    if (posts++ == 0) first_print = prints = print;
-    else prints = prints * 0x9e3779b97f4a7c15ull + print;
+  bool looks() const { return attends & kLooks; }
+  bool timed() const { return attends & kTimed; }
+  void post(uint64_t print) {
+    ++posts;
+    prints = (prints << 7 | prints >> 57) ^ print;
   }
+  void post(uint64_t print, const Line& line) {
+    if (all) all->script.note(posts, line, print);
+    post(print);
+  }
+  void clear() { posts = 0, prints = 0; }
 };
 
 inline thread_local Round this_round __attribute__((tls_model("initial-exec")));
@@ -59,22 +74,34 @@ inline thread_local Round this_round __attribute__((tls_model("initial-exec")));
 void round_opens(Round& round, uint64_t print);  // before the first message of what may be a known round
 bool round_takes(Record& record, Use use, int link, int64_t bytes, double ratio);  // of a message in a timed round
 void round_closes(Round& round, bool whole, bool valid);  // whole: by one Waitall; valid: its time is the round's own
+void script_ends(Round& round);  // what it served is counted, and the round goes on as if there had been none
+// Another message than the script's.
+inline void leave_script() {
+  if (this_round.reader.end) script_ends(this_round);
+}
+// Another completion; between two rounds the script stays.
+inline void interrupt_script() {
+  if (this_round.reader.at != this_round.reader.begin) leave_script();
+}
 
 // Around the call that starts a nonblocking message.
 inline void round_enter() {
-  if (this_round.timed) this_round.mark_ns = now_ns();
+  if (this_round.timed()) this_round.mark_ns = now_ns();
 }
-inline void round_leave(uint64_t print, MPI_Request* request, int rc) {
+inline void round_leave(uint64_t print, const Line& line, MPI_Request* request, int rc) {
   Round& r = this_round;
-  r.post(print);
-  if (!r.timed) return;
+  r.post(print, line);
+  if (!r.timed()) return;
   r.ns += now_ns() - r.mark_ns;
   if (!r.has_first && rc == MPI_SUCCESS && request) r.first = handle_key(*request), r.has_first = true;
 }
 
 // A call that completes some other way.
 inline void round_break() {
-  if (this_round.posts) round_closes(this_round, false, false);
+  Round& r = this_round;
+  interrupt_script();
+  if (r.posts && (r.habit || r.attends)) round_closes(r, false, false);
+  else r.clear();
 }
 
 // Around a Waitall: begins before the library's call, which forgets the handles, and ends after our unpacking.
@@ -83,7 +110,7 @@ class RoundEnd {
   RoundEnd(int n, const MPI_Request* requests) {
     Round& r = this_round;
     whole_ = r.posts > 0 && n == r.posts && requests;
-    if (!r.timed || !whole_) return;
+    if (!r.timed() || !whole_) return;
     bool there = false;
     for (int i = 0; i < n && r.has_first; ++i) there |= handle_key(requests[i]) == r.first;
     whole_ = there;

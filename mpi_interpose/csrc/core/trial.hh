@@ -63,6 +63,10 @@ class Trial {
   }
   Way chosen() const { return chosen_; }
 
+  // Rounds until the next that is timed, all of which go the chosen way; and that so many of them have been.
+  int rest() const { return rest_; }
+  void rested(int rounds) { rest_ -= rounds; }
+
  private:
   Way chosen_ = kTableWay, way_ = kTableWay;
   bool timed_ = false;

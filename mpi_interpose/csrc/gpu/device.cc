@@ -256,7 +256,7 @@ void slab_put(void* slab, int64_t bytes) {
 }
 
 void release_all() {
-  if (detail::state != 1) return;
+  if (!possible()) return;
   pinned().clear();
   forget_contexts();
 }

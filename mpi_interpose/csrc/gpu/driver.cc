@@ -14,12 +14,12 @@ Driver cuda;
 
 namespace detail {
 
-std::atomic<void* const volatile*> watched{nullptr};
-std::atomic<int> state{0};
-
 namespace {
 
 std::mutex g_lock;
+std::atomic<int> g_state{0};  // 0 no driver seen, 1 driver usable, 2 switched off
+void* const g_always = &g_lock;  // stands for a library that is always new
+void* const g_never = nullptr;
 
 bool is_driver(const char* path) {
   const char* base = path ? std::strrchr(path, '/') : nullptr;
@@ -44,23 +44,28 @@ bool switched_off() {
   return wish && (!std::strcmp(wish, "off") || !std::strcmp(wish, "0"));
 }
 
+bool settle(bool usable) {
+  g_state = usable ? 1 : 2;
+  watched = usable ? &g_always : &g_never;
+  return usable;
+}
+
 }  // namespace
 
+std::atomic<void* const volatile*> watched{&g_always};
+
 bool loaded() {
+  if (g_state.load(std::memory_order_acquire)) return g_state == 1;
   std::lock_guard<std::mutex> guard(g_lock);
-  if (state) return state == 1;
-  if (switched_off()) {
-    state = 2;
-    return false;
-  }
+  if (g_state) return g_state == 1;
+  if (switched_off()) return settle(false);
   const link_map* last = nullptr;
   for (const link_map* m = _r_debug.r_map; m; m = m->l_next) {
     last = m;
     if (!is_driver(m->l_name)) continue;
     void* library = dlopen(m->l_name, RTLD_NOLOAD | RTLD_NOW);
     if (!library) continue;
-    state = fill(library) ? 1 : 2;  // a driver older than these functions is left alone
-    return state == 1;
+    return settle(fill(library));  // a driver older than these functions is left alone
   }
   // Hold the last library, so that what we watch stays mapped; the main program has an empty name and cannot go.
   if (last && (last->l_name[0] == 0 || dlopen(last->l_name, RTLD_NOLOAD | RTLD_LAZY)))

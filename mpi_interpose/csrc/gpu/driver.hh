@@ -79,18 +79,16 @@ struct Where {
 Where where(const void* address);
 
 namespace detail {
-extern std::atomic<void* const volatile*> watched;  // the `next` field of the last library that we have looked at
-extern std::atomic<int> state;  // 0 no driver seen, 1 driver usable, 2 switched off
-bool loaded();                  // looks at what was loaded since; true when the driver is usable
+// The `next` field of the last library that we have looked at; that of none before the first look and once there is a driver.
+extern std::atomic<void* const volatile*> watched __attribute__((visibility("hidden")));
+bool loaded();  // looks at what was loaded since; true when the driver is usable
 }  // namespace detail
 
-// Whether the program can have device memory at all. One load and one compare in a program without CUDA.
-__attribute__((always_inline)) inline bool possible() {
-  const int state = detail::state.load(std::memory_order_acquire);
-  if (state) return state == 1;
-  void* const volatile* next = detail::watched.load(std::memory_order_relaxed);
-  return __builtin_expect(next == nullptr || *next != nullptr, 0) && detail::loaded();
-}
+// Not null: the program may have loaded a driver, so `possible` has to look.
+__attribute__((always_inline)) inline void* news() { return *detail::watched.load(std::memory_order_relaxed); }
+
+// Whether the program can have device memory at all. Two loads and one compare in a program without CUDA.
+__attribute__((always_inline)) inline bool possible() { return __builtin_expect(news() != nullptr, 0) && detail::loaded(); }
 
 bool on_device_slow(const void* address);
 inline bool on_device(const void* address) {

@@ -10,6 +10,9 @@ Legend: B batch, H query heads, T query rows, D head dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -32,12 +35,21 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     `out` [B, H, T, D] of any one float type, `lse` [B, H, T] in float32 or float64. The sum is formed in the type of
     `lse` and returned in the type of `out_a`. Rows empty on both sides give (0, -inf).
     """
-    high = torch.maximum(lse_a, lse_b)
+    out, lse = merge_parts((out_a, out_b), (lse_a, lse_b))
+    return out.to(out_a.dtype), lse
+
+
+def merge_parts(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The same for any number of disjoint key sets, summed in their order; both results in the type of the lses.
+
+    `outs` [..., D], types may differ; `lses` [...].
+    """
+    high = reduce(torch.maximum, lses)
     high = torch.where(torch.isneginf(high), torch.zeros_like(high), high)
-    weight_a, weight_b = torch.exp(lse_a - high), torch.exp(lse_b - high)
-    total = weight_a + weight_b
+    weights = [torch.exp(lse - high) for lse in lses]
+    total = reduce(torch.add, weights)
     safe = torch.where(total == 0, torch.ones_like(total), total)
-    out = out_a.to(lse_a.dtype) * (weight_a / safe).unsqueeze(-1) + out_b.to(lse_a.dtype) * (weight_b / safe).unsqueeze(
-        -1
-    )
-    return out.to(out_a.dtype), torch.log(total) + high
+    out = outs[0].to(high.dtype) * (weights[0] / safe).unsqueeze(-1)
+    for part, weight in zip(outs[1:], weights[1:]):
+        out += part.to(high.dtype) * (weight / safe).unsqueeze(-1)
+    return out, torch.log(total) + high

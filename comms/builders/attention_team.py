@@ -18,6 +18,16 @@ from .draft import Draft
 from .routes import Route
 from .running import Running
 
+WAITING_ROWS, MOST_WAITING = 65536, 8
+
+
+def batch_of(shape: Shape) -> int:
+    """How many contributions to a result wait to be summed at once. A sum reads and writes the float32 result beside
+    what it adds: for a block of 4096 keys on a GPU, one at a time, a tenth of the attention. Long blocks hide that, and
+    need the memory."""
+    rows = max(shape.team_rows(name, at) for name in ("q", "k") for at in range(len(shape.q_rows) // shape.inner))
+    return min(max(WAITING_ROWS // max(rows, 1), 1), MOST_WAITING)
+
 
 class Team:
     """The ranks that hold share `column` of the heads: one of each team."""
@@ -35,6 +45,7 @@ class Team:
         beside: bool,
     ) -> None:
         self.beside = beside
+        self.batch = batch_of(shape) if beside else 1
         self.draft, self.shape, self.column, self.routes = draft, shape, column, routes
         self.moves, self.backward, self.bookends, self.goals = moves, backward, bookends, goals
         self.size = draft.world // shape.inner
@@ -92,7 +103,7 @@ class Team:
             op, kind = ("merge_lse", "merge") if group[0] == "out" else ("add", "reduce")
             rows = shape.team_rows(group[0], team)
             ends = fields if self.suffix else [shape.whole(name) for name in group]
-            self.running[team, group[0]] = Running(self.draft, rank, fields, rows, op, kind, role, ends)
+            self.running[team, group[0]] = Running(self.draft, rank, fields, rows, op, kind, role, ends, self.batch)
 
     def exchange(self, team: int, name: str, shift: int) -> None:
         """Take this share of the heads from the member `shift` before this one."""
@@ -183,7 +194,7 @@ class Team:
                 continue
             label = f"{'away' if home != place else 'part'}_{max(part, 0)}.{group[0]}"
             stays = home == place and running.begins(low, high)
-            buffers = 0 if stays else self.away_buffers if group[0] == "dk" else 2
+            buffers = 0 if stays else self.batch + 1 if home == place else self.away_buffers if group[0] == "dk" else 2
             where, label = self._slot(place, f"own.{group[0]}" if stays else label, buffers)
             if where:
                 self._free(place, where, "compute")
@@ -214,14 +225,14 @@ class Team:
     ) -> None:  # fmt: skip
         running, lane = self.running[home, group[0]], self.merge_lane(group[0])
         if home == place:
-            read = running.add(parts, low, high, lane)
-            if slot:
-                self.guards[place, slot].extend(read)
+            running.add(parts, low, high, lane, self.guards[place, slot] if slot else [])
             return
         done = self.draft.token(self.rank(place), f"returned.{parts[0].value}")
         self.guards[place, slot].append(done)
         stays = running.begins(low, high)
-        came, label = self._slot(home, f"{'own' if stays else 'came'}_{part}.{group[0]}", 0 if stays else 2)
+        came, label = self._slot(
+            home, f"{'own' if stays else 'came'}_{part}.{group[0]}", 0 if stays else self.batch + 1
+        )
         if came:
             self._free(home, came, f"back_{part}_in")
         values = [
@@ -233,9 +244,7 @@ class Team:
         tag = parts[0].value
         self.draft.send(self.rank(place), f"back_{part}_out", self.rank(home), tag, *parts, done=done)
         self.draft.recv(self.rank(home), f"back_{part}_in", self.rank(place), tag, *values)
-        read = running.add(values, low, high, lane)
-        if came:
-            self.guards[home, came].extend(read)
+        running.add(values, low, high, lane, self.guards[home, came] if came else [])
 
     def _goals(self) -> None:
         pieces = {}

@@ -2,7 +2,8 @@
 
 Contributions may cover some rows only (half a zigzag shard). Each row of a value is written once, so every combination
 makes a new version of its rows; all versions share one slot, and the last one of each row is the output itself. The
-order is the order of `add`, never that of arrival: that is what makes a sum repeat bit for bit.
+order is the order of `add`, never that of arrival: that is what makes a sum repeat bit for bit. A combination reads
+and writes the whole sum beside what it adds, so several contributions that wait for each other (`batch`) cost less.
 """
 
 from __future__ import annotations
@@ -25,6 +26,16 @@ class _Segment:
     stop: int
     left: int
     version: list[Slice] | None = None
+    waiting: tuple[_Part, ...] = ()
+
+
+@dataclass(eq=False)
+class _Part:
+    """A contribution to rows from `start` on. `read`: gets what shows that it has been read."""
+
+    slices: Sequence[Slice]
+    start: int
+    read: list[Slice]
 
 
 class Running:
@@ -33,19 +44,19 @@ class Running:
     `ends`: the fields as they are in the end, where the last sum is rounded; the output then has memory of its own.
 
     `expect` every contribution first, then `add` them in order, then `finish`. A contribution that is the first of its
-    rows must stay in memory of its own until it has been combined.
+    rows must stay in memory of its own until it has been combined; of others at most `batch` wait to be combined.
     """
 
     def __init__(
         self, draft: Draft, rank: int, fields: Sequence[Field], rows: int, op: str, kind: str, role: str,
-        ends: Sequence[Field] | None = None,
+        ends: Sequence[Field] | None = None, batch: int = 1,
     ) -> None:  # fmt: skip
         self.draft, self.rank, self.fields, self.rows = draft, rank, list(fields), rows
         self.ends = list(ends or fields)
-        self.op, self.kind, self.role = op, kind, role
+        self.op, self.kind, self.role, self.batch = op, kind, role, batch
         self.expected: list[tuple[int, int]] = []
         self._segments: list[_Segment] = []
-        self._versions = 0
+        self._versions = self._added = self._waiting = 0
 
     def expect(self, start: int, stop: int) -> None:
         if start < stop:
@@ -58,7 +69,7 @@ class Running:
 
     def begins(self, start: int, stop: int) -> bool:
         """Would a contribution to these rows be the first of some of them, and so have to stay where it is?"""
-        return any(start <= s.start and s.stop <= stop and s.version is None for s in self.segments)
+        return any(s.version is None and not s.waiting for s in self._inside(start, stop))
 
     def final(self, start: int, stop: int) -> list[Slice]:
         return [Slice(name, start, stop) for name, _, _ in self.fields]
@@ -73,33 +84,47 @@ class Running:
             ]
         return self._segments
 
-    def add(self, part: Sequence[Slice], start: int, stop: int, lane: str) -> list[Slice]:
-        """Combine rows `start`:`stop`; returns slices that show that `part` has been read (none if it must stay)."""
-        inside = [s for s in self.segments if start <= s.start and s.stop <= stop]
-        shown: list[Slice] = []
-        for (last, held), group in groupby(inside, key=lambda s: (s.left == 1, s.version and s.version[0].value)):
+    def _inside(self, start: int, stop: int) -> list[_Segment]:
+        return [s for s in self.segments if start <= s.start and s.stop <= stop]
+
+    def add(self, part: Sequence[Slice], start: int, stop: int, lane: str, read: list[Slice]) -> None:
+        """Combine rows `start`:`stop`, soon: `read` then gets slices that show that `part` has been read (none if it
+        must stay)."""
+        self._waiting += not self.begins(start, stop)
+        self._added += 1
+        mine = _Part(part, start, read)
+        for segment in self._inside(start, stop):
+            segment.left -= 1
+            segment.waiting += (mine,)
+        if self._waiting == self.batch or self._added == len(self.expected):
+            self._combine(lane)
+
+    def _combine(self, lane: str) -> None:
+        """All that waits."""
+        self._waiting = 0
+        for (last, _, parts), group in groupby(
+            (s for s in self.segments if s.waiting),
+            key=lambda s: (not s.left, s.version and s.version[0].value, s.waiting),
+        ):
             rows = list(group)
             low, high = rows[0].start, rows[-1].stop
-            mine = [Slice(s.value, s.start + low - start, s.start + high - start) for s in part]
-            if held is None and not last:
-                written = mine
-            elif held is None:
-                written = self.final(low, high)
-                self.draft.compute(self.rank, "copy", mine, written, kind="copy", lane=lane)
+            before = [Slice(a.value, a.start, b.stop) for a, b in zip(rows[0].version or (), rows[-1].version or ())]
+            reads = [Slice(s.value, s.start + low - p.start, s.start + high - p.start) for p in parts for s in p.slices]
+            if not before and len(parts) == 1 and not last:
+                written = reads  # it stays where it is
             else:
-                before = [
-                    Slice(a.value, a.start, b.stop) for a, b in zip(rows[0].version or (), rows[-1].version or ())
-                ]
                 written = self.final(low, high) if last else self._version(low, high)
-                self.draft.compute(self.rank, self.op, [*before, *mine], written, kind=self.kind, lane=lane)
-            if written is not mine:
-                shown.append(written[0])
+                if before or len(parts) > 1:
+                    self.draft.compute(self.rank, self.op, [*before, *reads], written, kind=self.kind, lane=lane)
+                else:
+                    self.draft.compute(self.rank, "copy", reads, written, kind="copy", lane=lane)
+                for part in parts:
+                    part.read.append(written[0])
             for segment in rows:
-                segment.left -= 1
+                segment.waiting = ()
                 segment.version = [
                     Slice(w.value, w.start + segment.start - low, w.start + segment.stop - low) for w in written
                 ]
-        return shown
 
     def _version(self, low: int, high: int) -> list[Slice]:
         self._versions += 1

@@ -1,4 +1,4 @@
-"""Merge two attention parts, also one into the other in place: one Triton pass where the plain formula makes nine.
+"""Merge one attention part into another in place: one Triton pass where the plain formula makes nine.
 
 The plain reference is `parallel.merge.merge`, which also serves every device and type that the kernel does not.
 """
@@ -20,28 +20,20 @@ BLOCK_ROWS = 16
 
 
 def merge_into(out_BHTD: Tensor, lse_BHT: Tensor, part_BHTD: Tensor, part_lse_BHT: Tensor) -> None:
-    """out, lse <- merge(out, lse, part, part_lse), in place. `lse` is contiguous, float32 for the kernel."""
-    merge_to(out_BHTD, lse_BHT, out_BHTD, lse_BHT, part_BHTD, part_lse_BHT)
+    """out, lse <- merge(out, lse, part, part_lse), in place. `lse` is contiguous, float32 for the kernel.
 
-
-def merge_to(
-    out_BHTD: Tensor, lse_BHT: Tensor, first_BHTD: Tensor, first_lse_BHT: Tensor, part_BHTD: Tensor,
-    part_lse_BHT: Tensor,
-) -> None:  # fmt: skip
-    """out, lse <- merge(first, first_lse, part, part_lse), which may be out and lse themselves.
-
-    The three outs may differ in dtype; the sum is formed in that of `lse` and rounded once, to that of `out`.
+    The two outs may differ in dtype; the sum is formed in that of `lse` and rounded once, to that of `out`.
     """
-    outs = out_BHTD, first_BHTD, part_BHTD
+    outs = out_BHTD, part_BHTD
     plain = triton is None or not out_BHTD.is_cuda or lse_BHT.dtype != torch.float32
     if plain or any(x.stride(3) != 1 for x in outs):
-        out, lse = merge(first_BHTD.to(lse_BHT.dtype), first_lse_BHT, part_BHTD, part_lse_BHT)
+        out, lse = merge(out_BHTD.to(lse_BHT.dtype), lse_BHT, part_BHTD, part_lse_BHT)
         out_BHTD.copy_(out)
         lse_BHT.copy_(lse)
         return
     batch, heads, rows, width = out_BHTD.shape
     _merge_kernel[(-(-rows // BLOCK_ROWS), batch * heads)](  # pyright: ignore[reportIndexIssue]
-        *outs, lse_BHT, first_lse_BHT.contiguous(), part_lse_BHT.contiguous(), heads, rows, width,
+        *outs, lse_BHT, part_lse_BHT.contiguous(), heads, rows, width,
         *(stride for x in outs for stride in x.stride()[:3]), BLOCK_ROWS, 1 << (width - 1).bit_length(),
     )  # fmt: skip
 
@@ -50,8 +42,8 @@ if triton is not None:
 
     @triton.jit
     def _merge_kernel(
-        out, first, part, lse, first_lse, part_lse, heads, rows, width,
-        out_b, out_h, out_t, first_b, first_h, first_t, part_b, part_h, part_t,
+        out, part, lse, part_lse, heads, rows, width,
+        out_b, out_h, out_t, part_b, part_h, part_t,
         ROWS: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
         head = tl.program_id(1).to(tl.int64)
@@ -59,7 +51,7 @@ if triton is not None:
         column = tl.arange(0, WIDTH)
         inside = row < rows
         cell = inside[:, None] & (column < width)[None, :]
-        a = tl.load(first_lse + head * rows + row, mask=inside, other=float("-inf"))
+        a = tl.load(lse + head * rows + row, mask=inside, other=float("-inf"))
         b = tl.load(part_lse + head * rows + row, mask=inside, other=float("-inf"))
         high = tl.maximum(a, b)
         high = tl.where(high == float("-inf"), 0.0, high)
@@ -68,9 +60,8 @@ if triton is not None:
         total = weight_a + weight_b
         safe = tl.where(total == 0.0, 1.0, total)
         place = out + (head // heads) * out_b + (head % heads) * out_h + row[:, None] * out_t + column[None, :]
-        one = first + (head // heads) * first_b + (head % heads) * first_h + row[:, None] * first_t + column[None, :]
         other = part + (head // heads) * part_b + (head % heads) * part_h + row[:, None] * part_t + column[None, :]
-        x = tl.load(one, mask=cell, other=0.0).to(tl.float32)
+        x = tl.load(place, mask=cell, other=0.0).to(tl.float32)
         y = tl.load(other, mask=cell, other=0.0).to(tl.float32)
         value = x * (weight_a / safe)[:, None] + y * (weight_b / safe)[:, None]
         tl.store(place, value.to(out.dtype.element_ty), mask=cell)

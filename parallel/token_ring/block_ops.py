@@ -25,8 +25,8 @@ from ...dist.errors import UserError
 from ..blocks import flex, measured
 from ..blocks.select import backend as named
 from ..blocks.types import Backend
-from ..kernels.merge_rows import merge_to
 from ..kernels.row_products import standing_out
+from ..kernels.sum_parts import add_parts_to, merge_parts_to
 from ..masks import BACKWARDS, FULL, Tile
 from ..merge import merge
 from ..partition import rows_of
@@ -283,23 +283,19 @@ def _standing_in(dout: Tensor, delta: Tensor, v: Tensor, column: bool) -> tuple[
 
 
 def _merge_lse(reads: Tensors, writes: Tensors) -> None:
-    """out, lse of two parts [N, B, H, E], [N, B, H] to those of their union; may write over the first.
+    """out, lse of parts [N, B, H, E], [N, B, H] to those of their union; may write over the first.
 
-    A merge knows nothing of rows and heads, so the whole is one column of rows (on CUDA for one kernel).
+    A merge knows nothing of rows and heads, so the whole is one column of rows.
     """
-    wide = [t.reshape(1, 1, -1, t.shape[-1]) for t in (writes[0], reads[0], reads[2])]
-    flat = [t.reshape(1, 1, -1) for t in (writes[1], reads[1], reads[3])]
-    merge_to(wide[0], flat[0], wide[1], flat[1], wide[2], flat[2])
+    outs = [t.reshape(-1, t.shape[-1]) for t in (writes[0], *reads[::2])]
+    lses = [t.reshape(-1) for t in (writes[1], *reads[1::2])]
+    merge_parts_to(outs[0], lses[0], outs[1:], lses[1:])
 
 
 def _add(reads: Tensors, writes: Tensors) -> None:
-    """Sums of as many groups as there are writes; may write over the first group."""
-    width = len(writes)
+    """Sums of as many numbers as each group has; may write over the first group."""
     for at, write in enumerate(writes):
-        if torch.promote_types(reads[at].dtype, reads[width + at].dtype).itemsize >= write.element_size():
-            torch.add(reads[at], reads[width + at], out=write)  # 16 bits are added in 32 and rounded once
-        else:  # two parts in the type of the wire, to be summed in a wider one
-            write.copy_(reads[at]).add_(reads[width + at])
+        add_parts_to(write, reads[at :: len(writes)])
 
 
 def _split_heads(reads: Tensors, writes: Tensors) -> None:

@@ -396,7 +396,7 @@ def test_split_keys_and_merged_backward_are_exact(device, seed):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merge_in_place_equals_merge_and_keeps_empty_rows(dtype, device, seed):
-    from undertow.parallel.kernels.merge_rows import merge_into, merge_to
+    from undertow.parallel.kernels.merge_rows import merge_into
 
     # [B, T, H, D] memory seen as [B, H, T, D]: the layout of a layer's attention output
     out, part = (torch.randn(2, 33, 3, 40, device=device).to(dtype).transpose(1, 2) for _ in range(2))
@@ -408,13 +408,38 @@ def test_merge_in_place_equals_merge_and_keeps_empty_rows(dtype, device, seed):
     assert (expected[:, :, 6:8] == 0).all() and torch.isneginf(expected_lse[:, :, 6:8]).all()
     torch.testing.assert_close(expected[:, :, 4:6], part[:, :, 4:6])
     torch.testing.assert_close(expected[:, :, 8:12], out[:, :, 8:12])
-    apart, apart_lse = torch.empty_like(out, dtype=torch.float32), torch.empty_like(lse)
-    merge_to(apart, apart_lse, out, lse, part, part_lse)
-    torch.testing.assert_close(apart.to(dtype), expected)
-    torch.testing.assert_close(apart_lse, expected_lse)
     merge_into(out, lse, part, part_lse)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse, expected_lse)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("count", [2, 5, 9])
+@pytest.mark.parametrize("into", ["apart", "the first"])
+def test_many_parts_are_summed_at_once(into, count, device, seed):
+    """The attention over all keys, and a sum whose every bit is that of adding one after the other in float32."""
+    from undertow.parallel.kernels.sum_parts import add_parts_to, merge_parts_to
+
+    outs = [torch.randn(37, 40, device=device).to(torch.bfloat16 if n else torch.float32) for n in range(count)]
+    lses = [torch.randn(37, device=device) * 3 for _ in outs]
+    for n, lse in enumerate(lses):
+        lse[4:8] = float("-inf")  # rows that no part sees
+        lse[8 + n] = float("-inf")
+        outs[n][torch.isneginf(lse)] = 0
+    weights = torch.stack(lses).double().softmax(0).nan_to_num(0)
+    expected = (torch.stack([out.double() for out in outs]) * weights[..., None]).sum(0)
+    total, total_lse = (outs[0], lses[0]) if into == "the first" else map(torch.empty_like, (outs[0], lses[0]))
+    expected_lse = torch.stack(lses).double().logsumexp(0)
+    rounded = torch.empty_like(outs[1])
+    add_parts_to(rounded, outs)
+    one = outs[0].clone()
+    for out in outs[1:]:
+        one += out
+    assert torch.equal(rounded, one.bfloat16())
+    merge_parts_to(total, total_lse, outs, lses)
+    assert (total[4:8] == 0).all() and torch.isneginf(total_lse[4:8]).all()
+    torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(total_lse.double(), expected_lse, rtol=1e-5, atol=1e-6)
 
 
 def test_unknown_backend_is_a_user_error():

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from undertow.comms import local
+from undertow.comms.actions import Compute
 from undertow.comms.builders.attention import attention
 from undertow.comms.builders.attention_named import best_routes
 from undertow.comms.builders.attention_shape import Heads
@@ -805,7 +806,8 @@ def test_simulated_time_is_the_closed_form_where_links_do_not_contend(name):
 
 def test_merging_beside_the_next_block_leaves_only_the_last_merge():
     """With merges that cost the attention beside them nothing, a causal zigzag ring is within 5 % of the ideal; with
-    merges that it stands still for, it takes what merging between blocks takes, but for the overlap with messages."""
+    merges that it stands still for, it still gains, because sums of several parts at once move fewer bytes: for less
+    than 3 % of the attention at the rates of an H200, where one at a time takes more."""
     problem = Problem(8, 65536, 65536, Heads(1, 32, 8, 128, 128, "bfloat16"), Mask(True))
     for backward in (False, True):
         free, standing = (Rates("H100", (641e12, 545e12), 1.5e12, PRESETS["nvswitch"].network, 0.0, d) for d in (0, 1))
@@ -816,4 +818,15 @@ def test_merging_beside_the_next_block_leaves_only_the_last_merge():
         between = attention("ring_kv", shape, routes, backward=backward, goals=False, beside=False)
         assert ideal / predict(plan, free) >= 0.95
         assert predict(plan, free) < predict(between, free)
-        assert predict(plan, standing) == pytest.approx(predict(between, standing), rel=0.02)
+        assert predict(plan, standing) < 0.98 * predict(between, standing)
+        at_once, one_by_one = (_share_of_sums(p, (600e12, 540e12)[backward], 4e12) for p in (plan, between))
+        assert at_once < 0.03 < one_by_one
+
+
+def _share_of_sums(plan, flops_per_s: float, bytes_per_s: float) -> float:
+    shares = []
+    for rank in range(plan.world):
+        mine = [a for r, _, _, a in plan.actions() if r == rank and isinstance(a, Compute)]
+        nbytes = sum(plan.nbytes(rank, *a.reads, *a.writes) for a in mine if not a.flops)
+        shares.append(nbytes / bytes_per_s / (sum(a.flops for a in mine) / flops_per_s))
+    return max(shares)

@@ -29,7 +29,7 @@ from ..kernels.row_products import standing_out
 from ..kernels.sum_parts import add_parts_to, merge_parts_to
 from ..masks import BACKWARDS, FULL, Tile
 from ..merge import merge
-from ..partition import rows_of
+from ..partition import positions_of, rows_of
 from .problem import Problem
 from .whole_blocks import FEWEST_TILES, plan_of
 
@@ -261,6 +261,33 @@ def ops(
             for part, rows in zip(parts, grad.split([part.shape[0] for part in parts], 2)):
                 _heads_first(part).copy_(rows[..., : part.shape[3]])
 
+    def in_sequence(op: Callable[..., None], of_reads: str, of_writes: str) -> Callable[..., None]:
+        """`op` with rows in the order of the sequence. Which rows they are, each by a letter: of queries or of keys."""
+
+        def run(reads: Tensors, writes: Tensors, **block: int) -> None:
+            if len(reads) < len(of_reads):
+                op(reads, writes, **block)
+                return
+            at = {name: dealt_rows(name, reads[0].device) for name in "qk"}
+            sorted_writes = [torch.empty_like(x) for x in writes]
+            op([x[at[name]] for name, x in zip(of_reads, reads)], sorted_writes, **block)
+            for name, write, found in zip(of_writes, writes, sorted_writes):
+                write[at[name]] = found
+
+        return run
+
+    @cache
+    def dealt_rows(name: str, device: torch.device) -> Tensor:
+        """Where each position's row lies."""
+        ranks = problem.q_spans if name == "q" else problem.k_spans
+        return torch.argsort(torch.cat([positions_of(spans) for spans in ranks])).to(device)
+
+    if problem.dealt(inner):
+        return {
+            "attend": in_sequence(attend, "qkk", "qq"),
+            "attend_backward": in_sequence(attend_backward, "qkkqqq", "qkk"),
+            **COMMON,
+        }
     return {
         "attend": attend,
         "attend_backward": attend_backward,

@@ -62,8 +62,18 @@ class Problem:
         self, q: int, k: int, inner: int, q_rows: tuple[int, int], k_rows: tuple[int, int]
     ) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
         """Which positions those rows of query team q and key team k are."""
-        q_team, k_team = _team(self.q_spans, q, inner), _team(self.k_spans, k, inner)
-        return _rows(q_team, *q_rows), _rows(k_team, *k_rows)
+        return _rows(self.team(self.q_spans, q, inner), *q_rows), _rows(self.team(self.k_spans, k, inner), *k_rows)
+
+    def team(self, spans: Sequence[tuple[Span, ...]], team: int, inner: int) -> tuple[Span, ...]:
+        """The positions of a team's rows, in the order in which its blocks are computed."""
+        if self.dealt(inner):
+            return tuple(span for span in (Span(0, sum(map(rows_of, spans))),) if span.count)
+        return _ordered(tuple(spans[team * inner : (team + 1) * inner]))[0]
+
+    def dealt(self, inner: int) -> bool:
+        """Is every `inner`-th token one rank's, and all tokens the team's? Their rows lie one rank after the other, but
+        blocks are computed in the order of the sequence, where they are one kernel call."""
+        return self.layout == "striped" and inner == self.world > 1
 
     @property
     def area(self) -> int:
@@ -184,7 +194,7 @@ def _lossless(problem: Problem, inner: int, needs: Mapping[tuple[int, int], tupl
 
 def _needs(problem: Problem, inner: int, i: int, j: int, halves: str) -> tuple[Need, ...]:
     """What query team i needs of key team j; the pair (i, i) always covers all rows."""
-    q_rows, k_rows = rows_of(_team(problem.q_spans, i, inner)), rows_of(_team(problem.k_spans, j, inner))
+    q_rows, k_rows = rows_of(problem.team(problem.q_spans, i, inner)), rows_of(problem.team(problem.k_spans, j, inner))
     whole = problem.tiles(i, j, inner, (0, q_rows), (0, k_rows))
     low, high = (min((t.k0 for t in whole), default=0), max((t.k1 for t in whole), default=0))
     if i == j:
@@ -203,11 +213,6 @@ def _needs(problem: Problem, inner: int, i: int, j: int, halves: str) -> tuple[N
         elif halves == "all":
             found.append(Need(0, 0, k0, k1, 0))
     return tuple(found)
-
-
-def _team(spans: Sequence[tuple[Span, ...]], team: int, inner: int) -> tuple[Span, ...]:
-    """The spans of a team's rows, in the order in which it has them."""
-    return _ordered(tuple(spans[team * inner : (team + 1) * inner]))[0]
 
 
 @lru_cache(maxsize=1024)

@@ -584,6 +584,10 @@ def test_ranks_that_exchange_heads_have_the_sequence_in_order(world):
         for backward in (False, True):
             sent = [max(c.sent_bytes for c in rank_costs(p.schedule(name, backward=backward))) for p in (problem, wide)]
             assert sent[0] < sent[1]
+    dealt = Problem(world, length, length, heads, Mask(True), "striped")
+    if not dealt.possible("ulysses"):
+        assert len(dealt.tiles(0, 0, world, (0, length), (0, length))) == 1
+        assert shape_of(dealt, "ulysses").heads.wire == "bfloat16"
     bounds = tuple(range(0, length, 5)) + (length,)
     many = Problem(world, length, length, heads, Mask(True, cu_seqlens_q=bounds), "zigzag_documents")
     for backward in (False, True):

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import sys
 import time
 
 import pytest
 import torch
 
-from undertow.benchmarks import checkpoint_ranks, checkpoint_recovery, overlap_gpus, ring_gpus, stream_ranks
+from undertow.benchmarks import (
+    checkpoint_ranks,
+    checkpoint_recovery,
+    kill_resume,
+    overlap_gpus,
+    ring_gpus,
+    stream_ranks,
+)
 from undertow.benchmarks.case import Context, Measured
 from undertow.benchmarks.checkpoint_job import Size
 from undertow.dist.errors import UserError
+from undertow.dist.launch import free_port
 from undertow.examples.lm import LMConfig
 from undertow.parallel.token_ring.executors import forget
 
@@ -62,8 +73,58 @@ def test_every_save_of_sharded_training_reads_back(ranks):
         assert len(found) == 5 and set(found.values()) == {(0, 0)}
 
 
+class Forked:
+    """A launch by forked ranks, in place of Torchrun: it starts processes that import torch longer than they run."""
+
+    def __init__(self, act, ranks, folder, size, partners):
+        self.log, self.process = folder / f"{act}-{ranks}.log", self
+        port, work = free_port(), (folder, checkpoint_recovery.SIZES[size], act, partners)
+        fork = multiprocessing.get_context("fork")
+        self.ranks = [fork.Process(target=self._rank, args=(rank, ranks, port, work)) for rank in range(ranks)]
+        for rank in self.ranks:
+            rank.start()
+
+    def _rank(self, rank, ranks, port, work):
+        os.dup2(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        sys.stderr = os.fdopen(2, "w", closefd=False)  # under pytest it was its own
+        os.environ |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+        }
+        os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
+        checkpoint_recovery.work(*work)
+
+    def poll(self):
+        codes = [rank.exitcode for rank in self.ranks]
+        return None if None in codes else int(any(codes))
+
+    def wait(self, timeout_s):
+        for rank in self.ranks:
+            rank.join(timeout_s)
+        assert self.poll() is not None, self.tail()
+        return self.poll()
+
+    def tail(self):
+        return self.log.read_text()[-3000:]
+
+    def stop(self):
+        for rank in self.ranks:
+            rank.kill()
+            rank.join()
+
+
 @pytest.mark.slow
-def test_a_killed_run_goes_on_from_what_is_left(tmp_path):
+def test_a_killed_run_goes_on_from_what_is_left(tmp_path, monkeypatch):
+    """torchrun starts the one rank that is left; the launches of several fork, which is all that differs."""
+
+    def launch(act, ranks, *rest):
+        return (Forked if ranks > 1 else torchrun)(act, ranks, *rest)
+
+    kill_resume.prepare()
+    torchrun = checkpoint_recovery.Torchrun
+    monkeypatch.setattr(checkpoint_recovery, "Torchrun", launch)
     rows = checkpoint_recovery.recover(2, tmp_path, checkpoint_recovery.TINY.name)
     assert [row.ranks for row in rows] == [2, 2, 1, 2] and all(row.good for row in rows), rows
     assert [row.resumed for row in rows[1:3]] == [4, 4]  # the first from memory, which a slow disk may have kept busy

@@ -37,6 +37,7 @@ from .options import check_options, metrics_of, step_of
 from .partner import Partner
 from .pipeline import Pipeline
 from .preemption import Preempter, Preemption
+from .readable import Readable
 from .reports import Reports
 from .restorer import Restorer
 from .retention import Retention
@@ -54,7 +55,7 @@ class Checkpointer:
     checkpoints to retain (None: all; a `Retention` has more rules). `recycle`: whether later saves write over the files
     of those that go (None: on a local disk where removing slows down writing). `mirror`: a second folder for some,
     `bucket`: a place in an object store (S3, GCS, Azure).
-    `host_every`: steps between saves to host memory, which survives a killed process but not the machine;
+    `host_every`: the same for saves to host memory, which survives a killed process but not the machine;
     `host_generations` of them are held (one always valid, one being written, one being flushed). `partner`: each is
     copied to another machine's memory too, which the loss of a machine then leaves. `per_rank`: objects
     whose state differs by rank. `arena_bytes`: host memory for bytes on their way (default: the rank's part of the
@@ -73,7 +74,7 @@ class Checkpointer:
         recycle: bool | None = None,
         mirror: Mirror | None = None,
         bucket: Bucket | None = None,
-        host_every: int = 0,
+        host_every: int | Frequency = 0,
         host_generations: int = 3,
         partner: Partner | None = None,
         per_rank: dict[str, Any] | None = None,
@@ -108,7 +109,6 @@ class Checkpointer:
             allow_types=allow_types,
             observers=observers,
         )
-        self.host_every = host_every
         self.preempted = False
         self._budget = Budget(arena_bytes)
         self._trace = trace or Trace(None)
@@ -133,14 +133,23 @@ class Checkpointer:
         self._restorer = Restorer(
             self.state, self._tiers, self._coordinator, allow_types, timeout_s=timeout_s, trace=self._trace
         )
-        self._due = Due(every, self._coordinator, timeout_s=timeout_s)
+        self._due = Due(every, "disk", self._coordinator, timeout_s=timeout_s)
+        self._host_due = Due(host_every, self.host.tier if self.host else "", self._coordinator, timeout_s=timeout_s)
         self._pipeline = Pipeline(self._tiers.committers, writers=writers, trace=self._trace)
         self._live = LiveState(self.state, self._coordinator, chunk_bytes=chunk_bytes, timeout_s=timeout_s)
         self._clock = StepClock()
         self._reports = Reports(observers, self._clock, lambda: self._budget.peak_bytes)
         self._fences = Fences(self._live, self._trace)
         self._saver = Saver(
-            self._live, self._tiers, self._budget, self._pipeline, self._fences, self._clock, self._reports, timeout_s
+            self._live,
+            self._tiers,
+            self._budget,
+            self._pipeline,
+            self._fences,
+            self._clock,
+            self._reports,
+            timeout_s,
+            Readable(allow_types),
         )
         self._saved_step: int | None = None
         self._preempter = Preempter(preemption, self._coordinator.lifeline) if preemption is not None else None
@@ -166,8 +175,7 @@ class Checkpointer:
             return self._preempter.conclude(step, self.wait(), off=self._off)
         if step == self._saved_step:
             return False
-        disk = self._due.is_due(step)
-        host = self.host_every > 0 and step % self.host_every == 0
+        disk, host = self._due.is_due(step), self._host_due.is_due(step)
         return (disk or host) and self.save(step, disk=disk, host=host, metrics=metrics)
 
     def save(
@@ -190,6 +198,8 @@ class Checkpointer:
         self._saved_step = step
         if disk:
             self._due.saved(step, self.reports)
+        if host:
+            self._host_due.saved(step, self.reports)
         if raised is not None:
             raise raised
         return begun
@@ -251,13 +261,13 @@ class Checkpointer:
         arena = self._budget.of(plan.image)
         return explain(
             plan,
-            self._tiers.explain(self._due.interval, self.host_every, arena),
+            self._tiers.explain(self._due.interval, self._host_due.interval, arena),
             machine,
             cuda=self._live.pinned,
             window_s=window_s,
             arena_bytes=arena,
             reports=self.reports[-len(self._tiers.committers) :],
-            reason=self._due.reason,
+            reasons=[due.reason for due in (self._host_due, self._due) if due.reason],
         )
 
     @property

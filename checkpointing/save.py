@@ -17,6 +17,7 @@ import torch
 from ..dist.units import format_bytes, format_seconds
 from .attempt import Attempt
 from .plan import SavePlan
+from .readable import Readable
 from .snapshot import Snapshot
 from .state import Fresh
 
@@ -58,6 +59,7 @@ class Save:
     plan: SavePlan
     objects: Mapping[str, Any]
     known: dict[str, tuple[Any, str, bytes]]
+    readable: Readable | None = None  # looks at the bytes of each object once
     call_s: float = 0.0
     fence_s: float = 0.0
     snapshot: Snapshot = field(init=False)
@@ -88,6 +90,8 @@ class Save:
                         self._pickled[key] = known[2]
                     else:
                         self._keep(key, value)
+                if self.readable is not None:
+                    self.readable.look(key, self._pickled[key])
             return {key: self._pickled[key] for key in self.objects}
 
     def _keep(self, key: str, held: Any) -> None:

@@ -18,6 +18,7 @@ from .budget import Budget
 from .fences import Fences
 from .live import LiveState
 from .pipeline import Pipeline
+from .readable import Readable
 from .reports import Reports, dropped
 from .save import Save
 from .slowdown import StepClock
@@ -38,11 +39,13 @@ class Saver:
         clock: StepClock,
         reports: Reports,
         timeout_s: float,
+        readable: Readable,
     ) -> None:
         self._live, self._tiers, self._budget, self._pipeline = live, tiers, budget, pipeline
         self._fences, self._clock, self._reports = fences, clock, reports
         self._coordinator, self._timeout_s = tiers.coordinator, timeout_s
         self._pickles: dict[str, tuple[Any, str, bytes]] = {}
+        self._readable = readable
 
     def begin(self, attempt: Attempt) -> bool:
         """Whether a save has begun. Raises what a user's object raises, and `UserError` where the memory that was asked
@@ -107,7 +110,8 @@ class Saver:
 
     def _start(self, attempt: Attempt, values: Mapping[str, Any], claimed: Claim | None) -> None:
         live, arena = self._live, partial(self._arena, attempt)
-        save = Save(attempt, live.plan, {index.fqn: values[index.fqn] for index in live.plan.objects}, self._pickles)
+        objects = {index.fqn: values[index.fqn] for index in live.plan.objects}
+        save = Save(attempt, live.plan, objects, self._pickles, self._readable)
         live.staging.fill(live.eager)
         sources, seals = live.sources, live.seals()
         live.copier.begin()

@@ -259,6 +259,18 @@ def test_a_hostile_pickle_does_not_run(tmp_path):
     assert not flag.exists()
 
 
+def test_what_a_restore_would_refuse_is_said_at_the_first_save(tmp_path, caplog):
+    job, thing = Job(), Thing({"queue": deque([1])})
+    for allowed, said in (((), 1), ((deque,), 0)):
+        with job.checkpointer(tmp_path / str(said), thing=thing, allow_types=allowed) as ckpt:
+            for step in range(2):
+                ckpt.save(step)
+                assert ckpt.wait()[-1].ok
+        assert caplog.text.count("the object 'thing' is saved, but restore() will refuse it") == said
+        assert caplog.text.count("collections.deque") == said
+        caplog.clear()
+
+
 def test_an_object_that_cannot_be_pickled_costs_one_save(tmp_path):
     job = Job()
     thing = Thing({"f": lambda: 1})

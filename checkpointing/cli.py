@@ -1,9 +1,9 @@
 """`undertow ckpt`: what lies in a checkpoint folder, whether it is whole, and what may go.
 
 Every command but `prune` and `fetch` only reads, takes no lock and may be used beside a running job. PATH is a
-checkpoint folder (the newest whole checkpoint in it is meant, or the one of --step), one checkpoint, or the URL of
-checkpoints in an object store (s3://bucket/run), of which commands download what they need. Exit codes: 0 well, 1
-damage found or checkpoints differ, 2 wrong use.
+checkpoint folder (the newest whole checkpoint in it is meant, or the one of --step), the folder of a run that has one,
+one checkpoint, or the URL of checkpoints in an object store (s3://bucket/run), of which commands download what they
+need. Exit codes: 0 well, 1 damage found or checkpoints differ, 2 wrong use.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,8 +33,21 @@ from .safetensors_export import export as write_export
 from .safetensors_export import modules_of, plan_export
 from .tensor_stream import stored_bytes
 
+
+def _home(path: str) -> str:
+    """The folder `checkpoints` of a run of `undertow train`, when the run's own folder is named."""
+    inside = Path(path, "checkpoints")
+    return str(inside) if not is_url(path) and Path(path, "config.json").is_file() and inside.is_dir() else path
+
+
+def _place(name: str) -> Any:
+    return typer.Argument(
+        metavar=name, callback=_home, help="A folder of checkpoints, one checkpoint, a run's folder, or s3://…."
+    )
+
+
 app = application(no_args_is_help=True)
-Where = Annotated[str, typer.Argument(metavar="PATH", help="A folder of checkpoints, one checkpoint, or s3://….")]
+Where = Annotated[str, _place("PATH")]
 Step = Annotated[int | None, typer.Option("--step", help="The checkpoint of this step (default: the newest whole).")]
 
 
@@ -96,10 +109,10 @@ def _total(found: Found) -> int:
 
 @app.command()
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="A folder of checkpoints, one checkpoint, or s3://….")],
-    b: Annotated[str, typer.Argument(metavar="B", help="The other one; may be the same folder with --step-b.")],
+    a: Annotated[str, _place("A")],
+    b: Annotated[str, _place("B")],
     step_a: Annotated[int | None, typer.Option(help="Step of A.")] = None,
-    step_b: Annotated[int | None, typer.Option(help="Step of B.")] = None,
+    step_b: Annotated[int | None, typer.Option(help="Step of B, which may be the same folder.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Show equal tensors too.")] = False,
 ) -> None:
     """Compare two checkpoints tensor by tensor and bit by bit. Exit code 1 when they differ."""

@@ -28,7 +28,12 @@ def console() -> Console:
 
 
 def show(table: Table) -> None:
-    console().print(table)
+    """The title is a line before the table, which would fold a path at its own width."""
+    screen = console()
+    if table.title:
+        screen.print(table.title, soft_wrap=True)
+        table.title = None
+    screen.print(table)
 
 
 def say(line: str) -> None:

@@ -89,6 +89,14 @@ def test_list_of_one_checkpoint_by_its_own_folder_or_another_name(root, capsys):
     assert "damaged" in capsys.readouterr().out
 
 
+def test_a_runs_folder_stands_for_its_checkpoints(root, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(root, run / "checkpoints")
+    (run / "config.json").write_text("{}")
+    assert main(["list", str(run)]) == 0
+    assert f"whole in {run / 'checkpoints'}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("verb", ["list", "verify", "inspect"])
 def test_a_checkpoint_of_dcp_is_called_by_its_name(tmp_path, capsys, verb):
     dcp.save({"w": torch.ones(2)}, checkpoint_id=tmp_path / "dcp")

@@ -73,11 +73,24 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _record(error: Exception) -> None:
-    """Under torchrun: leave the error where its agent looks for the first one, to name it in its summary."""
-    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+    """Under torchrun: leave the error where its agent looks for the first one, to name it in its summary. Of what a
+    user can mend that is the message; torch's own form adds a traceback, and would show that instead."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    from .dist.errors import UserError
 
-        get_error_handler().record_exception(error)
+    if isinstance(error, UserError):
+        import json
+        import time
+
+        message = {"message": str(error), "extraInfo": {"timestamp": str(int(time.time()))}}
+        with open(path, "w") as file:
+            json.dump({"message": message}, file)
+        return
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    get_error_handler().record_exception(error)
 
 
 if __name__ == "__main__":

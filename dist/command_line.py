@@ -15,8 +15,12 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
 def application(**options: Any) -> typer.Typer:
-    """A typer application in the one look of all verbs: plain help without boxes, no completion, plain tracebacks."""
-    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, **options)
+    """A typer application in the one look of all verbs: plain help without boxes (-h too), no completion, plain
+    tracebacks."""
+    names = {"help_option_names": ["--help", "-h"]}
+    return typer.Typer(
+        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings=names, **options
+    )
 
 
 def run_application(app: typer.Typer, argv: Sequence[str], prog_name: str) -> int:

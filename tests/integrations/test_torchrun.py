@@ -29,7 +29,9 @@ def test_an_error_reaches_torchs_error_file(tmp_path, monkeypatch):
     path = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
     assert main(["plan", "--model", "absent", "--ranks", "1", "--seq-len", "8"]) == 2
-    assert "cannot read the model config" in json.loads(path.read_text())["message"]["message"]
+    said = json.loads(path.read_text())["message"]
+    assert "cannot read the model config" in said["message"]
+    assert "py_callstack" not in said["extraInfo"]  # torchrun shows a traceback in place of the message
 
 
 def _train(out: Path, words: list[str], *options: str) -> subprocess.Popen:

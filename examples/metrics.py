@@ -41,13 +41,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def plot_losses(folder: Path) -> None:
-    """Draw `folder`/loss.png; says so when matplotlib is not installed."""
+def plot_losses(folder: Path) -> Path | None:
+    """Draw `folder`/loss.png; None, and says so, when matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
         log.info("no loss.png: pip install 'undertow[plots]' brings matplotlib")
-        return
+        return None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -63,5 +63,7 @@ def plot_losses(folder: Path) -> None:
     axes.set(xlabel="step", ylabel="nats per byte", title=f"{folder.name}: loss")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(folder / "loss.png", dpi=120)
+    path = folder / "loss.png"
+    figure.savefig(path, dpi=120)
     pyplot.close(figure)
+    return path

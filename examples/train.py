@@ -191,7 +191,6 @@ def train(run: Run, *, resume: bool, checkpoints: bool, trace: Trace) -> Result 
     result = Result(metrics.losses() if rank0 else [], hash_of(run.model.state_dict()), hash_of(state), bits)
     if rank0:
         (run.out / "result.json").write_text(json.dumps({**asdict(result), "losses": len(result.losses)}, indent=2))
-        plot_losses(run.out)
     return result
 
 
@@ -278,7 +277,9 @@ def command(
     )
     here = launch.detect()
     where = _device(device, here)
-    if threads:
+    if threads is not None:
+        if threads < 1:
+            raise UserError(f"--threads {threads}", expected="at least 1")
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     out = out or Path("runs") / recipe_name
@@ -338,4 +339,6 @@ def _conclude(run: Run, result: Result) -> None:
         sample = run.corpus.held_out[: run.config.eval_bytes].tobytes()
         squeezed = 8 * len(lzma.compress(sample, preset=9)) / len(sample)
         log.info("held out: %.3f bits per byte (xz -9 alone: %.3f)", result.bits_per_byte, squeezed)
-        log.info("weights %s, state %s; loss curve: %s", result.weights_hash, result.state_hash, run.out / "loss.png")
+        log.info("weights %s, state %s", result.weights_hash, result.state_hash)
+        if curve := plot_losses(run.out):
+            log.info("loss curve: %s", curve)

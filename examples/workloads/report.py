@@ -28,7 +28,10 @@ def _spread(values: Sequence[float]) -> str:
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return "nan" if values else "–"
-    shown = f"{fmean(finite):.3f}" + (f" ± {stdev(finite):.3f}" if len(finite) > 1 else "")
+    digits = 0 if all(value.is_integer() and abs(value) > 1 for value in finite) else 3  # a count has no fraction
+    shown = f"{fmean(finite):.{digits}f}"
+    if len(set(finite)) > 1 or (digits and len(finite) > 1):
+        shown += f" ± {stdev(finite):.3f}"
     return shown if len(finite) == len(values) else f"{shown} ({len(finite)} of {len(values)})"
 
 

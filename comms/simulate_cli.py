@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
@@ -145,9 +146,11 @@ def _schedule(name: str, ranks: int | None, size: str) -> Schedule:
     if name in CATALOG:
         return by_name(name, 4 if ranks is None else ranks, parse_bytes(size, name="--bytes"))
     if not Path(name).exists():
+        near = get_close_matches(name, CATALOG, 3, 0.4)
         raise UserError(
             f"'{name}' is neither a schedule's name nor a file",
-            expected=f"a file in text form, or one of {', '.join(CATALOG)}",
+            expected="a file in text form, or a name that `undertow simulate` lists",
+            remedy=f"undertow simulate {' or '.join(near)}" if near else "",
         )
     plan = load(Path(name))
     if ranks not in (None, plan.world):

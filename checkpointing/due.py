@@ -2,6 +2,7 @@
 
 All ranks must save the same steps, and only rank 0's clock counts: at each save, which all ranks begin in the same
 step, it says when the next one is due, and the others read that; where one waits for it in vain, all keep the interval.
+Where every step is due, that is asked at the first 16 saves and then at every 16th.
 """
 
 from __future__ import annotations
@@ -18,19 +19,22 @@ from .frequency import Frequency
 from .save import SaveReport
 
 log = get_logger(__name__)
+ASKED = 16
 
 
 class Due:
-    """Answers `is_due` for every step, and is told of each save by `saved`. `every` 0: never."""
+    """Answers `is_due` for every step, and is told of each save by `saved`. `every` 0: never. `tier`: whose reports
+    tell what a save costs."""
 
-    def __init__(self, every: int | Frequency, coordinator: Coordinator, *, timeout_s: float) -> None:
-        self._every, self._coordinator, self._timeout_s = every, coordinator, timeout_s
+    def __init__(self, every: int | Frequency, tier: str, coordinator: Coordinator, *, timeout_s: float) -> None:
+        self._every = every if isinstance(every, Frequency) else int(every)
+        self._tier, self._coordinator, self._timeout_s = tier, coordinator, timeout_s
         self._next: int | None = None
         self._saves = 0
         self._last: tuple[int, float] | None = None
         self._step_s: deque[float] = deque(maxlen=64)
         self.reason = ""  # why this interval, on rank 0
-        self.interval: int | None = every if isinstance(every, int) else None
+        self.interval: int | None = self._every if isinstance(self._every, int) else None
 
     def is_due(self, step: int) -> bool:
         """Called once a step, on every rank."""
@@ -49,11 +53,14 @@ class Due:
         if isinstance(self._every, int):
             return
         self._saves += 1
-        name = f"due/{self._saves}"
+        if self.interval == 1 and self._saves > ASKED and self._saves % ASKED:
+            self._next = step + 1
+            return
+        name = f"due/{self._tier}/{self._saves}"
         before = self.interval or self._every.first
         mine = before
         if self._coordinator.rank == 0:
-            mine = self._choose(self._every, [r for r in reports if r.ok and r.tier == "disk"][-8:])
+            mine = self._choose(self._every, [r for r in reports if r.ok and r.tier == self._tier][-8:])
         try:
             self.interval = self._coordinator.lead(name, mine, otherwise=before, timeout_s=self._timeout_s)
         except PeerLost as error:  # the saves will fail, each reported; training ends when its own collectives do
@@ -65,9 +72,9 @@ class Due:
         if not ended or not self._step_s:  # nothing measured yet
             return policy.first
         measured = {
-            "stall_s": statistics.median(r.call_s + r.fence_s for r in ended),
+            "stall_s": statistics.median(max(r.call_s + r.fence_s, r.slowdown_s or 0.0) for r in ended),
             "commit_s": statistics.median(r.commit_s for r in ended),
             "step_s": statistics.median(self._step_s),
         }
-        self.reason = policy.explain(**measured)
+        self.reason = f"{self._tier}: {policy.explain(**measured)}"
         return policy.steps(**measured)

@@ -19,10 +19,10 @@ def explain(
     window_s: float,
     arena_bytes: int,
     reports: Sequence[SaveReport],
-    reason: str,
+    reasons: Sequence[str],
 ) -> str:
     """`tiers`: their own text. `machine`: None takes what `undertow probe` wrote here, if anything. `window_s`: from
-    the call to the optimizer's first write. `reason`: why the interval is what it is."""
+    the call to the optimizer's first write. `reasons`: why the intervals are what they are."""
     lines = [str(plan).splitlines()[0], tiers]
     if machine is None and (path := Machine.default_path()).is_file():
         machine = Machine.load(path)
@@ -38,6 +38,4 @@ def explain(
         )
         lines.append(f"predicted on {machine.name}: {cost}")
     lines += [f"measured: {report}" for report in reports]
-    if reason:
-        lines.append(reason)
-    return "\n".join(lines)
+    return "\n".join([*lines, *reasons])

@@ -1,9 +1,10 @@
 """How often to save, from what a save costs and how often something fails.
 
 Young (1974) and Daly (2006) minimise lost time: save every sqrt(2 · cost · mean time between failures) seconds, with
-Daly's higher-order terms. What a lazy save costs is the time that training was blocked, not the time until it is
-durable; but the next save cannot begin before the last has reached the disk, and a cap says how much of the running
-time saves may take at most. The longest of these three intervals counts.
+Daly's higher-order terms. What a lazy save costs is the time that training was blocked or, where that is more, by how
+much the steps beside the save were longer, not the time until it is durable; but the next save cannot begin before the
+last has reached the disk, and a cap says how much of the running time saves may take at most. The longest of these
+three intervals counts.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..dist.units import format_seconds
 @dataclass(frozen=True)
 class Frequency:
     """Choose the interval: for failures every `mtbf_s` seconds on average (over the whole job, not per node), and saves
-    that block at most the share `overhead` of the time. The first save comes after `first` steps, to be measured."""
+    that cost at most the share `overhead` of the time. The first save comes after `first` steps, to be measured."""
 
     mtbf_s: float = 6 * 3600.0
     overhead: float = 0.01
@@ -29,7 +30,7 @@ class Frequency:
             raise UserError(f"{self}", expected="mtbf_s > 0, 0 < overhead ≤ 1 and first ≥ 1")
 
     def interval_s(self, *, stall_s: float, commit_s: float) -> float:
-        """Seconds between the begins of two saves that block `stall_s` each and are durable after `commit_s`."""
+        """Seconds between the begins of two saves that cost `stall_s` each and are durable after `commit_s`."""
         return max(young_daly(stall_s, self.mtbf_s), commit_s, stall_s / self.overhead)
 
     def steps(self, *, stall_s: float, commit_s: float, step_s: float) -> int:

@@ -66,7 +66,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "recycle": (_kind(bool), "None (where it helps), True or False"),
     "mirror": (_kind(Mirror), 'None or a Mirror("/lustre/run", every=1000)'),
     "bucket": (_kind(Bucket), 'None or a Bucket("s3://bucket/run", every=1000)'),
-    "host_every": (_whole(0), "host_every ≥ 0 steps"),
+    "host_every": (_whole(0, kind=Frequency), "host_every ≥ 0 steps, or a Frequency(…)"),
     "host_generations": (_whole(1), "host_generations ≥ 1"),
     "partner": (_kind(Partner), "None or a Partner()"),
     "per_rank": (_kind(Mapping), "None or a dict of objects with state_dict(), such as {'loader': loader}"),

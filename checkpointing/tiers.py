@@ -219,7 +219,7 @@ class Tiers:
 
         return after
 
-    def explain(self, every: int | None, host_every: int, arena_bytes: int) -> str:
+    def explain(self, every: int | None, host_every: int | None, arena_bytes: int) -> str:
         """The tiers in words, one line each."""
 
         def rhythm(steps: int | None) -> str:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import os
 import shutil
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 
 from undertow.checkpointing import Checkpointer, Frequency, Mirror, Retention
+from undertow.checkpointing.coordinate import Coordinator
+from undertow.checkpointing.due import Due
 from undertow.checkpointing.files import FileOps
 from undertow.checkpointing.folder import read_manifest
 from undertow.checkpointing.frequency import young_daly
 from undertow.checkpointing.manifest import metrics_of
 from undertow.checkpointing.observe import PrometheusFile, TensorBoardScalars
+from undertow.checkpointing.save import SaveReport
 from undertow.checkpointing.slowdown import StepClock
 from undertow.dist.errors import UserError
 from undertow.dist.trace import Trace
@@ -190,11 +195,31 @@ def test_the_longest_bound_counts():
     assert "by time to commit" in policy.explain(stall_s=0.001, commit_s=60, step_s=0.5)
 
 
-def test_all_ranks_save_the_same_steps_by_rank_0s_clock(ranks, tmp_path):
+@pytest.mark.parametrize(("slowdown_s", "steps"), [(None, 1), (0.001, 1), (0.0059, 2), (0.0299, 10)])
+def test_steps_that_a_save_makes_longer_are_its_cost(slowdown_s, steps, monkeypatch):
+    """A save that blocks for a millisecond, in steps of a tenth of a second: more than 3 % it must not cost."""
+    now_s = iter(x / 10 for x in range(10_000))
+    monkeypatch.setattr("undertow.checkpointing.due.time.monotonic", lambda: next(now_s))
+    report = SaveReport(0, "host", True, "", 1, 0.0005, 0.0005, 0.01, 0.01, slowdown_s)
+    due = Due(
+        Frequency(mtbf_s=1.0, overhead=0.03, first=3), "host", Coordinator.from_default_group(timeout_s=1), timeout_s=1
+    )
+    saved = []
+    for step in range(200):
+        if due.is_due(step):
+            saved.append(step)
+            due.saved(step, [report, replace(report, tier="disk", slowdown_s=9.0)])
+    assert saved[0] == 3 and {b - a for a, b in itertools.pairwise(saved)} == {steps}
+    assert f"host: every {steps} steps" in due.reason
+
+
+@pytest.mark.parametrize("tier", ["disk", "host"])
+def test_all_ranks_save_the_same_steps_by_rank_0s_clock(ranks, tmp_path, tier):
     def job(rank, world):
         model, optimizer = pair()
         policy = Frequency(mtbf_s=0.5, overhead=1.0, first=2)
-        with Checkpointer(tmp_path / "c", model=model, optimizer=optimizer, every=policy, keep=None) as ckpt:
+        options = {"every": policy} if tier == "disk" else {"host_every": policy}
+        with Checkpointer(tmp_path / "c", model=model, optimizer=optimizer, keep=None, **options) as ckpt:
             for step in range(100_000):  # how many steps lie between saves is the clock's affair
                 train(ckpt, model, optimizer, [step])
                 if len(ckpt.reports) == 3:
@@ -205,7 +230,7 @@ def test_all_ranks_save_the_same_steps_by_rank_0s_clock(ranks, tmp_path):
     assert all(end == ends[0] for end in ends)
     steps, fine = ends[0]
     assert all(fine) and steps[0] == 2 and len(steps) == 3
-    assert steps == kept(tmp_path / "c")
+    assert kept(tmp_path / "c") == (steps if tier == "disk" else [])
 
 
 @pytest.mark.parametrize("wrong", [{"mtbf_s": 0}, {"overhead": 0}, {"overhead": 2}, {"first": 0}])

@@ -150,7 +150,6 @@ def _frozen(bounds: Sequence[int] | Tensor | None) -> tuple[int, ...] | None:
     return None if found is None else tuple(found)
 
 
-@torch.compiler.assume_constant_result
 def _ask(
     group: Any, causal: bool, window: int | None, prefix: int, cu_q: tuple[int, ...] | None,
     cu_k: tuple[int, ...] | None, layout: str, lengths: Any, scale: float | None, schedule: str, backward: str,
@@ -171,6 +170,10 @@ def _ask(
         while len(_of_documents) > _KEPT:
             del _asked_numbers[_asked.pop(_of_documents.popleft())]
     return number
+
+
+# What torch.compiler.assume_constant_result sets, whose call imports the compiler: half the time that `import` takes.
+_ask._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _prepare(asked: Asked, q: Sizes, k: Sizes, v: Sizes, dtype: torch.dtype, device: torch.device) -> int:

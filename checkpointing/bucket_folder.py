@@ -40,6 +40,8 @@ LOOKS = 8  # requests at a time, where several are needed
 class BucketOps:
     """What a committer does with files of its own, on keys: a `Path` is a key below the store's prefix."""
 
+    syncs = False  # what the store has answered is durable
+
     def __init__(self, store: ObjectStore) -> None:
         self.store = store
         self.committed: set[str] = set()  # by this process: never removed as the rest of a failed try

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from ..dist.version import __version__
 from .bucket_folder import BucketFolder
 from .coordinate import Coordinator
 from .dcp_metadata import DcpMetadata
+from .files import together
 from .folder import Folder
 from .manifest import METADATA, BadCheckpoint, FileRecord, Manifest, ObjectRecord, checksums, metrics_of
 from .retention import Retention, to_remove
@@ -205,19 +207,25 @@ class Committer:
                 "the state was written while it was being copied: somebody other than a registered optimizer changed a "
                 "parameter or optimizer state without calling fence() first"
             )
-        files: dict[str, FileRecord] = {}
-        with self._trace.span("fsync", step=save.step):
+        objects, data, position = {}, [], 0
+        for key, value in pickled.items():
+            objects[key] = ObjectRecord(save.plan.objects_name, position, len(value))
+            data.append(value)
+            position += len(value)
+        joined, files = b"".join(data), dict[str, FileRecord]()
+
+        def finish() -> None:
             files[save.plan.shard_name] = part.file.finish()
-            objects, data, position = {}, [], 0
-            for key, value in pickled.items():
-                objects[key] = ObjectRecord(save.plan.objects_name, position, len(value))
-                data.append(value)
-                position += len(value)
-            if position:
-                joined = b"".join(data)
-                ops.write_file(part.file.path.with_name(save.plan.objects_name), joined)
-                files[save.plan.objects_name] = checksums(joined, save.plan.image.chunk_bytes)
-            ops.fsync_dir(part.file.path.parent)
+
+        acts = [finish]
+        if joined:
+            acts.append(partial(ops.write_file, part.file.path.with_name(save.plan.objects_name), joined))
+        with self._trace.span("fsync", step=save.step):
+            together(ops.syncs, *acts)
+            if self.coordinator.rank or not ops.syncs:  # on rank 0 `Folder.commit` does it
+                ops.fsync_dir(part.file.path.parent)
+        if joined:
+            files[save.plan.objects_name] = checksums(joined, save.plan.image.chunk_bytes)
         return {"files": files, "objects": objects}
 
     def _publish(self, part: Part, name: str) -> str:

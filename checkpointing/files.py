@@ -13,6 +13,7 @@ import os
 import signal
 import stat
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -102,11 +103,18 @@ class FileOps:
             self._write_scratch(scratch, data)
         self.rename(scratch, path)
 
-    def _write_scratch(self, scratch: Path, data: bytes) -> None:
+    def write_hint(self, path: Path, data: bytes) -> None:
+        """The same for a file that nobody relies on: a crash may leave the old one, the new one or a torn one."""
+        scratch = path.with_name(path.name + ".part")
+        self._write_scratch(scratch, data, sync=False)
+        self.rename(scratch, path)
+
+    def _write_scratch(self, scratch: Path, data: bytes, *, sync: bool = True) -> None:
         handle = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             self.pwrite(handle, data, 0)
-            self._sync(handle)
+            if sync:
+                self._sync(handle)
         finally:
             os.close(handle)
 
@@ -137,6 +145,20 @@ class FileOps:
             else:
                 self.unlink(child)
         os.rmdir(path)
+
+
+def together(syncs: bool, *acts: Callable[[], Any]) -> None:
+    """Do all of these. Where they sync, at the same time, so that the file system makes one commit and the disk one
+    flush for all: beside chunks that are being written, each flush waits for these, up to a tenth of a second. Raises
+    what the first of those that failed has raised, when all have ended."""
+    if not syncs:
+        for act in acts:
+            act()
+        return
+    with ThreadPoolExecutor(len(acts)) as pool:
+        ended = [pool.submit(act) for act in acts]
+    for each in ended:
+        each.result()
 
 
 def looks(status: os.stat_result) -> tuple[int, ...]:

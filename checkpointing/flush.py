@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..dist.trace import Trace
 from .arena import Memory
 from .copies import HostCopier
-from .files import SECTOR, FileOps
+from .files import SECTOR, FileOps, together
 from .layout import Image
 from .manifest import FileRecord, checksum
 from .recycle import Pool
@@ -100,9 +101,10 @@ class ShardFile:
     def finish(self) -> FileRecord:
         """Make the file durable; its record."""
         handle, self._handle = self._open(), -1
-        self.ops.finish(handle, self.image.size)
+        acts: list[Callable[[], None]] = [partial(self.ops.finish, handle, self.image.size)]
         if self._pool is not None and self._recycled:
-            self._pool.settle()
+            acts.append(self._pool.settle)
+        together(self.ops.syncs, *acts)
         return FileRecord(self.image.size, tuple(self.sums))
 
     def abandon(self) -> None:

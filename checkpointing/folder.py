@@ -1,14 +1,15 @@
 """A folder of checkpoints: names, what is committed, the commit itself, and the clean-up after a crash.
 
     root/.step-000000120.tmp-1a2b3c4d/   being written
-    root/step-000000120/                 renamed when every file is durable; valid once COMMIT.json is in it
+    root/step-000000120/                 renamed when every file is durable, COMMIT.json among them
     root/.step-000000140.bad-…/          damaged, set aside by a restore; `.left-…`: of a branch that a run rolled back
     root/RESTARTS.json                   how often a job has started from the newest checkpoint
     root/LATEST                          a hint for people and scripts; restore never trusts it
     root/.lock                           held by the job that writes here
 
-Order: files, fsync, folder fsync, vote, metadata and manifest, folder fsync, rename, root fsync, COMMIT.json, fsync.
-A crash at any point leaves the older checkpoints as they were and at most one folder without COMMIT.json.
+Order: shard files, fsync, vote, metadata and manifest and COMMIT.json, fsync, folder fsync, rename, root fsync. Each
+fsync waits for what is written beside, so they are few, and of several files at once. A crash at any point leaves the
+older checkpoints as they were.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import re
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from ..dist.errors import UserError
 from ..dist.log import get_logger
-from .files import FileOps
+from .files import FileOps, together
 from .manifest import (
     COMMIT,
     LATEST,
@@ -150,12 +152,12 @@ class Folder:
                     self.ops.fsync_dir(self.root)
 
     def commit(self, scratch: Path, manifest: Manifest, metadata: bytes) -> Path:
-        """Publish `scratch`, whose shard files are durable already, as the checkpoint of the manifest's step. When that
-        fails, an older checkpoint of the same step is put back."""
+        """Publish `scratch`, whose shard files are durable already though their names may not be, as the checkpoint of
+        the manifest's step. When that fails, an older checkpoint of the same step is put back."""
         data = manifest.dumps()
         final = self.final(manifest.step)
-        self.ops.write_file(scratch / METADATA, metadata)
-        self.ops.write_file(scratch / MANIFEST, data)
+        small = {METADATA: metadata, MANIFEST: data, COMMIT: commit_bytes(data, manifest.step, time.time())}
+        together(self.ops.syncs, *(partial(self.ops.write_file, scratch / name, text) for name, text in small.items()))
         self.ops.fsync_dir(scratch)
         self._leave_branch(manifest.step)
         replaced = self._aside(final, "old") if final.exists() else None
@@ -164,19 +166,16 @@ class Folder:
                 self.ops.rename(final, replaced)
             self.ops.rename(scratch, final)
             self.ops.fsync_dir(self.root)
-            self.ops.write_file(final / COMMIT, commit_bytes(data, manifest.step, time.time()))
-            self.ops.fsync_dir(final)
         except OSError:
             self._undo(scratch, final, replaced)
             raise
         self._hint(final)
         if replaced is not None:
             self.ops.rmtree(replaced)
-        self.ops.fsync_dir(self.root)
         return final
 
     def _hint(self, final: Path) -> None:
-        self.ops.write_file(self.root / LATEST, f"{final.name}\n".encode())
+        self.ops.write_hint(self.root / LATEST, f"{final.name}\n".encode())
 
     def _leave_branch(self, step: int) -> None:
         """Set later checkpoints aside: a run that writes `step` after them was rolled back and goes on from there."""

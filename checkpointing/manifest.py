@@ -1,7 +1,7 @@
 """The manifest: what a checkpoint consists of, in JSON, with a checksum for every 16 MiB chunk of every file.
 
 It is all that restore needs to trust: it is read and verified before any other byte is interpreted, it says where each
-tensor's payload lies, and nothing in it can run code. COMMIT.json, written last, holds the manifest's own checksum.
+tensor's payload lies, and nothing in it can run code. COMMIT.json holds the manifest's own checksum.
 The layout of both is specified in docs/checkpoint-format.md.
 """
 

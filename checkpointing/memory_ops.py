@@ -38,9 +38,9 @@ class MemoryOps(FileOps):
         super().__init__(direct=False, syncs=False)
         self._library = _library()
 
-    def _write_scratch(self, scratch: Path, data: bytes) -> None:
+    def _write_scratch(self, scratch: Path, data: bytes, *, sync: bool = True) -> None:
         if len(data) > LONG_BYTES:
-            super()._write_scratch(scratch, data)
+            super()._write_scratch(scratch, data, sync=sync)
             return
         name = os.fsencode(scratch)
         handle = self._checked(self._library.open(name, CREATE, 0o666), name)

@@ -8,6 +8,7 @@ and nobody else reads it (`FileOps.reuse` asks the kernel for a write lease, whi
 and no mapping is there). Whatever is not so is removed, as without a pool.
 
     root/.step-000000000.tmp-1a2b3c4d-0/__0_0.distcp    a name that the next job deletes, as every version does
+    root/.step-000000000.tmp-1a2b3c4d-0/__0_0.distcp.1  of a second set, where saves overlap
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .manifest import COMMIT, MANIFEST, METADATA
 log = get_logger(__name__)
 LOCAL = ("ext4", "xfs")  # where a write lease is the kernel's word, and writing over a file moves none of its blocks
 SHARD = re.compile(r"__(\d+)_0\.distcp")
+SETS = ("", ".1")  # what is added to the names of each set of files in the pool
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Choice:
 
     def __str__(self) -> str:
         if self.on:
-            fill = "until then one set of them, as large as a save, stays on the disk"
+            fill = "until then one set of them (two where saves overlap), as large as a save, stays on the disk"
             return f"shard files of expired ones are written over by later saves ({self.why}); {fill}"
         return f"expired ones are removed ({self.why})"
 
@@ -75,12 +77,17 @@ def mount_of(root: Path, mounts: str | None = None) -> tuple[str, frozenset[str]
 
 
 class Pool:
-    """The files to write over, of one job in one checkpoint folder: at most one for each of `ranks` ranks. Rank 0
-    fills and empties it, every rank takes its own. Thread-safe, since each step is one operation of the file system."""
+    """The files to write over, of one job in one checkpoint folder. Rank 0 fills and empties it, every rank takes its
+    own. Thread-safe, since each step is one operation of the file system.
+
+    One for each of `ranks` ranks is what a save needs. A save that begins before the last one is committed finds that
+    one taken: from then on there are two, which is no more than lay on the disk at that moment.
+    """
 
     def __init__(self, folder: Path, ops: FileOps, ranks: int) -> None:
         self.folder, self._ops, self._ranks = folder, ops, ranks
         self._like: tuple[int, ...] | None = None  # what a file that this process makes now looks like
+        self._sets, self._filled = 1, False
         ops.spare = self.empty
 
     def fill(self, expired: Path) -> None:
@@ -97,8 +104,11 @@ class Pool:
             return
         self._ops.mkdir(self.folder)
         for name, status in sorted(found.items()):
-            if stat.S_ISREG(status.st_mode) and not (self.folder / name).exists():
-                self._ops.rename(expired / name, self.folder / name)
+            places = [self.folder / f"{name}{mark}" for mark in SETS[: self._sets]]
+            place = next((place for place in places if not place.exists()), None)
+            if stat.S_ISREG(status.st_mode) and place is not None:
+                self._ops.rename(expired / name, place)
+                self._filled = True
 
     def _known(self, name: str) -> bool:
         match = SHARD.fullmatch(name)
@@ -117,15 +127,21 @@ class Pool:
     def _take(self, path: Path, nbytes: int) -> int:
         if self._like is None:  # a first file of our own tells what mode and owner the next should have
             return -1
-        try:
-            self._ops.rename(self.folder / path.name, path)  # from here on, nobody finds it by its old name
-        except OSError:  # there is none, which is usual; whatever else is wrong, making a file will say so
+        if not any(self._out(self.folder / f"{path.name}{mark}", path) for mark in SETS):
+            self._sets = len(SETS) if self._filled else 1
             return -1
         handle = self._ops.reuse(path, nbytes, self._like)
         if handle < 0:
             warn_once(log, "%s of an expired checkpoint is not written over: somebody still reads it", path.name)
             self._ops.unlink(path)
         return handle
+
+    def _out(self, pooled: Path, path: Path) -> bool:
+        try:
+            self._ops.rename(pooled, path)  # from here on, nobody finds it by its old name
+        except OSError:  # there is none, which is usual; whatever else is wrong, making a file will say so
+            return False
+        return True
 
     def settle(self) -> None:
         """Make it durable that a file was taken out."""

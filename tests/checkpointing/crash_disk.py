@@ -81,6 +81,12 @@ class RecordingOps(FileOps):
         self.note("sync", scratch)
         super().write_file(path, data)  # its rename is noted below
 
+    def write_hint(self, path: Path, data: bytes) -> None:
+        scratch = path.with_name(path.name + ".part")
+        self.note("create", scratch)
+        self.note("write", scratch, 0, bytes(data))
+        super().write_hint(path, data)
+
     def rename(self, source: Path, target: Path) -> None:
         super().rename(source, target)
         self.note("rename", source, target)

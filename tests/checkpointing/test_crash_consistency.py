@@ -260,7 +260,7 @@ def test_the_model_forgets_what_was_not_synced(tmp_path, seed, keep):
 def test_nothing_changes_the_disk_past_the_recorder():
     """A method added to FileOps must be added to the recorder, or the tests above would see nothing of it."""
     known = {"mkdir", "create", "reuse", "pwrite", "finish", "abandon", "write_file", "rename"}
-    known |= {"fsync_dir", "unlink", "rmtree"}
+    known |= {"write_hint", "fsync_dir", "unlink", "rmtree"}
     assert {name for name, _ in inspect.getmembers(FileOps, inspect.isfunction) if name[0] != "_"} == known
     assert known <= set(vars(RecordingOps))
 

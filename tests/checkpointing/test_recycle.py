@@ -184,6 +184,39 @@ def test_the_pool_takes_a_saves_shard_files_and_no_more(tmp_path, leases, monkey
     assert os.listdir(pool.folder) == [], "on a disk that is nearly full nothing is held back"
 
 
+def test_saves_that_overlap_have_two_sets(tmp_path, leases):
+    """The second save finds the file taken by the first: from then on there is one for each, and none is made anew."""
+    ops, made = FileOps(direct=False), []
+    pool = Pool(tmp_path / "pool", ops, 1)
+
+    def write(name: str) -> Path:
+        path = tmp_path / name / SHARD
+        ops.mkdir(path.parent)
+        handle, recycled = pool.create(path, 4096)
+        ops.finish(handle, 100)
+        made.append(not recycled)
+        return path.parent
+
+    def expire(folder: Path) -> None:
+        pool.fill(folder)
+        ops.rmtree(folder)
+
+    expire(write("0"))
+    first, second = write("1"), write("2")
+    expire(first)
+    expire(second)
+    expire(write("3"))
+    assert sorted(os.listdir(pool.folder)) == [SHARD, f"{SHARD}.1"]
+    expire(write("4"))
+    pair = write("5"), write("6")
+    assert made == ([True, False, True, False, False, False, False] if leases else [True] * 7)
+    assert os.listdir(pool.folder) == []
+    for folder in pair:
+        expire(folder)
+    pool.close()
+    assert not pool.folder.exists()
+
+
 # -- saves ------------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 #   make test    the whole test suite, on the installed wheel and on the checkout
 #   make quick   the tests that take less than five seconds each
 #   make check   ruff, pyright and the import rules
+#   make environment  what test and check need, by one call of pip
 #   make wheel   build/wheels/undertow-*.whl
 #   make system  install what only root can (Slurm, MPIs, compilers), with apt-get and sudo
 #   make clean   remove what the targets above made, but not the system's packages
@@ -14,7 +15,7 @@ ARGS ?=
 export VENV PYTHON
 TEST_EXTRAS = plots test mpi hf trl lightning deepspeed metrics object-store workloads
 
-.PHONY: help demo test quick check wheel system clean
+.PHONY: help demo test quick check environment wheel system clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -31,9 +32,11 @@ quick:
 	@.ci/setup $(TEST_EXTRAS)
 	@.ci/in-venv -m pytest -q -m "not slow" $(ARGS)
 
-check:
-	@.ci/setup $(TEST_EXTRAS) check
+check: environment
 	@.ci/check
+
+environment:
+	@.ci/setup $(TEST_EXTRAS) check
 
 wheel:
 	@.ci/setup test

@@ -140,7 +140,7 @@ def test_the_documents_name_real_make_targets():
         assert named <= targets, f"{path}: {named - targets}"
 
 
-@pytest.mark.parametrize("script", ["run", "setup", "test", "check", "wheel", "in-venv"])
+@pytest.mark.parametrize("script", ["run", "setup", "test", "check", "wheel", "in-venv", "system-packages"])
 def test_scripts_are_executable_and_parse(script):
     path = ROOT / ".ci" / script
     assert path.stat().st_mode & 0o111

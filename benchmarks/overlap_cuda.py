@@ -26,11 +26,11 @@ import torch
 from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Trial
 from undertow.benchmarks.overlap_choice import known
 from undertow.comms import cuda_driver
-from undertow.comms.chunk_plan import chunk_rows
+from undertow.comms.chunk_plan import ChunkPlan, chunk_rows
 from undertow.comms.cuda_events import Call
 from undertow.comms.cuda_messengers import PinnedMessenger
 from undertow.comms.overlap_cuda import CudaOverlapEngine
-from undertow.comms.placement import Panel, Placement, Product
+from undertow.comms.placement import Placement
 from undertow.comms.spans import Memory, Span
 from undertow.dist.errors import UserError
 from undertow.parallel import overlap_gate
@@ -85,10 +85,10 @@ class _Rank:
         """This rank's rows of the sum. `check`: compare what the peers got with the product, bit by bit."""
         plan = self.engine.plan(self.sizes, arm.subchunks, self.b.shape[1] if arm.columns else 0)
         if arm.replayed and not check:
-            return self.engine.recorder.run(plan, (self.a, self.b), self.b.shape[1], self._make)
+            queue = partial(self._queue, plan, arm)
+            return self.engine.recorder.run(plan, (self.a, self.b), self.b.shape[1], queue)
         y = self.a.new_empty(self.a.shape[0], self.b.shape[1])
-        tracked, (product, panel) = tracked_product(self.a, self.b, y) if arm.tracked else None, self._make(y)
-        out = self.engine.reduce_scatter(plan, product, y, overlap=arm.overlap, tracked=tracked, panel=panel)
+        out = self._queue(plan, arm, y)
         if check:
             self._expect(y, arm)
         if check and arm.replayed:  # the same bytes again, by the recording
@@ -100,8 +100,12 @@ class _Rank:
                     raise AssertionError(f"the sum is another one by a replay: {arm.name}")
         return out
 
-    def _make(self, y: torch.Tensor) -> tuple[Product, Panel]:
-        return rows_of(self.a, self.b, y), panel_of(self.a, self.b)
+    def _queue(
+        self, plan: ChunkPlan, arm: overlap_gate.Arm, y: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        tracked = tracked_product(self.a, self.b, y) if arm.tracked else None
+        product, panel = rows_of(self.a, self.b, y), panel_of(self.a, self.b)
+        return self.engine.reduce_scatter(plan, product, y, overlap=arm.overlap, tracked=tracked, panel=panel, out=out)
 
     def _expect(self, y: torch.Tensor, arm: overlap_gate.Arm) -> None:
         """The peers got what was made."""

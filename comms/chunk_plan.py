@@ -127,6 +127,14 @@ class ChunkPlan:
                 expected="columns ≥ 0, and 'direct' without tile_rows where there are some",
             )
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """A plan is looked up at every call. Of numbers only: a copy in another process keeps it."""
+        return hash((self.rank, self.sizes, self.subchunks, self.tile_rows, self.columns))
+
     @property
     def world(self) -> int:
         return len(self.sizes)

@@ -1,13 +1,12 @@
 """A reduce-scatter recorded once as a CUDA graph, and replayed when the same call comes again.
 
 To queue a piece takes the host some 60 µs, so where the GPU takes less, or has nothing else to do when the call begins,
-it waits for the host; a whole graph is queued in the time of one piece. The products of the first piece are queued as
-ever: the GPU makes them while the host launches the graph of all the rest, which takes longer. The graph holds the very
-calls that the engine queues (products, events as edges, copies, sums), so a replay gives the same bits. What it depends
-on is its key: plan, operands' addresses and strides, torch's settings for products, and the messenger's own memory. The
-product and the sum lie in memory that all recordings of the same shape share, and the landings in a pool that those of
-an engine share, as they run one after the other; what a caller gets is a copy of the rows that the rank keeps. Nothing
-is recorded while somebody else captures a graph, which then gets the calls themselves.
+it waits for the host; a whole graph is queued in the time of one piece. The graph holds the very calls that the engine
+queues (products, events as edges, copies, sums), so a replay gives the same bits. What it depends on is its key: plan,
+operands' addresses and strides, torch's settings for products, and the messenger's own memory. The product and the
+landings lie in a memory pool that all recordings of an engine share, as they run one after the other; what a caller
+gets is a copy of the rows that the rank keeps. Nothing is recorded while somebody else captures a graph, which then
+gets the calls themselves.
 
 Work is captured on streams that nobody else has: torch hands the streams of its pool out again, and with them cuBLAS's
 workspace, which a graph goes on using. Products follow each other on one stream. On two, pieces take processors from
@@ -19,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -31,33 +29,22 @@ from ..dist.log import get_logger
 from . import cuda_driver
 from .chunk_plan import ChunkPlan
 from .cuda_replays import Replays
-from .placement import Panel, Product
 
 if TYPE_CHECKING:
     from .overlap_cuda import CudaOverlapEngine
 
 log = get_logger(__name__)
 Case = tuple[ChunkPlan, int, torch.dtype]  # the product's columns
-Make = Callable[[torch.Tensor], tuple[Product, Panel | None]]  # what makes the product in some memory
-
-
-@dataclass(eq=False)
-class Held:
-    """Memory of recordings of the same shape, made on one stream (its handle): the product and the rank's rows of the
-    sum."""
-
-    y: torch.Tensor
-    out: torch.Tensor
-    stream: int
+Queue = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]  # a call into (the product, the result or None)
 
 
 class Recording(NamedTuple):
-    """What replays all of a call behind its first products on a stream (its handle), and what it needs: the graph,
-    whose pool has the landings."""
+    """What replays a call on a stream (its handle), and what it needs: the graph, whose pool has the product, and the
+    memory of the result, which recordings of the same shape share."""
 
     replay: Callable[[int], None]
     graph: Any
-    held: Held
+    out: torch.Tensor
 
 
 class Recorder:
@@ -73,7 +60,7 @@ class Recorder:
         self.engine, self.replays = engine, Replays[Recording]()
         self._record = record or self._capture
         self.recording = False  # a capture is this one's own
-        self._held: WeakValueDictionary[Hashable, Held] = WeakValueDictionary()
+        self._outs: WeakValueDictionary[Hashable, torch.Tensor] = WeakValueDictionary()
         self._streams: list[Any] = []  # of a capture: its own, then that of the products
         self._pool: Any = None
         self._done: Any = None  # the last replay, whose memory the next one uses
@@ -85,20 +72,18 @@ class Recorder:
             return self.replays.off
         return "" if self.engine.messenger.memory() is not None else "its messages cannot be recorded"
 
-    def run(self, plan: ChunkPlan, operands: Sequence[torch.Tensor], columns: int, make: Make) -> torch.Tensor:
-        """This rank's rows of the sum, [own rows, columns]: by a replay, or queued piece by piece. `make(y)` must make
-        the product of `operands` and of nothing else. Collective, but ranks need not agree which of them replay."""
+    def run(self, plan: ChunkPlan, operands: Sequence[torch.Tensor], columns: int, queue: Queue) -> torch.Tensor:
+        """This rank's rows of the sum, [own rows, columns]: by a replay, or by `queue(y, None)`, which must make the
+        product of `operands` and of nothing else. Collective, but ranks need not agree which of them replay."""
         case = plan, columns, operands[0].dtype
         if not self.able() and self.replays.looks(case) and not self.engine.capturing():
             key, addresses = self._key(case, operands)
-            found = self.replays.find(case, key)
+            found = self.replays.find(key)
             if found is None and self._wanted(case, key, self.replays.see(addresses)):
-                found = self._new(plan, case, key, operands[0], make)
+                found = self._new(plan, case, key, operands[0], queue)
             if found is not None:
-                return self._replay(plan, found, make)
-        y = operands[0].new_empty(plan.rows, columns)
-        product, panel = make(y)
-        out = self.engine.reduce_scatter(plan, product, y, panel=panel)
+                return self._replay(found)
+        out = queue(operands[0].new_empty(plan.rows, columns), None)
         self.replays.case(case).ready = True
         return out
 
@@ -106,14 +91,14 @@ class Recorder:
         """Remember where they lie, for a call that is made in another way."""
         self.replays.see(tuple(map(_place, operands)))
 
-    def prepare(self, plan: ChunkPlan, operands: Sequence[torch.Tensor], columns: int, make: Make) -> None:
+    def prepare(self, plan: ChunkPlan, operands: Sequence[torch.Tensor], columns: int, queue: Queue) -> None:
         """Record now what `run` would record at this call. Nothing is sent."""
         case = plan, columns, operands[0].dtype
         if self.able() or self.engine.capturing():
             return
         key, addresses = self._key(case, operands)
         if self._wanted(case, key, self.replays.see(addresses)):
-            self._new(plan, case, key, operands[0], make)
+            self._new(plan, case, key, operands[0], queue)
 
     def close(self) -> None:
         """Drop all recordings."""
@@ -131,37 +116,28 @@ class Recorder:
     def _wanted(self, case: Case, key: Hashable, seen: bool) -> bool:
         return self.replays.wants(case, key, seen, _nbytes(*case), _shared(*case))
 
-    def _new(self, plan: ChunkPlan, case: Case, key: Hashable, like: torch.Tensor, make: Make) -> Recording | None:
+    def _new(self, plan: ChunkPlan, case: Case, key: Hashable, like: torch.Tensor, queue: Queue) -> Recording | None:
         """None where it failed; nothing is recorded any more then."""
+        out = self._outs.get(_shared(*case))
+        if out is None:
+            out = self._outs[_shared(*case)] = like.new_empty(plan.own[1] - plan.own[0], case[1])
         try:
-            held = self._held.get(_shared(*case))
-            if held is None:
-                y, out = (like.new_empty(rows, case[1]) for rows in (plan.rows, plan.own[1] - plan.own[0]))
-                held = self._held[_shared(*case)] = Held(y, out, _current(self.engine.device))
-            product, panel = make(held.y)
-            replay, graph = self._record(
-                lambda: self.engine.reduce_scatter(plan, product, held.y, panel=panel, out=held.out, begun=True)
-            )
+            replay, graph = self._record(lambda: queue(like.new_empty(plan.rows, case[1]), out))
         except (RuntimeError, TypeError, UndertowError) as error:  # by type: torch before 2.8, which keeps no graph
             log.warning("overlapped products are queued piece by piece, because recording failed: %s", error)
             self.replays.stop(f"recording failed ({str(error).splitlines()[0]})")
             return None
-        found = Recording(replay, graph, held)
+        found = Recording(replay, graph, out)
         self.replays.keep(case, key, found, _nbytes(*case), _shared(*case))
         return found
 
-    def _replay(self, plan: ChunkPlan, found: Recording, make: Make) -> torch.Tensor:
-        handle, held = _current(self.engine.device), found.held
+    def _replay(self, found: Recording) -> torch.Tensor:
+        handle = _current(self.engine.device)
         if self._last not in (None, handle):
             self._done.wait(torch.cuda.current_stream(self.engine.device))
         self._last = handle
-        product, panel = make(held.y)
-        self.engine.begin(plan, product, held.y, panel)  # the GPU may have waited for this
-        found.replay(handle)
-        out, current = held.out.clone(), torch.cuda.current_stream(self.engine.device)
-        if handle != held.stream:  # whose allocator would give the memory away as soon as it is dropped
-            held.y.record_stream(current)
-            held.out.record_stream(current)
+        found.replay(handle)  # the GPU may have waited for this
+        out, current = found.out.clone(), torch.cuda.current_stream(self.engine.device)
         self._done = self._done or torch.cuda.Event()
         self._done.record(current)
         self.engine.watched(current)

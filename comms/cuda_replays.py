@@ -38,15 +38,19 @@ class Case:
 
 @dataclass
 class Kept(Generic[T]):
-    """A recording, and how often it was used."""
+    """A recording, how often it was used, and when last."""
 
-    case: Hashable
+    case: Case
     what: T
+    turn: int
     used: int = 0
 
 
 class Replays(Generic[T]):
-    """Recordings of type T, the one that was used last at the end."""
+    """Recordings of type T.
+
+    A call that replays is looked for by one hash of its key, because a GPU may wait for the host that looks.
+    """
 
     def __init__(self, *, kept: int = KEPT, most_bytes: int = MOST_BYTES) -> None:
         self.kept, self.most_bytes = kept, most_bytes
@@ -54,6 +58,7 @@ class Replays(Generic[T]):
         self.cases: dict[Hashable, Case] = {}
         self._recordings: dict[Hashable, Kept[T]] = {}
         self._seen: dict[Hashable, None] = {}
+        self._turn = 0  # counts what is kept and used
 
     def __len__(self) -> int:
         return len(self._recordings)
@@ -77,15 +82,14 @@ class Replays(Generic[T]):
             return False
         return True
 
-    def find(self, case: Hashable, key: Hashable) -> T | None:
+    def find(self, key: Hashable) -> T | None:
         """The recording of a call that is to be made; `key` says all that it depends on."""
-        found = self._recordings.pop(key, None)
+        found = self._recordings.get(key)
         if found is None:
             return None
-        self._recordings[key] = found
-        found.used += 1
-        state = self.case(case)
-        state.strange, state.replayed = 0, state.replayed + 1
+        self._turn += 1
+        found.turn, found.used = self._turn, found.used + 1
+        found.case.strange, found.case.replayed = 0, found.case.replayed + 1
         return found.what
 
     def see(self, addresses: Hashable) -> bool:
@@ -120,13 +124,13 @@ class Replays(Generic[T]):
         """A new recording; the one that was used longest ago goes where there are too many."""
         state = self.case(case)
         state.nbytes, state.memory = max(state.nbytes, nbytes), memory
-        self._recordings[key] = Kept(case, what)
+        self._turn += 1
+        self._recordings[key] = Kept(state, what, self._turn)
         if len(self._recordings) > self.kept:
-            oldest = self._recordings.pop(next(iter(self._recordings)))
-            of = self.case(oldest.case)
-            of.wasted = of.wasted + 1 if oldest.used < WORTH else 0
-            if not any(other.case == oldest.case for other in self._recordings.values()):
-                of.nbytes = 0
+            oldest = self._recordings.pop(min(self._recordings, key=lambda key: self._recordings[key].turn))
+            oldest.case.wasted = oldest.case.wasted + 1 if oldest.used < WORTH else 0
+            if not any(other.case is oldest.case for other in self._recordings.values()):
+                oldest.case.nbytes = 0
 
     def stop(self, why: str) -> None:
         """Nothing is recorded or replayed any more."""

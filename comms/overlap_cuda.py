@@ -91,25 +91,18 @@ class CudaOverlapEngine:
         tracked: Tracked | None = None,
         panel: Panel | None = None,
         out: torch.Tensor | None = None,
-        begun: bool = False,
     ) -> torch.Tensor:
         """As `OverlapEngine.reduce_scatter`; by `tracked`, which must make the same `y`, where it is given, and into
-        `out`, [own rows, columns], where that is. `begun`: behind `begin`, for the same plan and `y`."""
+        `out`, [own rows, columns], where that is."""
         out = y_MN.new_empty(plan.own[1] - plan.own[0], y_MN.shape[1]) if out is None else out
         plan.expect(self.rank, self.world)
         if self._collectively(plan, overlap, y_MN):
             product(0, plan.rows)
             return reduce_scatter_into(out, y_MN, plan.sizes, self.messenger.group)
         run, place = self._begin(), Placement(plan, y_MN)
-        self._scatter(run, plan, place.fill(product, panel), place, out, overlap, tracked, begun)
+        self._scatter(run, plan, place.fill(product, panel), place, out, overlap, tracked)
         self._end(run)
         return out
-
-    def begin(self, plan: ChunkPlan, product: Product, y_MN: torch.Tensor, panel: Panel | None = None) -> None:
-        """Queue what of a product leaves first on the current stream. `reduce_scatter` queues the rest, `begun`."""
-        fill = Placement(plan, y_MN).fill(product, panel)
-        for block in plan.hops[0].blocks if plan.hops else ():
-            fill(block)
 
     def all_reduce(
         self,
@@ -212,7 +205,6 @@ class CudaOverlapEngine:
         out: torch.Tensor,
         overlap: bool,
         tracked: Tracked | None,
-        begun: bool = False,
     ) -> None:
         """This rank's rows of the sum into `out`."""
         own = plan.chunk(self.rank)
@@ -230,7 +222,7 @@ class CudaOverlapEngine:
             made: Any = start
             if counted and hop.sends:
                 made = counted[hop.sends[0]]
-            elif overlap and hop.blocks and not counted and not (begun and hop is plan.hops[0]):
+            elif overlap and hop.blocks and not counted:
                 made, at = self.make(run, at, start, fill, hop.blocks), at + 1
             if not landings:  # when the device has something to do
                 landings = self.messenger.landings(out)

@@ -21,7 +21,6 @@ from ..comms.chunk_plan import ChunkPlan
 from ..comms.link import LinkModel
 from ..comms.overlap_cuda import CudaOverlapEngine
 from ..comms.overlap_engine import OverlapEngine
-from ..comms.placement import Panel, Product
 from ..dist.errors import UserError
 from ..dist.launch_env import detect
 from ..dist.log import get_logger
@@ -149,22 +148,22 @@ class Team:
     ) -> Tensor:  # fmt: skip
         n = b.shape[1]
 
-        def make(y: Tensor) -> tuple[Product, Panel]:
-            return rows_of(a, b, y), panel_of(a, b)
+        def queue(plan: ChunkPlan, y: Tensor, **more: Any) -> Tensor:
+            more |= {"panel": panel_of(a, b)} if plan.columns else {}
+            return pattern(plan, rows_of(a, b, y), y, **more)
 
         def call(plan: ChunkPlan, arm: Arm) -> Tensor:
             if arm.replayed and case[0] == SCATTER and self._recorder is not None:
-                return self._recorder.run(plan, (a, b), n, make)
+                return self._recorder.run(plan, (a, b), n, lambda y, out: queue(plan, y, out=out))
             y = a.new_empty(a.shape[0], n)
-            more: dict[str, Any] = {"tracked": tracked_product(a, b, y)} if arm.tracked else {}
-            more |= {"panel": panel_of(a, b)} if plan.columns else {}
-            return pattern(plan, rows_of(a, b, y), y, overlap=arm.overlap, **more)
+            more = {"tracked": tracked_product(a, b, y)} if arm.tracked else {}
+            return queue(plan, y, overlap=arm.overlap, **more)
 
         def before(plan: ChunkPlan, arm: Arm) -> None:
             if self._recorder is None or case[0] != SCATTER:
                 return
             if arm.replayed:
-                self._recorder.prepare(plan, (a, b), n, make)
+                self._recorder.prepare(plan, (a, b), n, lambda y, out: queue(plan, y, out=out))
             else:
                 self._recorder.see((a, b))
 
@@ -279,11 +278,12 @@ def team_of(group: Team | dist.ProcessGroup | str | None, device: torch.device |
             remedy="on one process a plain matrix product does all of it",
         )
     real = dist.distributed_c10d._resolve_process_group(group) if isinstance(group, str) else group or dist.group.WORLD  # type: ignore[arg-type]
+    kind = (torch.device(device) if isinstance(device, str) else device).type
+    for team in _teams.values():  # few, and found sooner than by the group's name
+        if team.group is real and team.device.type == kind:
+            return team
     assert real is not None
-    key = real.group_name, torch.device(device).type
-    found = _teams.get(key)
-    if found is None or found.group is not real:
-        found = _teams[key] = Team(real, device=device)
+    found = _teams[real.group_name, kind] = Team(real, device=device)
     return found
 
 

@@ -96,8 +96,10 @@ def matmul_all_reduce(A: Tensor, B: Tensor, reduce_op: str = "sum", group: Group
     A, B = _cast(A, B)
     _fits(A, B)
     team, average = team_of(group, A.device), _average(reduce_op)
-    rows = A.reshape(A.shape[:-1].numel(), A.shape[-1])
-    out = _AllReduce.apply(rows, B, team).reshape(*A.shape[:-1], B.shape[1])
+    if A.ndim == 2:
+        out = _summed(A, B, team)
+    else:
+        out = _summed(A.reshape(A.shape[:-1].numel(), A.shape[-1]), B, team).reshape(*A.shape[:-1], B.shape[1])
     return out / team.world if average else out
 
 
@@ -114,6 +116,13 @@ def _gathered(a: Tensor, team: Team, sizes: tuple[int, ...], bs: Sequence[Tensor
         return _AllGather.apply(a, team, sizes, *bs)
     whole, outs = team.all_gather(a, bs, sizes)
     return whole, *outs
+
+
+def _summed(a: Tensor, b: Tensor, team: Team) -> Tensor:
+    """Of two-dimensional operands, likewise."""
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        return _AllReduce.apply(a, b, team)
+    return team.all_reduce(a, b, chunk_rows(a.shape[0], team.world))
 
 
 class _ReduceScatter(torch.autograd.Function):

@@ -310,16 +310,16 @@ def test_counts_of_a_recording_go_on_where_others_left_them(monkeypatch, seed, w
                 mine = mine.clone() if rank == 0 else mine
                 mine.copy_(everyone[rank])
 
-                def make(y: torch.Tensor, mine: torch.Tensor = mine) -> Any:
+                def queue(y: torch.Tensor, out: Any, mine: torch.Tensor = mine) -> torch.Tensor:
                     def product(low: int, high: int) -> None:
                         _Log.do(torch.Tensor.copy_, y[low:high], mine[low:high])
 
                     def panel(low: int, high: int, left: int, right: int, into: torch.Tensor) -> None:
                         _Log.do(torch.Tensor.copy_, into, mine[low:high, left:right])
 
-                    return product, panel
+                    return engine.reduce_scatter(plan, product, y, panel=panel, out=out)
 
-                found = engine.recorder.run(plan, (mine,), 5, make)
+                found = engine.recorder.run(plan, (mine,), 5, queue)
                 assert torch.equal(found, everyone.sum(0)[slice(*plan.own)]), turn
                 if turn % 4 == 3:
                     by_rows, y = engine.plan(plan.sizes, 1), mine.clone()

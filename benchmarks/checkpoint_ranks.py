@@ -5,8 +5,9 @@ and one place: host memory that outlives the processes, at every step; the same 
 at every step at which the last copy has arrived (on one host, by TCP on the loopback: a machine's network is another);
 or the disk, at every 8th step, ours with fsync, checksums and a commit that all ranks agree on, beside torch's own
 `dcp.async_save` without these. `saves` is how many of a sample were committed, `call_ms` and `fence_ms` what a save
-took of rank 0's training thread. Before anything is timed, what each arm saved is read back (by stock `dcp.load`, from
-partners by our own) and compared bit by bit, on every rank.
+took of rank 0's training thread; there, `gpu_copy_ms` is how long the device copied, `gpu_wait_ms` how long training
+waited for it there, and `lead_ms` how far the processor was ahead then. Before anything is timed, what each arm saved
+is read back (by stock `dcp.load`, from partners by our own) and compared bit by bit, on every rank.
 
 Every rank has its own cores, and AdamW is fused, as trainers of FSDP2 have it, so that the GPU and not the processor
 sets the pace; `twice the batch` sees to it. `AdamW not fused` is torch's default, which is the processor's pace: there
@@ -37,7 +38,7 @@ import torch.distributed.checkpoint as dcp
 
 from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Measured, Trial
 from undertow.benchmarks.checkpoint_job import LARGE, MEDIUM, Size
-from undertow.benchmarks.checkpoint_phases import TINY
+from undertow.benchmarks.checkpoint_phases import TINY, GpuClock
 from undertow.benchmarks.checkpoint_sharded import Sharded, bind_cores
 from undertow.checkpointing import Checkpointer, Partner
 from undertow.checkpointing.cost import Prediction, predict
@@ -60,7 +61,20 @@ class Ours:
         self.ckpt = job.closing.enter_context(
             Checkpointer(job.folder / place, model=job.model, optimizer=job.optimizer, **options)
         )
-        self.job = job
+        self.job, self.gpu = job, GpuClock(job.device)
+
+    def watch(self) -> None:
+        """From now on note when the device copies, and when training waits for that. A save has been made."""
+        copier: Any = self.ckpt._live.copier
+        begin, order_after = copier.begin, copier.order_after
+        stream = getattr(copier, "stream", None)
+
+        def begun() -> None:
+            begin()
+            self.gpu.copies_begin(stream)
+
+        copier.begin = begun
+        copier.order_after = lambda mark: self.gpu.around_wait(stream, partial(order_after, mark))
 
     def save(self) -> None:
         self.ckpt.save(self.job.step, disk=not self.host, host=self.host)
@@ -78,7 +92,7 @@ class Ours:
         """What the last `saves` took of this rank's training thread, in the call and at the fence; mean."""
         last = self.ckpt.reports[-saves:]
         call_s, fence_s = (sum(getattr(report, name) for report in last) for name in ("call_s", "fence_s"))
-        return {"call_ms": 1e3 * call_s / saves, "fence_ms": 1e3 * fence_s / saves}
+        return {"call_ms": 1e3 * call_s / saves, "fence_ms": 1e3 * fence_s / saves} | self.gpu.sums()
 
     def predict(self, machine: Machine, window_s: float) -> Prediction:
         """By the cost model, of the state as the last save found it."""
@@ -156,6 +170,8 @@ def _local(value: Any) -> torch.Tensor:
 
 def sample(job: Sharded, way: Any, host: bool, steps: int) -> Measured:
     job.synchronize()
+    if isinstance(way, Ours):
+        way.gpu.reset()
     dist.barrier()
     before = 0 if way is None else way.saves
     began_s = time.perf_counter()
@@ -197,6 +213,7 @@ def trial(size: Size, place: str, device: torch.device, machine: Machine | None 
     if not host:
         ways[f"dcp.async_save, every {steps}"] = Dcp(job, "dcp")
     checks = {name: wrong(job, way) if way is not None else 0 for name, way in ways.items()}
+    ours.watch()
     predicted_s, facts = None, {}
     if machine is not None:
         window_s, step_s = job.pace()

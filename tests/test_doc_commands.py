@@ -53,6 +53,8 @@ CLAIMS = {
     "undertow simulate t3": "tests/comms/t3_paper/test_cli.py",
     "undertow bench": "tests/benchmarks/test_commands.py",  # each in its smallest form
     "torchrun undertow bench": "tests/benchmarks/test_commands.py",
+    "python -m undertow.examples.plain_checkpoint": "tests/examples/test_plain.py",
+    "python -m undertow.examples.plain_stream": "tests/examples/test_plain.py",
     "python -m undertow.benchmarks.halo3d": "tests/benchmarks/test_commands.py",
     "python -m undertow.benchmarks.kill_resume": "tests/benchmarks/test_commands.py",
     "python -m undertow.benchmarks.partner_kills": "tests/checkpointing/test_partner_machines.py",

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -26,6 +27,7 @@ VERBS = {
     "mpi": (".mpi_interpose.cli", "the MPI datatype interposer: run, doctor, measure, explain, build"),
     "env": (".dist.environment", "print everything that a bug report needs"),
 }
+REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}  # by the machine: no defect of ours
 WITHOUT_TORCH = "to mend it: pip install torch==2.13.0 (or any from 2.11 on); `undertow env` shows what is there"
 
 
@@ -59,6 +61,9 @@ def main(argv: list[str] | None = None) -> int:
         _record(error)
         sys.stderr.write(f"undertow {argv[0]}: {error}\n")
         return error.exit_code
+    except KeyboardInterrupt:  # while torch is imported; later, run_application hears it
+        sys.stderr.write(f"undertow {argv[0]}: stopped\n")
+        return 130
     except BrokenPipeError:  # `undertow … | head`
         sys.stderr.close()
         return 141
@@ -67,6 +72,13 @@ def main(argv: list[str] | None = None) -> int:
             raise
         sys.stderr.write(f"undertow {argv[0]}: PyTorch is not installed in {sys.prefix}; {WITHOUT_TORCH}\n")
         return UserError.exit_code
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        refused = UserError(str(error), expected="a place that can be written, with room")
+        _record(refused)
+        sys.stderr.write(f"undertow {argv[0]}: {refused}\n")
+        return refused.exit_code
     except Exception as error:
         _record(error)
         raise

@@ -42,7 +42,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def plot_losses(folder: Path) -> Path | None:
-    """Draw `folder`/loss.png; None, and says so, when matplotlib is not installed."""
+    """Draw `folder`/loss.png; None, and says why, when matplotlib is not installed or the disk is full."""
     try:
         import matplotlib
     except ImportError:
@@ -64,6 +64,11 @@ def plot_losses(folder: Path) -> Path | None:
     axes.grid(alpha=0.3)
     axes.legend()
     path = folder / "loss.png"
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:  # of a full disk, after a run whose results are there
+        log.warning("no loss.png (%s)", error)
+        return None
+    finally:
+        pyplot.close(figure)
     return path

@@ -298,7 +298,12 @@ def command(
             raise UserError(problem[0])
         _introduce(run)
         with Trace(trace_path(out / "trace", here.rank), here.rank) as trace:
-            result = train(run, resume=resume, checkpoints=config.checkpoint_every > 0, trace=trace)
+            try:
+                result = train(run, resume=resume, checkpoints=config.checkpoint_every > 0, trace=trace)
+            except KeyboardInterrupt:
+                if here.rank == 0 and config.checkpoint_every:
+                    log.info("stopped; the same command with --resume goes on from the newest checkpoint")
+                raise
         if result is not None:
             _conclude(run, result)
         run.parallel.close()

@@ -63,7 +63,8 @@ class Team:
         link: LinkModel | None = None,
         trace: Trace | None = None,
     ) -> None:
-        self.group, self.device = group or dist.group.WORLD, torch.device(device)
+        self.group: dist.ProcessGroup = group or dist.group.WORLD  # type: ignore[assignment]
+        self.device = torch.device(device)
         arms = ARMS if self.device.type == "cpu" else CUDA_ARMS
         modes = MODES | {arm.name: at for at, arm in enumerate(arms)}
         if overlap not in modes:
@@ -98,7 +99,6 @@ class Team:
     def mesh(self) -> DeviceMesh:
         """A mesh of this group alone, for weights that come without one."""
         if self._mesh is None:
-            assert self.group is not None
             self._mesh = DeviceMesh.from_group(self.group, self.device.type)
         return self._mesh
 
@@ -207,7 +207,8 @@ class Team:
             self._settled[case] = plan, arm
             if self._chooses:  # a fall-back must not be silent
                 log.info("overlap: %s", self.gate.explain(key))
-            if self.device.type == "cuda" and self.world > 1 and not arm.overlap and len(set(sizes)) == 1:
+            equal = len(set(sizes)) == 1 and not dtype.is_complex  # a process group takes real numbers only
+            if self.device.type == "cuda" and self.world > 1 and not arm.overlap and equal:
                 self._plain[case] = sizes[0] if case[0] == SCATTER else sum(sizes)
             return call(plan, arm)
         before(plan, arm)

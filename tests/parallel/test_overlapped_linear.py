@@ -185,9 +185,9 @@ def _plainly(rank: int, world: int, seed: int) -> None:
     )
     with contextlib.closing(Team(overlap="off")) as team:
         sizes = (6,) * world
-        assert torch.equal(overlap_plain.reduce_scatter(a, b, 6, None), team.reduce_scatter(a, b, sizes))
-        assert torch.equal(overlap_plain.all_reduce(a, b, None), team.all_reduce(a, b, sizes))
-        whole, outs = overlap_plain.all_gather(a[:6], [b, b], 6 * world, None)
+        assert torch.equal(overlap_plain.reduce_scatter(a, b, 6, team.group), team.reduce_scatter(a, b, sizes))
+        assert torch.equal(overlap_plain.all_reduce(a, b, team.group), team.all_reduce(a, b, sizes))
+        whole, outs = overlap_plain.all_gather(a[:6], [b, b], 6 * world, team.group)
         wanted, wants = team.all_gather(a[:6], [b, b], sizes)
         assert torch.equal(whole, wanted) and all(map(torch.equal, outs, wants))
 

@@ -25,6 +25,7 @@ from undertow.benchmarks.facts import facts, slug
 from undertow.benchmarks.mpi_datatypes import installed, label
 from undertow.mpi_interpose import build, measure
 from undertow.mpi_interpose.compile import CSRC
+from undertow.mpi_interpose.errors import InterposeError
 from undertow.mpi_interpose.launch import environment
 from undertow.mpi_interpose.toolchain import Mpi
 from undertow.mpi_interpose.toolchain import environment as clean_environment
@@ -84,7 +85,9 @@ def start(mpi: Mpi, binary: Path, table: Path, ranks: int, cells: int, turns: in
     values.update(environment(build.library(mpi), "auto", None), UNDERTOW_MPI_MODEL=str(table))
     preload = ["env", f"LD_PRELOAD={values.pop('LD_PRELOAD')}"]
     command = [*measure.launcher(mpi), "-n", str(ranks), *preload, str(binary), str(cells), str(turns), str(ROUNDS)]
-    done = subprocess.run(command, env=values, capture_output=True, text=True, check=True, timeout=300)
+    done = subprocess.run(command, env=values, capture_output=True, text=True, check=False, timeout=300)
+    if done.returncode:
+        raise InterposeError(f"rounds on {label(mpi)} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
     return read(done.stdout)
 
 

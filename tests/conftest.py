@@ -31,20 +31,21 @@ class RootIsAFolder:
 
 # The files that take longest, begun first: where several run beside each other, none of them is left over at the end.
 LONGEST = (
-    "test_commands",
     "test_cluster",
-    "test_gpu_programs",
+    "test_commands",
+    "test_doc_commands",
+    "test_torchrun",
     "test_sanitizers",
     "test_mpi4py_suite",
-    "test_torchrun",
-    "test_elastic",
-    "test_stream_families",
-    "test_deepspeed_plugin",
     "test_claims",
+    "test_elastic",
+    "test_gpu_programs",
     "test_kill",
-    "test_programs",
     "test_train",
-    "test_doc_commands",
+    "test_programs",
+    "test_gpu",
+    "test_deepspeed_plugin",
+    "test_stream_families",
 )
 
 

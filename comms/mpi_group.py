@@ -21,6 +21,7 @@ from .graph import Graph
 from .transport import tags_of
 
 _LONGEST_PAUSE_S = 1e-4
+_LONGEST_WAIT_S = 1800.0  # of a group's own collectives, as torch's
 
 
 class MpiGroup:
@@ -43,17 +44,24 @@ class MpiGroup:
             )
         self._mpi, self._comm = MPI, (comm or MPI.COMM_WORLD).Dup()
         self.rank, self.world = self._comm.Get_rank(), self._comm.Get_size()
+        self._left: list[Any] = []  # memory that MPI may still write to
         self.most_tag = int(self._comm.Get_attr(MPI.TAG_UB) or 32767)  # the standard's least
 
     def transport(self) -> MpiTransport:
         """Messages of one executor, on a communicator of its own; collective."""
         return MpiTransport(MpiGroup(self._comm))
 
-    def gather(self, mine: torch.Tensor) -> list[torch.Tensor]:
-        """Every rank's tensor of one shape and dtype, in rank order; collective."""
+    def gather(self, mine: torch.Tensor, timeout_s: float = _LONGEST_WAIT_S) -> list[torch.Tensor]:
+        """Every rank's tensor of one shape and dtype, in rank order; collective. `RuntimeError` when one has not come
+        in time."""
         found = mine.new_empty(self.world, *mine.shape)
         if mine.numel():
-            self._comm.Allgather([_bytes(mine), self._mpi.BYTE], [_bytes(found), self._mpi.BYTE])
+            request = self._comm.Iallgather([_bytes(mine), self._mpi.BYTE], [_bytes(found), self._mpi.BYTE])
+            try:
+                _Request(request).wait(timedelta(seconds=timeout_s))
+            except RuntimeError:
+                self._left.append((mine, found))
+                raise
         return list(found)
 
     def sum_into(self, x: torch.Tensor) -> None:
@@ -113,8 +121,8 @@ class MpiTransport:
         for work in works:
             work.wait(timedelta(seconds=timeout_s))
 
-    def gather(self, mine: torch.Tensor) -> list[torch.Tensor]:
-        return self.group.gather(mine)
+    def gather(self, mine: torch.Tensor, timeout_s: float) -> list[torch.Tensor]:
+        return self.group.gather(mine, timeout_s)
 
     def close(self) -> None:
         self.group.close()

@@ -154,8 +154,12 @@ class P2P:
         return storage.outputs
 
     def gather(self, mine: torch.Tensor) -> list[torch.Tensor]:
-        """Every rank's small CPU tensor of one shape, in rank order; collective, beside any schedule."""
-        return self._gloo.gather(mine)
+        """Every rank's small CPU tensor of one shape, in rank order; collective, beside any schedule. `PeerLost` when
+        not all have come within `timeout_s`."""
+        try:
+            return self._gloo.gather(mine, self.timeout_s)
+        except RuntimeError as error:
+            raise PeerLost(f"rank {self.rank}: not all ranks made the same call ({error})") from error
 
     @property
     def link(self) -> EmulatedLink | None:
@@ -187,10 +191,7 @@ class P2P:
     def _agree(self, schedule: Schedule) -> None:
         """Refuse a schedule that is not the same on all ranks: it would hang, or mix up messages."""
         mine = torch.frombuffer(bytearray.fromhex(schedule.digest), dtype=torch.uint8)
-        try:
-            found = self.gather(mine)
-        except RuntimeError as error:
-            raise PeerLost(f"rank {self.rank}: not all ranks came to schedule {schedule.name} ({error})") from error
+        found = self.gather(mine)
         others = [rank for rank, digest in enumerate(found) if not torch.equal(digest, mine)]
         if others:
             raise UserError(

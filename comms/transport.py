@@ -92,10 +92,10 @@ class Gloo:
         for work in works:
             work.wait(timedelta(seconds=timeout_s))
 
-    def gather(self, mine: torch.Tensor) -> list[torch.Tensor]:
-        """Every rank's tensor, in rank order."""
+    def gather(self, mine: torch.Tensor, timeout_s: float) -> list[torch.Tensor]:
+        """Every rank's tensor, in rank order. `RuntimeError` when one has not come in time."""
         found = [torch.empty_like(mine) for _ in range(self.group.size())]
-        self.group.allgather([found], [mine]).wait()
+        self.group.allgather([found], [mine]).wait(timedelta(seconds=timeout_s))
         return found
 
     def close(self) -> None:

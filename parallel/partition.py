@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..comms.mpi_group import MpiGroup
 from ..dist.errors import UserError
+from .agreement import agree
 
 Group = dist.ProcessGroup | MpiGroup | None  # whose ranks share a sequence; None: all of torch.distributed's
 LAYOUTS = ("contiguous", "zigzag", "striped", "zigzag_documents")
@@ -119,19 +121,40 @@ def unshard_sequence(
 ) -> Tensor:
     """The whole sequence of `length` from all ranks' parts, on every rank; collective.
 
-    Differentiable: the gradient of a shard is the sum of what all ranks ask of it.
+    Differentiable: the gradient of a shard is the sum of what all ranks ask of it. `UserError` on every rank where
+    arguments differ between ranks, or where a shard does not fit.
     """
     _check_dim(x, dim)
     rank, world = place(group)
-    spans = shards(length, world, layout, as_list(cu_seqlens))
-    if x.shape[dim] != rows_of(spans[rank]):
-        raise UserError(
-            f"a shard of {x.shape[dim]} rows on rank {rank}",
-            expected=f"{rows_of(spans[rank])}: its part of {length} in layout {layout!r}",
-            remedy="pass the length=, layout= and cu_seqlens= that shard_sequence was given",
-        )
+    bounds, refused, spans = None, None, ()
+    try:
+        bounds = as_list(cu_seqlens)
+        spans = shards(length, world, layout, bounds)
+        if x.shape[dim] != rows_of(spans[rank]):
+            raise UserError(
+                f"a shard of {x.shape[dim]} rows on rank {rank}",
+                expected=f"{rows_of(spans[rank])}: its part of {length} in layout {layout!r}",
+                remedy="pass the length=, layout= and cu_seqlens= that shard_sequence was given",
+            )
+    except UserError as error:
+        refused = error
+    others = list(x.shape[: dim % x.dim()] + x.shape[dim % x.dim() + 1 :])
+    given = {"length": length, "layout": layout, "dim": dim % x.dim(), "cu_seqlens": bounds, "dtype": x.dtype,
+             "the shape beside the sequence": others}  # fmt: skip
+    agree("unshard_sequence", rank, given, refused, partial(_gather_small, group=group_of(group), device=x.device))
     whole: Tensor = _Gather.apply(x.movedim(dim, 0), spans, group_of(group))  # pyright: ignore[reportAssignmentType]
     return whole.movedim(0, dim)
+
+
+def _gather_small(mine: Tensor, *, group: Group, device: torch.device) -> list[Tensor]:
+    """Every rank's CPU tensor of one shape, through the backend that `group` has for `device`; collective."""
+    if isinstance(group, MpiGroup):
+        return group.gather(mine)
+    if place(group)[1] == 1:
+        return [mine]
+    found = [torch.empty_like(mine, device=device) for _ in range(place(group)[1])]
+    dist.all_gather(found, mine.to(device), group=group)
+    return list(torch.stack(found).cpu())
 
 
 class _Gather(torch.autograd.Function):

@@ -14,7 +14,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
@@ -26,6 +26,7 @@ from ...comms import local
 from ...comms.builders.attention_shape import Heads
 from ...comms.ops import Ops
 from ...dist.errors import UserError
+from ..agreement import agree
 from ..blocks import flex, measured
 from ..kernels.row_products import row_dot
 from ..masks import Mask
@@ -177,14 +178,41 @@ _ask._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _prepare(asked: Asked, q: Sizes, k: Sizes, v: Sizes, dtype: torch.dtype, device: torch.device) -> int:
-    """The number of the call, after what its shapes must be on this rank has been checked."""
+    """The number of the call. A new kind is agreed upon first: each rank has a part of it to check, and all or none
+    go on."""
     where, lean = home(asked.group, device), is_lean()
-    cu_q, cu_k, layout, lengths = asked.cu_q, asked.cu_k, asked.layout, asked.lengths
+    cu_q, cu_k, lengths = asked.cu_q, asked.cu_k, asked.lengths
     if lengths is None:  # before the look-up: one rank's shard can be alike in two different calls
         lengths = (cu_q[-1], (cu_k or cu_q)[-1]) if cu_q is not None else _lengths(q[1], k[1], where)
     key = asked, q, k, v, dtype, device, id(where.executor), lengths, lean
     if key in _numbers:
         return _numbers[key]
+    call, refused = None, None
+    try:
+        call = _planned(asked, q, k, v, dtype, device, where, lengths, lean)
+    except UserError as error:
+        refused = error
+    if where.executor is not None:
+        names = (f.name for f in fields(asked) if f.name not in ("group", "lengths"))
+        given = {"lengths": lengths, **{name: getattr(asked, name) for name in names}, "dtype": dtype, "lean": lean,
+                 "batch and heads": (q[0], q[2:], k[2:], v[2:])}  # fmt: skip
+        agree("token_ring_attention", where.rank, given, refused, where.executor.gather)
+    if call is None:
+        assert refused is not None
+        raise refused
+    number = _numbers[key] = next(_next)
+    _calls[number] = call
+    if len(_numbers) > _KEPT:
+        del _calls[_numbers.pop(next(iter(_numbers)))]
+    return number
+
+
+def _planned(
+    asked: Asked, q: Sizes, k: Sizes, v: Sizes, dtype: torch.dtype, device: torch.device, where: Home,
+    lengths: tuple[int, int], lean: bool,
+) -> Call:  # fmt: skip
+    """After what the shapes must be on this rank has been checked."""
+    cu_q, cu_k, layout = asked.cu_q, asked.cu_k, asked.layout
     if cu_q is not None and q[0] != 1:
         raise UserError(
             f"cu_seqlens with a batch of {q[0]}",
@@ -211,7 +239,7 @@ def _prepare(asked: Asked, q: Sizes, k: Sizes, v: Sizes, dtype: torch.dtype, dev
         gate_of(where, problem, rates, backward=bool(b), lean=lean) if n == "auto" else None
         for b, n in enumerate(asked.schedules)
     ]
-    call = Call(
+    return Call(
         problem,
         (names[0], names[1]),
         (gates[0], gates[1]),
@@ -220,11 +248,6 @@ def _prepare(asked: Asked, q: Sizes, k: Sizes, v: Sizes, dtype: torch.dtype, dev
         asked.kernel,
         where,
     )
-    number = _numbers[key] = next(_next)
-    _calls[number] = call
-    if len(_numbers) > _KEPT:
-        del _calls[_numbers.pop(next(iter(_numbers)))]
-    return number
 
 
 def _lengths(rows_q: int, rows_k: int, where: Home) -> tuple[int, int]:

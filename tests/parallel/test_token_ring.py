@@ -434,6 +434,36 @@ def test_ranks_without_tokens_and_wrong_shards(ranks):
     assert all("shard_sequence" in text for text in ranks(3, _padding))
 
 
+def _told_apart(rank, world):
+    x, odd = torch.randn(1, 4, 2, 8), rank == 1
+
+    def message(call, *given, **how):
+        with pytest.raises(UserError) as error:
+            call(*given, **how)
+        return str(error.value)
+
+    found = [
+        message(unshard_sequence, x, length=13 if odd else 12),
+        message(unshard_sequence, x, length=12, layout="striped" if odd else "zigzag"),
+        message(unshard_sequence, x[:, odd:], length=12),
+        message(token_ring_attention, x, x, x, lengths=(12, 12), causal=odd),
+        message(token_ring_attention, x[:, odd:], x, x, lengths=(12, 12)),
+    ]
+    assert unshard_sequence(x, length=12).shape == (1, 12, 2, 8)  # all go on
+    return found
+
+
+def test_ranks_that_call_differently_all_hear_of_it_at_once(ranks):
+    first, second, third = ranks(3, _told_apart)
+    assert "length is 12 on rank 0, and not the same on rank 1" in first[0]
+    assert "length is 13 on rank 1, and not the same on ranks 0, 2" in second[0]
+    assert "layout is 'zigzag' on rank 0, and not the same on rank 1" in first[1]
+    assert "layout is 'striped' on rank 1, and not the same on ranks 0, 2" in second[1]
+    assert "a shard of 3 rows on rank 1; expected 4" in second[2] and "refused on rank 1" in first[2]
+    assert "causal is False on rank 2, and not the same on rank 1" in third[3]
+    assert "3 queries on rank 1" in second[4] and "refused on rank 1" in third[4]
+
+
 @pytest.mark.parametrize("name", ["dropout", "softcap", "alibi_slopes"])
 def test_what_kernels_lack_is_refused_by_name(name):
     x, wrong = torch.randn(1, 4, 2, 8), {name: 0.1}

@@ -17,10 +17,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import TimeoutError as TooLate
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 
 from rich.console import Console
@@ -75,40 +80,46 @@ def schedule_of(peer: Peer, problem: Problem, backward: bool, *, goals: bool = F
     return peer_schedule(peer, shape_of(problem, name), causal=problem.mask.causal, backward=backward, goals=goals)
 
 
-def cells(
-    problem: Problem,
-    topology: str,
-    flops: tuple[float, float],
-    say: Callable[[str], None],
-    drags: tuple[float, float] = DRAGS,
-    starts: tuple[float, float] = (0.0, 0.0),
-) -> list[Cell]:
-    found = []
+@dataclass(frozen=True)
+class Job:
+    """One column of a table: one topology, ratio of heads, number of ranks and phase. `flops`, `starts`: of each phase;
+    `drags`: at both ends of the assumptions."""
+
+    problem: Problem
+    topology: str
+    backward: bool
+    flops: tuple[float, float]
+    starts: tuple[float, float]
+    drags: tuple[float, float]
+
+    @property
+    def label(self) -> str:
+        h, phase = self.problem.heads, "backward" if self.backward else "forward"
+        return f"{self.topology} {h.q_heads}:{h.kv_heads} P={self.problem.world} {phase}"
+
+
+def cells(job: Job) -> list[Cell]:
+    """Every way's cell."""
+    problem, found = job.problem, []
     rates = [
-        Rates("preset " + topology, flops, COPY, slower(preset(topology), scale), 0.0, drag, starts)
-        for scale, drag in zip(LINKS, drags)
+        Rates("preset " + job.topology, job.flops, COPY, slower(preset(job.topology), scale), 0.0, drag, job.starts)
+        for scale, drag in zip(LINKS, job.drags)
     ]
-    for backward in (False, True):
-        ideal = sum(total.flops for total in problem.totals("ring_kv", backward=backward)) / problem.world
-        ideal_s = ideal / flops[backward]
-        plans: dict[str, Schedule | None] = {
-            way: schedule_of(peer, replace(problem, layout=peer.layout), backward) for way, peer in PEERS.items()
-        }
-        chosen = choose(problem, rates[0], backward=backward).name
-        plans["undertow, predicted"] = problem.schedule(chosen, backward=backward, goals=False)
-        for way, plan in plans.items():
-            if plan is None:
-                continue
-            seconds = tuple(predict(plan, rate) for rate in rates)
-            sent = sum(plan.nbytes(r, *a.reads) for r, _, _, a in plan.actions() if a.kind == "send") // plan.world
-            h = problem.heads
-            found.append(
-                Cell(
-                    topology, f"{h.q_heads}:{h.kv_heads}", problem.world, "backward" if backward else "forward", way,
-                    plan.name, sent, seconds, tuple(ideal_s / s for s in seconds), drags,
-                )
-            )  # fmt: skip
-            say(f"{topology} {found[-1].heads} P={problem.world} {found[-1].phase} {way}")
+    ideal = sum(total.flops for total in problem.totals("ring_kv", backward=job.backward)) / problem.world
+    ideal_s = ideal / job.flops[job.backward]
+    plans: dict[str, Schedule | None] = {
+        way: schedule_of(peer, replace(problem, layout=peer.layout), job.backward) for way, peer in PEERS.items()
+    }
+    chosen = choose(problem, rates[0], backward=job.backward).name
+    plans["undertow, predicted"] = problem.schedule(chosen, backward=job.backward, goals=False)
+    topology, heads, _, phase = job.label.split()
+    for way, plan in plans.items():
+        if plan is None:
+            continue
+        seconds = tuple(predict(plan, rate) for rate in rates)
+        sent = sum(plan.nbytes(r, *a.reads) for r, _, _, a in plan.actions() if a.kind == "send") // plan.world
+        efficiency = tuple(ideal_s / s for s in seconds)
+        found.append(Cell(topology, heads, problem.world, phase, way, plan.name, sent, seconds, efficiency, job.drags))
     return found
 
 
@@ -195,27 +206,35 @@ def draw(rows: Sequence[Cell], path: Path) -> None:
 
 def main(argv: Sequence[str]) -> int:
     options = _arguments(argv)
-    rows, began = list[Cell](), time.monotonic()
-    console = Console(width=170)
-    for ranks in options.ranks:
-        for topology in options.topologies:
-            for q_heads, kv_heads in options.heads:
-                if time.monotonic() - began > options.seconds:
-                    print(f"out of time before {topology}, {q_heads}:{kv_heads} heads, {ranks} ranks")
-                    continue
-                heads = Heads(1, q_heads, kv_heads, 128, 128, "bfloat16", "float32", options.wire)
-                flops, starts = H100, (0.0, 0.0)
-                if options.blocks:
-                    flops, starts = measured_rates(options.blocks, f"{q_heads}:{kv_heads}")
-                drags = measured_drags(options.blocks, f"{q_heads}:{kv_heads}") if options.blocks else DRAGS
-                length = ranks * options.tokens
-                problem = Problem(ranks, length, length, heads, Mask(causal=True))
-                rows += cells(problem, topology, flops, lambda text: print(text, file=sys.stderr), drags, starts)
+    rows, deadline_s = list[Cell](), time.monotonic() + options.seconds
+    fork = multiprocessing.get_context("fork")  # no tensor is touched here, so no thread of torch's is missed there
+    with ProcessPoolExecutor(options.workers, mp_context=fork) as pool:
+        todo = [(job, pool.submit(cells, job)) for job in jobs(options)]
+        for job, found in todo:
+            try:
+                rows += found.result(max(0.0, deadline_s - time.monotonic()))
+                print(job.label, file=sys.stderr)
+            except TooLate:
+                found.cancel()
+                print(f"out of time before {job.label}")
     for shown in tables(rows):
-        console.print(shown)
+        Console(width=170).print(shown)
     if options.output:
         _write(rows, options)
     return 0
+
+
+def jobs(options: argparse.Namespace) -> list[Job]:
+    found = []
+    for ranks, topology, (q_heads, kv_heads) in product(options.ranks, options.topologies, options.heads):
+        heads = Heads(1, q_heads, kv_heads, 128, 128, "bfloat16", "float32", options.wire)
+        (flops, starts), drags = (H100, (0.0, 0.0)), DRAGS
+        if options.blocks:
+            flops, starts = measured_rates(options.blocks, f"{q_heads}:{kv_heads}")
+            drags = measured_drags(options.blocks, f"{q_heads}:{kv_heads}")
+        problem = Problem(ranks, ranks * options.tokens, ranks * options.tokens, heads, Mask(causal=True))
+        found += [Job(problem, topology, backward, flops, starts, drags) for backward in (False, True)]
+    return found
 
 
 def _write(rows: Sequence[Cell], options: argparse.Namespace) -> None:
@@ -247,7 +266,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--wire", default="", help="dtype of partial results; default: 16 bits where nothing is lost by it"
     )
     parser.add_argument("--blocks", default="", help="JSON of benchmarks/attention_blocks.py")
-    parser.add_argument("--seconds", type=float, default=420.0, help="no new cell is begun after this")
+    parser.add_argument("--seconds", type=float, default=600.0, help="no column is begun after this")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, each with a column at a time")
     parser.add_argument("--output", default="", help="writes OUTPUT.json, .txt and .png")
     return parser.parse_args(argv)
 

@@ -7,10 +7,12 @@ The schedules are the ones that the executor runs, and the peers' are written by
 what travels when. Nothing here is a measurement of those projects: their kernels, their launch times and their bugs
 are not in it. Kernel rates, what a kernel loses at its start and end, and what a merge costs the attention beside it,
 are measured where `--blocks` brings the result of benchmarks/attention_blocks.py. The ideal is the work at the
-kernel's rate, divided by the ranks, without starts. All figures are ranges. One end: nominal links
-(`comms.topologies`), and merges that cost the attention beside them nothing (measured: the least of what they cost).
-The other: half of those links, and attention that stands still while a merge runs beside it (measured: the most).
-Peers merge between blocks.
+kernel's rate, divided by the ranks, without starts. With so many tokens per rank a ring's blocks have the same shapes
+for every number of ranks, and those were timed; blocks of Ulysses, USP and joined arrivals grow with the ranks, and
+take what the line through the timed shapes says (time = operations / rate + start). All figures are ranges. One end:
+nominal links (`comms.topologies`), and merges that cost the attention beside them nothing (measured: the least of what
+they cost). The other: half of those links, and attention that stands still while a merge runs beside it (measured: the
+most). Peers merge between blocks.
 """
 
 from __future__ import annotations

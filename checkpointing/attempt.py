@@ -40,6 +40,15 @@ class Attempt:
         return f"{self.name}/{meeting}"
 
 
+class SaveLost(RuntimeError):
+    """A save that is lost for a reason already in words, the rank's and the error's type among them."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a save is lost, for its report: an error's type and text, or what other ranks have put in words."""
+    return str(error) if isinstance(error, (SaveLost, PeerLost)) else f"{type(error).__name__}: {error}"
+
+
 @contextmanager
 def one_save(rank: int) -> Iterator[None]:
     """What the machine refuses inside (memory, space, an operation of the device) costs one save: `PeerLost`."""

@@ -24,6 +24,7 @@ import torch
 from ..dist.log import get_logger
 from ..dist.trace import Trace
 from ..dist.version import __version__
+from .attempt import SaveLost, reason_of
 from .bucket_folder import BucketFolder
 from .coordinate import Coordinator
 from .dcp_metadata import DcpMetadata
@@ -156,7 +157,7 @@ class Committer:
                 with self._trace.span("commit", step=save.step):
                     durable_s = self._commit(part, f"{self.tier}/{save.attempt.number}")
             except BaseException as error:
-                reason = f"{type(error).__name__}: {error}"
+                reason = reason_of(error)
                 if not part.follows:
                     save.snapshot.fail(error)
                 part.file.wait()
@@ -177,7 +178,7 @@ class Committer:
         try:
             word |= self._make_durable(part)
         except BaseException as error:
-            word["reason"] = f"rank {self.coordinator.rank}: {type(error).__name__}: {error}"
+            word["reason"] = f"rank {self.coordinator.rank}: {reason_of(error)}"
         durable_s = time.monotonic() - save.began_s
         self._say(f"{name}/vote", word)
         if self.coordinator.rank == 0:
@@ -187,7 +188,7 @@ class Committer:
             deadline_s = time.monotonic() + 2 * self._timeout_s
             verdict = self.coordinator.hear(f"{name}/verdict", 0, deadline_s=deadline_s, calm=True)
         if verdict:
-            raise RuntimeError(verdict)
+            raise SaveLost(verdict)
         return durable_s
 
     def _make_durable(self, part: Part) -> dict[str, Any]:
@@ -197,13 +198,13 @@ class Committer:
         part.file.wait()
         pickled = save.pickled()
         if save.problem:
-            raise RuntimeError(save.problem)
+            raise SaveLost(save.problem)
         if save.snapshot.error is None:
             save.snapshot.finish()
         if save.snapshot.error is not None:
             raise save.snapshot.error
         if save.snapshot.torn():
-            raise RuntimeError(
+            raise SaveLost(
                 "the state was written while it was being copied: somebody other than a registered optimizer changed a "
                 "parameter or optimizer state without calling fence() first"
             )
@@ -238,7 +239,7 @@ class Committer:
             against = [word["reason"] for word in words if word["reason"]]
             against += [f"rank {rank} saves step {w['step']}" for rank, w in enumerate(words) if w["step"] != save.step]
             if against:
-                raise RuntimeError("; ".join(against))
+                raise SaveLost("; ".join(against))
             self._clear_away(save.attempt.number, scratch)
             files = {file: record for word in words for file, record in word["files"].items()}
             objects = {key: record for word in words for key, record in word["objects"].items()}
@@ -270,7 +271,7 @@ class Committer:
             with suppress(OSError):  # a late rank may still write there; the next job clears it away
                 if part.disposable:
                     self.folder.ops.rmtree(scratch)
-            return f"{type(error).__name__}: {error}"
+            return reason_of(error)
         return ""
 
     def _clear_away(self, number: int, scratch: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import xxhash
 
+from .attempt import SaveLost
 from .copies import HostCopier, copier_for
 from .layout import CHUNK_BYTES
 from .manifest import FileRecord, checksum
@@ -135,7 +136,7 @@ class LazyFile:
             self._seal.sample(self._copier)
 
     def write(self) -> FileRecord:
-        """In the background: write `path` with the suffix .part, durably. `RuntimeError` if torn."""
+        """In the background: write `path` with the suffix .part, durably. `SaveLost` if torn."""
         self.copy()
         with self._judging, self._copier.side():
             self._judge()
@@ -145,7 +146,7 @@ class LazyFile:
             flag, mark = self._seal.verdict
             self._copier.wait(mark)
             if self._moved or bool(flag):
-                raise RuntimeError(f"{self.path.name}: the state was written while it was being copied")
+                raise SaveLost(f"{self.path.name}: the state was written while it was being copied")
         with _Hashing(self.part) as file:
             self._dump(self._state, file)
             return file.finish()

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..dist.log import get_logger
+from .attempt import SaveLost, reason_of
 from .coordinate import Coordinator
 from .lazy_file import HostBuffers, LazyFile
 
@@ -110,7 +111,7 @@ class LazySaver:
         try:
             save.commit(save.files, phase)
         except Exception as error:
-            return f"{type(error).__name__}: {error}"
+            return reason_of(error)
         return ""
 
     def _together(self, name: str, act: Callable[[], None], word: Any) -> list[Any]:
@@ -119,7 +120,7 @@ class LazySaver:
         try:
             act()
         except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
+            problem = reason_of(error)
         coordinator.say(name, (problem, word))
         if coordinator.rank == 0:
             words = coordinator.hear_all(name, timeout_s=self.timeout_s)
@@ -128,7 +129,7 @@ class LazySaver:
         deadline_s = time.monotonic() + 2 * self.timeout_s
         verdict, words = coordinator.hear(f"{name}/verdict", 0, deadline_s=deadline_s)
         if verdict:
-            raise RuntimeError(verdict)
+            raise SaveLost(verdict)
         return words
 
 

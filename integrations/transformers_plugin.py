@@ -26,6 +26,7 @@ import torch.distributed as dist
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from ..checkpointing.attempt import SaveLost
 from ..checkpointing.files import FileOps
 from ..checkpointing.hooks import WholeFence, attach
 from ..checkpointing.lazy_file import LazyFile
@@ -193,7 +194,7 @@ class LazyCheckpoints(TrainerCallback):
 
         def write() -> None:
             if reason:
-                raise RuntimeError(reason)
+                raise SaveLost(reason)
             for file in files:
                 written[file.path] = file.write()
                 self._ops.rename(file.part, file.path)

@@ -29,6 +29,12 @@ def checkpointer(accelerator: Accelerator, root: Path | str, **options: Any) -> 
     """After `prepare`, on every rank. `options` are those of `Checkpointer`; its further objects, such as the position
     in the data, may be among them. What was given to `register_for_checkpointing` is saved as `custom`, `custom1`, ….
     """
+    if not isinstance(accelerator, Accelerator):
+        raise UserError(
+            f"the first argument is {accelerator!r}, of type {type(accelerator).__name__}",
+            expected="the accelerate.Accelerator that has prepared the model",
+            remedy="checkpointer(accelerator, folder, every=100)",
+        )
     if accelerator.distributed_type in OTHERS:
         raise UserError(
             f"Accelerate runs {accelerator.distributed_type.value}", remedy=OTHERS[accelerator.distributed_type]

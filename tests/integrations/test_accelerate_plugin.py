@@ -80,6 +80,8 @@ def test_a_plain_program_reads_the_folder(tmp_path):
 
 def test_wrong_use(tmp_path):
     accelerator = Accelerator(cpu=True)
+    with pytest.raises(UserError, match="the first argument is 3, of type int; expected the accelerate.Accelerator"):
+        checkpointer(3, tmp_path)  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match="prepared no model"):
         checkpointer(accelerator, tmp_path)
     accelerator.prepare(*parts())

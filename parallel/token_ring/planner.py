@@ -18,7 +18,7 @@ from ...comms.actions import Compute
 from ...comms.cost import Seconds, buffer_bytes
 from ...comms.network import Network, fastest, of_machine
 from ...comms.schedule import Schedule
-from ...comms.simulate import ASSUMED, simulate
+from ...comms.simulate import ASSUMED, makespan_s
 from ...comms.topologies import PRESETS
 from ...dist.errors import UserError
 from ...dist.machine import Machine
@@ -143,7 +143,7 @@ def _owner(schedule: Schedule, action: Compute) -> int:
 
 def predict(schedule: Schedule, rates: Rates) -> float:
     """Modelled seconds of one run, on the simulator."""
-    return simulate(schedule, network=rates.network, op_seconds=rates.op_seconds(schedule), drag=rates.drag).makespan_s
+    return makespan_s(schedule, network=rates.network, op_seconds=rates.op_seconds(schedule), drag=rates.drag)
 
 
 def bound(problem: Problem, name: str, rates: Rates, *, backward: bool, message_s: float = 0.0) -> float:

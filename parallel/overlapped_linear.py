@@ -34,10 +34,13 @@ def matmul_reduce_scatter(
 
     `reduce_op`: 'sum' or 'avg'. Differentiable.
     """
+    if scatter_dim == 0 and reduce_op == "sum" and _as_it_is(A, B):
+        team = team_of(group, A.device)
+        return team.reduce_scatter(A, B, chunk_rows(A.shape[0], team.world))
     A, B = _cast(A, B)
     _fits(A, B)
     team, dim, average = team_of(group, A.device), _dim(scatter_dim, A.ndim), _average(reduce_op)
-    if dim == 0 and A.ndim == 2:  # as it is: a view costs the host as much as a short product
+    if dim == 0 and A.ndim == 2:  # a view costs the host as much as a short product
         out = _scattered(A, B, team, chunk_rows(A.shape[0], team.world))
         return out / team.world if average else out
     if dim == A.ndim - 1:  # columns of the product are rows of its transpose
@@ -68,6 +71,10 @@ def all_gather_matmul(
     A_shard: [..., K], `gather_dim` not the last; Bs: [K, N] each. `total`: the gathered size, when W does not divide
     it. Differentiable, except through the gathered A.
     """
+    if gather_dim == 0 and total is None and len(Bs) == 1 and _as_it_is(A_shard, Bs[0]) and A_shard.is_contiguous():
+        team = team_of(group, A_shard.device)
+        whole, outs = team.all_gather(A_shard, Bs, chunk_rows(A_shard.shape[0] * team.world, team.world))
+        return whole if return_A else None, outs
     A_shard, *Bs = _cast(A_shard, *Bs)
     for B in Bs:
         _fits(A_shard, B)
@@ -93,13 +100,14 @@ def matmul_all_reduce(A: Tensor, B: Tensor, reduce_op: str = "sum", group: Group
     Differentiable where all ranks go on alike: the gradient of the result must be equal on all ranks, and is not summed
     over them (Megatron's g).
     """
+    if reduce_op == "sum" and _as_it_is(A, B):
+        team = team_of(group, A.device)
+        return team.all_reduce(A, B, chunk_rows(A.shape[0], team.world))
     A, B = _cast(A, B)
     _fits(A, B)
     team, average = team_of(group, A.device), _average(reduce_op)
-    if A.ndim == 2:
-        out = _summed(A, B, team)
-    else:
-        out = _summed(A.reshape(A.shape[:-1].numel(), A.shape[-1]), B, team).reshape(*A.shape[:-1], B.shape[1])
+    rows = A.reshape(A.shape[:-1].numel(), A.shape[-1])
+    out = _AllReduce.apply(rows, B, team).reshape(*A.shape[:-1], B.shape[1])
     return out / team.world if average else out
 
 
@@ -118,11 +126,15 @@ def _gathered(a: Tensor, team: Team, sizes: tuple[int, ...], bs: Sequence[Tensor
     return whole, *outs
 
 
-def _summed(a: Tensor, b: Tensor, team: Team) -> Tensor:
-    """Of two-dimensional operands, likewise."""
+def _as_it_is(a: Tensor, b: Tensor) -> bool:
+    """Whether a product is one of two matrices, with nothing to cast and no gradient: a GPU waits for what else the
+    host does before it."""
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-        return _AllReduce.apply(a, b, team)
-    return team.all_reduce(a, b, chunk_rows(a.shape[0], team.world))
+        return False
+    if a.ndim != 2 or b.ndim != 2 or torch.is_autocast_enabled("cuda" if a.is_cuda else a.device.type):
+        return False
+    _fits(a, b)
+    return True
 
 
 class _ReduceScatter(torch.autograd.Function):

@@ -46,7 +46,7 @@ inline void add(std::atomic<int64_t>& n, int64_t more) {
 __attribute__((always_inline)) inline uint64_t fingerprint(Site site, Use use, int64_t count, MPI_Datatype type, MPI_Comm comm,
                                                            int peer) {
   const uint64_t what = handle_key(type) + static_cast<uint64_t>(count) * 0x5bd1e995;
-  const uint64_t whom = handle_key(comm) + static_cast<uint64_t>(peer) * 0x7feb352d + (2 * site + (use == kRecvUse)) * 0x1000193;
+  const uint64_t whom = handle_key(comm) + static_cast<uint64_t>(peer) * 0x7feb352d + (2u * site + (use == kRecvUse)) * 0x1000193;
   return (what ^ (whom << 32 | whom >> 32)) * 0x9e3779b97f4a7c15ull;
 }
 

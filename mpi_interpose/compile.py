@@ -33,7 +33,7 @@ ISA_FLAGS = {
     "avx2": ("-mavx2", "-mbmi2"),
     "avx512": ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mbmi2"),
 }
-SANITIZE_FLAGS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
+SANITIZE_FLAGS = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 
 
 def cache_folder() -> Path:

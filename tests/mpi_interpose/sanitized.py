@@ -18,7 +18,7 @@ def preload(mpicc: str) -> Path:
     """Built once beside the plain library; without AVX-512, whose objects few machines could run."""
     mpi = probe(mpicc)
     plain = build.library(mpi)
-    target = plain.parent / "sanitized" / plain.name
+    target = plain.parent / f"sanitized{SANITIZE_FLAGS[0]}" / plain.name
     if target.exists():
         return target
     core = core_units(("generic", "avx2"))

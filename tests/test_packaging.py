@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import fcntl
 import os
 import re
 import shutil
@@ -42,10 +43,15 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     the one that it has made of this checkout."""
     if os.environ.get("UNDERTOW_WHEEL"):
         return zipfile.ZipFile(os.environ["UNDERTOW_WHEEL"])
-    folder = tmp_path_factory.mktemp("wheels")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base  # which all workers of a run have
+    folder = shared / "wheels"
+    with (shared / "wheels.lock").open("w") as lock:  # builds beside each other would write to one build/ and egg-info
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not list(folder.glob("*.whl")):
+            command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, done.stdout + done.stderr
     return zipfile.ZipFile(next(folder.glob("*.whl")))
 
 

@@ -12,7 +12,9 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 
 _LINK = "_undertow_stream"
 
@@ -44,12 +46,19 @@ def override(module: nn.Module, handler: Callable[[nn.Module, tuple, dict], Any]
         link = self.__dict__.get(link_name)
         if link is None or link.handler is None:
             return _class_method(self, name)(*args, **kwargs)
+        if torch.compiler.is_compiling():  # a model compiled whole: what streams is run as it is
+            return _untraced(link.handler, self, args, kwargs)
         return link.handler(self, args, kwargs)
 
     link = Link(handler, current)
     module.__dict__[link_name] = link
     module.__dict__[name] = types.MethodType(replaced, module)
     module.__dict__[f"{link_name}_before"] = (before, module.__dict__[name])
+
+
+@_disable_dynamo  # torch's own form of `torch.compiler.disable`, which does not import Dynamo before it is needed
+def _untraced(handler: Callable[..., Any], module: nn.Module, args: tuple, kwargs: dict) -> Any:
+    return handler(module, args, kwargs)
 
 
 def original(module: nn.Module, name: str = "forward") -> Callable[..., Any]:

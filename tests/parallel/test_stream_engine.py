@@ -532,3 +532,19 @@ def test_compiled_mlps_are_traced_for_the_chunk_and_its_tail_only(
     assert_same_gradients(mine, exact, 1e-5 if dtype == torch.float32 else 3e-2)
     assert 1 <= len(traced) <= 4, "chunks and tail, with and without gradients"
     torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error:Dynamo")
+def test_a_model_compiled_whole_is_streamed_as_it_is_and_dynamo_has_nothing_to_say(
+    family, gradients_of, assert_same_gradients
+):
+    model = family("llama")
+    _, exact = gradients_of(model, input_ids=ids, labels=ids)
+    torch._dynamo.reset()
+    model.compile(backend="eager")
+    with stream_backprop(model, chunk=8) as engine:
+        _, mine = gradients_of(model, input_ids=ids, labels=ids)
+    assert set(engine.report().values()) == {"streamed"}
+    assert_same_gradients(mine, exact, 1e-5)
+    torch._dynamo.reset()

@@ -33,8 +33,8 @@ def main(argv: list[str]) -> int:
 @app.command()
 def plan(
     model: Annotated[str, typer.Option(help=f"a config.json, its folder, or one of {', '.join(KNOWN)}")] = "",
-    ranks: Annotated[int, typer.Option(help="GPUs of the job")] = 0,
-    seq_len: Annotated[int, typer.Option(help="tokens of a sequence")] = 0,
+    ranks: Annotated[int, typer.Option(show_default=False, help="GPUs of the job")] = 0,
+    seq_len: Annotated[int, typer.Option(show_default=False, help="tokens of a sequence")] = 0,
     batch: Annotated[int, typer.Option(help="sequences of a step for each data-parallel rank")] = 1,
     context: Annotated[int, typer.Option(help="ranks that share a sequence")] = 1,
     tensor: Annotated[int, typer.Option(help="ranks that share a layer")] = 1,

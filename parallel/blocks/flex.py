@@ -187,14 +187,22 @@ def report() -> list[str]:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+    """out and log-sum-exp of what `_ready` gives, whose rows and columns beyond the block's mean nothing."""
     if plan.ready is not None:
         plan.ready.wait(torch.cuda.current_stream(q.device))
-    wide_q, wide_k, wide_v = map(_filled, (q, k, v))
-    for x in (wide_q, wide_k, wide_v):
+    for x in (q, k, v):
         torch._dynamo.maybe_mark_dynamic(x, 2)
     with torch._dynamo.config.patch(recompile_limit=KINDS):
-        out, aux = programs().call(wide_q, wide_k, wide_v, plan.seen, plan.lists, scale)
-    return out[:, :, : q.shape[2], : v.shape[3]], aux.lse[:, :, : q.shape[2]].to(lse_dtype(q.dtype))
+        out, aux = programs().call(q, k, v, plan.seen, plan.lists, scale)
+    return out, aux.lse.to(lse_dtype(q.dtype))
+
+
+def _ready(x_BHLD: Tensor) -> Tensor:
+    """As a program takes it: filled; with one stride for a batch of one, of which shards and slices have each their
+    own; and of no view, for whose base it would ask too."""
+    with torch.no_grad():
+        wide = _filled(x_BHLD)
+        return (wide[0][None] if wide.shape[0] == 1 else wide).data
 
 
 def _filled(x_BHLD: Tensor) -> Tensor:
@@ -204,11 +212,6 @@ def _filled(x_BHLD: Tensor) -> Tensor:
     if not any(missing):
         return x_BHLD
     return F.pad(x_BHLD.permute(2, 0, 1, 3), (0, missing[1], 0, 0, 0, 0, 0, missing[0])).permute(1, 2, 0, 3)
-
-
-def _one_batch(x_BHLD: Tensor) -> Tensor:
-    """A batch of one has any stride, which a program would ask for: the same one for shards and whole tensors."""
-    return x_BHLD[0][None] if x_BHLD.shape[0] == 1 else x_BHLD
 
 
 def _apart(work: Callable[[], Any], q_BHLD: Tensor, k_BGLD: Tensor, phase: str) -> Any:
@@ -246,7 +249,8 @@ def forward_planned(
 
     def work() -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            return _attention(*map(_one_batch, (q_BHLD, k_BGLD, v_BGLE)), plan, scale)
+            out, lse = _attention(_ready(q_BHLD), _ready(k_BGLD), _ready(v_BGLE), plan, scale)
+        return out[:, :, : q_BHLD.shape[2], : v_BGLE.shape[3]], lse[:, :, : q_BHLD.shape[2]]
 
     return _apart(work, q_BHLD, k_BGLD, "forward")
 
@@ -263,18 +267,21 @@ def backward_planned(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of the block for the merged `out` and `lse`."""
+    given = q_BHLD, k_BGLD, v_BGLE
 
     def work() -> tuple[Tensor, ...]:
         with torch.enable_grad():
-            q, k, v = leaves = [_one_batch(x.detach()).detach().requires_grad_() for x in (q_BHLD, k_BGLD, v_BGLE)]
+            q, k, v = leaves = [_ready(x).requires_grad_() for x in given]
             own, own_lse = _attention(q, k, v, plan, scale)
+            own, own_lse = own[:, :, : q_BHLD.shape[2], : v_BGLE.shape[3]], own_lse[:, :, : q_BHLD.shape[2]]
         with torch.no_grad():
             empty = torch.isneginf(own_lse) | torch.isneginf(lse_BHL)
             share = torch.exp(own_lse - lse_BHL).masked_fill(empty, 0)
             wide = dout_BHLE.to(own_lse.dtype)
             dlse = share * (wide * (own.to(wide.dtype) - out_BHLE.to(wide.dtype))).sum(-1)
             down = (wide * share.unsqueeze(-1)).to(own.dtype)
-        return torch.autograd.grad((own, own_lse), leaves, (down, dlse.masked_fill(empty, 0)))
+        wide = torch.autograd.grad((own, own_lse), leaves, (down, dlse.masked_fill(empty, 0)))
+        return tuple(x[:, :, : like.shape[2], : like.shape[3]] for x, like in zip(wide, given))
 
     dq, dk, dv = _apart(work, q_BHLD, k_BGLD, "backward")
     return dq, dk, dv

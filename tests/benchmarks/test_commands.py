@@ -55,6 +55,7 @@ ELSEWHERE = {
     "attention_product": "tests/benchmarks/test_attention_programs.py",
     "halo3d": "test_the_halo_and_its_model",
     "mpi_datatypes": "test_datatypes_of_one_kind",
+    "mpi_rounds": "test_rounds_that_pass",
     "mpi4py_suite": "tests/mpi_interpose/test_mpi4py_suite.py",  # whole it takes minutes; there a part of it runs
     "token_ring_rivals": "test_one_way_beside_the_rivals",
 }
@@ -147,6 +148,13 @@ def test_datatypes_of_one_kind(tmp_path, monkeypatch, capsys):
     data = json.loads(next(tmp_path.glob(f"mpi_datatypes_{name}_*.json")).read_text())
     assert data["cells"] and all("pack vector-b16" in f"{cell['use']} {cell['name']}" for cell in data["cells"])
     assert "no cell slower in mode auto" in capsys.readouterr().out
+
+
+def test_rounds_that_pass(tmp_path):
+    """Its verdict on nanoseconds proves nothing on a busy machine."""
+    assert bench("mpi_rounds", "--quick", "--filter", _mpi(), "--output", tmp_path) in (0, 1)
+    found = json.loads(next(tmp_path.glob("mpi_rounds_*.json")).read_text())
+    assert [cell["mpi"] for cell in found["cells"]] == [_mpi()] and all(cell["starts"] for cell in found["cells"])
 
 
 def test_the_halo_and_its_model(capsys):

@@ -28,7 +28,7 @@ from .attempt import SaveLost, reason_of
 from .bucket_folder import BucketFolder
 from .coordinate import Coordinator
 from .dcp_metadata import DcpMetadata
-from .files import together
+from .files import FileOps, together
 from .folder import Folder
 from .manifest import METADATA, BadCheckpoint, FileRecord, Manifest, ObjectRecord, checksums, metrics_of
 from .retention import Retention, to_remove
@@ -218,13 +218,15 @@ class Committer:
         def finish() -> None:
             files[save.plan.shard_name] = part.file.finish()
 
-        acts = [finish]
+        acts, scratch = [finish], part.file.path.parent
         if joined:
-            acts.append(partial(ops.write_file, part.file.path.with_name(save.plan.objects_name), joined))
+            if isinstance(ops, FileOps) and not scratch.exists():  # of no tensor, and `finish` may run beside
+                ops.mkdir(scratch)
+            acts.append(partial(ops.write_file, scratch / save.plan.objects_name, joined))
         with self._trace.span("fsync", step=save.step):
             together(ops.syncs, *acts)
             if self.coordinator.rank or not ops.syncs:  # on rank 0 `Folder.commit` does it
-                ops.fsync_dir(part.file.path.parent)
+                ops.fsync_dir(scratch)
         if joined:
             files[save.plan.objects_name] = checksums(joined, save.plan.image.chunk_bytes)
         return {"files": files, "objects": objects}

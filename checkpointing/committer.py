@@ -28,7 +28,7 @@ from .attempt import SaveLost, reason_of
 from .bucket_folder import BucketFolder
 from .coordinate import Coordinator
 from .dcp_metadata import DcpMetadata
-from .files import FileOps, together
+from .files import together
 from .folder import Folder
 from .manifest import METADATA, BadCheckpoint, FileRecord, Manifest, ObjectRecord, checksums, metrics_of
 from .retention import Retention, to_remove
@@ -220,8 +220,6 @@ class Committer:
 
         acts, scratch = [finish], part.file.path.parent
         if joined:
-            if isinstance(ops, FileOps) and not scratch.exists():  # of no tensor, and `finish` may run beside
-                ops.mkdir(scratch)
             acts.append(partial(ops.write_file, scratch / save.plan.objects_name, joined))
         with self._trace.span("fsync", step=save.step):
             together(ops.syncs, *acts)

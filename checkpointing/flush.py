@@ -23,9 +23,9 @@ from .recycle import Pool
 
 
 class ShardFile:
-    """One rank's shard file being written, with its folder; created by the first write. Thread-safe. `followers`: so
-    many other tiers read the chunks as they come (`await_chunk`), and each calls `leave` in the end. `pool`: where the
-    file may come from, to be written over."""
+    """One rank's shard file being written, with its folder; made by the first write or by `begin`. Thread-safe.
+    `followers`: so many other tiers read the chunks as they come (`await_chunk`), and each calls `leave` in the end.
+    `pool`: where the file may come from, to be written over."""
 
     def __init__(self, ops: FileOps, path: Path, image: Image, *, followers: int = 0, pool: Pool | None = None) -> None:
         self.ops, self.path, self.image = ops, path, image
@@ -80,7 +80,8 @@ class ShardFile:
                 os.close(handle)
 
     def begin(self) -> None:
-        """Writers bring its chunks."""
+        """Writers bring its chunks. The file is made now, if none was there yet: a shard may have no chunk at all."""
+        self._open()
 
     def issue(self, chunks: int) -> None:
         """Count so many chunks as given to writers."""

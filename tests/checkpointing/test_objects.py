@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections import Counter, OrderedDict, deque
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from ckpt_job import Job, same
 
 from undertow.checkpointing import Checkpointer, async_save
+from undertow.checkpointing.files import FileOps
 from undertow.dist.errors import UserError
 
 
@@ -257,6 +259,22 @@ def test_a_hostile_pickle_does_not_run(tmp_path):
         with pytest.raises(UserError, match="cannot be read safely"):
             ckpt.restore()
     assert not flag.exists()
+
+
+def test_objects_without_a_tensor_do_not_come_before_their_folder(tmp_path):
+    """Shard and objects are made durable at the same time."""
+
+    class Slow(FileOps):
+        def mkdir(self, path):
+            time.sleep(0.05)
+            super().mkdir(path)
+
+    thing, other = Thing({"n": 3}), Thing()
+    with Checkpointer(tmp_path, thing=thing, ops=Slow()) as ckpt:
+        ckpt.save(0)
+        assert ckpt.wait()[-1].ok, ckpt.reports
+    with Checkpointer(tmp_path, thing=other) as ckpt:
+        assert ckpt.restore() == 0 and other.value == {"n": 3}
 
 
 def test_what_a_restore_would_refuse_is_said_at_the_first_save(tmp_path, caplog):

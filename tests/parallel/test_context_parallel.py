@@ -116,18 +116,18 @@ def test_positions_and_loss(ranks):
 
 def _narrow(rank, world, model, ids):
     """Loss, gradient of the first weights, and what attention was told of wire and kernel."""
-    from undertow.parallel.token_ring import api
+    from undertow.parallel.token_ring import calls
 
     found = []
     for wire in (None, torch.bfloat16):
-        before = set(api._calls)
+        before = set(calls._calls)
         options = dict(wire_dtype=wire, kernel="tiled" if wire else "auto")
         handle = enable_context_parallel(model, schedule="token_ring", backward_schedule="ring_kv", **options)
         model.zero_grad(set_to_none=True)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         handle.disable()
-        told = {(call.problem.heads.wire, call.kernel) for n, call in api._calls.items() if n not in before}
+        told = {(call.problem.heads.wire, call.kernel) for n, call in calls._calls.items() if n not in before}
         found.append((loss.item(), next(model.parameters()).grad.norm().item(), told))
     return found
 
@@ -141,10 +141,10 @@ def test_wire_dtype_and_kernel_reach_attention(ranks, family):
 
 def _autocast(rank, world, model, ids):
     """(loss, gradients) alone and spread, under autocast; and the dtypes of what was sent for."""
-    from undertow.parallel.token_ring import api
+    from undertow.parallel.token_ring import calls
 
     average, found = GradientAverage(model.parameters()), []
-    before = set(api._calls)
+    before = set(calls._calls)
     for spread in (False, True):
         handle = enable_context_parallel(model) if spread else None
         model.zero_grad(set_to_none=True)
@@ -156,7 +156,7 @@ def _autocast(rank, world, model, ids):
             handle.disable()
         found.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])))
     (alone, wanted), (loss, grad) = found
-    dtypes = {api._calls[number].problem.heads.dtype for number in set(api._calls) - before}
+    dtypes = {calls._calls[number].problem.heads.dtype for number in set(calls._calls) - before}
     return alone, loss, float((grad - wanted).norm() / wanted.norm()), dtypes
 
 

@@ -28,7 +28,7 @@ from undertow.parallel import shard_sequence, token_ring_attention, unshard_sequ
 from undertow.parallel.blocks import flex
 from undertow.parallel.masks import Mask
 from undertow.parallel.partition import LAYOUTS, positions_of
-from undertow.parallel.token_ring import api, gate
+from undertow.parallel.token_ring import calls, gate
 from undertow.parallel.token_ring.block_ops import ops
 from undertow.parallel.token_ring.executors import forget, home
 from undertow.parallel.token_ring.planner import Rates, bound, choose, predict
@@ -408,14 +408,14 @@ def test_calls_do_not_disturb_each_other_and_repeat_bit_for_bit(ranks):
 
 
 def test_batches_of_ever_new_documents_are_not_remembered_for_ever(monkeypatch):
-    monkeypatch.setattr(api, "_KEPT", 4)
+    monkeypatch.setattr(calls, "_KEPT", 4)
     q = torch.randn(1, 24, 2, 4)
     token_ring_attention(q, q, q, causal=True)
     for end in range(1, 24):
         token_ring_attention(q, q, q, causal=True, cu_seqlens=[0, end, 24])
-    kept = [asked for asked in api._asked.values() if asked.cu_q is not None]
-    assert len(kept) <= 4 and kept[-1].cu_q == (0, 23, 24) and api._asked_numbers.keys() == set(api._asked.values())
-    assert any(asked.cu_q is None for asked in api._asked.values())  # a compiled graph goes on using these
+    kept = [asked for asked in calls._asked.values() if asked.cu_q is not None]
+    assert len(kept) <= 4 and kept[-1].cu_q == (0, 23, 24) and calls._asked_numbers.keys() == set(calls._asked.values())
+    assert any(asked.cu_q is None for asked in calls._asked.values())  # a compiled graph goes on using these
 
 
 def _padding(rank, world):

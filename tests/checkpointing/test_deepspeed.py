@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("deepspeed", reason="needs deepspeed: pip install 'undertow[deepspeed]'")
+if importlib.util.find_spec("deepspeed") is None:  # not imported here: that takes seconds where nothing of it runs
+    pytest.skip("needs deepspeed: pip install 'undertow[deepspeed]'", allow_module_level=True)
 
 from undertow.checkpointing.deepspeed_config import CheckpointSection, checkpoint_section, section  # noqa: E402
 from undertow.checkpointing.tag_folder import candidates, problems, read_record  # noqa: E402

@@ -1,6 +1,7 @@
 """Streaming under DeepSpeed ZeRO 2 and 3, two gloo ranks: gradients of one process, collectives free of the chunks."""
 
 import collections
+import importlib.util
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from undertow.parallel.stream import stream_backprop
 
 pytest.importorskip("transformers")
-pytest.importorskip("deepspeed")
+if importlib.util.find_spec("deepspeed") is None:  # not imported here: that takes seconds where nothing of it runs
+    pytest.skip("needs deepspeed: pip install 'undertow[deepspeed]'", allow_module_level=True)
 TOKENS = 21
 
 
@@ -86,4 +88,7 @@ def under_stage(rank, world, make, stage):
 def test_gradients_of_one_process_whatever_the_chunks(ranks, family, tmp_path, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    import deepspeed.runtime.zero.muon.original_muon  # slow to import in each rank
+    import deepspeed.runtime.zero.stage3  # noqa: F401
+
     ranks(2, under_zero, lambda: family("llama"))

@@ -28,7 +28,7 @@ from undertow.benchmarks.overlap_choice import known
 from undertow.comms.chunk_plan import chunk_rows
 from undertow.comms.cost import overlapped_scatter_seconds
 from undertow.dist.errors import UserError
-from undertow.parallel.overlap_gate import ARMS, CUDA_ARMS, ROUNDS, ROW_ARMS, SEQUENTIAL
+from undertow.parallel.overlap_gate import ARMS, CUDA_ARMS, ROW_ARMS, SEQUENTIAL, trial_calls
 from undertow.parallel.overlap_team import Team
 
 SHAPES = [(8192, 12288, 49152), (8192, 49152, 12288), (8192, 8192, 28672), (8192, 28672, 8192)]
@@ -63,7 +63,7 @@ class Ranks:
             halves = self.names[2]
             self.names.append(f"{halves}, by NCCL")
             self.teams[self.names[-1]] = _team(halves, device, "nccl")
-        for _ in range((ROUNDS + 1) * len(CUDA_ARMS) + 1):
+        for _ in range(trial_calls(len(CUDA_ARMS))):
             self.ours("auto")
         self.wanted = self._exact()
 

@@ -3,13 +3,16 @@
 For each product (operation, shapes, dtype) the model predicts every arm. Of what pieces cost the product it knows the
 bytes that they read again, so it is an upper bound: an arm with which even it finds nothing to hide is never tried. The
 others take turns with the sequential one on the first calls; then the slowest rank's times, round by round, decide
-alike on all ranks. An arm must win by 3 % and in all rounds but one, so that noise does not switch it on. Without a
-measured Machine all arms are tried. All arms add in the same order, but a BLAS may round a product otherwise when it
-gets fewer rows at a time: where a resumed run must repeat every bit, fix the arm.
+alike on all ranks. An arm must win by 3 % and in all rounds but one, so that noise does not switch it on. Of short
+products, whose times the host's noise moves by more than that, the best arms are measured again, and one is taken only
+where its win is sure; new calls decide, because the best of many arms was lucky in the old ones. Without a measured
+Machine all arms are tried. All arms add in the same order, but a BLAS may round a product otherwise when it gets fewer
+rows at a time: where a resumed run must repeat every bit, fix the arm.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +25,9 @@ from ..dist.machine import Machine
 
 ROUNDS = 5  # timed calls of each arm; one more before them warms it up
 WIN = 1.03  # least median of sequential / arm, over the rounds
+SHORT_S = 4e-3  # on a GPU; a product that takes less is measured again, because its calls are cheap and noisy
+AGAIN, FINALISTS = 20, 2  # timed calls of each, and how many arms beside the sequential one
+SURE = 1.01  # least lower end of the 95 % interval of that median
 HUNGRY = 512  # operations for a byte; an H200 does 150 of bf16 while its memory, which copies use too, reads one
 NARROW = 512  # columns; with fewer, 1792 rows of a product reach less than 0.7 of an H200's rate
 HOPE = 1.02  # least predicted speed-up with which an arm is tried
@@ -124,6 +130,20 @@ def hidden_seconds(arm: Arm, world: int, gemm_s: float, link_s: float) -> float:
     return overlapped_columns_seconds(world, gemm_s, link_s, shares)
 
 
+def trial_calls(arms: int) -> int:
+    """After so many calls at most a product has settled on one of `arms` arms."""
+    return (ROUNDS + 1) * arms + (AGAIN + 1) * (FINALISTS + 1) + 1
+
+
+def surely(ratios: Sequence[float]) -> float:
+    """What the median exceeds with 95 %, from at least 5 samples: by order statistics, whatever their distribution."""
+    below, rank = 2.0 ** -len(ratios), 0  # P(at most `rank` samples lie below the median)
+    while below <= 0.05:
+        rank += 1
+        below += math.comb(len(ratios), rank) / 2 ** len(ratios)
+    return sorted(ratios)[rank - 1]
+
+
 @dataclass
 class _Trial:
     """One product: the arms that are tried (by number), their samples so far, and the verdict."""
@@ -134,13 +154,20 @@ class _Trial:
     calls: int = 0
     chosen: int | None = None
     ratios: dict[int, float] = field(default_factory=dict)
+    least: dict[int, float] = field(default_factory=dict)  # what the ratios of those measured again surely exceed
+    began: int = 0  # calls before those whose samples count
+    again: bool = False
     why: str = ""
+
+    @property
+    def complete(self) -> bool:
+        return self.calls - self.began == ((AGAIN if self.again else ROUNDS) + 1) * len(self.arms)
 
 
 class Gate:
     """`arms`: the sequential one first. `gather(tensor)` brings every rank's tensor, in rank order.
 
-    `fixed`: an arm to use always, because of `why`.
+    `fixed`: an arm to use always, because of `why`. `short_s`: products that take less are measured again.
     """
 
     def __init__(
@@ -150,8 +177,10 @@ class Gate:
         *,
         fixed: int | None = None,
         why: str = "as asked for",
+        short_s: float = 0.0,
     ) -> None:
         self.arms, self._gather, self._fixed, self._why = tuple(arms), gather, fixed, why
+        self._short_s = short_s
         self._trials: dict[Hashable, _Trial] = {}
 
     def choose(
@@ -160,15 +189,15 @@ class Gate:
         predict: Callable[[Arm], float] | None = None,
         can: Callable[[Arm], bool] = lambda arm: True,
     ) -> int:
-        """The arm for this call; collective at the call that decides. Followed by `took` while `measuring`.
+        """The arm for this call; collective at calls that decide. Followed by `took` while `measuring`.
 
         `predict`: seconds of an arm by the model, equal on all ranks; None when there is no model. `can`: whether an
         arm can run this product, equal on all ranks; the sequential one always can.
         """
         trial = self._trials.get(key) or self._trials.setdefault(key, self._trial(predict, can))
-        if trial.chosen is None and trial.calls == (ROUNDS + 1) * len(trial.arms):
+        if trial.chosen is None and trial.complete:
             self._decide(trial)
-        return trial.arms[trial.calls % len(trial.arms)] if trial.chosen is None else trial.chosen
+        return trial.arms[(trial.calls - trial.began) % len(trial.arms)] if trial.chosen is None else trial.chosen
 
     def _trial(self, predict: Callable[[Arm], float] | None, can: Callable[[Arm], bool]) -> _Trial:
         everyone = [at for at, arm in enumerate(self.arms) if at == 0 or can(arm)]
@@ -184,14 +213,22 @@ class Gate:
     def _decide(self, trial: _Trial) -> None:
         mine = torch.tensor([seconds[1:] for seconds in trial.seconds], dtype=torch.float64)
         slowest = torch.stack(self._gather(mine)).max(0).values  # [arms, rounds]
-        best = 0
-        for place, arm in list(enumerate(trial.arms))[1:]:
-            ratios = (slowest[0] / slowest[place]).tolist()
-            trial.ratios[arm] = statistics.median(ratios)
-            wins = trial.ratios[arm] >= WIN and sum(ratio > 1 for ratio in ratios) >= ROUNDS - 1
-            if wins and trial.ratios[arm] > trial.ratios.get(best, 1.0):
-                best = arm
-        trial.chosen, trial.why = best, "measured"
+        rounds = {arm: (slowest[0] / slowest[at]).tolist() for at, arm in enumerate(trial.arms) if at}
+        trial.ratios |= {arm: statistics.median(ratios) for arm, ratios in rounds.items()}
+        best_first = sorted(rounds, key=lambda arm: -trial.ratios[arm])
+        if trial.again:
+            trial.least = {arm: surely(ratios) for arm, ratios in rounds.items()}
+            winners = [arm for arm in best_first if trial.ratios[arm] >= WIN and trial.least[arm] >= SURE]
+        elif slowest[0].median() >= self._short_s:
+            often = [arm for arm in best_first if sum(ratio > 1 for ratio in rounds[arm]) >= ROUNDS - 1]
+            winners = [arm for arm in often if trial.ratios[arm] >= WIN]
+        else:
+            winners = []
+            if finalists := [arm for arm in best_first if trial.ratios[arm] > 1][:FINALISTS]:
+                trial.arms, trial.began, trial.again = [0, *finalists], trial.calls, True
+                trial.seconds = [[] for _ in trial.arms]
+                return
+        trial.chosen, trial.why = winners[0] if winners else 0, "measured"
 
     def chosen(self) -> Arm | None:
         """What was chosen for the only product so far; None while it is measured, or with several products."""
@@ -201,6 +238,10 @@ class Gate:
     def measuring(self, key: Hashable) -> bool:
         """Whether this product's calls are being timed."""
         return self._trials[key].chosen is None
+
+    def again(self, key: Hashable) -> bool:
+        """Whether the arms that may be chosen are measured again."""
+        return self._trials[key].again
 
     def took(self, key: Hashable, arm: int, seconds: float) -> None:
         trial = self._trials[key]
@@ -216,9 +257,11 @@ class Gate:
     def _line(self, trial: _Trial) -> str:
         parts = []
         for arm, seconds in list(trial.predicted.items())[1:]:
-            if arm in trial.arms or (trial.chosen == 0 and not trial.ratios):
+            if arm in trial.arms or arm in trial.ratios or (trial.chosen == 0 and not trial.ratios):
                 parts.append(f"{self.arms[arm].name}: predicted {trial.predicted[0] / max(seconds, 1e-12):.2f}×")
-        parts += [f"{self.arms[arm].name}: measured {ratio:.2f}×" for arm, ratio in trial.ratios.items()]
+        for arm, ratio in trial.ratios.items():
+            least = f" (surely {trial.least[arm]:.2f}×)" if arm in trial.least else ""
+            parts.append(f"{self.arms[arm].name}: measured {ratio:.2f}×{least}")
         tail = f" ({'; '.join([trial.why, *parts])})" if trial.chosen is not None else ""
         head = f"still measuring, {trial.calls} calls so far" if trial.chosen is None else self.arms[trial.chosen].name
         return head + tail

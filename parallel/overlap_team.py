@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..comms.chunk_plan import ChunkPlan
 from ..comms.link import LinkModel
 from ..comms.overlap_cuda import CudaOverlapEngine
 from ..comms.overlap_engine import OverlapEngine
@@ -26,15 +25,13 @@ from ..dist.launch_env import detect
 from ..dist.log import get_logger
 from ..dist.machine import Machine
 from ..dist.trace import Trace
-from . import overlap_plain
 from .kernels.ordered_sum import ordered_sum
-from .kernels.tracked_matmul import tracked_product, unusable
-from .overlap_gate import ARMS, CUDA_ARMS, ROW_ARMS, Arm, Gate, Rates, cut, fewer_reads, narrow
-from .overlap_products import panel_of, rows_of
+from .kernels.tracked_matmul import unusable
+from .overlap_gate import ARMS, CUDA_ARMS, ROW_ARMS, SHORT_S, Arm, Gate, Rates, cut, fewer_reads, narrow
 from .overlap_transport import gpu_messenger, may_replay
+from .overlap_ways import GATHER, SCATTER, SUM, Way, Ways, keys_of
 
 log = get_logger(__name__)
-SCATTER, SUM, GATHER = "matmul_reduce_scatter", "matmul_all_reduce", "all_gather_matmul"
 MODES = {"auto": None, "off": 0, "on": len(ROW_ARMS)}
 
 
@@ -90,9 +87,10 @@ class Team:
         if self._recorder is not None and not may_replay():
             self._recorder.replays.stop("UNDERTOW_OVERLAP_REPLAY=0")
         self._records = self._recorder is not None and not self._recorder.able()  # alike on all ranks, so asked once
-        self.gate, self._chooses = Gate(arms, self._gather, fixed=fixed, why=why), fixed is None
-        self._settled: dict[Hashable, tuple[ChunkPlan, Arm]] = {}  # what the gate has decided, for good
-        self._plain: dict[Hashable, int] = {}  # of these, what `overlap_plain` does: rows of its result
+        short_s = SHORT_S if self.device.type == "cuda" else 0.0
+        self.gate, self._chooses = Gate(arms, self._gather, fixed=fixed, why=why, short_s=short_s), fixed is None
+        self._making = Ways(self.engine, self.group, self._recorder)
+        self.ways: dict[Hashable, Way] = {}  # of products that have settled, by `keys_of`
         self._mesh: DeviceMesh | None = None
 
     @property
@@ -105,92 +103,54 @@ class Team:
     def reduce_scatter(self, a_MK: Tensor, b_KN: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """This rank's rows of the sum of all a @ b; `sizes`: rows of each rank."""
         case = SCATTER, a_MK.shape, b_KN.shape, sizes, a_MK.dtype
-        if (rows := self._plain.get(case)) is not None:
-            return overlap_plain.reduce_scatter(a_MK, b_KN, rows, self.group)
-        return self._scatter(case, self.engine.reduce_scatter, a_MK, b_KN, b_KN.shape[1], sizes)
+        way = self.ways.get(case)
+        return way(a_MK, b_KN) if way is not None else self._scattered(case, a_MK, b_KN, b_KN.shape[1], sizes)
 
     def all_reduce(self, a_MK: Tensor, b_KN: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """The sum of all a @ b, the same bits on all ranks; `sizes`: rows that each rank adds up."""
         case = SUM, a_MK.shape, b_KN.shape, sizes, a_MK.dtype
-        if case in self._plain:
-            return overlap_plain.all_reduce(a_MK, b_KN, self.group)
-        return self._scatter(case, self.engine.all_reduce, a_MK, b_KN, 2 * b_KN.shape[1], sizes)
+        way = self.ways.get(case)
+        return way(a_MK, b_KN) if way is not None else self._scattered(case, a_MK, b_KN, 2 * b_KN.shape[1], sizes)
 
     def all_gather(self, a_rK: Tensor, bs: Sequence[Tensor], sizes: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
         """(all ranks' rows of a [M, K], its product with each b); `sizes`: rows of each rank."""
         case = GATHER, a_rK.shape, *[b.shape for b in bs], sizes, a_rK.dtype
-        if (rows := self._plain.get(case)) is not None:
-            return overlap_plain.all_gather(a_rK, bs, rows, self.group)
+        if (way := self.ways.get(case)) is not None:
+            return way(a_rK, bs)
         if a_rK.shape[0] != sizes[self.rank]:
             raise UserError(
                 f"rank {self.rank} has {a_rK.shape[0]} of {sum(sizes)} rows",
                 expected=f"{sizes[self.rank]} (cut as torch.chunk does)",
             )
         k, n = a_rK.shape[1], sum(b.shape[1] for b in bs)
-        whole = a_rK.new_empty(sum(sizes), k)
-        outs = [a_rK.new_empty(sum(sizes), b.shape[1]) for b in bs]
-        products = [rows_of(whole, b, out) for b, out in zip(bs, outs)]
+        able = {arm: not arm.tracked and not arm.columns and not arm.replayed for arm in self.gate.arms}
+        return self._run(case, (a_rK, bs), k, n, k, sizes, able.__getitem__)
 
-        def use(low: int, high: int) -> None:
-            for product in products:
-                product(low, high)
-
-        self._run(
-            case, k, n, k, sizes, a_rK.dtype,
-            lambda plan, arm: self.engine.all_gather(plan, a_rK, whole, use, overlap=arm.overlap),
-            lambda arm: not arm.tracked and not arm.columns and not arm.replayed,
-        )  # fmt: skip
-        return whole, outs
-
-    def _scatter(
-        self, case: tuple, pattern: Callable[..., Tensor], a: Tensor, b: Tensor, row_numbers: int,
-        sizes: tuple[int, ...],
-    ) -> Tensor:  # fmt: skip
-        n = b.shape[1]
-
-        def queue(plan: ChunkPlan, y: Tensor, **more: Any) -> Tensor:
-            more |= {"panel": panel_of(a, b)} if plan.columns else {}
-            return pattern(plan, rows_of(a, b, y), y, **more)
-
-        def call(plan: ChunkPlan, arm: Arm) -> Tensor:
-            if arm.replayed and case[0] == SCATTER and self._recorder is not None:
-                return self._recorder.run(plan, (a, b), n, lambda y, out: queue(plan, y, out=out))
-            y = a.new_empty(a.shape[0], n)
-            more = {"tracked": tracked_product(a, b, y)} if arm.tracked else {}
-            return queue(plan, y, overlap=arm.overlap, **more)
-
-        def before(plan: ChunkPlan, arm: Arm) -> None:
-            if self._recorder is None or case[0] != SCATTER:
-                return
-            if arm.replayed:
-                self._recorder.prepare(plan, (a, b), n, lambda y, out: queue(plan, y, out=out))
-            else:
-                self._recorder.see((a, b))
+    def _scattered(self, case: tuple, a: Tensor, b: Tensor, row_numbers: int, sizes: tuple[int, ...]) -> Tensor:
+        kind, n = case[0], b.shape[1]
 
         def can(arm: Arm) -> bool:
-            if arm.replayed and (case[0] != SCATTER or not self._records):
+            if arm.replayed and (kind != SCATTER or not self._records):
                 return False
             if arm.columns:  # in an all-reduce they alone hide that sums are handed out
                 thin = self.device.type == "cuda" and narrow(arm, n)
                 fewer = not thin and fewer_reads(arm, sizes, a.shape[1], n, b.element_size())
-                return case[0] in self._in_columns and (case[0] == SUM or fewer)
+                return kind in self._in_columns and (kind == SUM or fewer)
             return not arm.tracked or not unusable(a, b)
 
-        return self._run(case, a.shape[1], n, row_numbers, sizes, a.dtype, call, can, before)
+        return self._run(case, (a, b), a.shape[1], n, row_numbers, sizes, can)
 
     def _run(
-        self, case: tuple, k: int, n: int, row_numbers: int, sizes: tuple[int, ...], dtype: torch.dtype,
-        call: Callable[[ChunkPlan, Arm], Any], can: Callable[[Arm], bool],
-        before: Callable[[ChunkPlan, Arm], None] = lambda plan, arm: None,
+        self, case: tuple, operands: tuple[Tensor, Any], k: int, n: int, row_numbers: int, sizes: tuple[int, ...],
+        can: Callable[[Arm], bool],
     ) -> Any:  # fmt: skip
-        """`case`: what the choice is kept for, its kind first. `row_numbers`: how many numbers of each row travel.
-        `can`: whether an arm can run it. `before`: what a measured call does before its time counts."""
-        if (settled := self._settled.get(case)) is not None:  # a device may wait for this host
-            return call(*settled)
+        """`case`: what the choice is kept for, its kind first, its dtype last. `row_numbers`: how many numbers of each
+        row travel. `can`: whether an arm can run it."""
         if len(sizes) != self.world:
             raise UserError(f"rows for {len(sizes)} ranks", expected=f"one number for each of {self.world}")
+        kind, dtype = case[0], case[-1]
         name = str(dtype).removeprefix("torch.")
-        key = f"{case[0]} M={sum(sizes)} N={n} K={k} {name}"
+        key = f"{kind} M={sum(sizes)} N={n} K={k} {name}"
         rates = self._rates(name)
         nbytes = sum(sizes) * row_numbers * dtype.itemsize * (self.world - 1) / self.world
         flops = 2.0 * sum(sizes) * n * k
@@ -202,18 +162,17 @@ class Team:
 
         chosen = self.gate.choose(key, None if rates is None else predict, can)
         arm: Arm = self.gate.arms[chosen]
-        plan = self.engine.plan(sizes, arm.subchunks, n if arm.columns and case[0] in self._in_columns else 0)
+        plan = self.engine.plan(sizes, arm.subchunks, n if arm.columns and kind in self._in_columns else 0)
+        way = self._making.of(kind, plan, arm, dtype)
         if not self.gate.measuring(key):
-            self._settled[case] = plan, arm
+            self.ways |= dict.fromkeys(keys_of(case, *operands), way)
             if self._chooses:  # a fall-back must not be silent
                 log.info("overlap: %s", self.gate.explain(key))
-            equal = len(set(sizes)) == 1 and not dtype.is_complex  # a process group takes real numbers only
-            if self.device.type == "cuda" and self.world > 1 and not arm.overlap and equal:
-                self._plain[case] = sizes[0] if case[0] == SCATTER else sum(sizes)
-            return call(plan, arm)
-        before(plan, arm)
+            return way(*operands)
+        if kind == SCATTER and not self.gate.again(key):  # then as later calls are: what prepares one warms the host
+            self._making.prepare(plan, arm, *operands)
         began_s = self._start()
-        found = call(plan, arm)
+        found = way(*operands)
         self.gate.took(key, chosen, self._now() - began_s)
         return found
 
@@ -259,6 +218,7 @@ class Team:
 
     def close(self) -> None:
         """Collective."""
+        self.ways.clear()  # they would go on with what is closed
         self.engine.close()
 
 

@@ -13,7 +13,7 @@ are cast first, so 16 bits are sent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +23,10 @@ from torch import Tensor
 from ..comms.chunk_plan import chunk_rows
 from ..dist.errors import UserError
 from .overlap_team import Team, team_of
+from .overlap_ways import GATHER, SCATTER, SUM
 
 Group = Team | dist.ProcessGroup | str | None
+_casts: Callable[[], bool] = torch._C._is_any_autocast_enabled  # on any device; a tenth of asking for one by its name
 
 
 def matmul_reduce_scatter(
@@ -35,8 +37,10 @@ def matmul_reduce_scatter(
     `reduce_op`: 'sum' or 'avg'. Differentiable.
     """
     if scatter_dim == 0 and reduce_op == "sum" and _as_it_is(A, B):
-        team = team_of(group, A.device)
-        return team.reduce_scatter(A, B, chunk_rows(A.shape[0], team.world))
+        team = group if type(group) is Team else team_of(group, A.device)
+        way = team.ways.get((SCATTER, A.shape, B.shape, A.dtype, B.dtype))
+        if way is not None:
+            return way(A, B)
     A, B = _cast(A, B)
     _fits(A, B)
     team, dim, average = team_of(group, A.device), _dim(scatter_dim, A.ndim), _average(reduce_op)
@@ -72,9 +76,11 @@ def all_gather_matmul(
     it. Differentiable, except through the gathered A.
     """
     if gather_dim == 0 and total is None and len(Bs) == 1 and _as_it_is(A_shard, Bs[0]) and A_shard.is_contiguous():
-        team = team_of(group, A_shard.device)
-        whole, outs = team.all_gather(A_shard, Bs, chunk_rows(A_shard.shape[0] * team.world, team.world))
-        return whole if return_A else None, outs
+        team = group if type(group) is Team else team_of(group, A_shard.device)
+        way = team.ways.get((GATHER, A_shard.shape, Bs[0].shape, A_shard.dtype, Bs[0].dtype))
+        if way is not None:
+            found = way(A_shard, Bs)
+            return found if return_A else (None, found[1])
     A_shard, *Bs = _cast(A_shard, *Bs)
     for B in Bs:
         _fits(A_shard, B)
@@ -101,13 +107,15 @@ def matmul_all_reduce(A: Tensor, B: Tensor, reduce_op: str = "sum", group: Group
     over them (Megatron's g).
     """
     if reduce_op == "sum" and _as_it_is(A, B):
-        team = team_of(group, A.device)
-        return team.all_reduce(A, B, chunk_rows(A.shape[0], team.world))
+        team = group if type(group) is Team else team_of(group, A.device)
+        way = team.ways.get((SUM, A.shape, B.shape, A.dtype, B.dtype))
+        if way is not None:
+            return way(A, B)
     A, B = _cast(A, B)
     _fits(A, B)
     team, average = team_of(group, A.device), _average(reduce_op)
     rows = A.reshape(A.shape[:-1].numel(), A.shape[-1])
-    out = _AllReduce.apply(rows, B, team).reshape(*A.shape[:-1], B.shape[1])
+    out = _summed(rows, B, team).reshape(*A.shape[:-1], B.shape[1])
     return out / team.world if average else out
 
 
@@ -126,15 +134,17 @@ def _gathered(a: Tensor, team: Team, sizes: tuple[int, ...], bs: Sequence[Tensor
     return whole, *outs
 
 
-def _as_it_is(a: Tensor, b: Tensor) -> bool:
-    """Whether a product is one of two matrices, with nothing to cast and no gradient: a GPU waits for what else the
-    host does before it."""
+def _summed(a: Tensor, b: Tensor, team: Team) -> Tensor:
+    """The product's sum over the ranks, likewise."""
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-        return False
-    if a.ndim != 2 or b.ndim != 2 or torch.is_autocast_enabled("cuda" if a.is_cuda else a.device.type):
-        return False
-    _fits(a, b)
-    return True
+        return _AllReduce.apply(a, b, team)
+    return team.all_reduce(a, b, chunk_rows(a.shape[0], team.world))
+
+
+def _as_it_is(a: Tensor, b: Tensor) -> bool:
+    """Whether there is nothing to cast and no gradient: all that must be asked at every call of a product that has
+    settled, because a GPU waits for what the host does before it. Shapes and types were checked before it settled."""
+    return not (_casts() or ((a.requires_grad or b.requires_grad) and torch.is_grad_enabled()))
 
 
 class _ReduceScatter(torch.autograd.Function):

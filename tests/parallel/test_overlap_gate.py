@@ -7,9 +7,11 @@ import random
 import pytest
 import torch
 
+from undertow.benchmarks.intervals import interval_rank
 from undertow.comms.chunk_plan import ChunkPlan
 from undertow.dist.machine import Link, Machine
 from undertow.parallel.overlap_gate import (
+    AGAIN,
     ARMS,
     COLUMN_ARMS,
     CUDA_ARMS,
@@ -21,6 +23,8 @@ from undertow.parallel.overlap_gate import (
     cut,
     fewer_reads,
     narrow,
+    surely,
+    trial_calls,
 )
 
 MACHINE = Machine("made up", links={"gloo": Link(1e-4, 1e9)}, flops={"gemm/float32": 1e11})
@@ -93,6 +97,58 @@ def test_noise_does_not_switch_it_on(seed):
         play(gate, lambda arm: numbers.gauss(1.0, 0.1), calls=2 * ROUNDS + 3)
         on += gate.chosen() != SEQUENTIAL
     assert on / 300 < 0.25  # P(≥ 4 of 5 heads) = 0.19
+
+
+@pytest.mark.parametrize(
+    "later, chosen",
+    [
+        ({1: 0.9, 2: 1.0}, ARMS[1]),
+        ({1: 1.0, 2: 0.9}, ARMS[2]),  # the second of the first calls
+        ({1: 1.0, 2: 1.0}, SEQUENTIAL),  # both were lucky
+        ({1: 0.98, 2: 0.98}, SEQUENTIAL),  # sure, but little
+        ({1: (0.8,) * 13 + (1.0,) * 7, 2: 1.0}, SEQUENTIAL),  # much in the median, but not sure
+        ({1: (0.8,) * 14 + (1.0,) * 6, 2: 1.0}, SEQUENTIAL),
+        ({1: (0.8,) * 15 + (1.0,) * 5, 2: 1.0}, ARMS[1]),  # P(≤ 5 of 20 heads) = 0.02
+    ],
+)
+def test_a_short_product_is_measured_again_and_taken_only_for_sure(later, chosen):
+    gate, calls = Gate(ARMS[:4], alone, short_s=2.0), [0] * 4
+
+    def seconds(arm: int) -> float:
+        calls[arm] += 1
+        if calls[arm] <= ROUNDS + 1:
+            return [1.0, 0.7, 0.8, 0.9][arm]
+        assert gate.again("p") and arm != 3  # two beside the sequential one
+        shown = later.get(arm, 1.0)
+        return shown if isinstance(shown, float) else (1.0, *shown)[calls[arm] - ROUNDS - 2]  # the first warms up
+
+    play(gate, seconds, calls=trial_calls(4))
+    assert gate.chosen() == chosen and calls == [ROUNDS + AGAIN + 2] * 3 + [ROUNDS + 1]
+    assert "surely" in gate.explain() and "overlap, 4 pieces: measured 1.11×" in gate.explain()
+
+
+def test_only_short_products_with_hope_are_measured_again():
+    for sequential_s, arm_s, chosen in ((2.0, 1.0, ARMS[1]), (1.0, 1.1, SEQUENTIAL)):
+        gate, calls = Gate(ARMS[:2], alone, short_s=2.0), []
+        play(gate, lambda arm: calls.append(arm) or (arm_s if arm else sequential_s))  # noqa: B023 - played here
+        assert gate.chosen() == chosen and len(calls) == 2 * (ROUNDS + 1) and not gate.again("p")
+
+
+def test_noise_hardly_ever_switches_a_short_product_on(seed):
+    """The better of twelve equal arms with 10 % noise: one-sided 95 % of two arms, in new calls, allows 10 %."""
+    numbers, on = random.Random(seed), 0
+    for _ in range(200):
+        gate = Gate(CUDA_ARMS, alone, short_s=2.0)
+        play(gate, lambda arm: numbers.gauss(1.0, 0.1), calls=trial_calls(len(CUDA_ARMS)))
+        on += gate.chosen() != SEQUENTIAL
+    assert on / 200 < 0.15
+
+
+def test_what_a_median_surely_exceeds_is_the_end_of_its_interval(seed):
+    numbers = random.Random(seed)
+    for n in range(5, 40):
+        samples = [numbers.random() for _ in range(n)]
+        assert surely(samples) == sorted(samples)[interval_rank(n, 0.9) - 1]  # 5 % on each side
 
 
 def test_a_model_prunes_and_is_not_believed():

@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric
 
+from undertow.comms.overlap_cuda import CudaOverlapEngine
 from undertow.dist.errors import UserError
 from undertow.parallel import all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter, overlap_plain
-from undertow.parallel.overlap_gate import ARMS
+from undertow.parallel.overlap_gate import ARMS, SEQUENTIAL
 from undertow.parallel.overlap_team import Team, close_teams, team_of
+from undertow.parallel.overlap_ways import GATHER, SCATTER, SUM, Ways
 from undertow.parallel.tensor_parallel import RowParallelLinear, token_share
 
 SHAPES = [((12,), 5, 3), ((12, 6), 7, 6), ((6, 12, 6), 1, 6), ((12, 6), 0, 12)]  # leading dims, K, N
@@ -194,3 +196,69 @@ def _plainly(rank: int, world: int, seed: int) -> None:
 
 def test_what_has_settled_on_the_collective_is_the_same_bits(ranks, seed):
     ranks(2, _plainly, seed)
+
+
+class _Untouched(CudaOverlapEngine):
+    """An engine of GPUs that nobody may use."""
+
+    def __init__(self) -> None:
+        pass
+
+
+def _sequentially(rank: int, world: int, seed: int) -> None:
+    """Zeros and ones: every order of sums gives the same bits."""
+    generator = torch.Generator().manual_seed(seed + rank)
+    a, b = (_bits(*shape, dtype=torch.float32, generator=generator) for shape in ((6 * world, 5), (5, 3)))
+    with contextlib.closing(Team(overlap="off")) as team:
+        sizes, ways = (6,) * world, Ways(_Untouched(), team.group, None)
+        plan = team.engine.plan(sizes)
+        assert torch.equal(ways.of(SCATTER, plan, SEQUENTIAL, a.dtype)(a, b), team.reduce_scatter(a, b, sizes))
+        assert torch.equal(ways.of(SUM, plan, SEQUENTIAL, a.dtype)(a, b), team.all_reduce(a, b, sizes))
+        whole, outs = ways.of(GATHER, plan, SEQUENTIAL, a.dtype)(a[:6], [b, b])
+        wanted, wants = team.all_gather(a[:6], [b, b], sizes)
+        assert torch.equal(whole, wanted) and all(map(torch.equal, outs, wants))
+        for other in ((SCATTER, team.engine.plan((5, 7)), SEQUENTIAL), (SCATTER, plan, ARMS[1])):
+            with pytest.raises(AttributeError):  # unequal shares and pieces are the engine's
+                ways.of(*other, a.dtype)(a, b)
+
+
+def test_the_sequential_arm_of_gpus_never_sees_the_engine(ranks, seed):
+    """So that it is measured by the way that it settles on, and no arm wins against a slower one."""
+    ranks(2, _sequentially, seed)
+
+
+def _settled(rank: int, world: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(seed + rank)
+    a, b, shard = (
+        _bits(*shape, dtype=torch.float32, generator=generator) for shape in ((4 * world, 5), (5, 3), (4, 5))
+    )
+    with contextlib.closing(Team(overlap="on")) as team:
+
+        def call() -> list[torch.Tensor]:
+            whole, outs = all_gather_matmul(shard, [b], 0, team)
+            assert whole is not None
+            alone = all_gather_matmul(shard, [b], 0, team, return_A=False)
+            assert alone[0] is None
+            scattered = matmul_reduce_scatter(a, b, "sum", 0, team)
+            return [scattered, matmul_all_reduce(a, b, "sum", team), whole, *outs, *alone[1]]
+
+        wanted, found = call(), [len(team.ways)]
+        with monkeypatch.context() as patch:  # neither checked nor asked for by its rows any more
+            for name in ("reduce_scatter", "all_reduce", "all_gather"):
+                patch.setattr(Team, name, lambda *_: pytest.fail("a settled product went the long way"))
+            assert all(map(torch.equal, call(), wanted))
+        with pytest.raises(UserError, match="a product of"):
+            matmul_reduce_scatter(a, b.double(), "sum", 0, team)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert {x.dtype for x in call()} == {torch.bfloat16}
+        weight = b.clone().requires_grad_()
+        matmul_reduce_scatter(a, weight, "sum", 0, team).sum().backward()
+        assert weight.grad is not None and torch.equal(weight.grad, a.sum(0)[:, None].expand(5, 3))
+        with torch.no_grad():
+            assert not matmul_reduce_scatter(a, weight, "sum", 0, team).requires_grad
+        assert torch.equal(matmul_reduce_scatter(a, b, "sum", 0, team), wanted[0])
+        assert found == [6]  # each of three products by its case, and by its matrices
+
+
+def test_a_settled_product_is_one_look_up_away_and_knows_casts_and_gradients(ranks, seed, monkeypatch):
+    ranks(2, _settled, seed, monkeypatch)

@@ -1,0 +1,94 @@
+"""What an arm does with a product's operands, as a function that is made once and called ever after.
+
+The sequential arm between GPUs is `overlap_plain`, while it is measured too: through the engine a short product takes
+longer, and arms would win against that which lose against cuBLAS and NCCL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..comms.chunk_plan import ChunkPlan
+from ..comms.cuda_recorder import Recorder
+from ..comms.overlap_cuda import CudaOverlapEngine
+from ..comms.overlap_engine import OverlapEngine
+from . import overlap_plain
+from .kernels.tracked_matmul import tracked_product
+from .overlap_gate import Arm
+from .overlap_products import panel_of, rows_of
+
+SCATTER, SUM, GATHER = "matmul_reduce_scatter", "matmul_all_reduce", "all_gather_matmul"
+Way = Callable[..., Any]  # of (a, b), or of (a, several b) for a gather
+
+
+@dataclass(frozen=True)
+class Ways:
+    """Of one engine, whose ranks are `group`. `recorder`: of what may be replayed, if it can record."""
+
+    engine: OverlapEngine | CudaOverlapEngine
+    group: dist.ProcessGroup
+    recorder: Recorder | None
+
+    def of(self, kind: str, plan: ChunkPlan, arm: Arm, dtype: torch.dtype) -> Way:
+        group, rows, whole = self.group, plan.sizes[0], plan.rows
+        equal = len(set(plan.sizes)) == 1 and not dtype.is_complex  # a process group takes real numbers only
+        if arm.overlap or not equal or plan.world == 1 or not isinstance(self.engine, CudaOverlapEngine):
+            return partial(self._gathered, plan, arm) if kind == GATHER else partial(self._multiplied, kind, plan, arm)
+        if kind == SUM:
+            return lambda a, b: overlap_plain.all_reduce(a, b, group)
+        if kind == SCATTER:
+            return lambda a, b: overlap_plain.reduce_scatter(a, b, rows, group)
+        return lambda a, bs: overlap_plain.all_gather(a, bs, whole, group)
+
+    def prepare(self, plan: ChunkPlan, arm: Arm, a: Tensor, b: Tensor) -> None:
+        """Before a reduce-scatter that is measured: record it where that arm would, or remember its addresses."""
+        if self.recorder is None:
+            return
+        if arm.replayed:
+            self.recorder.prepare(plan, (a, b), b.shape[1], self._recorded(plan, a, b))
+        else:
+            self.recorder.see((a, b))
+
+    def _gathered(self, plan: ChunkPlan, arm: Arm, a: Tensor, bs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        whole = a.new_empty(plan.rows, a.shape[1])
+        outs = [a.new_empty(plan.rows, b.shape[1]) for b in bs]
+        products = [rows_of(whole, b, out) for b, out in zip(bs, outs)]
+
+        def use(low: int, high: int) -> None:
+            for product in products:
+                product(low, high)
+
+        self.engine.all_gather(plan, a, whole, use, overlap=arm.overlap)
+        return whole, outs
+
+    def _multiplied(self, kind: str, plan: ChunkPlan, arm: Arm, a: Tensor, b: Tensor) -> Tensor:
+        n = b.shape[1]
+        if arm.replayed and kind == SCATTER and self.recorder is not None:
+            return self.recorder.run(plan, (a, b), n, self._recorded(plan, a, b))
+        y = a.new_empty(a.shape[0], n)
+        more = {"tracked": tracked_product(a, b, y)} if arm.tracked else {}
+        return self._queue(kind, plan, a, b, y, overlap=arm.overlap, **more)
+
+    def _recorded(self, plan: ChunkPlan, a: Tensor, b: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+        return lambda y, out: self._queue(SCATTER, plan, a, b, y, out=out)
+
+    def _queue(self, kind: str, plan: ChunkPlan, a: Tensor, b: Tensor, y: Tensor, **more: Any) -> Tensor:
+        more |= {"panel": panel_of(a, b)} if plan.columns else {}
+        pattern: Callable[..., Tensor] = self.engine.all_reduce if kind == SUM else self.engine.reduce_scatter
+        return pattern(plan, rows_of(a, b, y), y, **more)
+
+
+def keys_of(case: tuple, a: Tensor, b: Tensor | Sequence[Tensor]) -> list[Hashable]:
+    """What a settled product is found by: its `case` (kind, shapes, rows of each rank, dtype), and, where ranks have
+    equal shares, which follow from the shapes of two matrices then, by these alone."""
+    if len(case) != 5 or len(set(case[-2])) > 1:  # several second matrices, or shares of a caller's own
+        return [case]
+    second = b if isinstance(b, Tensor) else b[0]
+    return [case, (case[0], a.shape, second.shape, a.dtype, second.dtype)]

@@ -8,7 +8,9 @@ function of (seed, step): any rank, any world size and any restart can compute t
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,12 +49,12 @@ class Corpus:
 def load(path: Path | None = None, *, minimum_bytes: int = 100_000) -> Corpus:
     """The standard library's source, or the text files under `path` (a file or a folder)."""
     root = Path(sysconfig.get_paths()["stdlib"]) if path is None else path
-    suffix = "*.py" if path is None else "*"
+    suffix = ".py" if path is None else ""
     try:
         if root.is_file():
             files = [root]
         elif root.is_dir():
-            files = sorted(p for p in root.rglob(suffix) if _wanted(p.relative_to(root)) and p.is_file())
+            files = sorted(file for file in _below(root) if file.name.endswith(suffix) and file.is_file())
         else:
             raise FileNotFoundError(2, "No such file or directory")
         texts = {hashlib.sha256(text).digest(): text for text in (p.read_bytes() for p in files) if text}
@@ -78,8 +80,15 @@ def load(path: Path | None = None, *, minimum_bytes: int = 100_000) -> Corpus:
     return Corpus(train, held_out, len(keys), manifest, str(root))
 
 
-def _wanted(path: Path) -> bool:
-    return not any(part in ("site-packages", "dist-packages", "__pycache__") or part[0] == "." for part in path.parts)
+def _below(root: Path) -> Iterator[Path]:
+    """What is no folder below `root`; folders of installed packages, which hold thousands of files, are not entered."""
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if _wanted(name)]
+        yield from (Path(folder, name) for name in names if _wanted(name))
+
+
+def _wanted(name: str) -> bool:
+    return name not in ("site-packages", "dist-packages", "__pycache__") and name[0] != "."
 
 
 def _join(texts: list[bytes]) -> np.ndarray:

@@ -68,7 +68,10 @@ class DcpAsync(Dcp):
         )
         self.stager = DefaultStager(options) if reused else None
         if self.stager is not None:
-            job._open.append(self.stager.close)
+            inner = self.stager._state_dict_stager
+            close = inner.close
+            inner.close = lambda: None  # torch 2.11 closes it after every staging: its second save fails (KeyError: type)
+            job._open += [self.stager.close, close]
 
     def save(self) -> None:
         import torch.distributed.checkpoint as dcp

@@ -70,7 +70,7 @@ class DcpAsync(Dcp):
         if self.stager is not None:
             inner = self.stager._state_dict_stager
             close = inner.close
-            inner.close = lambda: None  # torch 2.11 closes it after every staging: its second save fails (KeyError: type)
+            inner.close = lambda: None  # torch 2.11 closes it after every staging, and the second save fails
             job._open += [self.stager.close, close]
 
     def save(self) -> None:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Measured, Trial
 from undertow.benchmarks.crew import Crew
 from undertow.benchmarks.overlap_choice import known
+from undertow.comms.cuda_collectives import reduce_scatter_single
 from undertow.comms.link import LinkModel
 from undertow.parallel.overlap_gate import ARMS, hidden_seconds
 from undertow.parallel.overlap_team import Team
@@ -106,7 +107,6 @@ def _jobs(inputs: list[Any], ratio: float, rank: int, world: int) -> Mapping[str
     teams = {name: Team(overlap=name, link=link) for name in (*FIXED, "auto")}
     sizes = (x.shape[0] // world,) * world
     out = torch.empty(sizes[rank], w.shape[1])
-    scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # its name since torch 2.13
 
     def ours(team: Team) -> torch.Tensor:
         return team.reduce_scatter(x, w, sizes)
@@ -119,7 +119,7 @@ def _jobs(inputs: list[Any], ratio: float, rank: int, world: int) -> Mapping[str
     def plain() -> torch.Tensor:
         y = x @ w
         began_s = time.perf_counter()
-        scatter(out, y)
+        reduce_scatter_single(out, y)
         if link is not None:
             time.sleep(max(0.0, began_s + nbytes / link.bytes_per_s - time.perf_counter()))
         return out

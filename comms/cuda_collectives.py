@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,13 +11,17 @@ import torch.distributed as dist
 from .chunk_plan import ChunkPlan
 from .spans import Memory, Span, Spans
 
+# since torch 2.13, which warns of the older names
+all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 def reduce_scatter_into(
     out: torch.Tensor, y_MN: torch.Tensor, sizes: Sequence[int], group: dist.ProcessGroup | None
 ) -> torch.Tensor:
     """`out`, filled with this rank's rows of the sum. Collective."""
     if len(set(sizes)) == 1:
-        dist.reduce_scatter_tensor(out, y_MN, group=group)
+        reduce_scatter_single(out, y_MN, group=group)
     else:
         dist.reduce_scatter(out, list(y_MN.split(list(sizes))), group=group)
     return out
@@ -27,7 +32,7 @@ def all_gather_into(
 ) -> None:
     """Fill `whole` with all ranks' rows. Collective."""
     if len(set(sizes)) == 1:
-        dist.all_gather_into_tensor(whole, shard, group=group)
+        all_gather_single(whole, shard, group=group)
     else:
         dist.all_gather(list(whole.split(list(sizes))), shard, group=group)
 

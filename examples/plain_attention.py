@@ -1,5 +1,7 @@
 """Attention over one sequence that ranks share.   torchrun --nproc-per-node 2 -m undertow.examples.plain_attention"""
 
+import os
+
 import torch
 import torch.distributed as dist
 from torch.nn.functional import scaled_dot_product_attention
@@ -7,6 +9,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from undertow.parallel import shard_sequence, token_ring_attention
 from undertow.parallel.token_ring.executors import forget
 
+if "RANK" not in os.environ and not dist.is_initialized():
+    raise SystemExit("start it by: torchrun --nproc-per-node 2 -m undertow.examples.plain_attention")
 dist.init_process_group("gloo")
 torch.manual_seed(0)  # every rank makes the same whole sequence: [batch, length, heads, dim], grouped key heads
 whole = [torch.randn(1, 1000, heads, 32, dtype=torch.float64, requires_grad=True) for heads in (8, 2, 2)]

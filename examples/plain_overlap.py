@@ -1,10 +1,14 @@
 """Products that send while they run.   torchrun --nproc-per-node 2 -m undertow.examples.plain_overlap"""
 
+import os
+
 import torch
 import torch.distributed as dist
 
 from undertow.parallel import Team, all_gather_matmul, matmul_reduce_scatter
 
+if "RANK" not in os.environ and not dist.is_initialized():
+    raise SystemExit("start it by: torchrun --nproc-per-node 2 -m undertow.examples.plain_overlap")
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 team = Team()  # measures each product's ways on its first calls, and keeps the fastest

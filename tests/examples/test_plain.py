@@ -24,6 +24,16 @@ def test_they_are_short_and_need_nothing_else_of_the_examples(path):
     assert set(re.findall(r"undertow\.examples\.(\w+)", source)) <= {path.stem, "lm"}
 
 
+@pytest.mark.parametrize("name", ["plain_attention", "plain_overlap", "plain_schedule"])
+def test_those_of_several_ranks_say_how_they_are_started(name, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module(f"undertow.examples.{name}", run_name="__main__")
+    source = (EXAMPLES / f"{name}.py").read_text().splitlines()[0]
+    assert str(left.value) == f"start it by: torchrun --nproc-per-node 2 -m undertow.examples.{name}"
+    assert source.endswith(f'   {str(left.value).removeprefix("start it by: ")}"""')
+
+
 def test_checkpoint(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plain_checkpoint", str(tmp_path)])
     runpy.run_module("undertow.examples.plain_checkpoint", run_name="__main__")

@@ -94,8 +94,7 @@ def _arm(name: str, job: Job, make: Callable[[], Method] | None, steps: int, eve
         if made or make is None:
             return sample(job, made[0] if made else None, steps=steps, every=every, check=False, lead=lead)
         made.append(make())
-        sample(job, made[0], steps=1, every=1, check=False)  # whatever is allocated once is allocated now
-        return sample(job, made[0], steps=min(2, steps), every=2, check=True)
+        return sample(job, made[0], steps=1, every=1, check=True)  # whatever is allocated once is allocated now
 
     return Arm(name, run, prepare=os.sync)  # nobody's sample begins with another's unwritten pages
 

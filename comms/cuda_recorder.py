@@ -195,12 +195,12 @@ def _current(device: torch.device) -> int:
 
 def settings() -> Hashable:
     """Of torch, what a product's kernel and rounding depend on beside its operands."""
-    c = torch._C  # `torch.backends.cuda.matmul` takes thirty times as long for the same
+    c = torch._C  # `torch.backends.cuda` takes up to thirty times as long for the same
     return (
-        torch.get_float32_matmul_precision(),
+        c._get_float32_matmul_precision(),
         c._get_cublas_allow_bf16_reduced_precision_reduction(),
         c._get_cublas_allow_fp16_reduced_precision_reduction(),
-        torch.backends.cuda.preferred_blas_library(),
+        c._get_blas_preferred_backend(),
         torch.are_deterministic_algorithms_enabled(),
     )
 

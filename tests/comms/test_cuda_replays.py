@@ -10,7 +10,7 @@ import torch
 
 from undertow.benchmarks import overlap_cuda
 from undertow.comms import cuda_replays
-from undertow.comms.cuda_recorder import Recorder
+from undertow.comms.cuda_recorder import Recorder, settings
 from undertow.comms.cuda_replays import PATIENCE, PAUSE, WASTED, WORTH, Replays
 from undertow.comms.spans import Memory
 from undertow.parallel.overlap_gate import REPLAYED_ARMS
@@ -187,6 +187,28 @@ def test_what_a_recording_depends_on_is_its_key(monkeypatch, change):
     known = change in ("settings", "mirror")  # the addresses were seen: recorded anew, not replayed from before
     assert done[:2] == ["eager", "replayed"] and done[2] == ("replayed" if known else "eager")
     assert len(recorder.replays) == 1 + known
+
+
+def test_settings_of_products_are_told_apart():
+    """Of torch's, what a CPU build can set."""
+    before, precision = settings(), torch.get_float32_matmul_precision()
+    reduced = torch.backends.cuda.matmul
+    kept = reduced.allow_bf16_reduced_precision_reduction, reduced.allow_fp16_reduced_precision_reduction
+    try:
+        found = {before}
+        torch.set_float32_matmul_precision("medium" if precision != "medium" else "high")
+        found.add(settings())
+        reduced.allow_bf16_reduced_precision_reduction = not kept[0]
+        found.add(settings())
+        reduced.allow_fp16_reduced_precision_reduction = not kept[1]
+        found.add(settings())
+        torch.use_deterministic_algorithms(True)
+        found.add(settings())
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_float32_matmul_precision(precision)
+        reduced.allow_bf16_reduced_precision_reduction, reduced.allow_fp16_reduced_precision_reduction = kept
+    assert len(found) == 5 and settings() == before
 
 
 def test_calls_are_queued_as_ever_while_somebody_else_captures(monkeypatch):

@@ -91,6 +91,7 @@ UNDERTOW_APART int start_asked(void* buf, N count, MPI_Datatype type, int peer, 
   Side side(buf, count, type, Peer(comm, peer), usable_peer(peer) && request, kGain, Timed::Round);
   count_call(site, side.taken());
   learn(side, site, use, print, peer, age);
+  if (!side.taken()) round_passes();
   const int rc = (real.*Next)(side.buf, count, side.type, peer, tag, comm, request);
   if (rc == MPI_SUCCESS && side.taken()) attach(side, count, buf, use == kRecvUse, false, *request);
   round_leave(print, line, request, rc);

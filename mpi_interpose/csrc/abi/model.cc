@@ -125,7 +125,7 @@ Choice choose_local(Record& r, Use use, int64_t bytes) {
   return choice;
 }
 
-Online& round_of(Record& r, Use use, int link, int64_t bytes) {
+Samples& round_of(Record& r, Use use, int link, int64_t bytes) {
   return r.rounds[(use - kSendUse) * kLinks + link][std::min(kOnlineSizes - 1, log2_of(bytes) / 3)];
 }
 
@@ -162,13 +162,13 @@ Verdict wins(Record& r, Use use, int64_t bytes, const Peer& peer, double gain, T
     last = link;
   }
   if (timed == Timed::Round && links == 1u << last) {
-    const Online& rounds = round_of(r, use, last, bytes);
+    const Samples& rounds = round_of(r, use, last, bytes);
     const auto settled = rounds.decision();
     if (this_round.timed()) {
       if (!round_takes(r, use, last, bytes, ratio)) return Verdict::Pass;
-    } else if (settled == Online::kLibrary || (settled == Online::kOpen && ratio < gain)) {
+    } else if (settled == kLibrary || (settled == kOpen && ratio < gain)) {
       return Verdict::PassAlways;
-    } else if (settled == Online::kOpen && !online_of(r, use, last, bytes).takes(true)) {
+    } else if (settled == kOpen && !online_of(r, use, last, bytes).takes(true)) {
       return Verdict::Pass;
     }
     credit(r, use, last, bytes);

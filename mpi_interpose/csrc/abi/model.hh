@@ -24,7 +24,7 @@ int64_t now_ns();
 // For pack and unpack in auto mode.
 Choice choose_local(Record& record, Use use, int64_t bytes);
 void observe(Record& record, Use use, int link, bool ours, int64_t bytes, int64_t ns);
-Online& round_of(Record& record, Use use, int link, int64_t bytes);  // what rounds of nonblocking messages say (round.hh)
+Samples& round_of(Record& record, Use use, int link, int64_t bytes);  // what rounds of nonblocking messages say (round.hh)
 
 bool small_enough(int64_t bytes);  // for a slab; the report tells of messages that are not
 

@@ -24,7 +24,7 @@ namespace {
 struct Checked {
   uint32_t samples[2] = {};
   int64_t ps_per_byte[2] = {};
-  int decision = Online::kOpen;
+  int decision = kOpen;
 };
 
 // The questions of single calls, then those of rounds of nonblocking messages.
@@ -69,7 +69,7 @@ void absorb(Record& r) {  // under g_lock
   }
   for (int q = 0; q < kChecks; ++q)
     for (int k = 0; k < kOnlineSizes; ++k) {
-      const Online& o = q < kQuestions ? r.online[q][k] : r.rounds[q - kQuestions][k];
+      const Samples& o = q < kQuestions ? r.online[q][k] : r.rounds[q - kQuestions][k];
       Checked& c = line.checked[q][k];
       if (o.samples(false) + o.samples(true) <= c.samples[0] + c.samples[1]) continue;  // of alike types the best known
       c = {{o.samples(false), o.samples(true)}, {o.ps_per_byte(false), o.ps_per_byte(true)}, o.decision()};
@@ -174,7 +174,7 @@ void write_text(FILE* f, int rank) {
                  static_cast<long long>(line.taken[3]), static_cast<long long>(line.passed[3]), kind.first.c_str());
     for (int q = kSendUse; q < kChecks; ++q)
       for (int k = 0; k < kOnlineSizes; ++k)
-        if (line.checked[q][k].decision == Online::kLibrary)
+        if (line.checked[q][k].decision == kLibrary)
           std::fprintf(f, "undertow:     %s (peers: %s), %lld B and more: switched off, timed %s were slower\n",
                        use_of(q) == kSendUse ? "sends" : "receives", link_name(link_of(q)), 1ll << 3 * k,
                        q < kQuestions ? "calls" : "rounds");

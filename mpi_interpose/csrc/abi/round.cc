@@ -32,7 +32,7 @@ Habit& habit_of(Round& r, uint64_t print) {
   return h;
 }
 
-Online& samples_of(const Member& p) { return round_of(*p.record, p.use, p.link, p.bytes); }
+Samples& samples_of(const Member& p) { return round_of(*p.record, p.use, p.link, p.bytes); }
 
 // Whether the table takes any message of this round; where there were more than are kept, perhaps.
 bool tables(const Round& r) {
@@ -40,13 +40,13 @@ bool tables(const Round& r) {
   return r.parts == Habits::kMost || std::any_of(part, part + r.parts, [](const Member& p) { return p.table; });
 }
 
-// The trial has ended: what its way was for each message holds from now on.
+// The trial has decided: what its way was for each message holds from now on.
 void settle(const Round& r) {
   const Way way = r.habit->trial.chosen();
   for (int k = 0; k < r.parts; ++k) {
     const Member& p = r.all->part[k];
     const bool ours = way == kAllWay || (way == kTableWay && p.table);
-    samples_of(p).settle(ours ? Online::kOurs : Online::kLibrary);
+    samples_of(p).settle(ours ? kOurs : kLibrary);
   }
   passing_changed();
 }

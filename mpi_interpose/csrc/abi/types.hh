@@ -50,7 +50,7 @@ struct Record {
   std::atomic<float> saving_ns[kQuestions][kSizeBuckets]{}; // per call, by the table
   std::atomic<float> gain_one[kQuestions]{}, saving_one_ns[kQuestions]{};  // the same for calls of a single element
   Online online[kQuestions][kOnlineSizes];                  // what the running program measures of single calls
-  Online rounds[2 * kLinks][kOnlineSizes];                  // and of rounds of nonblocking messages (round.hh)
+  Samples rounds[2 * kLinks][kOnlineSizes];                  // and of rounds of nonblocking messages (round.hh)
   std::atomic<uint64_t> passing{0};                    // groups of slots that may hold a call with it (passing.hh)
   std::atomic<uint32_t> proof_wishes{0};               // calls that wanted a large type, before its proof
 };

@@ -65,28 +65,33 @@ EXPORT void undertow_core_walk(void* plan, int unpacking, int64_t count, const c
     walk_pack(*p.ir, count, p.extent, src, dst, from, to);
 }
 
-// The running comparison, for the tests, which give it samples of their own. `message`: by the rule of messages.
+// Running comparisons and trials for the tests, on a machine that takes `ns` of each way: a row of times for each call or
+// round. What was done goes to `seen`: the way, and whether it was timed from the third bit on.
 EXPORT void* undertow_core_online() { return new Online; }
 EXPORT void undertow_core_online_free(void* online) { delete static_cast<Online*>(online); }
-// Bit 0: ours; bit 1: to be timed.
-EXPORT int undertow_core_online_choose(void* online, int message, double gain, int takes) {
-  const Choice choice = static_cast<Online*>(online)->choose(message ? kMessageRule : kLocalRule, gain, takes != 0);
-  return choice.ours | choice.timed << 1;
-}
-EXPORT void undertow_core_online_observe(void* online, int message, int ours, int64_t bytes, int64_t ns, int takes) {
-  static_cast<Online*>(online)->observe(message ? kMessageRule : kLocalRule, ours != 0, bytes, ns, takes != 0);
+// `message`: by the rule of messages. Ways: 0 library, 1 ours.
+EXPORT void undertow_core_online_series(void* online, int message, double gain, int takes, int64_t bytes, int64_t calls,
+                                        const int64_t* ns, unsigned char* seen) {
+  const OnlineRule rule = message ? kMessageRule : kLocalRule;
+  Online& o = *static_cast<Online*>(online);
+  for (int64_t k = 0; k < calls; ++k) {
+    const Choice choice = o.choose(rule, gain, takes != 0);
+    if (choice.timed) o.observe(rule, choice.ours, bytes, ns[2 * k + choice.ours], takes != 0);
+    seen[k] = static_cast<unsigned char>(choice.ours | choice.timed << 2);
+  }
 }
 EXPORT int undertow_core_online_takes(void* online, int table) { return static_cast<Online*>(online)->takes(table != 0); }
 
-// A trial of rounds, given times by the tests. `next`: the way, and 4 more where its time is wanted.
 EXPORT void* undertow_core_trial() { return new Trial; }
 EXPORT void undertow_core_trial_free(void* trial) { delete static_cast<Trial*>(trial); }
-EXPORT int undertow_core_trial_next(void* trial) {
-  const int way = static_cast<Trial*>(trial)->next();
-  return way | (static_cast<Trial*>(trial)->timed() ? 4 : 0);
-}
-EXPORT int undertow_core_trial_done(void* trial, int64_t ns, int tables) {
-  return static_cast<Trial*>(trial)->done(ns, tables != 0);
+// `tables`: the table takes some of the messages. Ways as in trial.hh.
+EXPORT void undertow_core_trial_series(void* trial, int tables, int64_t rounds, const int64_t* ns, unsigned char* seen) {
+  Trial& t = *static_cast<Trial*>(trial);
+  for (int64_t k = 0; k < rounds; ++k) {
+    const Way way = t.next();
+    seen[k] = static_cast<unsigned char>(way | t.timed() << 2);
+    t.done(ns[kWays * k + way], tables != 0);
+  }
 }
 EXPORT void undertow_core_trial_put_off(void* trial, int rounds) { static_cast<Trial*>(trial)->put_off(rounds); }
 

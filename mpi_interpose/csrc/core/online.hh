@@ -1,13 +1,17 @@
 // A running comparison of the library's path with ours, for one use and size: which to take, and which calls to time.
 //
-// One call in mask + 1 of either path is timed. Near-least times are kept, because an interrupted call, or one that
-// waited for its peer, says nothing of the path. When enough samples of either path are there, they decide instead of
-// the table, with hysteresis; while they agree with what is done, sampling becomes rarer. No clock and no MPI in here.
+// One call in mask + 1 of either path is timed, now ours first, now the library's. A few times of each make a pair (the
+// least of them, because an interrupted call, or one that waited for its peer, says nothing of the path), and pairs are
+// evidence (evidence.hh): our path is begun where they show a gain, and given up where they speak against it. In between
+// the table is followed. While pairs agree with what is done, sampling becomes rarer. No clock and no MPI in here. Threads
+// that time calls at once may spoil a pair for each other, which is noise like any other.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+
+#include "evidence.hh"
 
 namespace undertow {
 
@@ -19,32 +23,16 @@ struct Choice {
 // Local calls are compared wherever the table does not know a heavy loss, messages only where the table takes them: for
 // a message the comparison can switch our path off and on again, but never begin where nothing was measured.
 struct OnlineRule {
-  uint32_t least;     // samples of either path before they decide
-  double begin, stay; // library's time / ours: to begin with ours, to go on
+  uint32_t row;  // times of either path in a pair; an even number, so that both meet what comes in turn
   bool explores;
 };
-constexpr OnlineRule kLocalRule{3, 1.12, 1.03, true}, kMessageRule{6, 1.12, 1.0, false};
+constexpr OnlineRule kLocalRule{2, true}, kMessageRule{4, false};
 
-class Online {
+enum Decision : int { kOpen, kLibrary, kOurs };  // kOpen: the table's
+
+// What was measured of either path, for the report, and what follows.
+class Samples {
  public:
-  enum Decision : int { kOpen, kLibrary, kOurs };
-
-  // `gain`: what the table says (time without us / with us; negative or 0: unknown); `takes`: whether that is enough.
-  Choice choose(const OnlineRule& rule, double gain, bool takes) {
-    if (!rule.explores && !takes) return {false, false};
-    const uint32_t phase = calls_.fetch_add(1, relaxed) & mask_.load(relaxed);
-    const int decided = decision();
-    const bool ours = decided ? decided == kOurs : takes;
-    if (phase == 8 && (ours || decided || gain > 0.5 || gain <= 0)) return {true, true};
-    if (phase == 40) return {false, true};
-    return {ours, false};
-  }
-  // For a call that cannot be timed: follows the samples of those that can.
-  bool takes(bool table) const {
-    const int decided = decision();
-    return decided ? decided == kOurs : table;
-  }
-  // Keeps a sample, and decides nothing.
   void note(bool ours, int64_t bytes, int64_t ns) {
     if (bytes <= 0) return;
     std::atomic<int64_t>& slot = ps_per_byte_[ours];
@@ -53,35 +41,72 @@ class Online {
     slot.store(old == 0 || sample < old ? sample : old + std::min(old / 16, (sample - old) / 4), relaxed);
     samples_[ours].fetch_add(1, relaxed);
   }
-  void settle(Decision decision) { decision_.store(decision, relaxed); }  // somebody else has decided
-  void observe(const OnlineRule& rule, bool ours, int64_t bytes, int64_t ns, bool takes) {
-    if (bytes <= 0) return;
-    note(ours, bytes, ns);
-    if (ours) return;  // a pair is complete
-    const int before = decision();
-    const bool taking = before ? before == kOurs : takes;
-    const int now = by_samples(rule, taking);
-    if (now == kOpen) return;
-    decision_.store(now, relaxed);
-    const uint32_t mask = mask_.load(relaxed);
-    mask_.store((now == kOurs) == taking ? std::min(kRarest, 2 * mask + 1) : 63, relaxed);
-  }
+  void settle(Decision decision) { decision_.store(decision, relaxed); }
   Decision decision() const { return static_cast<Decision>(decision_.load(relaxed)); }
+  // `table`: what the table says.
+  bool takes(bool table) const {
+    const int decided = decision();
+    return decided ? decided == kOurs : table;
+  }
   int64_t ps_per_byte(bool ours) const { return ps_per_byte_[ours].load(relaxed); }
   uint32_t samples(bool ours) const { return samples_[ours].load(relaxed); }
 
- private:
-  static constexpr uint32_t kRarest = 4095;
+ protected:
   static constexpr std::memory_order relaxed = std::memory_order_relaxed;
+
+ private:
   std::atomic<int64_t> ps_per_byte_[2]{};  // library, ours
   std::atomic<uint32_t> samples_[2]{};
-  std::atomic<uint32_t> calls_{0}, mask_{63};
   std::atomic<int> decision_{kOpen};
+};
 
-  int by_samples(const OnlineRule& rule, bool taking) const {
-    if (samples(false) < rule.least || samples(true) < rule.least) return kOpen;
-    const double library = static_cast<double>(ps_per_byte(false)), ours = static_cast<double>(ps_per_byte(true));
-    return library >= (taking ? rule.stay : rule.begin) * ours ? kOurs : kLibrary;
+class Online : public Samples {
+ public:
+  // `gain`: what the table says (time without us / with us; negative or 0: unknown); `table`: whether that is enough.
+  Choice choose(const OnlineRule& rule, double gain, bool table) {
+    if (!rule.explores && !table) return {false, false};
+    const uint32_t mask = mask_.load(relaxed), call = calls_.fetch_add(1, relaxed), phase = call & mask;
+    const bool ours = takes(table);
+    if (phase != kFirst && phase != kSecond) return {ours, false};
+    const bool backwards = call & (mask + 1);
+    if ((phase == kFirst) == backwards) return {false, true};
+    return {ours || decision() || gain > 0.5 || gain <= 0, true};
+  }
+  void observe(const OnlineRule& rule, bool ours, int64_t bytes, int64_t ns, bool table) {
+    if (bytes <= 0) return;
+    note(ours, bytes, ns);
+    const float each = static_cast<float>(std::max<int64_t>(1, ns)) / static_cast<float>(bytes);
+    const uint32_t times = times_[ours].load(relaxed);
+    least_[ours].store(times ? std::min(least_[ours].load(relaxed), each) : each, relaxed);
+    times_[ours].store(times + 1, relaxed);
+    if (times_[0].load(relaxed) < rule.row || times_[1].load(relaxed) < rule.row) return;
+    times_[0].store(0, relaxed);
+    times_[1].store(0, relaxed);
+    const bool agrees = pair(least_[0].load(relaxed), least_[1].load(relaxed), table);
+    mask_.store(agrees ? std::min(kRarest, 2 * mask_.load(relaxed) + 1) : kOften, relaxed);
+  }
+
+ private:
+  static constexpr uint32_t kOften = 63, kRarest = 4095, kFirst = 8, kSecond = 40;
+  std::atomic<uint32_t> calls_{0}, mask_{kOften};
+  std::atomic<float> least_[2]{};    // of the pair that is being timed, ns per byte
+  std::atomic<uint32_t> times_[2]{};
+  std::atomic<Gain> gain_{Gain()};
+  std::atomic<Doubt> doubt_{Doubt()};
+
+  // Whether it speaks for what is done.
+  bool pair(double library, double ours, bool table) {
+    if (takes(table)) {
+      Doubt doubt = doubt_.load(relaxed);
+      if (doubt.pair(library, ours)) settle(kLibrary), doubt = Doubt();
+      doubt_.store(doubt, relaxed);
+      return ours <= library;
+    }
+    Gain gain = gain_.load(relaxed);
+    const bool won = gain.pair(library, ours);
+    if (gain.found()) settle(kOurs);
+    gain_.store(gain.found() || gain.broke() ? Gain() : gain, relaxed);
+    return !won;
   }
 };
 

@@ -4,13 +4,13 @@
     python benchmarks/attention_blocks.py --masks causal,window:4096,documents:64 --flex --lengths 65536 --ranks 4
     python benchmarks/attention_blocks.py --device cpu --lengths 2048 --ranks 2,4 --heads 4:2 --seconds 20
 
-The operations are taken out of the schedules themselves, with the shapes, tiles and memory layout that an executor
-gives them, so nothing is timed that would not run. Each distinct operation is timed once (device events, queued ahead,
-all backends interleaved, the median), and a rank's time is the sum over its program. Then, for the shortest length and
-the most ranks, what a merge and the attention beside it cost each other (`attention_beside`). Nothing is sent: what is
-modelled elsewhere from these figures says so. With ``--flex`` FlexAttention is timed too (compiled first), blocks of
-several tiles in one call; that is what kernel='auto+flex' sees. Cells are run from short to long until
-`--seconds` is used up; tables come last.
+The operations are taken out of the schedules themselves, with the shapes, tiles and memory that an executor gives them
+(a kernel's result is kept where it can be), so nothing is timed that would not run. Each distinct operation is timed
+once (device events, queued ahead, all backends interleaved, the median), and a rank's time is the sum over its program.
+Then, for the shortest length and the most ranks, what a merge and the attention beside it cost each other
+(`attention_beside`). Nothing is sent: what is modelled elsewhere from these figures says so. With ``--flex``
+FlexAttention is timed too (compiled first), blocks of several tiles in one call; that is what kernel='auto+flex' sees.
+Cells are run from short to long until `--seconds` is used up; tables come last.
 """
 
 from __future__ import annotations
@@ -35,9 +35,13 @@ from undertow.benchmarks import attention_beside
 from undertow.benchmarks.attention_beside import ATTEND, Pair
 from undertow.benchmarks.facts import facts
 from undertow.comms.actions import Compute
+from undertow.comms.adoption import Adopted, adoptable, perform
 from undertow.comms.builders.attention_shape import Heads
+from undertow.comms.graph import Graph, build
 from undertow.comms.ops import table as op_table
+from undertow.comms.queue_order import own_lanes
 from undertow.comms.schedule import Schedule
+from undertow.comms.storage import Storage, layout_of
 from undertow.parallel.blocks.select import ORDER, backend
 from undertow.parallel.blocks.types import Backend
 from undertow.parallel.masks import Mask, Tile
@@ -150,6 +154,9 @@ class Operations:
     def __init__(self, problem: Problem, kernels: Sequence[Backend], clock: Clock) -> None:
         self.problem, self.kernels, self.clock = problem, kernels, clock
         self.known: dict[tuple, dict[str, float]] = {}
+        self.lies: dict[tuple, tuple[int, ...]] = {}  # strides of what a block gives, by shape and dtype
+        self.graphs: dict[str, Graph] = {}  # by digest
+        self.kept: dict[tuple[str, int], Adopted] = {}
 
     def ms(self, schedule: Schedule, rank: int, action: Compute) -> dict[str, float]:
         key = self.key(schedule, rank, action)
@@ -159,20 +166,41 @@ class Operations:
         return self.known[key]
 
     def calls(self, schedule: Schedule, rank: int, action: Compute, names: Sequence[str]) -> list[Callable[[], None]]:
-        """The operation on tensors of its own, by each of the backends called `names`."""
-        reads = [self._tensor(schedule, rank, part) for part in action.reads]
-        writes = [
-            next((t for t, read in zip(reads, action.reads) if self._same(schedule, rank, read, part)), None)
-            for part in action.writes
-        ]
-        writes = [self._tensor(schedule, rank, p) if t is None else t for t, p in zip(writes, action.writes)]
+        """The operation in memory of its own, by each of the backends called `names`: as an executor does it, which
+        keeps what a kernel returns where it can."""
+        layout, kept, device = layout_of(schedule, rank), self.adopted(schedule, rank), self.clock.device
+        inputs = {
+            name: torch.empty(layout.shapes[name], dtype=getattr(torch, layout.values[name].dtype), device=device)
+            for name in layout.inputs
+        }
+        storage = Storage(layout, inputs, device=device, former=kept.former, sent=kept.sent)
+        for part in action.reads:
+            if part.value in kept.former:
+                shape, dtype = storage.form(layout.values[part.value].all())
+                lies = self.lies.get((shape, dtype)) or torch.empty(shape, device="meta").stride()
+                storage.tensors[part.value] = torch.empty_strided(shape, lies, dtype=dtype, device=device)
+            storage.rows(part).normal_()
         calls = []
         for name in names:
             how: Any = {"kernel": name} if name == "flex" else {"pick": _always(name)}
             mine = ops(self.problem, 1, self.problem.heads.head_dim**-0.5, **how)
             op = op_table(schedule, mine)[action.op]
-            calls.append(partial(op, reads, writes, **dict(action.params)))
+            calls.append(partial(perform, op, action, storage, dict(action.params)))
+        if action.op in ATTEND:
+            calls[0]()
+            for part in action.writes:
+                if part.value in kept.former:
+                    self.lies[storage.form(part)] = storage.tensors[part.value].stride()
         return calls
+
+    def adopted(self, schedule: Schedule, rank: int) -> Adopted:
+        """What an executor keeps as the kernels made it."""
+        if (schedule.digest, rank) not in self.kept:
+            if schedule.digest not in self.graphs:
+                self.graphs[schedule.digest] = build(schedule)
+            graph = self.graphs[schedule.digest]
+            self.kept[schedule.digest, rank] = adoptable(graph, rank, own_lanes(graph)[rank], frozenset(ATTEND))
+        return self.kept[schedule.digest, rank]
 
     def beside(self, schedule: Schedule, phase: str) -> list[Pair]:
         """Blocks by their fastest backend, each with a merge beside it; on CUDA for both priorities of its stream."""
@@ -210,18 +238,13 @@ class Operations:
         rows = tuple(part.rows for part in (*action.reads, *action.writes))
         tiles = self._tiles(action) if action.op in ATTEND else ()
         over = tuple(self._same(schedule, rank, r, w) for r in action.reads for w in action.writes)
-        return action.op, rows, tuple((v.shape[1:], v.dtype) for v in values), tiles, over
+        kept = tuple(v.name in self.adopted(schedule, rank).former for v in values)
+        return action.op, rows, tuple((v.shape[1:], v.dtype) for v in values), tiles, over, kept
 
     def _same(self, schedule: Schedule, rank: int, read: Any, write: Any) -> bool:
         """The write goes over the read, as slots of a running sum do."""
         a, b = (schedule.value(part.value, rank).slot for part in (read, write))
         return bool(a) and a == b and (read.start, read.stop) == (write.start, write.stop)
-
-    def _tensor(self, schedule: Schedule, rank: int, part: Any) -> torch.Tensor:
-        value = schedule.value(part.value, rank)
-        shape = (part.rows, *(int(d) for d in value.shape[1:]))
-        x = torch.randn(shape, device=self.clock.device, dtype=torch.float32)
-        return x.to(getattr(torch, value.dtype))
 
 
 def _always(name: str) -> Callable[..., Backend] | None:

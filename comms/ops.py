@@ -2,13 +2,15 @@
 
 A function gets the read slices, the written slices and the action's parameters, and fills the written slices in place:
 ``fn(reads, writes, **params) -> None``. A reduce or merge may be given a write that is the memory of a read with the
-same place in its group (out over out, never out over log-sum-exp). These few are needed by the collectives; attention
-blocks and their merge come from `parallel`, as callers' tables.
+same place in its group (out over out, never out over log-sum-exp). An operation that makes its results itself may be
+`Giving` instead of having them copied. These few are needed by the collectives; attention blocks and their merge come
+from `parallel`, as callers' tables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 
 import torch
@@ -18,6 +20,24 @@ from .schedule import Schedule
 
 Op = Callable[..., None]
 Ops = Mapping[str, Op]
+
+
+@dataclass(frozen=True)
+class Giving:
+    """An operation whose results are fresh tensors that an executor may keep (see `adoption`).
+
+    ``give(reads, **params)`` returns them in the order and shapes of the writes, or None where they are not made in one
+    piece: then `fill` is called, which takes the writes as any other operation. Both give the same bits. Their dtypes
+    and strides may be others than those that the schedule declares; the results that `loose` counts are kept as they
+    lie in memory, because who reads them takes any strides.
+    """
+
+    fill: Op
+    give: Callable[..., Sequence[torch.Tensor] | None]
+    loose: frozenset[int] = frozenset()
+
+    def __call__(self, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor], **params: object) -> None:
+        self.fill(reads, writes, **params)
 
 
 def add(reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]) -> None:

@@ -130,8 +130,11 @@ class P2P:
             )
         part = self._prepared(schedule)
         with torch.no_grad():
-            storage = Storage(part.layout, inputs, outputs=outputs, device=self.device)
             functions = table(schedule, ops)
+            kept = part.adopted(functions)
+            storage = Storage(
+                part.layout, inputs, outputs=outputs, device=self.device, former=kept.former, sent=kept.sent
+            )
             if queued := self._queued.get(schedule.digest):
                 run = QueuedRun(self, part, queued, storage, functions)
                 called = [functions[name] for name in sorted(schedule.operations)]

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..dist.errors import PeerLost
 from .actions import Compute, Recv, Send
+from .adoption import NOTHING, Adopted, adoptable, perform
 from .board import Board, Stopped
 from .graph import Graph, Node
-from .ops import Ops
+from .ops import Giving, Ops
 from .storage import Layout, Storage, layout_of
 
 if TYPE_CHECKING:
@@ -38,6 +39,16 @@ class Part:
     lanes: list[list[Node]]
     own: list[Node]
     early: dict[int, Recv]
+    _adopted: dict[frozenset[str], Adopted] = field(default_factory=dict)
+
+    def adopted(self, ops: Ops) -> Adopted:
+        """The values that live in what operations of this table give."""
+        giving = frozenset(name for name in self.graph.schedule.operations if isinstance(ops[name], Giving))
+        if not giving or not self.own:
+            return NOTHING
+        if giving not in self._adopted:
+            self._adopted[giving] = adoptable(self.graph, self.layout.rank, self.own[0].lane, giving)
+        return self._adopted[giving]
 
 
 def part_of(graph: Graph, rank: int, addresses: Mapping[int, Any], *, prepost: bool) -> Part:
@@ -102,8 +113,7 @@ class Run:
     def _do(self, node: Node) -> None:
         action = node.action
         if isinstance(action, Compute):
-            reads, writes = self.storage.views(action.reads), self.storage.views(action.writes)
-            self.ops[action.op](reads, writes, **dict(action.params))
+            perform(self.ops[action.op], action, self.storage, dict(action.params))
         elif isinstance(action, (Send, Recv)):
             try:
                 if node.id in self.part.early:

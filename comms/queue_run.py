@@ -5,7 +5,8 @@ where the next action is of another lane, and events are the part's own, used ag
 what was recorded last, and one thread records before it waits. Memory: everything of a run is allocated on the
 caller's stream before the lanes begin behind it, and given back after that stream has been ordered behind the lanes;
 whoever gets it next, on that stream, comes later. So nothing has to be recorded for the allocator. What an operation
-allocates for itself belongs to its lane's stream and stays there.
+allocates for itself belongs to its lane's stream and stays there; of what is adopted (see `adoption`) that is the
+caller's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 
 from ..dist.errors import PeerLost
 from .actions import Compute, Send, Wait
-from .ops import Ops
+from .adoption import perform
+from .ops import Giving, Ops
 from .p2p_run import Part, lost
 from .queue_order import QueueOrder, Step
 from .storage import Storage
@@ -37,6 +39,10 @@ def queueing() -> bool:
     stand still until this rank has queued the rest. So nothing can be timed or compared, which a rehearsal is for.
     """
     return getattr(_thread, "queueing", False)
+
+
+def _form(x: torch.Tensor) -> tuple[Any, ...]:
+    return x.shape, x.stride(), x.dtype
 
 
 class Streams(Protocol):
@@ -104,21 +110,37 @@ class QueuedRun:
 
         The first use of a kernel loads it, and CUDA may wait for the whole device to do so; the order of queueing would
         outlive that, but the peers would stand still meanwhile. What has not come yet is a constant here, another for
-        each operand: operations that compare their ways of computing must not see what the memory held before.
+        each operand: operations that compare their ways of computing must not see what the memory held before. What is
+        adopted lies in memory as it will in the run.
         """
-        seen = set[Any]()
+        storage, given = self.storage, dict[Any, list[torch.Tensor]]()  # by kind: how what is adopted lies in memory
         for step, params in zip(self.queued.order.steps, self.queued.params):
             action = step.node.action
             if not isinstance(action, Compute):
                 continue
-            reads, writes = self.storage.views(action.reads), self.storage.views(action.writes)
-            kind = action.op, action.params, tuple((x.shape, x.dtype) for x in (*reads, *writes))
-            if kind not in seen:
-                seen.add(kind)
-                for place, (part, x) in enumerate(zip(action.reads, reads)):
-                    if part.value not in self.storage.inputs and x.is_floating_point():
-                        x.fill_(1 / (place + 2))
-                self.ops[action.op](reads, [torch.empty_like(x) for x in writes], **params)
+            op, adopted = self.ops[action.op], [part.value for part in action.writes if part.value in storage.former]
+            for name in adopted:
+                storage.let_go(storage.former[name])
+            reads = storage.views(action.reads)
+            kind = action.op, action.params, tuple(map(_form, reads)), tuple(map(storage.form, action.writes))
+            if kind in given:
+                storage.tensors.update(zip(adopted, (torch.empty_like(x, device=storage.device) for x in given[kind])))
+                continue
+            for place, (part, x) in enumerate(zip(action.reads, reads)):
+                if part.value not in storage.inputs and x.is_floating_point():
+                    x.fill_(1 / (place + 2))
+            found, loose = None, frozenset[int]()
+            if adopted and isinstance(op, Giving):
+                found, loose = op.give(reads, **params), op.loose
+            if found is None:
+                found = [storage.blank(part) for part in action.writes]
+                op(reads, found, **params)
+            for at, (part, tensor) in enumerate(zip(action.writes, found)):
+                if part.value in adopted:
+                    storage.adopt(part.value, tensor, loose=at in loose)
+            given[kind] = [torch.empty_like(storage.tensors[name], device="meta") for name in adopted]
+        for name in storage.former:
+            storage.let_go(name)
 
     def go(self, *, mark_all: bool = False) -> None:
         """Queue everything; the caller's stream is then behind it. `mark_all`: an event for each step, for `drain`."""
@@ -167,9 +189,7 @@ class QueuedRun:
     def _do(self, index: int, step: Step) -> None:
         node, action, storage = step.node, step.node.action, self.storage
         if isinstance(action, Compute):
-            self.ops[action.op](
-                storage.views(action.reads), storage.views(action.writes), **self.queued.params[index]
-            )  # fmt: skip
+            perform(self.ops[action.op], action, storage, self.queued.params[index])
             return
         transport, timeout_s = self.owner._transport, self.owner.timeout_s
         assert not isinstance(action, Wait)

@@ -2,7 +2,7 @@
 
 Shared slots are raw bytes that several values view in turn, so an executor's peak memory is what the schedule says,
 and a slot that is reused early really corrupts (the tests rely on it). A token value is one byte per row, because a
-transport cannot send nothing.
+transport cannot send nothing. Values that are adopted (see `adoption`) have no memory here until an operation gives it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -19,6 +20,7 @@ from .schedule import Schedule
 
 _DTYPES = {name: getattr(torch, name) for name in ITEM_BYTES if name != "token"}
 _DTYPES["token"] = torch.uint8
+NOBODY: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class _Views(dict[str, torch.Tensor]):
 class Storage:
     """Tensors of all values of a rank. Inputs are used in place (copied only when they are not contiguous).
 
-    `outputs` may give the tensors to fill; all others are allocated on `device`. `UserError` names an input that is
+    `outputs` may give the tensors to fill; all others are allocated on `device`, but for those in `former`, which are
+    adopted: for each the value before it in its slot; `sent` of them are kept dense. `UserError` names an input that is
     missing, unknown, or of another shape or dtype than the schedule declares.
     """
 
@@ -84,8 +87,11 @@ class Storage:
         *,
         outputs: Mapping[str, torch.Tensor] | None = None,
         device: torch.device | str = "cpu",
+        former: Mapping[str, str] = NOBODY,
+        sent: frozenset[str] = frozenset(),
     ) -> None:
         values, rank = layout.values, layout.rank
+        self.layout, self.device, self.former, self.sent = layout, device, former, sent
         given = {**inputs, **outputs} if outputs else inputs
         if layout.inputs != inputs.keys():
             raise UserError(
@@ -106,7 +112,7 @@ class Storage:
             if value.slot in layout.nbytes:
                 buffers[value.slot] = _as_buffer(self.tensors[name], value, layout.nbytes[value.slot])
         for name, value in values.items():
-            if name in self.tensors:
+            if name in self.tensors or name in former:
                 continue
             if value.slot not in layout.nbytes:
                 self.tensors[name] = torch.empty(layout.shapes[name], dtype=_DTYPES[value.dtype], device=device)
@@ -124,6 +130,33 @@ class Storage:
 
     def views(self, parts: tuple[Slice, ...]) -> list[torch.Tensor]:
         return [self.rows(part) for part in parts]
+
+    def form(self, part: Slice) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of a slice, also of one that has no memory yet."""
+        return (part.rows, *self.layout.shapes[part.value][1:]), _DTYPES[self.layout.values[part.value].dtype]
+
+    def blank(self, part: Slice) -> torch.Tensor:
+        """A tensor like a slice, of nobody."""
+        shape, dtype = self.form(part)
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def let_go(self, name: str) -> None:
+        """Forget the tensor of an adopted value, if it has one: nobody reads it any more."""
+        self.tensors.pop(name, None)
+
+    def adopt(self, name: str, tensor: torch.Tensor, *, loose: bool = False) -> None:
+        """`tensor` is the value from now on. It is copied only if it has another dtype, is not dense (unless that is
+        `loose`, and it is not to be sent), or is a part of a larger tensor, which would live as long."""
+        value = self.layout.values[name]
+        assert tensor.shape == self.layout.shapes[name], (name, tensor.shape)
+        fits = tensor.dtype == _DTYPES[value.dtype] and tensor.untyped_storage().nbytes() == tensor.nbytes
+        dense = tensor.is_contiguous() or (loose and name not in self.sent)
+        self.tensors[name] = tensor if fits and dense else self.allocate(name).copy_(tensor)
+
+    def allocate(self, name: str) -> torch.Tensor:
+        """Memory for an adopted value that nothing has been given for."""
+        self.tensors[name] = self.blank(self.layout.values[name].all())
+        return self.tensors[name]
 
     def poison(self, names: tuple[Slice, ...]) -> None:
         """Fill slices with values that no right result contains (NaN, or a pattern for integers)."""

@@ -12,29 +12,36 @@ Legend: N rows, B batch, H query heads, G key heads, D and E head dims; blocks a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...comms.ops import Ops
-from ...dist.errors import UserError
+from ...comms.ops import Giving, Ops
 from ..blocks import flex, measured
-from ..blocks.select import backend as named
 from ..blocks.types import Backend
 from ..kernels.row_products import standing_out
-from ..kernels.sum_parts import add_parts_to, merge_parts_to
 from ..masks import BACKWARDS, FULL, Tile
-from ..merge import merge
-from ..partition import positions_of, rows_of
+from ..merge import lse_dtype, merge
+from ..partition import positions_of
+from .kernel_choice import WITH_FLEX, picker
 from .problem import Problem
+from .sum_ops import SUMS_AND_HEADS
 from .whole_blocks import FEWEST_TILES, plan_of
 
 Tensors = Sequence[Tensor]
+Way = Callable[[], Tensors]
+ONE_CALL = "one call"
+LSE = (1,)  # of the results of a forward block
 _COLUMNS = 8  # flash kernels take head dims in multiples of 8
+
+
+def _rows_first(x_BHND: Tensor) -> Tensor:
+    """As values are; most kernels lay results out as their inputs, so that this is dense."""
+    return x_BHND.permute(2, 0, 1, 3)
 
 
 def _heads_first(x_NBHD: Tensor) -> Tensor:
@@ -48,51 +55,6 @@ def _lse_heads_first(x_NBH: Tensor) -> Tensor:
 def _pick(x_BHND: Tensor, start: int, stop: int, tile: Tile) -> Tensor:
     part = x_BHND[:, :, start:stop]
     return part.flip(2) if tile.kind == BACKWARDS else part
-
-
-WITH_FLEX = "auto+flex"
-CHOICES = {"auto": measured.choose, WITH_FLEX: measured.choose_or_compile}
-
-
-def picker(kernel: str) -> Callable[..., Backend]:
-    """What chooses the backend of each tile: 'auto' measures on CUDA, a backend's name takes that one."""
-    if kernel in CHOICES:
-        return CHOICES[kernel]
-    wanted = named(kernel)
-
-    def pick(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None) -> Backend:
-        if not wanted.supports(q, k, v, causal=causal, window=window):
-            mask = f"causal={causal}, window={window}"
-            raise UserError(
-                f"kernel={kernel!r} for a block of {q.dtype} queries {list(q.shape)} and keys {list(k.shape)} on "
-                f"{q.device}, {mask}",
-                expected="a call that this backend takes (see undertow/parallel/blocks)",
-                remedy="kernel='auto', which takes it only where it can",
-            )
-        return wanted
-
-    return pick
-
-
-def refuse_unfit(problem: Problem, name: str, kernel: str, device: torch.device) -> None:
-    """`UserError` if `kernel` cannot compute some block of the schedule called `name`: the same on all ranks, and
-    before any message, because a rank that stops after one leaves its peers waiting. Backends by choice fit all."""
-    if kernel in CHOICES:
-        return
-    pick, h, inner = picker(kernel), problem.heads, problem.inner(name)
-    kv_heads = h.kv_heads * problem.kv_copies(name) // inner
-    one = torch.empty((), dtype=getattr(torch, h.dtype), device=device)
-    done, teams = set[tuple[int, int, bool, int | None]](), range(problem.world // inner)
-    for i, j in product(teams, teams):
-        ends = [(0, sum(map(rows_of, spans[t * inner : (t + 1) * inner])))
-                for t, spans in ((i, problem.q_spans), (j, problem.k_spans))]  # fmt: skip
-        for tile in problem.tiles(i, j, inner, ends[0], ends[1]):
-            call = tile.q1 - tile.q0, tile.k1 - tile.k0, tile.kind != FULL, tile.window
-            if call not in done:
-                done.add(call)
-                rows, keys, causal, window = call
-                k, v = (one.expand(h.batch, kv_heads, keys, width) for width in (h.head_dim, h.v_dim))
-                pick(one.expand(h.batch, h.q_heads // inner, rows, h.head_dim), k, v, causal=causal, window=window)
 
 
 def ops(
@@ -113,68 +75,61 @@ def ops(
     def plan(device: torch.device, **block: int) -> flex.Plan:
         return plan_of(problem, inner, block, device)
 
-    def by_way(tiled: measured.Way, whole: measured.Way, given: Tensors, phase: str, **block: int) -> None:
-        """A block by its tiles, or, if it has several, in one call."""
-        q, k, v = map(_heads_first, given)
-        count = len(tiles(**block)) if whole_too else 0
-        if count < 2 or not flex.supports(q, k, v, causal=True, window=None):
-            way = tiled
-        elif kernel == flex.NAME:
-            way = whole
-        elif count < FEWEST_TILES:
-            way = tiled
-        else:
-            ways = {"tiles": tiled, "one call": whole}
-            lengths = (q.shape[2], k.shape[2], count)
-            key = (phase, q.device, q.dtype, q.shape[:2], k.shape[1], q.shape[3], v.shape[3],
-                   *map(measured.size_class, lengths))  # fmt: skip
-            label = f"{phase} {list(q.shape)} × {list(k.shape)}, {count} tiles"
-            way = ways[measured.fastest(key, ways, q.device, label)]
-        way()
+    def in_one_call(given: Tensors, phase: str, tiled: Way, whole: Way, **block: int) -> bool:
+        """Whether a block of several tiles is computed by one call of FlexAttention."""
+        if not whole_too or (count := len(tiles(**block))) < 2:
+            return False
+        q, k, v = map(_heads_first, given[:3])
+        if not flex.supports(q, k, v, causal=True, window=None):
+            return False
+        if kernel == flex.NAME or count < FEWEST_TILES:
+            return kernel == flex.NAME
+        lengths = (q.shape[2], k.shape[2], count)
+        key = (phase, q.device, q.dtype, q.shape[:2], k.shape[1], q.shape[3], v.shape[3],
+               *map(measured.size_class, lengths))  # fmt: skip
+        label = f"{phase} {list(q.shape)} × {list(k.shape)}, {count} tiles"
+        return measured.fastest(key, {"tiles": tiled, ONE_CALL: whole}, q.device, label) == ONE_CALL
 
     @cache
     def tiles(q: int, k: int, q0: int, q1: int, k0: int, k1: int) -> tuple[Tile, ...]:
         return problem.tiles(q, k, inner, (q0, q1), (k0, k1))
 
-    def attend(reads: Tensors, writes: Tensors, **block: int) -> None:
-        tiled = partial(attend_tiles, reads, writes, **block)
+    def attend(reads: Tensors, **block: int) -> Tensors | None:
+        """(out, lse) as the kernel made them, of a block that is one call."""
         if len(reads) < 3:
-            tiled()
-        else:
-            by_way(tiled, partial(attend_whole, reads, writes, **block), reads, "attend", **block)
+            return None
+        whole = partial(attend_whole, reads, **block)
+        if in_one_call(reads, "attend", lambda: attend_tiles(reads, _blank_results(reads), **block), whole, **block):
+            return whole()
+        todo, (q, k, v) = tiles(**block), map(_heads_first, reads)
+        if len(todo) != 1 or (todo[0].q0, todo[0].q1) != (0, q.shape[2]):
+            return None
+        return _results_rows_first(*attend_tile(todo[0], q, k, v))
 
-    def attend_whole(reads: Tensors, writes: Tensors, **block: int) -> Tensors:
-        out, lse = _heads_first(writes[0]), _lse_heads_first(writes[1])
+    def attend_whole(reads: Tensors, **block: int) -> Tensors:
         q, k, v = map(_heads_first, reads)
-        part, part_lse = flex.forward_planned(q, k, v, plan(q.device, **block), scale=scale)
-        out.copy_(part)
-        lse.copy_(part_lse)
-        return writes
+        return _results_rows_first(*flex.forward_planned(q, k, v, plan(q.device, **block), scale=scale))
+
+    def attend_tile(tile: Tile, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        args = _pick(q, tile.q0, tile.q1, tile), _pick(k, tile.k0, tile.k1, tile), _pick(v, tile.k0, tile.k1, tile)
+        causal = tile.kind != FULL
+        backend = pick(*args, causal=causal, window=tile.window)
+        part, part_lse = backend.forward(*args, scale=scale, causal=causal, window=tile.window)
+        return (part.flip(2), part_lse.flip(2)) if tile.kind == BACKWARDS else (part, part_lse)
 
     def attend_tiles(reads: Tensors, writes: Tensors, **block: int) -> Tensors:
         todo = tiles(**block) if len(reads) == 3 else ()
         if len(todo) > 1 and writes[0].element_size() < writes[1].element_size():  # a sum needs the wider type
-            wide = writes[0].to(writes[1].dtype)
+            wide = torch.empty_like(writes[0], dtype=writes[1].dtype)
             attend_tiles(reads, (wide, writes[1]), **block)
             writes[0].copy_(wide)
             return writes
         out, lse = _heads_first(writes[0]), _lse_heads_first(writes[1])
-        if len(reads) < 3:
-            out.zero_()
-            lse.fill_(float("-inf"))
-            return writes
-        q, k, v = map(_heads_first, reads)
-        if len(todo) != 1 or (todo[0].q0, todo[0].q1) != (0, q.shape[2]):
-            out.zero_()
-            lse.fill_(float("-inf"))
+        out.zero_()
+        lse.fill_(float("-inf"))
         done: list[tuple[int, int]] = []
         for tile in todo:
-            args = _pick(q, tile.q0, tile.q1, tile), _pick(k, tile.k0, tile.k1, tile), _pick(v, tile.k0, tile.k1, tile)
-            causal = tile.kind != FULL
-            backend = pick(*args, causal=causal, window=tile.window)
-            part, part_lse = backend.forward(*args, scale=scale, causal=causal, window=tile.window)
-            if tile.kind == BACKWARDS:
-                part, part_lse = part.flip(2), part_lse.flip(2)
+            part, part_lse = attend_tile(tile, *map(_heads_first, reads))
             rows = slice(tile.q0, tile.q1)
             if any(a < tile.q1 and tile.q0 < b for a, b in done):
                 part, part_lse = merge(out[:, :, rows], lse[:, :, rows], part.to(out.dtype), part_lse)
@@ -183,83 +138,74 @@ def ops(
             done.append((tile.q0, tile.q1))
         return writes
 
-    def attend_backward(reads: Tensors, writes: Tensors, **block: int) -> None:
-        tiled = partial(attend_backward_tiles, reads, writes, **block)
+    def attend_backward(reads: Tensors, **block: int) -> Tensors | None:
+        """(dq, dk, dv) as the kernel made them, of a block that is one call."""
         if len(reads) < 6:
-            tiled()
-        else:
-            whole = partial(attend_backward_whole, reads, writes, **block)
-            by_way(tiled, whole, reads[:3], "attend_backward", **block)
+            return None
+        whole, tiled = (partial(way, reads, **block) for way in (backward_whole, backward_tiles))
+        if in_one_call(reads, "attend_backward", lambda: tiled(_blank_gradients(reads)), whole, **block):
+            return whole()
+        todo = tiles(**block)
+        if [(tile.q1 - tile.q0, tile.k1 - tile.k0) for tile in todo] != [(reads[0].shape[0], reads[1].shape[0])]:
+            return None
+        return _gradients_rows_first(backward_tile(todo[0], *standing_in(reads)), reads)
 
-    def attend_backward_whole(reads: Tensors, writes: Tensors, **block: int) -> Tensors:
+    def backward_whole(reads: Tensors, **block: int) -> Tensors:
+        dout, q, k, v, out, lse = standing_in(reads)
+        found = flex.backward_planned(dout, q, k, v, out, lse, plan(q.device, **block), scale=scale)
+        return _gradients_rows_first(found, reads)
+
+    def standing_in(reads: Tensors) -> tuple[Tensor, ...]:
+        """(dout, q, k, v, out, lse) as a backward kernel wants them."""
         q, k, v, dout = map(_heads_first, reads[:4])
         lse, delta = map(_lse_heads_first, reads[4:])
-        out, wide_v, wide_dout = _standing_in(dout, delta, v, lse_gradient)
-        found = flex.backward_planned(wide_dout, q, k, wide_v, out, lse, plan(q.device, **block), scale=scale)
-        for write, part in zip(writes, found):
-            grad = _heads_first(write)
-            grad.copy_(part[..., : grad.shape[3]])
-        return writes
+        out, v, dout = _standing_in(dout, delta, v, lse_gradient)
+        return dout, q, k, v, out, lse
 
-    def attend_backward_tiles(reads: Tensors, writes: Tensors, **block: int) -> Tensors:
-        if len(reads) < 6:
-            for write in writes:
-                write.zero_()
-            return writes
-        todo = tiles(**block)
+    def backward_tile(
+        tile: Tile, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, ...]:
+        rows, keys, causal = (tile.q0, tile.q1), (tile.k0, tile.k1), tile.kind != FULL
+        args = _pick(q, *rows, tile), _pick(k, *keys, tile), _pick(v, *keys, tile)
+        backend = pick(*args, causal=causal, window=tile.window)
+        lse = lse[:, :, slice(*rows)]
+        found = backend.backward(
+            _pick(dout, *rows, tile), *args, _pick(out, *rows, tile), lse.flip(2) if tile.kind == BACKWARDS else lse,
+            scale=scale, causal=causal, window=tile.window,
+        )  # fmt: skip
+        return tuple(part.flip(2) for part in found) if tile.kind == BACKWARDS else found
+
+    def backward_tiles(reads: Tensors, writes: Tensors, **block: int) -> Tensors:
+        todo = tiles(**block) if len(reads) == 6 else ()
         if len(todo) > 1 and writes[0].element_size() < reads[4].element_size():
-            wider = [write.to(reads[4].dtype) for write in writes]
-            attend_backward_tiles(reads, wider, **block)
+            wider = [torch.empty_like(write, dtype=reads[4].dtype) for write in writes]
+            backward_tiles(reads, wider, **block)
             for write, wide in zip(writes, wider):
                 write.copy_(wide)
             return writes
-        q, k, v, dout = map(_heads_first, reads[:4])
-        lse, delta = map(_lse_heads_first, reads[4:])
-        out, wide_v, wide_dout = _standing_in(dout, delta, v, lse_gradient)
-        grads = [_heads_first(write) for write in writes]
-        only = len(todo) == 1 and (todo[0].q1 - todo[0].q0, todo[0].k1 - todo[0].k0) == (q.shape[2], k.shape[2])
-        for grad in [] if only else grads:
-            grad.zero_()
+        for write in writes:
+            write.zero_()
+        given = standing_in(reads) if todo else ()
         for tile in todo:
-            rows, keys = (tile.q0, tile.q1), (tile.k0, tile.k1)
-            args = _pick(q, *rows, tile), _pick(k, *keys, tile), _pick(wide_v, *keys, tile)
-            causal = tile.kind != FULL
-            backend = pick(*args, causal=causal, window=tile.window)
-            tile_lse = lse[:, :, slice(*rows)]
-            tile_lse = tile_lse.flip(2) if tile.kind == BACKWARDS else tile_lse
-            found = backend.backward(
-                _pick(wide_dout, *rows, tile), *args, _pick(out, *rows, tile), tile_lse,
-                scale=scale, causal=causal, window=tile.window,
-            )  # fmt: skip
-            for grad, part, ends in zip(grads, found, (rows, keys, keys)):
-                part = part.flip(2) if tile.kind == BACKWARDS else part
-                part = part[..., : grad.shape[3]]
-                if only:
-                    grad.copy_(part)
-                else:
-                    grad[:, :, slice(*ends)] += part
+            ends = (tile.q0, tile.q1), (tile.k0, tile.k1), (tile.k0, tile.k1)
+            for write, part, (start, stop) in zip(writes, backward_tile(tile, *given), ends):
+                _heads_first(write)[:, :, start:stop] += part[..., : write.shape[3]]
         return writes
 
-    def attend_joined(reads: Tensors, writes: Tensors, **block: object) -> None:
+    def attend_joined(reads: Tensors, **block: object) -> Tensors:
         """A block over the keys of several ranks, none of them hidden: one kernel call."""
         q, k, v = (_heads_first(x) for x in (reads[0], torch.cat(list(reads[1::2])), torch.cat(list(reads[2::2]))))
         kernel_of = pick(q, k, v, causal=False, window=None)
-        part, part_lse = kernel_of.forward(q, k, v, scale=scale, causal=False, window=None)
-        _heads_first(writes[0]).copy_(part)
-        _lse_heads_first(writes[1]).copy_(part_lse)
+        return _results_rows_first(*kernel_of.forward(q, k, v, scale=scale, causal=False, window=None))
 
-    def attend_backward_joined(reads: Tensors, writes: Tensors, **block: object) -> None:
+    def attend_backward_joined(reads: Tensors, **block: object) -> Tensors:
         """Its gradients: dq of all the keys, and each rank's dk and dv."""
-        q, dout = map(_heads_first, reads[:2])
-        lse, delta = map(_lse_heads_first, reads[2:4])
-        k, v = (_heads_first(torch.cat(list(reads[at::2]))) for at in (4, 5))
-        out, v, dout = _standing_in(dout, delta, v, lse_gradient)
+        keys, values = reads[4::2], reads[5::2]
+        dout, q, k, v, out, lse = standing_in((reads[0], torch.cat(list(keys)), torch.cat(list(values)), *reads[1:4]))
         kernel_of = pick(q, k, v, causal=False, window=None)
         dq, dk, dv = kernel_of.backward(dout, q, k, v, out, lse, scale=scale, causal=False, window=None)
-        _heads_first(writes[0]).copy_(dq)
-        for grad, parts in ((dk, writes[1::2]), (dv, writes[2::2])):
-            for part, rows in zip(parts, grad.split([part.shape[0] for part in parts], 2)):
-                _heads_first(part).copy_(rows[..., : part.shape[3]])
+        parts = (grad.split([key.shape[0] for key in keys], 2) for grad in (dk, dv[..., : values[0].shape[3]]))
+        return [_rows_first(part) for part in (dq, *itertools.chain(*zip(*parts)))]
 
     def in_sequence(op: Callable[..., None], of_reads: str, of_writes: str) -> Callable[..., None]:
         """`op` with rows in the order of the sequence. Which rows they are, each by a letter: of queries or of keys."""
@@ -282,19 +228,58 @@ def ops(
         ranks = problem.q_spans if name == "q" else problem.k_spans
         return torch.argsort(torch.cat([positions_of(spans) for spans in ranks])).to(device)
 
+    forward, backward = _giving(attend, attend_tiles, loose=LSE), _giving(attend_backward, backward_tiles)
     if problem.dealt(inner):
         return {
-            "attend": in_sequence(attend, "qkk", "qq"),
-            "attend_backward": in_sequence(attend_backward, "qkkqqq", "qkk"),
-            **COMMON,
+            "attend": in_sequence(forward, "qkk", "qq"),
+            "attend_backward": in_sequence(backward, "qkkqqq", "qkk"),
+            **SUMS_AND_HEADS,
         }
     return {
-        "attend": attend,
-        "attend_backward": attend_backward,
-        "attend_joined": attend_joined,
-        "attend_backward_joined": attend_backward_joined,
-        **COMMON,
+        "attend": forward,
+        "attend_backward": backward,
+        "attend_joined": _giving(attend_joined, loose=LSE),
+        "attend_backward_joined": _giving(attend_backward_joined),
+        **SUMS_AND_HEADS,
     }
+
+
+def _giving(
+    give: Callable[..., Tensors | None], pieces: Callable[..., object] | None = None, *, loose: Sequence[int] = ()
+) -> Giving:
+    """The operation that gives, or that fills its writes: by `pieces` where nothing is given."""
+
+    def fill(reads: Tensors, writes: Tensors, **block: object) -> None:
+        found = give(reads, **block)
+        if found is None:
+            assert pieces is not None
+            pieces(reads, writes, **block)
+        else:
+            for write, part in zip(writes, found):
+                write.copy_(part)
+
+    return Giving(fill, give, frozenset(loose))
+
+
+def _results_rows_first(out_BHNE: Tensor, lse_BHN: Tensor) -> Tensors:
+    """A kernel's results as values. On a CPU the log-sum-exp is made dense: strides change the last bits of sums."""
+    lse = lse_BHN.permute(2, 0, 1)
+    return _rows_first(out_BHNE), lse if lse.is_cuda else lse.contiguous()
+
+
+def _gradients_rows_first(grads_BHND: Tensors, like_NBHD: Tensors) -> Tensors:
+    return [_rows_first(grad[..., : x.shape[3]]) for grad, x in zip(grads_BHND, like_NBHD)]
+
+
+def _blank_results(reads: Tensors) -> Tensors:
+    """Memory for (out, lse) of a block of several tiles, in the dtype of sums."""
+    q, _, v = reads
+    out = torch.empty(*q.shape[:3], v.shape[3], dtype=lse_dtype(q.dtype), device=q.device)
+    return out, out.new_empty(q.shape[:3])
+
+
+def _blank_gradients(reads: Tensors) -> Tensors:
+    return [torch.empty_like(x, dtype=reads[4].dtype) for x in reads[:3]]
 
 
 def _standing_in(dout: Tensor, delta: Tensor, v: Tensor, column: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -307,31 +292,3 @@ def _standing_in(dout: Tensor, delta: Tensor, v: Tensor, column: bool) -> tuple[
         return out, wide_v, wide_dout
     rows = standing_out(dout.permute(2, 0, 1, 3), delta.permute(2, 0, 1))  # as they lie in memory
     return _heads_first(rows), v, dout
-
-
-def _merge_lse(reads: Tensors, writes: Tensors) -> None:
-    """out, lse of parts [N, B, H, E], [N, B, H] to those of their union; may write over the first.
-
-    A merge knows nothing of rows and heads, so the whole is one column of rows.
-    """
-    outs = [t.reshape(-1, t.shape[-1]) for t in (writes[0], *reads[::2])]
-    lses = [t.reshape(-1) for t in (writes[1], *reads[1::2])]
-    merge_parts_to(outs[0], lses[0], outs[1:], lses[1:])
-
-
-def _add(reads: Tensors, writes: Tensors) -> None:
-    """Sums of as many numbers as each group has; may write over the first group."""
-    for at, write in enumerate(writes):
-        add_parts_to(write, reads[at :: len(writes)])
-
-
-def _split_heads(reads: Tensors, writes: Tensors) -> None:
-    for part, write in zip(reads[0].chunk(len(writes), dim=2), writes):
-        write.copy_(part)
-
-
-def _join_heads(reads: Tensors, writes: Tensors) -> None:
-    torch.cat(list(reads), dim=2, out=writes[0])
-
-
-COMMON: Ops = {"merge_lse": _merge_lse, "add": _add, "split_heads": _split_heads, "join_heads": _join_heads}

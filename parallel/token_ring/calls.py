@@ -21,10 +21,10 @@ from ...dist.errors import UserError
 from ..agreement import agree
 from ..masks import Mask
 from ..partition import Group, group_of, rows_of
-from .block_ops import picker, refuse_unfit
 from .executors import Home, home
 from .gate import ScheduleGate, gate_of, is_lean
 from .inputs import Sizes, check_numbers
+from .kernel_choice import picker, refuse_unfit
 from .planner import Rates, resolve
 from .problem import Problem
 

@@ -420,11 +420,13 @@ def test_many_parts_are_summed_at_once(into, count, device, seed):
     """The attention over all keys, and a sum whose every bit is that of adding one after the other in float32."""
     from undertow.parallel.kernels.sum_parts import add_parts_to, merge_parts_to
 
-    outs = [torch.randn(37, 40, device=device).to(torch.bfloat16 if n else torch.float32) for n in range(count)]
-    lses = [torch.randn(37, device=device) * 3 for _ in outs]
+    outs = [torch.randn(37, 3, 40, device=device).to(torch.bfloat16 if n else torch.float32) for n in range(count)]
+    lses = [torch.randn(37, 3, device=device) * 3 for _ in outs]
+    for n in range(1, count, 2):  # as kernels leave them: heads first, and rows of a longer block
+        lses[n] = (torch.randn(3, 41, device=device) * 3)[:, 2:39].t()
     for n, lse in enumerate(lses):
         lse[4:8] = float("-inf")  # rows that no part sees
-        lse[8 + n] = float("-inf")
+        lse[8 + n, 1] = float("-inf")
         outs[n][torch.isneginf(lse)] = 0
     weights = torch.stack(lses).double().softmax(0).nan_to_num(0)
     expected = (torch.stack([out.double() for out in outs]) * weights[..., None]).sum(0)

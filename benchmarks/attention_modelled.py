@@ -95,9 +95,15 @@ class Job:
     drags: tuple[float, float]
 
     @property
-    def label(self) -> str:
-        h, phase = self.problem.heads, "backward" if self.backward else "forward"
-        return f"{self.topology} {h.q_heads}:{h.kv_heads} P={self.problem.world} {phase}"
+    def heads(self) -> str:
+        return f"{self.problem.heads.q_heads}:{self.problem.heads.kv_heads}"
+
+    @property
+    def phase(self) -> str:
+        return "backward" if self.backward else "forward"
+
+    def __str__(self) -> str:
+        return f"{self.topology} {self.heads} P={self.problem.world} {self.phase}"
 
 
 def cells(job: Job) -> list[Cell]:
@@ -114,14 +120,14 @@ def cells(job: Job) -> list[Cell]:
     }
     chosen = choose(problem, rates[0], backward=job.backward).name
     plans["undertow, predicted"] = problem.schedule(chosen, backward=job.backward, goals=False)
-    topology, heads, _, phase = job.label.split()
     for way, plan in plans.items():
         if plan is None:
             continue
         seconds = tuple(predict(plan, rate) for rate in rates)
         sent = sum(plan.nbytes(r, *a.reads) for r, _, _, a in plan.actions() if a.kind == "send") // plan.world
         efficiency = tuple(ideal_s / s for s in seconds)
-        found.append(Cell(topology, heads, problem.world, phase, way, plan.name, sent, seconds, efficiency, job.drags))
+        of_job = job.topology, job.heads, problem.world, job.phase
+        found.append(Cell(*of_job, way, plan.name, sent, seconds, efficiency, job.drags))
     return found
 
 
@@ -215,10 +221,10 @@ def main(argv: Sequence[str]) -> int:
         for job, found in todo:
             try:
                 rows += found.result(max(0.0, deadline_s - time.monotonic()))
-                print(job.label, file=sys.stderr)
+                print(job, file=sys.stderr, flush=True)
             except TooLate:
                 found.cancel()
-                print(f"out of time before {job.label}")
+                print(f"out of time before {job}")
     for shown in tables(rows):
         Console(width=170).print(shown)
     if options.output:

@@ -93,6 +93,7 @@ def test_the_field_is_modelled(tmp_path, capsys):
     for cell in by_way.values():
         assert cell["seconds"][0] <= cell["seconds"][1] * (1 + 1e-9)  # half of the link is never faster
         assert cell["drags"] == list(attention_modelled.DRAGS)
+        assert (cell["topology"], cell["heads"]) == ("nvswitch", "8:8") and cell["phase"] in ("forward", "backward")
         assert 0 < cell["efficiency"][1] <= cell["efficiency"][0] <= 1 + 1e-9
     whole, needed = (by_way[way, 4, "backward"] for way in attention_modelled.PEERS if "zigzag" in way or "FCP" in way)
     assert needed["sent_bytes"] < whole["sent_bytes"]

@@ -8,6 +8,7 @@ paid once per message and occupies nothing.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,12 +109,21 @@ def fair_rates(flows: Mapping[int, Sequence[Resource]], capacity: Mapping[Resour
         for resource in used:
             crossing.setdefault(resource, set()).add(flow)
     rates = {flow: math.inf for flow, used in flows.items() if not used}
+    place = {resource: at for at, resource in enumerate(crossing)}  # of equally tight resources the first
+    shares = [(left[resource] / len(mine), place[resource], resource) for resource, mine in crossing.items()]
+    heapq.heapify(shares)
     while len(rates) < len(flows):
-        tightest = min((r for r in crossing if crossing[r]), key=lambda r: left[r] / len(crossing[r]))
-        rate = left[tightest] / len(crossing[tightest])
+        rate, _, tightest = heapq.heappop(shares)
+        if not crossing[tightest] or rate != left[tightest] / len(crossing[tightest]):
+            continue  # its share is another by now, and stands further on
+        changed = dict[Resource, None]()
         for flow in list(crossing[tightest]):
             rates[flow] = rate
             for resource in flows[flow]:
                 crossing[resource].discard(flow)
                 left[resource] -= rate
+                changed[resource] = None
+        for resource in changed:
+            if crossing[resource]:
+                heapq.heappush(shares, (left[resource] / len(crossing[resource]), place[resource], resource))
     return rates

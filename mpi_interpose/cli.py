@@ -270,10 +270,8 @@ def show_report(data: dict, console: Console) -> None:
     for row in data["types"]:
         for one in row.get("checked", []):
             if one["decision"] == "library" and one["link"]:
-                size = f"{one['least_bytes']} B and more"
-                console.print(
-                    f"switched off by timed calls: {one['use']} ({one['link']}), {size}: {row['layout'][:60]}"
-                )
+                what = f"{one['use']} ({one['link']}), {one['least_bytes']} B and more: {row['layout'][:60]}"
+                console.print(f"left to the library by timed {one['of']}: {what}")
     console.print("taken/all calls; times are those of the sampled calls")
     total = sum(row.get(use, {}).get("saved_ns", 0) for row in data["types"] for use in launch.USES) / 1e6
     console.print(

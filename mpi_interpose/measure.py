@@ -194,7 +194,7 @@ def predictions(mpi: Mpi, plan: str, count: int, leaf: int = 0) -> list[str]:
 
 def corrections(report: dict, plan: str) -> list[str]:
     """What the timed calls of a run said of the datatypes with this plan (`report`: of `undertow mpi run --report`)."""
-    words = {"open": "too few to decide", "library": "switched off", "ours": "packed by us"}
+    words = {"open": "as the table says", "library": "left to the library", "ours": "packed by us"}
     lines = []
     for row in report["types"]:
         for one in row.get("checked", []) if row["plan"] == plan else []:

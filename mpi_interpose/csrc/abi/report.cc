@@ -175,9 +175,9 @@ void write_text(FILE* f, int rank) {
     for (int q = kSendUse; q < kChecks; ++q)
       for (int k = 0; k < kOnlineSizes; ++k)
         if (line.checked[q][k].decision == kLibrary)
-          std::fprintf(f, "undertow:     %s (peers: %s), %lld B and more: switched off, timed %s were slower\n",
+          std::fprintf(f, "undertow:     %s (peers: %s), %lld B and more: left to the library, timed %s\n",
                        use_of(q) == kSendUse ? "sends" : "receives", link_name(link_of(q)), 1ll << 3 * k,
-                       q < kQuestions ? "calls" : "rounds");
+                       q < kQuestions ? "calls were slower" : "rounds were not clearly faster");
   }
   const gpu::Counters& c = gpu::counters;
   if (c.code_loads + c.ptx_loads > 0)

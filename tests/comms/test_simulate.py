@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 
@@ -140,6 +141,41 @@ def test_presets_have_names_and_limits():
         assert 0 < found.network.most_bytes_per_s(16) < math.inf
     with pytest.raises(UserError, match="nvswitch"):
         preset("torus")
+
+
+def _plainly(flows, capacity):
+    """Max-min fair rates by the definition: of all resources the tightest, again and again."""
+    left, rates = dict(capacity), {}
+    crossing = {
+        r: [f for f, used in flows.items() if r in used] for r in dict.fromkeys(r for u in flows.values() for r in u)
+    }
+    while len(rates) < len(flows):
+        waiting = {r: [f for f in mine if f not in rates] for r, mine in crossing.items()}
+        tightest = min((r for r in waiting if waiting[r]), key=lambda r: left[r] / len(waiting[r]))
+        rate = left[tightest] / len(waiting[tightest])
+        for flow in waiting[tightest]:
+            rates[flow] = rate
+            for resource in flows[flow]:
+                left[resource] -= rate
+    return rates
+
+
+@pytest.mark.parametrize("topology", ["ports", "pairs and ports", "bus", "nodes"])
+def test_rates_are_those_of_the_definition(topology, seed):
+    """Bit for bit, also where several resources are equally tight."""
+    how = {
+        "ports": dict(port_bytes_per_s=450e9),
+        "pairs and ports": dict(port_bytes_per_s=90e9, pair_bytes_per_s=64e9, duplex=False),
+        "bus": dict(bus_bytes_per_s=100e9, pair_bytes_per_s=64e9, ring=True),
+        "nodes": dict(port_bytes_per_s=450e9, node=2, far_bytes_per_s=50e9),
+    }[topology]
+    network, generator = Network(0.0, **how), random.Random(seed)
+    for world in range(2, 40):
+        ends = [generator.sample(range(world), 2) for _ in range(generator.randint(1, 60))]
+        used = [network.resources(*pair, world) for pair in ends]
+        flows = {flow: tuple(resources) for flow, resources in enumerate(used)}
+        capacity = {r: rate for resources in used for r, rate in resources.items()}
+        assert fair_rates(flows, capacity) == _plainly(flows, capacity)
 
 
 def test_rates_are_max_min_fair():

@@ -1,8 +1,10 @@
-"""The way out: a rank's shard goes to its partner chunk by chunk, while later chunks are still copied off the device.
+"""The way out: a rank's shard goes to its partner many chunks at a time, while later ones are still copied.
 
-The `TierFile` sends from the generation in which the chunks land, so nothing else is held. What its `Committer` writes
-beside the shard (objects; on rank 0 the metadata, the manifest and COMMIT.json) passes through the folder's `FileOps`
-and takes the same way; and to make the folder durable is to hear from the partner that it has everything.
+The `TierFile` sends from the generation in which the chunks land, so nothing else is held. Each call gives the
+interpreter away, and a training thread that is busy with Python waits to have it back: hence many chunks in one. What
+its `Committer` writes beside the shard (objects; on rank 0 the metadata, the manifest and COMMIT.json) passes through
+the folder's `FileOps` and takes the same way; and to make the folder durable is to hear from the partner that it has
+everything.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from .layout import Image
 from .manifest import COMMIT, MANIFEST, METADATA, FileRecord, Manifest, checksum, commit_bytes
 from .partner_memory import seal
 from .partner_wire import Link
+
+RUN = 16  # chunks in one message: 256 MiB
 
 
 @dataclass(frozen=True)
@@ -132,23 +136,40 @@ class PartnerFile:
             self._changed.notify_all()
 
     def begin(self) -> None:
-        """Send chunk after chunk, as they come."""
+        """Send run after run of chunks, as they come."""
         self._ops.begin(self._link, self.path.parent, self._errand, self._image.size)
-        for chunk in range(self._image.chunks):
-            begin, end = self._image.chunk_range(chunk)
-            self._copier.wait(self._await(chunk))
-            with self._trace.span("send", step=self._errand.step, chunk=chunk):
-                with self._generation.view(chunk, end - begin) as view:
-                    self._sums.append(checksum(view))
-                    self._ops.chunk(begin, view, self._sums[-1])
+        first, waited = 0, object()
+        while first < self._image.chunks:
+            count, mark = self._await(first)
+            if mark is not waited:
+                self._copier.wait(mark)
+                waited = mark
+            with self._trace.span("send", step=self._errand.step, chunk=first, chunks=count):
+                self._send(first, count)
+            first += count
 
-    def _await(self, chunk: int) -> Any:
+    def _send(self, first: int, count: int) -> None:
+        """Each chunk's checksum is for the manifest, that of the run for the partner."""
+        begins = [self._image.chunk_range(chunk)[0] for chunk in range(first, first + count)]
+        end = self._image.chunk_range(first + count - 1)[1]
+        with self._generation.view(first, end - begins[0]) as view:
+            for begin, after in zip(begins, (*begins[1:], end)):
+                with view[begin - begins[0] : after - begins[0]] as part:
+                    self._sums.append(checksum(part))
+            if self._link is not None:
+                self._ops.chunk(begins[0], view, self._sums[-1] if count == 1 else checksum(view))
+
+    def _await(self, first: int) -> tuple[int, Any]:
+        """How many chunks from `first` have been issued together, at most `RUN`, and their mark."""
         with self._changed:
-            while chunk not in self._marks:
+            while first not in self._marks:
                 if (error := self._failed()) is not None:
                     raise error
                 self._changed.wait(timeout=0.2)
-            return self._marks[chunk]
+            mark, count = self._marks[first], 1
+            while count < RUN and first + count in self._marks and self._marks[first + count] is mark:
+                count += 1
+            return count, mark
 
     def wait(self) -> None:
         """Nothing to wait for: `begin` sends."""

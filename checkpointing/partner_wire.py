@@ -58,9 +58,17 @@ class Wire:
         self._peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, self._pause if now else struct.pack("ll", 0, 0))
 
     def send(self, head: Head, payload: Any = b"") -> None:
-        self._peer.sendall(json.dumps(head).encode() + b"\n")
-        if len(payload):
-            self._peer.sendall(payload)
+        line = json.dumps(head).encode() + b"\n"
+        if not len(payload):
+            self._peer.sendall(line)
+            return
+        sent = self._peer.sendmsg([line, payload])  # in one call, which is all there is most of the time
+        if sent < len(line):
+            self._peer.sendall(line[sent:])
+        done = max(0, sent - len(line))
+        if done < len(payload):
+            with memoryview(payload) as view:
+                self._peer.sendall(view[done:])
 
     def head(self) -> Head | None:
         """The next line; None when the other end has closed."""

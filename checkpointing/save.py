@@ -19,9 +19,10 @@ from .attempt import Attempt
 from .plan import SavePlan
 from .readable import Readable
 from .snapshot import Snapshot
-from .state import Fresh
+from .state import Fresh, Generators
 
-LATER = (Fresh, int, float, bool, str, type(None))  # values that nobody can change: pickled in the background
+OURS = (Fresh, Generators)  # nobody else holds what is in them
+LATER = (*OURS, int, float, bool, str, type(None))  # values that nobody can change: pickled in the background
 
 
 @dataclass(frozen=True)
@@ -95,20 +96,20 @@ class Save:
             return {key: self._pickled[key] for key in self.objects}
 
     def _keep(self, key: str, held: Any) -> None:
-        value = held.value if isinstance(held, Fresh) else held
-        text = repr(value) if _is_plain(value) else ""
         known = self.known.get(key)
+        text = repr(held) if _is_plain(held) else ""
         if known is not None and (known[1] == text if text else _same(held, known[0])):
             self._pickled[key] = known[2]
             self.known[key] = held, text, known[2]
             return
+        value = held.value if isinstance(held, OURS) else held
         try:
             self._pickled[key] = _pickle(value)
         except Exception as error:  # whatever the user's object raises costs this save, not the training
             self._pickled[key] = b""
             self.problem = self.problem or f"'{key}' cannot be pickled ({type(error).__name__}: {error})"
             return
-        if text or isinstance(held, Fresh):
+        if text or isinstance(held, OURS):
             self.known[key] = held, text, self._pickled[key]
 
 
@@ -123,6 +124,8 @@ def _same(a: Any, b: Any) -> bool:
     False where that cannot be told."""
     if type(a) is not type(b):
         return False
+    if isinstance(a, Generators):
+        return a.same(b)
     if isinstance(a, Fresh):
         return _same(a.value, b.value)
     if isinstance(a, torch.Tensor):

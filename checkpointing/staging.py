@@ -1,7 +1,8 @@
 """The eager part of an image: small tensors and whatever may change during forward, copied before `save` returns.
 
 The frames around the payloads never change, so they are laid down once in a template; a save copies the payloads
-between them, with one foreach copy on the device and memcpy in host memory, and hashes nothing.
+between them and hashes nothing. Small tensors of one device are copied by their addresses, all in two operations, since
+one copy after the other would cost the training thread a microsecond each; the others by a foreach copy.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ import torch
 from .addresses import row_of_words
 from .layout import WORD, Placed
 from .plan import SavePlan
+
+UNIT = torch.int32  # a word that is copied
+HOST_BYTES, DEVICE_BYTES = 64, 64 * 1024  # up to which a tensor is copied word by word
+WORDS = 2**21  # at most, of a device's tensors: two numbers of eight bytes are kept for each
 
 
 class Staging:
@@ -37,7 +42,7 @@ class Staging:
         ]
         self._split = plan.eager_host
         self._views: list[torch.Tensor] = []
-        self._scalars = Scalars([], [])
+        self._words: list[Words] = []
         self._parts: list[tuple[list[int], list[torch.Tensor]]] = []
 
     def settle(self, tensors: Sequence[torch.Tensor], renewed: Collection[int]) -> None:
@@ -46,55 +51,70 @@ class Staging:
             buffer[begin : begin + nbytes].view(tensor.dtype).view(tensor.shape)
             for (buffer, begin, nbytes), tensor in zip(self._places, tensors)
         ]
-        stay = [place for place in range(self._split) if place not in renewed and _is_scalar(tensors[place])]
-        self._scalars = Scalars([self._views[place] for place in stay], [tensors[place] for place in stay])
-        done = set(stay) if self._scalars else set()
-        rest = [place for place in range(len(tensors)) if place not in done]
-        parts = [place for place in rest if place < self._split], [place for place in rest if place >= self._split]
-        self._parts = [(part, [self._views[place] for place in part]) for part in parts if part]
+        self._words, self._parts = [], []
+        every = range(len(tensors))
+        for part, most in ((every[: self._split], HOST_BYTES), (every[self._split :], DEVICE_BYTES)):
+            small = [place for place in part if place not in renewed and has_words(tensors[place], most)]
+            words = Words([self._views[place] for place in small], [tensors[place] for place in small])
+            if words:
+                self._words.append(words)
+            done = set(small) if words else set()
+            rest = [place for place in part if place not in done]
+            for kind in dict.fromkeys(tensors[place].dtype for place in rest):  # of several, none goes the quick way
+                alike = [place for place in rest if tensors[place].dtype == kind]
+                self._parts.append((alike, [self._views[place] for place in alike]))
 
     @torch.no_grad()
     def fill(self, tensors: Sequence[torch.Tensor]) -> None:
         """Copy the eager tensors, in plan order, between their frames; device copies in the current stream's order."""
         if not self._views:
             self.settle(tensors, range(len(tensors)))
-        self._scalars.copy()
+        for words in self._words:
+            words.copy()
         for part, views in self._parts:
             torch._foreach_copy_(views, [tensors[place] for place in part])
 
 
-class Scalars:
-    """Copies many single float32 numbers of host memory at once: an optimizer counts its steps in one for each tensor,
-    and one copy after the other would cost the training thread a microsecond each. False where that cannot be done."""
+class Words:
+    """Copies small tensors of one device word by word, all at once: an optimizer counts its steps in one for each
+    parameter, and norms have a few kilobytes. False where that cannot be done, or there is nothing to do."""
 
     def __init__(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
         self._held = [tensor.detach() for tensor in (*targets, *sources)]  # their memory, while it is read and written
         self._ready = False
-        if sources:
+        if sources and sum(map(_words, sources)) <= WORDS:
             try:
-                self._from, read = self._row(sources)
-                self._into, written = self._row(targets)
+                self._from, self._read = self._row(sources)
+                self._into, self._written = self._row(targets)
             except RuntimeError:  # copied one by one
                 return
-            self._read, self._written = torch.from_numpy(read), torch.from_numpy(written)
             self._ready = True
 
     @staticmethod
-    def _row(tensors: Sequence[torch.Tensor]) -> tuple:
-        begins = np.array([tensor.data_ptr() for tensor in tensors])
-        return row_of_words(begins, torch.float32.itemsize, torch.int32, torch.device("cpu"))
+    def _row(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        begins = [tensor.data_ptr() + UNIT.itemsize * np.arange(_words(tensor)) for tensor in tensors]
+        row, places = row_of_words(np.concatenate(begins), UNIT.itemsize, UNIT, tensors[0].device)
+        return row, torch.from_numpy(places).to(tensors[0].device)
 
     def __bool__(self) -> bool:
         return self._ready
 
     def copy(self) -> None:
-        """Bit for bit: the numbers are moved as integers."""
+        """Bit for bit: what is moved are integers."""
         if self._ready:
             self._into.index_copy_(0, self._written, self._from.index_select(0, self._read))
 
 
-def _is_scalar(tensor: torch.Tensor) -> bool:
-    return tensor.dtype == torch.float32 and tensor.numel() == 1 and tensor.device.type == "cpu"
+def has_words(tensor: torch.Tensor, most: int) -> bool:
+    """Whether a tensor lies in one piece of whole words, and of `most` bytes at most."""
+    nbytes = tensor.numel() * tensor.element_size()
+    whole = nbytes % UNIT.itemsize == 0 and tensor.data_ptr() % UNIT.itemsize == 0
+    plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    return 0 < nbytes <= most and whole and plain
+
+
+def _words(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size() // UNIT.itemsize
 
 
 def _template(items: Sequence[Placed], begin: int, end: int) -> np.ndarray:

@@ -128,7 +128,7 @@ class AppState:
         for label, thing in self.per_rank.items():
             found.append(Leaf((label, rank), thing.state_dict()))
         if self.rng:
-            found.append(Leaf(("rng", rank), Fresh(rng_state())))
+            found.append(Leaf(("rng", rank), Generators()))
         return found
 
     def _names_of(self, label: str, index: int, group: list[torch.Tensor], names: Mapping[int, str]) -> Fresh:
@@ -218,24 +218,51 @@ def _object_leaves(path: tuple[str], value: Any) -> Iterator[Leaf]:
         yield Leaf(path, value)
 
 
+class Generators:
+    """The generators of torch (CPU and the current CUDA device), Python and NumPy as they are now, as these libraries
+    tell it: the training thread takes no more, and what is stored of it is made later. Nobody else holds it."""
+
+    def __init__(self) -> None:
+        self._torch, self._python = torch.get_rng_state(), random.getstate()
+        self._numpy: Any = np.random.get_state(legacy=True)
+        used = torch.cuda.is_available() and torch.cuda.is_initialized()
+        self._cuda = torch.cuda.get_rng_state() if used else None
+
+    @property
+    def value(self) -> dict[str, Any]:
+        """Plain containers and tensors."""
+        version, internal, gauss = self._python
+        kind, keys, position, has_gauss, cached = self._numpy
+        state: dict[str, Any] = {
+            "torch": self._torch,
+            "python": (version, torch.from_numpy(np.array(internal, dtype=np.int64)), gauss),
+            "numpy": (
+                kind,
+                torch.from_numpy(np.asarray(keys).astype(np.int64)),
+                int(position),
+                int(has_gauss),
+                float(cached),
+            ),
+        }
+        return state if self._cuda is None else state | {"cuda": self._cuda}
+
+    def same(self, other: Generators) -> bool:
+        """Whether nobody has drawn between the two, bit for bit."""
+        words, others = (
+            [each._python[:2], repr(each._python[2]), each._numpy[0], repr(each._numpy[2:]), each._cuda is None]
+            for each in (self, other)
+        )
+        return (
+            words == others
+            and np.array_equal(self._numpy[1], other._numpy[1])
+            and torch.equal(self._torch, other._torch)
+            and (self._cuda is None or other._cuda is None or torch.equal(self._cuda, other._cuda))
+        )
+
+
 def rng_state() -> dict[str, Any]:
-    """The generators of torch (CPU and the current CUDA device), Python and NumPy, as plain containers and tensors."""
-    version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "python": (version, torch.from_numpy(np.array(internal, dtype=np.int64)), gauss),
-        "numpy": (
-            kind,
-            torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ),
-    }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+    """What is stored of the random generators."""
+    return Generators().value
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from undertow.checkpointing.dcp_metadata import MOST, DcpMetadata
 from undertow.checkpointing.folder import read_manifest
 from undertow.checkpointing.manifest import ObjectRecord, checksums
 from undertow.checkpointing.sample import Sampler
-from undertow.checkpointing.staging import Scalars
+from undertow.checkpointing.staging import Words, has_words
 from undertow.checkpointing.state import rng_state
 
 
@@ -142,14 +142,30 @@ def test_samples_are_gathered_by_address(monkeypatch):
     assert torch.equal(quick._groups[0][1].view(-1), plain._groups[0][1].view(-1))
 
 
-def test_scalars_are_moved_bit_for_bit():
+def test_small_tensors_are_moved_bit_for_bit():
     bits = torch.tensor([0x7FC00001, 1, -1, 0x3F800000], dtype=torch.int32)
     sources = [value.view(torch.float32).clone() for value in bits]
-    targets = [torch.zeros(()) for _ in sources]
-    scalars = Scalars(targets, sources)
-    assert scalars
-    scalars.copy()
-    assert [target.view(torch.int32).item() for target in targets] == bits.tolist()
+    sources += [
+        torch.arange(7.0),
+        torch.arange(6.0, dtype=torch.float64).view(2, 3),
+        torch.arange(4, dtype=torch.int16),
+    ]
+    targets = [torch.zeros_like(source) for source in sources]
+    words = Words(targets, sources)
+    assert words
+    for _ in range(2):
+        words.copy()
+        for target, source in zip(targets, sources):
+            assert torch.equal(target.view(-1).view(torch.uint8), source.view(-1).view(torch.uint8))
+        sources[4].add_(1)  # the next save finds what is there then
+
+
+def test_tensors_that_are_no_whole_words_are_copied_otherwise():
+    row = torch.arange(64, dtype=torch.uint8)
+    assert has_words(row[4:12], 64) and not has_words(row[4:12], 4)
+    odd = [row[1:5], row[:6], row[:0], torch.ones(4, 4).T[:2], torch.ones(4, dtype=torch.complex64).conj()]
+    assert not any(has_words(tensor, 1024) for tensor in odd)
+    assert not Words([], [])
 
 
 def test_random_generators_are_pickled_when_they_have_moved(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from .spread import own_part
 from .state import AppState, Leaf, local_tensor
+from .whereabouts import INLINE, Whereabouts
 
 
 class Watch:
@@ -59,10 +60,15 @@ class Watch:
         once = [tensor for tensor in once if not tensor.numel() or local_tensor(tensor).data_ptr() in saved]
         self._sharded = [tensor for tensor in once if isinstance(tensor, DTensor)]
         self._parts = list(map(_local, self._sharded))  # to_local() would cost 5 µs each
-        self._whole = [*(tensor for tensor in once if not isinstance(tensor, DTensor)), *self._parts]
-        self._rows = [tensor for tensor in self._whole if tensor.dim() in (1, 2)]
-        self._flat = [tensor for tensor in self._whole if tensor.dim() == 2]
-        self._deep = [tensor for tensor in self._whole if tensor.dim() > 2 or (tensor.dim() == 2 and not len(tensor))]
+        whole = [*(tensor for tensor in once if not isinstance(tensor, DTensor)), *self._parts]
+        near = [tensor for tensor in whole if tensor.dim() <= INLINE]
+        self._where = Whereabouts.of(near, self._sharded, self._parts)
+        if self._where is not None:
+            whole = [tensor for tensor in whole if tensor.dim() > INLINE]
+        self._whole = whole
+        self._rows = [tensor for tensor in whole if tensor.dim() in (1, 2)]
+        self._flat = [tensor for tensor in whole if tensor.dim() == 2]
+        self._deep = [tensor for tensor in whole if tensor.dim() > 2 or (tensor.dim() == 2 and not len(tensor))]
         self._facts = [fact() for fact in self._shapes()]
 
     def unchanged(self) -> bool:
@@ -74,20 +80,26 @@ class Watch:
             and ([*map(len, self._owners)], [*map(len, self._lists)]) == self._sizes
             and all(map(is_, chain.from_iterable(self._owners), self._keys))
             and all(map(is_, _held(self._owners), self._values))
-            and all(map(is_, map(_local, self._sharded), self._parts))
+            and (
+                all(map(is_, map(_local, self._sharded), self._parts))
+                if self._where is None
+                else self._where.unchanged()
+            )
             and all(fact() == known for fact, known in zip(self._shapes(), self._facts))
         )
 
     def _shapes(self) -> tuple[Callable[[], list], ...]:
         """Where the tensors' data lie and in what shape, fact by fact: `.data` may be given another storage, or another
         shape of the same one. A list of all shapes would make hundreds of tuples, and the garbage collector run at
-        every save; the numbers of dimensions, of rows and of elements tell the same of most tensors."""
+        every save; the numbers of dimensions, of rows and of elements tell the same of most tensors, and whether it
+        lies in one piece what matters of its strides. Asked of those that `Whereabouts` does not look after."""
         return (
             lambda: list(map(torch.Tensor.data_ptr, self._whole)),
             lambda: list(map(torch.Tensor.dim, self._whole)),
             lambda: list(map(_rows, self._rows)),
             lambda: list(map(torch.Tensor.numel, self._flat)),
             lambda: list(map(_shape, self._deep)),
+            lambda: list(map(torch.Tensor.is_contiguous, self._whole)),
         )
 
 

@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from ckpt_job import Job, same
 
+from undertow.checkpointing import whereabouts
+
 
 def new_data(job: Job) -> None:
     for parameter in job.model.parameters():
@@ -145,7 +147,7 @@ SHAPES = [(), (1,), (1, 1), (24,), (4, 6), (6, 4), (24, 1), (2, 3, 4), (4, 3, 2)
 
 
 @pytest.mark.parametrize("before", SHAPES)
-def test_another_shape_at_the_same_address(before):
+def test_another_shape_at_the_same_address(before, looked_at):
     from undertow.checkpointing.state import AppState
     from undertow.checkpointing.watch import Watch
 
@@ -166,3 +168,85 @@ def test_another_shape_at_the_same_address(before):
     for after in SHAPES:
         give(after)
         assert watch.unchanged() == (after == before), after
+
+
+@pytest.fixture(params=["from memory", "one by one"])
+def looked_at(request, monkeypatch):
+    """Both ways of asking where tensors lie."""
+    assert whereabouts.offsets() is not None  # found in every supported torch
+    if request.param == "one by one":
+        monkeypatch.setattr(whereabouts, "offsets", lambda: None)
+
+
+def swapped(holder: nn.Module) -> None:
+    torch.utils.swap_tensors(holder.square, torch.ones(4, 4))
+
+
+def moved(holder: nn.Module) -> None:
+    holder.square.set_(torch.ones(4, 4))
+
+
+def grown(holder: nn.Module) -> None:
+    holder.deep.untyped_storage().resize_(2**20)
+
+
+def other_rows(holder: nn.Module) -> None:
+    holder.deep.data = torch.ones(1, 2, 1, 2, 1, 3, 1)
+
+
+def transposed(holder: nn.Module) -> None:
+    holder.square.data = holder.square.data.t()
+
+
+def shifted(holder: nn.Module) -> None:
+    holder.square.data = holder.row[1:17].view(4, 4)
+
+
+@pytest.mark.parametrize("change", [swapped, moved, grown, other_rows, transposed, shifted], ids=lambda f: f.__name__)
+def test_a_tensor_that_lies_elsewhere(change, looked_at):
+    from undertow.checkpointing.state import AppState
+    from undertow.checkpointing.watch import Watch
+
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.row = nn.Buffer(torch.arange(40.0))
+            self.square = nn.Buffer(self.row[:16].view(4, 4))
+            self.deep = nn.Buffer(torch.zeros(2, 1, 2, 1, 3, 1))  # of more dims than a tensor keeps in itself
+
+    holder = Holder()
+    state = AppState({"holder": holder}, {}, rank=0, rng=False)
+    watch = Watch(state, state.leaves())
+    holder.row.add_(1)
+    assert watch.unchanged() and watch.unchanged()
+    change(holder)
+    assert not watch.unchanged()
+    assert Watch(state, state.leaves()).unchanged()
+
+
+def test_what_memory_does_not_tell_is_not_believed(monkeypatch):
+    tensors = [torch.zeros(3), torch.zeros(())]
+    found = whereabouts.Whereabouts.of(tensors, [], [])
+    assert found is not None and found.unchanged()
+    at = whereabouts.offsets()
+    assert at is not None
+    for field in at._fields:
+        monkeypatch.setattr(whereabouts, "offsets", lambda field=field: at._replace(**{field: getattr(at, field) + 1}))
+        assert whereabouts.Whereabouts.of(tensors, [], []) is None
+    assert whereabouts.Whereabouts.of([], [], []) is None
+
+
+def test_another_part_of_a_wrapper():
+    """A DTensor keeps its part of the whole in a slot."""
+
+    class Wrapper:
+        __slots__ = ("_local_tensor", "_spec")
+
+    parts, wrappers = [torch.zeros(3), torch.zeros(2, 2)], [Wrapper(), Wrapper()]
+    for wrapper, part in zip(wrappers, parts):
+        wrapper._local_tensor = part
+    found = whereabouts.Whereabouts.of(parts, wrappers, parts)
+    assert found is not None and found.unchanged()
+    wrappers[1]._local_tensor = parts[1].clone()
+    assert not found.unchanged()
+    assert whereabouts.Whereabouts.of(parts, wrappers, parts) is None  # it is no longer the part that was given

@@ -19,13 +19,14 @@ MEETINGS = ("plan", "staging", "host", "arena")  # where all ranks do something 
 @dataclass(frozen=True)
 class Attempt:
     """The `number`-th try, of `step`, into `tiers` by name; it began at the monotonic time `began_s`. `metrics` are
-    stored with the checkpoint."""
+    stored with the checkpoint. `rising`: no try before it was of this step or a later one."""
 
     number: int
     step: int
     tiers: tuple[str, ...]
     began_s: float
     metrics: Mapping[str, float] = field(default_factory=dict)
+    rising: bool = False
 
     @property
     def name(self) -> str:

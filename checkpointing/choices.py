@@ -26,10 +26,13 @@ class Choices:
         while len(self._said) > AHEAD:
             self._coordinator.forget(self._said.popleft())
 
-    def tell(self, name: str, mine: T | None, *, undo: Callable[[T], None]) -> T | None:
+    def tell(
+        self, name: str, mine: T | None, *, undo: Callable[[T], None], but: Callable[[], bool] | None = None
+    ) -> T | None:
         """Rank 0's choice `mine` on all ranks, under one `name`; None where there is none or it came too late. `undo`
-        is called with a choice that does not hold. `PeerLost` with the reason that a rank has given for it instead."""
-        chosen = self._coordinator.lead(name, mine, otherwise=None, timeout_s=LATE_S)
+        is called with a choice that does not hold. `PeerLost` with the reason that a rank has given for it instead.
+        None on another rank as soon as `but` is true."""
+        chosen = self._coordinator.lead(name, mine, otherwise=None, timeout_s=LATE_S, but=but)
         if mine is not None and mine != chosen:
             undo(mine)
         if self._coordinator.rank == 0:

@@ -62,13 +62,16 @@ class TierFile(Protocol):
 @dataclass
 class Part:
     """A save's way into one tier; `after` is called when it has ended, well or not. `disposable`: remove what was
-    written when it failed. `follows`: another tier writes the same bytes first, and goes on when this one fails."""
+    written when it failed. `follows`: another tier writes the same bytes first, and goes on when this one fails.
+    `ahead` is called on rank 0 when it is committed, and the others are `told` what it returns, with the verdict."""
 
     save: Save
     file: TierFile
     disposable: bool = True
     after: Callable[[bool], None] = lambda ok: None
     follows: bool = False
+    ahead: Callable[[], Any] = lambda: None
+    told: Callable[[Any], None] = lambda word: None
 
 
 class Committer:
@@ -142,7 +145,7 @@ class Committer:
         name = f"{self.tier}/{number}"
         if self.coordinator.rank == 0:
             self._left.append((number, scratch))
-            self._say(f"{name}/verdict", reason)
+            self._say(f"{name}/verdict", (reason, None))
         else:
             self._say(f"{name}/vote", {"reason": reason, "step": step})
 
@@ -183,10 +186,12 @@ class Committer:
         self._say(f"{name}/vote", word)
         if self.coordinator.rank == 0:
             verdict = self._publish(part, name)
-            self._say(f"{name}/verdict", verdict)
+            self._say(f"{name}/verdict", (verdict, None if verdict else part.ahead()))
         else:
             deadline_s = time.monotonic() + 2 * self._timeout_s
-            verdict = self.coordinator.hear(f"{name}/verdict", 0, deadline_s=deadline_s, calm=True)
+            verdict, word = self.coordinator.hear(f"{name}/verdict", 0, deadline_s=deadline_s, calm=True)
+            if word is not None:
+                part.told(word)
         if verdict:
             raise SaveLost(verdict)
         return durable_s

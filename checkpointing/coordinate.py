@@ -90,13 +90,15 @@ class Coordinator:
         except (RuntimeError, dist.DistError) as error:
             raise PeerLost(f"rank 0 is gone, so '{name}' has no verdict ({str(error).splitlines()[0]})") from error
 
-    def lead(self, name: str, value: Any, *, otherwise: Any, timeout_s: float) -> Any:
+    def lead(
+        self, name: str, value: Any, *, otherwise: Any, timeout_s: float, but: Callable[[], bool] | None = None
+    ) -> Any:
         """Rank 0's `value` on all ranks; or `otherwise` on all, where one has waited `timeout_s` for it in vain. Raises
-        `PeerLost` when rank 0 is gone."""
+        `PeerLost` when rank 0 is gone. Another rank returns None as soon as `but` is true."""
         if self.rank == 0:
             return self.decide(name, value)
         try:
-            return self.hear(name, 0, deadline_s=time.monotonic() + timeout_s)
+            return self.hear(name, 0, deadline_s=time.monotonic() + timeout_s, but=but)
         except PeerLost:
             return self.decide(name, otherwise)
 
@@ -117,12 +119,23 @@ class Coordinator:
             raise PeerLost(problem)
         return done
 
-    def hear(self, name: str, rank: int, *, deadline_s: float, unless: str = "", calm: bool = False) -> Any:
+    def hear(
+        self,
+        name: str,
+        rank: int,
+        *,
+        deadline_s: float,
+        unless: str = "",
+        calm: bool = False,
+        but: Callable[[], bool] | None = None,
+    ) -> Any:
         """The word of `rank`; waits until the monotonic time `deadline_s`, or until `rank` is known to be dead, or a
         verdict on `unless` says why nobody will answer, then raises `PeerLost`. `calm`: nobody waits for this thread,
-        so it looks seldom."""
+        so it looks seldom. None when `but` becomes true."""
         key, began_s = f"{name}/{rank}", time.monotonic()
         while True:
+            if but is not None and but():
+                return None
             dead = rank in self.lifeline.gone  # asked before its last word is looked for
             try:  # `wait` would do, but every time-out of it prints a warning
                 if (word := self._look(key)) is not None:

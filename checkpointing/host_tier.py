@@ -24,6 +24,7 @@ import xxhash
 from ..dist.errors import PeerLost, UserError
 from ..dist.log import get_logger
 from ..dist.units import format_bytes
+from .attempt import Attempt
 from .choices import Choices
 from .coordinate import Coordinator
 from .folder import Folder
@@ -86,6 +87,8 @@ class HostTier:
         self._changed = threading.Condition()
         self._claims = 0
         self._choices = Choices(coordinator)
+        self._ahead: dict[int, tuple[int, Path]] = {}  # attempt → generation and folder chosen for it, on all ranks
+        self._numbered = 0  # the last attempt that has asked for one
         self._plan: SavePlan | None = None  # that the generations are made for
         self._inherited: set[int] = set()  # rank 0: steps that may be in memory and are in no slot
         self._proven = False
@@ -168,20 +171,68 @@ class HostTier:
             self.folder.ops.mkdir(folder)
         return folders
 
-    def claim(self, name: str, step: int, *, flush: bool) -> tuple[int, Path] | None:
-        """A generation for the save of `step`, and its folder; None when all are needed. All ranks alike, under one
-        `name`. `PeerLost` with the reason that a rank has given for it instead.
+    def claim(self, attempt: Attempt, *, flush: bool) -> tuple[int, Path] | None:
+        """A generation for the save of `attempt`, and its folder; None when all are needed. All ranks alike. `PeerLost`
+        with the reason that a rank has given for it instead.
 
         `flush`: another tier will read it too, and it is not claimed again before `done` has been called for that.
         """
         self._claims += 1
+        chosen = self._chosen_ahead(attempt, flush)
+        if chosen is not None:
+            return chosen
         mine = None
         if self.coordinator.rank == 0:
-            self.forget_after(step)
-            mine = self._choose(step, flush)
-        chosen = self._choices.tell(name, mine, undo=lambda one: self.release(one[0]))
+            self.forget_after(attempt.step)
+            mine = self._choose(attempt.step, flush)
+        but = (lambda: attempt.number in self._ahead) if attempt.rising else None
+        chosen = self._choices.tell(attempt.at("claim"), mine, undo=lambda one: self.release(one[0]), but=but)
+        if chosen is None:
+            chosen = self._chosen_ahead(attempt, flush)
         self.skipped += chosen is None
         return chosen
+
+    def _chosen_ahead(self, attempt: Attempt, flush: bool) -> tuple[int, Path] | None:
+        """What has been chosen for `attempt`, if its step is later than all before; a choice in vain is given back."""
+        with self._changed:
+            self._numbered = attempt.number
+            chosen = self._ahead.pop(attempt.number, None)
+            vain = [self._ahead.pop(number)[0] for number in [*self._ahead] if number < attempt.number]
+            if chosen is not None and not attempt.rising:
+                vain, chosen = [*vain, chosen[0]], None
+            for index in vain:
+                self._use(index, set())
+            if chosen is not None:
+                self._use(chosen[0], {"host", "flush"} if flush else {"host"})
+        return chosen
+
+    def _use(self, index: int, users: set[str]) -> None:
+        if self.coordinator.rank == 0:
+            self._slots[index].users = users
+
+    def choose_ahead(self, index: int, step: int, number: int) -> tuple[int, int, Path] | None:
+        """Rank 0, in the background: `step`, the attempt `number`, has been committed in generation `index`. The
+        attempt after the next one gets a generation now, if one is free, so that no training thread has to wait for
+        rank 0's: that attempt's number, the generation and its folder, which all ranks are told with the verdict."""
+        with self._changed, suppress(OSError):
+            held = self._slots[index]
+            held.step, held.folder = step, self.folder.final(step)
+            later = number + 2
+            free = self._free(None)
+            if free is None or later <= self._numbered:
+                return None
+            name = f"{self.coordinator.token}-{later:x}-{free:x}"
+            self._invalidate(self._slots[free], self.folder.scratch(0, name))
+            self._slots[free].users = {"ahead"}
+            self._ahead[later] = free, self._slots[free].folder
+            return later, *self._ahead[later]
+        return None
+
+    def told(self, word: tuple[int, int, Path]) -> None:
+        """Another rank, in the background: what rank 0 has chosen ahead."""
+        later, index, folder = word
+        with self._changed:
+            self._ahead[later] = index, folder
 
     def _choose(self, step: int, flush: bool) -> tuple[int, Path] | None:
         with self._changed:
@@ -195,8 +246,8 @@ class HostTier:
             slot.users = {"host", "flush"} if flush else {"host"}
         return index, slot.folder
 
-    def _free(self, step: int) -> int | None:
-        same = [index for index, slot in enumerate(self._slots) if slot.step == step]
+    def _free(self, step: int | None) -> int | None:
+        same = [index for index, slot in enumerate(self._slots) if slot.step == step is not None]
         newest = max((slot.step for slot in self._slots if slot.step is not None), default=None)
         usable = same or [index for index, slot in enumerate(self._slots) if slot.step is None or slot.step != newest]
         free = [index for index in usable if not self._slots[index].users]
@@ -250,7 +301,7 @@ class HostTier:
         for generation in self._mine:
             generation.close()
         self._inherited |= {slot.step for slot in self._slots if slot.step is not None}
-        self._mine, self._slots = [], []
+        self._mine, self._slots, self._ahead = [], [], {}
 
     def close(self, *, remove: bool) -> None:
         """Unmap, and on rank 0 free all but the newest checkpoint, or with `remove` everything."""
@@ -258,6 +309,7 @@ class HostTier:
         if self.coordinator.rank == 0:
             for step in self.folder.committed()[:-1]:
                 self.folder.remove(step)
+            self.folder.clear_scratch()
             if remove:
                 shutil.rmtree(self.folder.root, ignore_errors=True)
         self.folder.release()

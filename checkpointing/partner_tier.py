@@ -16,6 +16,7 @@ from pathlib import Path
 from ..dist.errors import PeerLost, UserError
 from ..dist.trace import Trace
 from ..dist.units import format_bytes
+from .attempt import Attempt
 from .choices import Choices
 from .coordinate import Coordinator
 from .copies import HostCopier
@@ -161,14 +162,15 @@ class PartnerTier:
 
     # -- saves --------------------------------------------------------------------------------------------------------
 
-    def claim(self, name: str, step: int, *, flush: bool) -> tuple[int, Path] | None:
+    def claim(self, attempt: Attempt, *, flush: bool) -> tuple[int, Path] | None:
         """As `HostTier.claim`."""
+        step = attempt.step
         if step <= self._last:
             self.forget_after(step)
         self._last, mine = step, None
         if self.coordinator.rank == 0:
             mine = self._choose(flush)
-        chosen = self._choices.tell(name, mine, undo=lambda one: self.release(one[0]))
+        chosen = self._choices.tell(attempt.at("claim"), mine, undo=lambda one: self.release(one[0]))
         if chosen is None:
             self.skipped += 1
             return None

@@ -94,7 +94,7 @@ class Saver:
             except PeerLost as error:  # on all ranks
                 self._reports.take(dropped(attempt, [host.tier], str(error)))
             else:
-                claimed = host.claim(attempt.at("claim"), attempt.step, flush="disk" in attempt.tiers)
+                claimed = host.claim(attempt, flush="disk" in attempt.tiers)
         return (attempt.without(host.tier) if host is not None and claimed is None else attempt), claimed
 
     def _arena(self, attempt: Attempt) -> Memory:

@@ -74,7 +74,7 @@ class Tiers:
             self.host = PartnerTier(root, coordinator, partner, generations=host_generations, **ways)
         elif host_generations:
             self.host = HostTier(root, coordinator, generations=host_generations)
-        self._mirror, self._bucket, self._attempts = mirror, bucket, 0
+        self._mirror, self._bucket, self._attempts, self._highest = mirror, bucket, 0, -1
         self._sent = {"mirror": -1, "bucket": -1}  # the last step that went there
         self._mirror_folder = Folder(Path(mirror.root), ops) if mirror else None
         self._bucket_folder = BucketFolder(bucket.open(), root, coordinator.token) if bucket else None
@@ -140,7 +140,8 @@ class Tiers:
         if self.host is not None:
             asked = {self.host.tier: host} | asked
         tiers = tuple(tier for tier, wanted in asked.items() if wanted)
-        return Attempt(self._attempts, step, tiers, time.monotonic(), metrics or {})
+        rising, self._highest = step > self._highest, max(step, self._highest)
+        return Attempt(self._attempts, step, tiers, time.monotonic(), metrics or {}, rising)
 
     def refuse(self, attempt: Attempt, claimed: Claim | None, reason: str) -> None:
         """This rank gives `attempt` up: the others are told wherever they wait for it now, or will."""
@@ -175,7 +176,8 @@ class Tiers:
             else:
                 kept = HostFile(claimed[1] / name, self.host.generation(claimed[0]), copier)
                 takers.append(lambda snapshot, first, slots, mark: kept.note(mark))
-                part = Part(save, kept, disposable=False, after=after)
+                ahead = partial(self.host.choose_ahead, claimed[0], save.step, save.attempt.number)
+                part = Part(save, kept, disposable=False, after=after, ahead=ahead, told=self.host.told)
             parts.append((self._committers[self.host.tier], part))
         if "disk" in save.attempt.tiers:
             path, far = self.folder.scratch(save.step, self.coordinator.token) / name, None

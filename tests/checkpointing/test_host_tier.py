@@ -248,3 +248,42 @@ def test_memory_that_somebody_else_made_is_refused(tmp_path, own_memory, monkeyp
     with pytest.raises(UserError, match="not this user's"):
         Job(layers=1).checkpointer(tmp_path / "c", host_every=1)
     assert list(elsewhere.iterdir()) == []
+
+
+def saves_in_turn(rank: int, world: int, root: str, memory: str) -> tuple[list[str], list[int], int | None, bool]:
+    """The claims that were asked for, the steps that were not committed, and what a restore finds."""
+    host_tier.SHARED_MEMORY = Path(memory)
+    job, asked = Job(layers=1), []
+    job.advance(0)  # the optimizer has all of its state
+    with job.checkpointer(Path(root), host_every=1) as ckpt:
+        lead = ckpt._coordinator.lead
+
+        def counted(name, *rest, **named):
+            if name.endswith("/claim"):
+                asked.append(name.split("/")[1])
+            return lead(name, *rest, **named)
+
+        ckpt._coordinator.lead = counted
+        for step in range(6):
+            ckpt.save(step, disk=False, host=True)
+            job.advance(step + 1)
+            ckpt.wait()
+        for step, host in ((3, True), (4, True), (6, True), (7, False), (8, True), (9, True)):
+            kept = job.state()
+            ckpt.save(step, disk=not host, host=host)
+            job.advance(step + 1)
+            ckpt.wait()
+        lost = [report.step for report in ckpt.reports if not report.ok]
+    other = Job(seed=9, layers=1)
+    with other.checkpointer(Path(root), host_every=1) as ckpt:
+        found = ckpt.restore()
+    return asked, lost, found, same(other.state(), kept)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_no_training_thread_waits_for_a_choice_that_was_made_before(tmp_path, own_memory, ranks, world):
+    """With the commit of a save rank 0 chooses for the one after the next: the first two are asked for, and those that
+    go back (7, 8); a save to disk alone (10) makes a choice vain."""
+    for asked, lost, found, alike in ranks(world, saves_in_turn, str(tmp_path / "c"), str(own_memory)):
+        assert (asked[:2], asked[2:4], lost, found, alike) == (["1", "2"], ["7", "8"], [], 9, True)
+        assert set(asked[4:]) <= {"12"}  # whose turn was told with the save that was none of memory

@@ -22,7 +22,11 @@ from .addresses import row_of_words
 
 WORD, INLINE = 8, 5  # bytes; sizes and strides that a tensor keeps in itself, torch's own number
 IMPL, STORAGE = 20, 6  # words of torch's tensor and storage objects that are looked at
-PROBES = (((1013, 17), (1031, 3), 4099), ((11, 13, 19), (1709, 83, 2), 77), ((523,), (7,), 311))  # sizes, strides, offset
+PROBES = (
+    ((1013, 17), (1031, 3), 4099),
+    ((11, 13, 19), (1709, 83, 2), 77),
+    ((523,), (7,), 311),
+)  # sizes, strides, offset
 
 
 class Offsets(NamedTuple):

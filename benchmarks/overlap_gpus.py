@@ -28,6 +28,7 @@ from undertow.benchmarks.overlap_choice import known
 from undertow.comms.chunk_plan import chunk_rows
 from undertow.comms.cost import overlapped_scatter_seconds
 from undertow.comms.cuda_collectives import all_gather_single, reduce_scatter_single
+from undertow.comms.overlap_cuda import CudaOverlapEngine
 from undertow.dist.errors import UserError
 from undertow.parallel.overlap_gate import ARMS, CUDA_ARMS, ROW_ARMS, SEQUENTIAL, trial_calls
 from undertow.parallel.overlap_team import Team
@@ -64,6 +65,8 @@ class Ranks:
             halves = self.names[2]
             self.names.append(f"{halves}, by NCCL")
             self.teams[self.names[-1]] = _team(halves, device, "nccl")
+        for team in self.teams.values():
+            _forget(team)
         for _ in range(trial_calls(len(CUDA_ARMS))):
             self.ours("auto")
         self.wanted = self._exact()
@@ -166,6 +169,14 @@ def _team(overlap: str, device: torch.device, transport: str = "auto") -> Team:
     if key not in _teams:
         _teams[key] = Team(overlap=overlap, device=device, transport=transport)
     return _teams[key]
+
+
+def _forget(team: Team) -> None:
+    """What was recorded for other cases: together they need more memory than recordings may hold."""
+    if isinstance(team.engine, CudaOverlapEngine):
+        replays = team.engine.recorder.replays
+        for case in list(replays.cases):
+            replays.drop(case)
 
 
 def close_teams() -> None:

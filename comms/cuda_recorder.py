@@ -100,6 +100,10 @@ class Recorder:
         if self._wanted(case, key, self.replays.see(addresses)):
             self._new(plan, case, key, operands[0], queue)
 
+    def drop(self, plan: ChunkPlan, columns: int, dtype: torch.dtype) -> None:
+        """The recordings of calls that will be made in another way."""
+        self.replays.drop((plan, columns, dtype))
+
     def close(self) -> None:
         """Drop all recordings."""
         self.replays.stop("closed")

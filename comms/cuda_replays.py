@@ -132,6 +132,13 @@ class Replays(Generic[T]):
             if not any(other.case is oldest.case for other in self._recordings.values()):
                 oldest.case.nbytes = 0
 
+    def drop(self, case: Hashable) -> None:
+        """The recordings of a case, which will not come again."""
+        state = self.cases.get(case)
+        if state is not None:
+            self._recordings = {key: kept for key, kept in self._recordings.items() if kept.case is not state}
+            state.nbytes = 0
+
     def stop(self, why: str) -> None:
         """Nothing is recorded or replayed any more."""
         self.off = why

@@ -166,6 +166,8 @@ class Team:
         way = self._making.of(kind, plan, arm, dtype)
         if not self.gate.measuring(key):
             self.ways |= dict.fromkeys(keys_of(case, *operands), way)
+            if kind == SCATTER:
+                self._making.settle(self.gate.arms, arm, sizes, n, dtype)
             if self._chooses:  # a fall-back must not be silent
                 log.info("overlap: %s", self.gate.explain(key))
             return way(*operands)

@@ -6,7 +6,7 @@ longer, and arms would win against that which lose against cuBLAS and NCCL.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -55,6 +55,12 @@ class Ways:
             self.recorder.prepare(plan, (a, b), b.shape[1], self._recorded(plan, a, b))
         else:
             self.recorder.see((a, b))
+
+    def settle(self, arms: Iterable[Arm], chosen: Arm, sizes: tuple[int, ...], n: int, dtype: torch.dtype) -> None:
+        """Drop what a reduce-scatter's other arms have recorded while they were measured: it holds memory."""
+        for arm in arms:
+            if self.recorder is not None and arm.replayed and arm != chosen:
+                self.recorder.drop(self.engine.plan(sizes, arm.subchunks, n if arm.columns else 0), n, dtype)
 
     def _gathered(self, plan: ChunkPlan, arm: Arm, a: Tensor, bs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         whole = a.new_empty(plan.rows, a.shape[1])

@@ -91,6 +91,20 @@ def test_memory_is_capped_over_cases_and_given_back():
     assert call(replays, 2, "large", 6) == "recorded"
 
 
+def test_what_is_dropped_gives_its_memory_back_and_leaves_the_others():
+    replays = Replays[str](most_bytes=10)
+    for _ in range(3):
+        call(replays, "a", case="first", nbytes=8, memory="one")
+        call(replays, "b", case="second", nbytes=2, memory="two")
+    assert len(replays) == 2 and replays.nbytes() == 10
+    replays.drop("first")
+    replays.drop("unknown")
+    assert len(replays) == 1 and replays.nbytes() == 2
+    assert call(replays, "b", case="second", nbytes=2, memory="two") == "replayed"
+    assert call(replays, "a", case="first", nbytes=8, memory="one") == "recorded"  # its addresses are known
+    assert len(replays) == 2 and replays.nbytes() == 10
+
+
 def test_cases_and_addresses_are_forgotten(monkeypatch):
     monkeypatch.setattr(cuda_replays, "SEEN", 8)
     replays = Replays[str]()

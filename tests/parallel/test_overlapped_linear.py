@@ -6,16 +6,18 @@ import contextlib
 import copy
 import itertools
 import logging
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric
 
+from undertow.comms.chunk_plan import ChunkPlan
 from undertow.comms.overlap_cuda import CudaOverlapEngine
 from undertow.dist.errors import UserError
 from undertow.parallel import all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter, overlap_plain
-from undertow.parallel.overlap_gate import ARMS, SEQUENTIAL
+from undertow.parallel.overlap_gate import ARMS, CUDA_ARMS, SEQUENTIAL, cut
 from undertow.parallel.overlap_team import Team, close_teams, team_of
 from undertow.parallel.overlap_ways import GATHER, SCATTER, SUM, Ways
 from undertow.parallel.tensor_parallel import RowParallelLinear, token_share
@@ -262,3 +264,23 @@ def _settled(rank: int, world: int, seed: int, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_settled_product_is_one_look_up_away_and_knows_casts_and_gradients(ranks, seed, monkeypatch):
     ranks(2, _settled, seed, monkeypatch)
+
+
+def test_a_product_that_has_settled_keeps_the_recordings_of_its_own_arm_alone():
+    class Recorder:
+        def __init__(self) -> None:
+            self.dropped: list = []
+
+        def drop(self, *case: object) -> None:
+            self.dropped.append(case)
+
+    class Engine(_Untouched):
+        def plan(self, sizes: tuple[int, ...], subchunks: int = 1, columns: int = 0) -> ChunkPlan:
+            return ChunkPlan(0, sizes, subchunks, columns=columns)
+
+    arms, sizes = [arm for arm in CUDA_ARMS if arm.replayed], (8, 8)
+    cases = [(cut(arm, 0, sizes, 64), 64, torch.bfloat16) for arm in arms]
+    for chosen, dropped in ((arms[1], [cases[0], cases[2]]), (SEQUENTIAL, cases)):
+        recorder: Any = Recorder()
+        Ways(Engine(), None, recorder).settle(CUDA_ARMS, chosen, sizes, 64, torch.bfloat16)  # type: ignore[arg-type]
+        assert recorder.dropped == dropped

@@ -153,6 +153,19 @@ def test_scripts_are_executable_and_parse(script):
     assert subprocess.run(["bash", "-n", str(path)], timeout=240).returncode == 0
 
 
+@pytest.mark.parametrize("forbidden", ["1", ""])
+def test_scripts_keep_bytecode_in_the_build_folder_where_it_may_not_lie_beside_the_sources(forbidden):
+    """Else every process compiles what it imports: an import of torch costs twice as much."""
+    ask = "import sys; print(sys.dont_write_bytecode, sys.pycache_prefix)"
+    command = f'. "{ROOT / ".ci" / "env.sh"}" && "{sys.executable}" -c "{ask}"'
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPYCACHEPREFIX"}
+    done = subprocess.run(
+        ["bash", "-c", command], env={**env, "PYTHONDONTWRITEBYTECODE": forbidden}, capture_output=True, text=True,
+        timeout=240,
+    )  # fmt: skip
+    assert done.stdout.split() == ["False", str(ROOT / "build" / "bytecode") if forbidden else "None"], done.stderr
+
+
 def test_unlisted_skips_fail_in_ci(tmp_path):
     """The judge of skips, on a JUnit file that pytest itself writes."""
     (tmp_path / "test_it.py").write_text(

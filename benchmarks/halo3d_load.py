@@ -2,6 +2,7 @@
 
     python -m undertow.benchmarks.halo3d_load [--mpi openmpi-5] [--cells 16 32] [--loads none niced busy] [--starts 10]
     python -m undertow.benchmarks.halo3d_load --python …        the mpi4py example, with the preload and without in turn
+    python -m undertow.benchmarks.halo3d_load --read FILE…      the table of results that were kept (--output)
 
 A busy machine is where a trial may decide for what loses. In C, csrc/tools/rounds.c starts with 1,000 rounds of
 examples/halo3d.c's exchange under the preload, with the shipped table, and then times rounds by the preload and by the
@@ -144,6 +145,15 @@ HEAD = (
 )
 
 
+def kept(file: Path) -> list[str]:
+    """The rows of a result that was written by --output."""
+    return [
+        row(cell["mpi"], cell["cells"], cell["load"], [Decided(**one) for one in cell["starts"]])
+        for cell in json.loads(file.read_text())["cells"]
+        if "starts" in cell
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--mpi", default="", help="only those whose name holds this word")
@@ -153,7 +163,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, default=TURNS)
     parser.add_argument("--python", action="store_true", help="the mpi4py example, program against program")
     parser.add_argument("--output", type=Path, help="JSON")
+    parser.add_argument("--read", type=Path, nargs="+", help="results to print")
     options = parser.parse_args(argv)
+    if options.read:
+        sys.stdout.write("\n".join([HEAD, *(line for file in options.read for line in kept(file)), ""]))
+        return 0
     chosen = [mpi for mpi in installed() if options.mpi in label(mpi)]
     found: list[dict] = []
     sys.stdout.write("| MPI | cells | load | pairs | plain / ours |\n" if options.python else HEAD + "\n")

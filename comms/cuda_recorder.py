@@ -153,6 +153,7 @@ class Recorder:
         if not self._streams:
             spare = _spare.setdefault(device, [])
             self._streams = spare.pop() if spare else [cuda_driver.new_stream(device) for _ in range(2)]
+        if not len(self.replays):  # torch refuses a pool whose graphs have all gone
             self._pool = torch.cuda.graph_pool_handle()
         graph, current = torch.cuda.CUDAGraph(keep_graph=True), torch.cuda.current_stream(device)
         products, engine.streams, self.recording = engine.streams, self._streams[1:], True

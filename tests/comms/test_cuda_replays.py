@@ -352,6 +352,22 @@ def test_recordings_that_go_leave_those_that_stay(seed, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_was_dropped_is_recorded_anew(seed):
+    """All of it, and a part: of two ways the other one's stays."""
+    rank, (one, two) = overlap_cuda.rank_of(512, 1024, 1024, seed), REPLAYED_ARMS[:2]
+    recorder, want = rank.engine.recorder, [_plainly(rank, arm) for arm in REPLAYED_ARMS[:2]]
+    for dropped in ((one, two), (one,), (one, two)):
+        for _ in range(3):
+            assert torch.equal(rank.scatter(one), want[0]) and torch.equal(rank.scatter(two), want[1])
+        assert recorder.able() == "" and len(recorder.replays) == 2
+        for arm in dropped:
+            recorder.drop(rank.engine.plan(rank.sizes, arm.subchunks), 1024, torch.bfloat16)
+        assert len(recorder.replays) == 2 - len(dropped)
+    rank.engine.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_call_that_cannot_be_captured_is_queued_ever_after(seed):
     rank, arm = overlap_cuda.rank_of(512, 1024, 1024, seed), REPLAYED_ARMS[0]
     add = rank.engine.add

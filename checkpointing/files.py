@@ -34,6 +34,9 @@ class FileOps:
         if self.syncs:
             os.fsync(handle)
 
+    def exists(self, path: Path) -> bool:
+        return path.exists()
+
     def mkdir(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 

@@ -157,10 +157,11 @@ class Folder:
         data = manifest.dumps()
         final = self.final(manifest.step)
         small = {METADATA: metadata, MANIFEST: data, COMMIT: commit_bytes(data, manifest.step, time.time())}
-        together(self.ops.syncs, *(partial(self.ops.write_file, scratch / name, text) for name, text in small.items()))
+        new = {name: text for name, text in small.items() if not self._has(scratch, name, text)}
+        together(self.ops.syncs, *(partial(self.ops.write_file, scratch / name, text) for name, text in new.items()))
         self.ops.fsync_dir(scratch)
         self._leave_branch(manifest.step)
-        replaced = self._aside(final, "old") if final.exists() else None
+        replaced = self._aside(final, "old") if self.ops.exists(final) else None
         try:
             if replaced is not None:
                 self.ops.rename(final, replaced)
@@ -173,6 +174,10 @@ class Folder:
         if replaced is not None:
             self.ops.rmtree(replaced)
         return final
+
+    def _has(self, scratch: Path, name: str, text: bytes) -> bool:
+        """Whether a file of `scratch` is known to hold this `text` already."""
+        return False
 
     def _hint(self, final: Path) -> None:
         self.ops.write_hint(self.root / LATEST, f"{final.name}\n".encode())

@@ -27,9 +27,10 @@ from ..dist.units import format_bytes
 from .attempt import Attempt
 from .choices import Choices
 from .coordinate import Coordinator
+from .files import FileOps
 from .folder import Folder
 from .generation import Generation
-from .manifest import COMMIT
+from .manifest import COMMIT, METADATA, Manifest
 from .memory_ops import MemoryOps
 from .plan import SavePlan
 
@@ -50,7 +51,27 @@ def free_stale(memory: Path, own: Path) -> None:
 
 
 class MemoryFolder(Folder):
-    """A checkpoint folder whose later checkpoints `HostTier` forgets itself, because ranks have them mapped."""
+    """A checkpoint folder whose later checkpoints `HostTier` forgets itself, because ranks have them mapped. A scratch
+    folder is used again and again; its `.metadata`, hundreds of kilobytes that hardly ever change, is left there."""
+
+    def __init__(self, root: Path, ops: FileOps) -> None:
+        super().__init__(root, ops)
+        self._metadata: dict[Path, bytes] = {}  # in which folder which is
+
+    def _has(self, scratch: Path, name: str, text: bytes) -> bool:
+        return name == METADATA and self._metadata.pop(scratch, None) is text
+
+    def commit(self, scratch: Path, manifest: Manifest, metadata: bytes) -> Path:
+        final = super().commit(scratch, manifest, metadata)
+        self._metadata[final] = metadata
+        return final
+
+    def reuse(self, old: Path, scratch: Path) -> None:
+        """From now on the folder `old` is no checkpoint, and its files are to be written over in `scratch`."""
+        self.ops.unlink(old / COMMIT)
+        self.ops.rename(old, scratch)
+        if (metadata := self._metadata.pop(old, None)) is not None:
+            self._metadata[scratch] = metadata
 
     def _leave_branch(self, step: int) -> None:
         return
@@ -257,8 +278,7 @@ class HostTier:
         return any(slot.users == {"host"} for slot in self._slots)
 
     def _invalidate(self, slot: _Slot, target: Path) -> None:
-        self.folder.ops.unlink(slot.folder / COMMIT)
-        self.folder.ops.rename(slot.folder, target)
+        self.folder.reuse(slot.folder, target)
         slot.folder, slot.step = target, None
 
     def generation(self, index: int) -> Generation:

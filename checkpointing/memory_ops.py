@@ -28,6 +28,7 @@ def _library() -> ctypes.PyDLL:
     library.write.restype = ctypes.c_ssize_t
     library.rename.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
     library.unlink.argtypes = [ctypes.c_char_p]
+    library.access.argtypes = [ctypes.c_char_p, ctypes.c_int]
     return library
 
 
@@ -54,6 +55,9 @@ class MemoryOps(FileOps):
                 done += self._checked(written, name)
         finally:
             self._library.close(handle)
+
+    def exists(self, path: Path) -> bool:
+        return self._library.access(os.fsencode(path), os.F_OK) == 0
 
     def rename(self, source: Path, target: Path) -> None:
         names = os.fsencode(source), os.fsencode(target)

@@ -196,13 +196,14 @@ def test_the_longest_bound_counts():
 
 
 @pytest.mark.parametrize(("slowdown_s", "steps"), [(None, 1), (0.001, 1), (0.0059, 2), (0.0299, 10)])
-def test_steps_that_a_save_makes_longer_are_its_cost(slowdown_s, steps, monkeypatch):
+@pytest.mark.parametrize("tier", ["host", "partner"])
+def test_steps_that_a_save_makes_longer_are_its_cost(tier, slowdown_s, steps, monkeypatch):
     """A save that blocks for a millisecond, in steps of a tenth of a second: more than 3 % it must not cost."""
     now_s = iter(x / 10 for x in range(10_000))
     monkeypatch.setattr("undertow.checkpointing.due.time.monotonic", lambda: next(now_s))
-    report = SaveReport(0, "host", True, "", 1, 0.0005, 0.0005, 0.01, 0.01, slowdown_s)
+    report = SaveReport(0, tier, True, "", 1, 0.0005, 0.0005, 0.01, 0.01, slowdown_s)
     due = Due(
-        Frequency(mtbf_s=1.0, overhead=0.03, first=3), "host", Coordinator.from_default_group(timeout_s=1), timeout_s=1
+        Frequency(mtbf_s=1.0, overhead=0.03, first=3), tier, Coordinator.from_default_group(timeout_s=1), timeout_s=1
     )
     saved = []
     for step in range(200):
@@ -210,7 +211,7 @@ def test_steps_that_a_save_makes_longer_are_its_cost(slowdown_s, steps, monkeypa
             saved.append(step)
             due.saved(step, [report, replace(report, tier="disk", slowdown_s=9.0)])
     assert saved[0] == 3 and {b - a for a, b in itertools.pairwise(saved)} == {steps}
-    assert f"host: every {steps} steps" in due.reason
+    assert f"{tier}: every {steps} steps" in due.reason
 
 
 @pytest.mark.parametrize("tier", ["disk", "host"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -79,11 +80,15 @@ def _environment() -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ["launch.md", "slurm.md"])
-def test_the_commands_of_the_page_run(page, tmp_path):
+def test_the_commands_of_the_page_run(page, tmp_path, monkeypatch):
+    """In the page's order, in one folder. `undertow …` runs in this process, without a new one that imports torch."""
+    monkeypatch.chdir(tmp_path)
     for command in _blocks(page):
-        done = subprocess.run(
-            ["bash", "-ec", command], cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=600
-        )
+        line = command.replace("\\\n", " ").strip()
+        if line.startswith("undertow ") and "\n" not in line:
+            assert main(shlex.split(line, comments=True)[1:]) == 0, command
+            continue
+        done = subprocess.run(["bash", "-ec", command], env=_environment(), capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
     made = "runs/a/report.html" if page == "launch.md" else "job.sbatch"
     assert (tmp_path / made).stat().st_size > 1000

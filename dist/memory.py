@@ -44,10 +44,11 @@ class Memory:
     device_peak_reserved: int = 0
 
 
-def read(device: torch.device | None = None) -> Memory:
-    """This process's memory now, and that of `device` when it is CUDA. About a millisecond (PSS walks the pages)."""
+def read(device: torch.device | None = None, *, pss: bool = True) -> Memory:
+    """This process's memory now, and that of `device` when it is CUDA. For PSS the kernel walks all pages, in
+    milliseconds that grow with what is resident: a loop leaves it out, `pss=False`."""
     status = _kib_fields(Path("/proc/self/status"))
-    rollup = _kib_fields(Path("/proc/self/smaps_rollup"))
+    rollup = _kib_fields(Path("/proc/self/smaps_rollup")) if pss else {}
     rss = status.get("VmRSS", psutil.Process().memory_info().rss)
     on_device: dict[str, int] = {}
     if device is not None and device.type == "cuda":

@@ -196,7 +196,7 @@ def train(run: Run, *, resume: bool, checkpoints: bool, trace: Trace) -> Result 
 
 def _note_memory(run: Run, trace: Trace) -> None:
     """Now and at most so far; `undertow plan --compare` reads the growth from the first note."""
-    now = memory.read(run.device)
+    now = memory.read(run.device, pss=False)
     on_device = {}
     if run.device.type == "cuda":
         on_device = {"device": float(now.device_allocated), "device_peak": float(now.device_peak_allocated)}

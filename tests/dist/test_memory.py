@@ -42,6 +42,11 @@ def test_rss_and_its_peak(ranks):
     assert seen["before"].device_allocated == seen["before"].pinned == 0
 
 
+def test_pss_can_be_left_out():
+    assert memory.read().pss and memory.read(pss=False).pss is None
+    assert memory.read(pss=False).rss > 0
+
+
 def shared_block(rank: int, world: int) -> tuple[int, int]:
     before = memory.read()
     block = mmap.mmap(-1, 32 * MIB)  # anonymous, shared

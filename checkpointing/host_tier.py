@@ -30,7 +30,7 @@ from .coordinate import Coordinator
 from .files import FileOps
 from .folder import Folder
 from .generation import Generation
-from .manifest import COMMIT, METADATA, Manifest
+from .manifest import COMMIT, MANIFEST, METADATA, Manifest
 from .memory_ops import MemoryOps
 from .plan import SavePlan
 
@@ -69,6 +69,8 @@ class MemoryFolder(Folder):
     def reuse(self, old: Path, scratch: Path) -> None:
         """From now on the folder `old` is no checkpoint, and its files are to be written over in `scratch`."""
         self.ops.unlink(old / COMMIT)
+        with suppress(FileNotFoundError):  # where the next one is written first, over this one's pages
+            self.ops.rename(old / MANIFEST, old / f"{MANIFEST}.part")
         self.ops.rename(old, scratch)
         if (metadata := self._metadata.pop(old, None)) is not None:
             self._metadata[scratch] = metadata

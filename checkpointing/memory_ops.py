@@ -18,7 +18,7 @@ from typing import Any
 from .files import FileOps
 
 LONG_BYTES = 2**20  # takes longer to write than a change of threads: a tenth of a millisecond
-CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+CREATE = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC  # pages that are there are quicker written over
 
 
 def _library() -> ctypes.PyDLL:
@@ -26,6 +26,7 @@ def _library() -> ctypes.PyDLL:
     library.open.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_uint]
     library.write.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t]
     library.write.restype = ctypes.c_ssize_t
+    library.ftruncate.argtypes = [ctypes.c_int, ctypes.c_long]
     library.rename.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
     library.unlink.argtypes = [ctypes.c_char_p]
     library.access.argtypes = [ctypes.c_char_p, ctypes.c_int]
@@ -53,6 +54,7 @@ class MemoryOps(FileOps):
                 if written < 0 and ctypes.get_errno() == errno.EINTR:
                     continue
                 done += self._checked(written, name)
+            self._checked(self._library.ftruncate(handle, len(data)), name)
         finally:
             self._library.close(handle)
 

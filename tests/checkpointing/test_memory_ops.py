@@ -15,7 +15,7 @@ from undertow.checkpointing.memory_ops import LONG_BYTES, MemoryOps
 def test_a_file_is_written_whole_and_replaces_an_older_one(tmp_path, nbytes):
     data = os.urandom(nbytes)
     path = tmp_path / "é manifest.json"
-    for content in (b"older and longer" * 99, data):
+    for content in (b"older and longer" * 99, data, b"x" * (nbytes // 2)):
         MemoryOps().write_file(path, content)
         assert path.read_bytes() == content
     assert os.listdir(tmp_path) == [path.name]
@@ -43,6 +43,12 @@ def test_errors_are_the_same(tmp_path, ops):
     ops.unlink(tmp_path / "full" / "x")
     ops.rename(tmp_path / "other", tmp_path / "full")
     assert os.listdir(tmp_path) == ["full"]
+
+
+def test_what_was_left_half_written_is_written_over(tmp_path):
+    (tmp_path / "mine.part").write_bytes(b"left over" * 1000)
+    MemoryOps().write_file(tmp_path / "mine", b"short")
+    assert (tmp_path / "mine").read_bytes() == b"short" and os.listdir(tmp_path) == ["mine"]
 
 
 def test_a_link_is_not_followed(tmp_path):

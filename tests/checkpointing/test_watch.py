@@ -22,6 +22,12 @@ def new_data(job: Job) -> None:
         parameter.data = torch.randn_like(parameter)
 
 
+def other_strides(job: Job) -> None:
+    for parameter in job.model.parameters():
+        if parameter.dim() == 2 and parameter.shape[0] == parameter.shape[1]:
+            parameter.data = parameter.data.t()
+
+
 def new_parameter(job: Job) -> None:
     old = job.model[0].weight
     job.model[0].weight = nn.Parameter(torch.randn_like(old))
@@ -86,6 +92,7 @@ def in_place(job: Job) -> None:
 
 CHANGES = [
     new_data,
+    other_strides,
     new_parameter,
     new_buffer,
     buffer_through_the_dictionary,

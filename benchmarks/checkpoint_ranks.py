@@ -5,9 +5,10 @@ and one place: host memory that outlives the processes, at every step; the same 
 at every step at which the last copy has arrived (on one host, by TCP on the loopback: a machine's network is another);
 or the disk, at every 8th step, ours with fsync, checksums and a commit that all ranks agree on, beside torch's own
 `dcp.async_save` without these. `saves` is how many of a sample were committed, `call_ms` and `fence_ms` what a save
-took of rank 0's training thread; there, `gpu_copy_ms` is how long the device copied, `gpu_wait_ms` how long training
-waited for it there, and `lead_ms` how far the processor was ahead then. Before anything is timed, what each arm saved
-is read back (by stock `dcp.load`, from partners by our own) and compared bit by bit, on every rank.
+took of the training thread, on the rank where it took most; on rank 0, `gpu_copy_ms` is how long the device copied,
+`gpu_wait_ms` how long training waited for it there, and `lead_ms` how far the processor was ahead then. Before anything
+is timed, what each arm saved is read back (by stock `dcp.load`, from partners by our own) and compared bit by bit, on
+every rank.
 
 Every rank has its own cores, and AdamW is fused, as trainers of FSDP2 have it, so that the GPU and not the processor
 sets the pace; `twice the batch` sees to it. `AdamW not fused` is torch's default, which is the processor's pace: there
@@ -89,10 +90,13 @@ class Ours:
         return len(self.ckpt.reports)
 
     def blocked(self, saves: int) -> dict[str, float]:
-        """What the last `saves` took of this rank's training thread, in the call and at the fence; mean."""
+        """What the last `saves` took of the training thread, in the call and at the fence; mean, of the rank where it
+        is most. Collective."""
         last = self.ckpt.reports[-saves:]
-        call_s, fence_s = (sum(getattr(report, name) for report in last) for name in ("call_s", "fence_s"))
-        return {"call_ms": 1e3 * call_s / saves, "fence_ms": 1e3 * fence_s / saves} | self.gpu.sums()
+        spent = [sum(getattr(report, name) for report in last) / saves for name in ("call_s", "fence_s")]
+        cell = 1e3 * torch.tensor(spent, device=self.job.device)
+        dist.all_reduce(cell, dist.ReduceOp.MAX)
+        return dict(zip(("call_ms", "fence_ms"), cell.tolist())) | self.gpu.sums()
 
     def predict(self, machine: Machine, window_s: float) -> Prediction:
         """By the cost model, of the state as the last save found it."""

@@ -101,6 +101,8 @@ def bench(
         from undertow.benchmarks.compare import comparison
 
         typer.echo(comparison(old, report))
+    if run.stopped:
+        raise typer.Exit(128 + run.stopped)
     if report.failed:
         raise typer.Exit(1)
 
@@ -120,6 +122,7 @@ class _Run:
     ) -> None:
         self.benchmark, self.quick, self.rounds, self.only, self.seed = benchmark, quick, rounds, only, seed
         self.machine_file, self.limit_s = machine, limit_s
+        self.stopped = 0  # by this signal, which some rank got
 
     def cases(self, rank: int, world_size: int):
         from undertow.benchmarks.case import Context
@@ -169,8 +172,9 @@ class _Run:
     def report(self, folder: Path) -> Report | None:
         """Run all cases; the report on rank 0, None elsewhere. What is known after each case is kept in `folder`."""
         from undertow.benchmarks.facts import facts
-        from undertow.benchmarks.harness import run_case
+        from undertow.benchmarks.harness import LATE, STOPPED, run_case
         from undertow.benchmarks.report import Row
+        from undertow.benchmarks.stopping import Stopping
         from undertow.dist.progress import Progress
 
         rank, world_size, peers, leave = _join()
@@ -179,11 +183,13 @@ class _Run:
         if world_size > 1:
             found["ranks"] = str(world_size)
         total, end_s = len(cases) * self.rounds, time.monotonic() + (self.limit_s or math.inf)
-        with Progress(total, f"bench {self.benchmark.name}", enabled=rank == 0, unit="round") as bar:
+        stopping = Stopping()
+        with stopping, Progress(total, f"bench {self.benchmark.name}", enabled=rank == 0, unit="round") as bar:
             for at, case in enumerate(cases):
                 bar.update(0, case=case.name)
-                if peers.largest(float(time.monotonic() > end_s)):
-                    rows.append(Row(case.name, self.benchmark.name, "ours", note="the time of --minutes was up"))
+                if self.stopped or peers.largest(float(time.monotonic() > end_s)):
+                    why = "stopped before" if self.stopped else "the time of --minutes was up"
+                    rows.append(Row(case.name, self.benchmark.name, "ours", note=why))
                     bar.update(self.rounds)
                     continue
                 share_s = time.monotonic() + (end_s - time.monotonic()) / (len(cases) - at)
@@ -193,8 +199,11 @@ class _Run:
                     seed=self.seed,
                     peers=peers,
                     tick=bar.update,
-                    late=lambda until_s=share_s: time.monotonic() > until_s,
+                    hurry=lambda until_s=share_s: (
+                        STOPPED if stopping.signal else LATE if time.monotonic() > until_s else 0
+                    ),
                 )
+                self.stopped = int(peers.largest(stopping.signal))
                 bar.update((at + 1) * self.rounds - bar.done)  # the rounds that were left out
                 if rank == 0 and len(cases) > 1:  # should a later case fail or be stopped
                     _show(self._report(found, [row for row in rows if row.case == case.name]))

@@ -21,6 +21,7 @@ from undertow.benchmarks.timing import Peers, Sample, Timer, default_timer
 
 MAX_INNER = 100_000
 AGAIN = " (A/A)"
+LATE, STOPPED = 1, 2  # how much of a hurry
 
 TimerFor = Callable[[Arm], Timer]
 
@@ -34,13 +35,13 @@ def run_case(
     timer_for: TimerFor | None = None,
     least_sample_s: float = 2e-3,
     tick: Callable[[], None] = lambda: None,
-    late: Callable[[], bool] = lambda: False,
+    hurry: Callable[[], int] = lambda: 0,
 ) -> list[Row]:
     """Run one case and return one row per arm, in the case's order, the A/A row after the plain one.
 
     Every rank of `peers` must call it with equal arguments; all get equal rows. `least_sample_s`: an arm shorter than
-    this is run several times per sample. `tick` is called after each round. Once any rank is `late`, no round is begun
-    beyond the fewest that give an interval.
+    this is run several times per sample. `tick` is called after each round. Once any rank is in a `hurry`, no round
+    is begun beyond the fewest that give an interval (`LATE`), or none at all (`STOPPED`).
     """
     peers = peers or Peers()
     timer_for = timer_for or (lambda arm: default_timer(arm, peers))
@@ -52,7 +53,7 @@ def run_case(
         random.Random(f"{seed}/{case.name}"),
         least_sample_s,
         tick,
-        lambda: peers.largest(float(late())) > 0,
+        lambda: int(peers.largest(float(hurry()))),
     )
     rows |= {name: replace(rows[name], wrong=None, note=note) for name, note in timing.failed.items()}
     return [row for arm in trial.arms for row in _rows(case, rows[arm.name], timing.samples, timing.inner)]
@@ -130,7 +131,7 @@ class _Timing:
         order: random.Random,
         least_sample_s: float,
         tick: Callable[[], None],
-        late: Callable[[], bool],
+        hurry: Callable[[], int],
     ) -> None:
         for arm in self.arms:
             self._guarded(arm, lambda arm=arm: self._warm_up(arm, least_sample_s))
@@ -138,7 +139,7 @@ class _Timing:
         lineup += [(arm.name + AGAIN, arm) for arm in self.arms if arm.name == self.case.plain]
         gc.collect()
         for done in range(rounds):
-            if done >= LEAST_SAMPLES and late():
+            if (urgent := hurry()) == STOPPED or (urgent == LATE and done >= LEAST_SAMPLES):
                 break
             for name, arm in order.sample(lineup, len(lineup)):
                 self._guarded(arm, lambda name=name, arm=arm: self._sample(name, arm))
@@ -193,6 +194,8 @@ def _row(case: Case, row: Row, name: str, samples: dict[str, list[Sample]], inne
     if case.hardware in samples and case.nbytes:
         hardware = case.nbytes / median(seconds(case.hardware))
     timed = seconds(name)
+    enough = len(timed) >= LEAST_SAMPLES
+    few = "" if enough else f"stopped after {len(timed)} rounds, too few for an interval: median {median(timed):.4g} s"
     extras: dict[str, list[float]] = {}
     for sample in samples[name]:
         for key, value in sample.extras:
@@ -201,9 +204,11 @@ def _row(case: Case, row: Row, name: str, samples: dict[str, list[Sample]], inne
         row,
         arm=name,
         role=row.role if name == row.arm else "again",
-        said=row.said if name == row.arm else "",
-        seconds=median_interval(timed),
-        ratio=ratio_interval(seconds(case.plain), timed) if case.plain in samples and name != case.plain else None,
+        said="; ".join(filter(None, (row.said if name == row.arm else "", few))),
+        seconds=median_interval(timed) if enough else None,
+        ratio=ratio_interval(seconds(case.plain), timed)
+        if enough and case.plain in samples and name != case.plain
+        else None,
         hardware_bytes_per_s=hardware,
         inner=inner,
         extras=row.extras | {key: median(values) for key, values in extras.items()},

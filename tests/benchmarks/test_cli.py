@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -158,3 +160,26 @@ def test_a_benchmark_runs_as_a_module_from_the_root():
     command = [sys.executable, "-m", "benchmarks.checksum", "--list"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0 and "256 KiB" in done.stdout, done.stderr
+
+
+def test_a_signal_ends_a_run_after_its_round_and_what_was_measured_is_written(tmp_path, monkeypatch):
+    calls = [0]
+
+    def signalled() -> int:
+        calls[0] += 1
+        if calls[0] == 3:  # checked, timed, timed
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 1
+
+    def a_case(name: str) -> Case:
+        arms = [Arm("plain", lambda: 1), Arm("ours", signalled)]
+        return Case(name, lambda: Trial(arms, lambda: 1), "plain", "ours", warm_ups=0)
+
+    about = Benchmark("small", "a claim", lambda context: [a_case("first"), a_case("second")], rounds=1000)
+    monkeypatch.setattr("undertow.benchmarks.discover.load", lambda name: about)
+    before = signal.getsignal(signal.SIGTERM)
+    assert bench("small", "--output", tmp_path, "--no-plot") == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    (kept,) = [Report.load(path) for path in tmp_path.glob("*.json")]
+    assert [len(row.samples_s) for row in kept.rows if row.case == "first"] == [2, 2, 2]
+    assert kept.not_compared() == ["small (second): stopped before"]

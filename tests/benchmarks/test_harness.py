@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from undertow.benchmarks.case import Arm, Case, Measured, Trial
-from undertow.benchmarks.harness import run_case
+from undertow.benchmarks.harness import LATE, STOPPED, run_case
 from undertow.benchmarks.intervals import Interval
 from undertow.benchmarks.timing import Peers, Sample, SlowestRank
 
@@ -235,3 +235,12 @@ def test_all_ranks_agree_and_the_slowest_counts(ranks, world):
     assert rows[OURS] == [0, 2.0, world / 2]
     assert rows[RIVAL][0] == (0 if world == 1 else 1)  # wrong on one rank is wrong on all
     assert rows["here"] == [None, None, None]  # missing on one rank is missing on all
+
+
+def test_a_stop_ends_after_the_round_at_hand_and_keeps_its_samples():
+    clock, urgent = constant(plain=0.3, ours=0.1, rival=0.2), iter([0, LATE, STOPPED])
+    rows = run(case(), clock, rounds=9, hurry=lambda: next(urgent))
+    assert {row.arm: row.samples_s for row in rows}[OURS] == (0.1, 0.1)
+    assert all(row.wrong == 0 and row.seconds is None and row.ratio is None for row in rows)
+    assert all("stopped after 2 rounds" in row.said for row in rows)
+    assert "median 0.1 s" in {row.arm: row.said for row in rows}[OURS]

@@ -44,6 +44,9 @@ class Trial:
             seen.append((int(way[0]), bool(timed[0])))
         return seen
 
+    def forget(self) -> None:
+        self._lib.undertow_core_trial_forget(self._at)
+
     def put_off(self, rounds: int) -> None:
         self._lib.undertow_core_trial_put_off(self._at, rounds)
 

@@ -132,6 +132,24 @@ def test_ranks_stay_in_step_whatever_they_measure() -> None:
     assert {way for way, timed in least[third:] if timed} == {LIBRARY}
 
 
+def test_what_was_found_of_some_rounds_is_not_held_of_others() -> None:
+    trial = Trial()
+    trial.run(NEXT - 1, (1000, 2000, 700))
+    trial.put_off(64)
+    trial.forget()
+    # As at the start: no way is taken before there is evidence.
+    seen = trial.run(64 + 372 + 64, (1000, 1000, 1020))
+    assert [timed for _, timed in seen] == [False] * 64 + [True] * 27 + [False] * (372 - 27 + 64)
+    assert {way for way, timed in seen[64:] if not timed} == {LIBRARY}
+
+
+def test_rounds_that_are_interrupted_keep_what_was_found() -> None:
+    trial = Trial()
+    trial.run(NEXT - 1, (1000, 2000, 700))
+    trial.put_off(64)
+    assert trial.run(64 + 40, (1000, 2000, 700))[-1] == (ALL, False)
+
+
 def test_a_trial_begins_again_where_rounds_change() -> None:
     trial = Trial()
     trial.run(20, (1000, 10, 10))

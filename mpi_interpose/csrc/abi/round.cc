@@ -105,10 +105,11 @@ void round_closes(Round& r, bool whole, bool valid) {
   } else if (Habit* const h = r.habit) {
     if (!whole || (h->whole && h->whole != r.prints)) {
       h->trial.put_off(kIrregular);
-    } else if (timed && r.parts == 0) {
-      h->trial.put_off(kNothing);
-    } else if (h->trial.done(r.ns, timed && tables(r))) {
-      settle(r);
+    } else {
+      if (h->judged != r.prints) h->trial.forget();
+      h->judged = r.prints;
+      if (timed && r.parts == 0) h->trial.put_off(kNothing);
+      else if (h->trial.done(r.ns, timed && tables(r))) settle(r);
     }
     h->whole = whole ? r.prints : 0;
     scripted = whole && begin_script(r);

@@ -19,6 +19,7 @@ namespace undertow {
 // What a thread knows of rounds that begin with one message.
 struct Habit {
   uint64_t first = 0, whole = 0;  // fingerprints of the first message and of all
+  uint64_t judged = 0;            // of the rounds that the trial knows
   Trial trial;
 };
 

@@ -93,6 +93,7 @@ EXPORT void undertow_core_trial_series(void* trial, int tables, int64_t rounds, 
     t.done(ns[kWays * k + way], tables != 0);
   }
 }
+EXPORT void undertow_core_trial_forget(void* trial) { static_cast<Trial*>(trial)->forget(); }
 EXPORT void undertow_core_trial_put_off(void* trial, int rounds) { static_cast<Trial*>(trial)->put_off(rounds); }
 
 // The table that decides, for `measure` and `explain`: the preload asks the same code.

@@ -67,6 +67,14 @@ class Trial {
     checking_ = false;
     rest_ = rounds;
     least_ = 0;
+  }
+  // From now on other rounds are meant than those that were judged: nothing is known of them.
+  void forget() {
+    chosen_ = kTableWay;
+    tried_ = false;
+    burned_ = 0;
+    std::fill(hopeless_, hopeless_ + kWays, 0);
+    std::fill(gain_, gain_ + kWays, Gain());
     doubt_ = Doubt();
   }
   Way chosen() const { return chosen_; }

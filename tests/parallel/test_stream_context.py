@@ -102,7 +102,8 @@ def test_one_process_gradients_and_a_ring_that_all_ranks_call_alike(
 
 
 def allocated(rank, world, shape, dtype, tokens, batch):
-    """Bytes that one call of the ring allocates on this rank, by phase: the executor's memory, and copies of inputs."""
+    """Bytes that one call of the ring holds on this rank, by phase: the executor's memory, the most of what kernels
+    return that is alive at once in place of it, and copies of inputs."""
     bytes_of = collections.Counter()
     run, copying, phase = api._run, api._rows_first, ["forward"]
 
@@ -111,9 +112,18 @@ def allocated(rank, world, shape, dtype, tokens, batch):
             super().__init__(layout, inputs, **how)
             memory = {}
             for name, value in layout.values.items():
-                if value.role != "input" and value.dtype != "token":  # a token is one byte to lanes, and none to plans
-                    memory[self.tensors[name].untyped_storage().data_ptr()] = self.tensors[name].untyped_storage()
+                if name in self.former or value.role == "input" or value.dtype == "token":
+                    continue  # kept when it is there; the caller's; a token is one byte to lanes, and none to plans
+                memory[self.tensors[name].untyped_storage().data_ptr()] = self.tensors[name].untyped_storage()
             bytes_of[phase[0]] += sum(storage.nbytes() for storage in memory.values())
+            self.most = 0
+
+        def adopt(self, name, tensor, **how):
+            super().adopt(name, tensor, **how)
+            kept = [self.tensors[other].untyped_storage() for other in self.former if other in self.tensors]
+            now = sum({storage.data_ptr(): storage.nbytes() for storage in kept}.values())
+            bytes_of[phase[0]] += max(0, now - self.most)
+            self.most = max(self.most, now)
 
     def running(call, backward, inputs):
         phase[0] = "backward" if backward else "forward"

@@ -25,6 +25,7 @@ from .spread import own_part
 from .staging import Staging
 from .state import AppState, Leaf, local_tensor, refuse_odd
 from .watch import Watch
+from .whereabouts import Versions
 
 PARTS = 8  # of the lazy tensors at most, fenced one after the other as optimizers and their groups come to them
 
@@ -140,6 +141,7 @@ class Watched(NamedTuple):
     chunk: int
     tensors: list[torch.Tensor]
     sampler: Sampler
+    versions: Versions | None
 
 
 def ends(
@@ -174,7 +176,7 @@ def watch_parts(
     for end in (*borders, last):
         held = [tensor for tensor, chunk in zip(tensors, last_chunk) if begin < chunk <= end]
         if held:
-            parts.append(Watched(end, held, Sampler(held)))
+            parts.append(Watched(end, held, Sampler(held), Versions.of(held)))
             begin = end
     return parts
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -21,17 +22,27 @@ from .copies import HostCopier
 from .plan import SavePlan
 from .sample import Sampler
 from .staging import Staging
+from .whereabouts import Versions
 
-_version = attrgetter("_version")
+_version = attrgetter("_version")  # a tensor's
+
+
+def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
+    return list(map(_version, tensors))
+
+
 OnChunks = Callable[["Snapshot", int, Sequence[int], Any], None]
 
 
 class Seal:
     """Watches lazy `tensors` whose last byte lies in or before `chunk`: their version counters and samples."""
 
-    def __init__(self, chunk: int, tensors: Sequence[torch.Tensor], sampler: Sampler) -> None:
+    def __init__(
+        self, chunk: int, tensors: Sequence[torch.Tensor], sampler: Sampler, versions: Versions | None = None
+    ) -> None:
         self.chunk, self._tensors, self._sampler = chunk, tensors, sampler
-        self._versions = list(map(_version, tensors))
+        self._now = partial(_versions, tensors) if versions is None else versions.now
+        self._versions = self._now()
         self.verdict: tuple[torch.Tensor, Any] | None = None  # the samples', once they have been taken again
         self.behind: Any = None  # mark behind them, where they were taken in the order of the copies
         sampler.before()
@@ -44,7 +55,7 @@ class Seal:
 
     def moved(self) -> bool:
         """Whether a version counter has moved up to now."""
-        return list(map(_version, self._tensors)) != self._versions
+        return self._now() != self._versions
 
 
 class Snapshot:

@@ -237,10 +237,31 @@ def test_what_memory_does_not_tell_is_not_believed(monkeypatch):
     assert found is not None and found.unchanged()
     at = whereabouts.offsets()
     assert at is not None
-    for field in at._fields:
+    tensors[0].add_(1)
+    assert whereabouts.Versions.of(tensors) is not None
+    for field in {*at._fields} - {"counter"}:  # whose neighbour may be no address
         monkeypatch.setattr(whereabouts, "offsets", lambda field=field: at._replace(**{field: getattr(at, field) + 1}))
-        assert whereabouts.Whereabouts.of(tensors, [], []) is None
-    assert whereabouts.Whereabouts.of([], [], []) is None
+        kinds = whereabouts.Whereabouts.of(tensors, [], []), whereabouts.Versions.of(tensors)
+        assert None in kinds, field
+    assert whereabouts.Whereabouts.of([], [], []) is None and whereabouts.Versions.of([]) is None
+
+
+def test_versions_are_torchs_own():
+    tensors = [torch.zeros(4, 4), torch.zeros(()), torch.ones(3), torch.nn.Parameter(torch.ones(2)).detach()]
+    for _ in range(3):
+        tensors[1].add_(1)
+    found = whereabouts.Versions.of(tensors)
+    assert found is not None and found.now() == [0, 3, 0, 0]
+    tensors[0][2, 2] = 5.0
+    tensors[3].mul_(2)
+    assert found.now() == [1, 3, 0, 1] == [tensor._version for tensor in tensors]
+    tensors[2].data = torch.ones(7)
+    tensors[2].add_(1)
+    torch.utils.swap_tensors(tensors[1], torch.zeros(()))
+    assert found.now() == [tensor._version for tensor in tensors]
+    with torch.inference_mode():
+        none = torch.zeros(2)
+    assert whereabouts.Versions.of([none]) is None  # it has no counter
 
 
 def test_another_part_of_a_wrapper():

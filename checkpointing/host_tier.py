@@ -331,7 +331,8 @@ class HostTier:
         if self.coordinator.rank == 0:
             for step in self.folder.committed()[:-1]:
                 self.folder.remove(step)
-            self.folder.clear_scratch()
+            with suppress(OSError):  # somebody has removed it all
+                self.folder.clear_scratch()
             if remove:
                 shutil.rmtree(self.folder.root, ignore_errors=True)
         self.folder.release()

@@ -20,6 +20,7 @@ from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Trial
 from undertow.comms.builders.all_gather import ring_all_gather
 from undertow.comms.builders.all_to_all import all_to_all
 from undertow.comms.builders.reduce_scatter import direct_reduce_scatter, ring_reduce_scatter
+from undertow.comms.cuda_collectives import all_gather_single, reduce_scatter_single
 from undertow.comms.network import of_machine
 from undertow.comms.p2p import P2P
 from undertow.comms.schedule import Schedule
@@ -101,12 +102,12 @@ def _predicted_s(schedule: Schedule, machine: Machine | None) -> float | None:
 
 
 def _all_gather(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    dist.all_gather_into_tensor(out, x)
+    all_gather_single(out, x)
     return out
 
 
 def _reduce_scatter(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    dist.reduce_scatter_tensor(out, x)
+    reduce_scatter_single(out, x)
     return out
 
 

@@ -261,7 +261,8 @@ def test_nothing_changes_the_disk_past_the_recorder():
     """A method added to FileOps must be added to the recorder, or the tests above would see nothing of it."""
     known = {"mkdir", "create", "reuse", "pwrite", "finish", "abandon", "write_file", "rename"}
     known |= {"write_hint", "fsync_dir", "unlink", "rmtree"}
-    assert {name for name, _ in inspect.getmembers(FileOps, inspect.isfunction) if name[0] != "_"} == known
+    named = {name for name, _ in inspect.getmembers(FileOps, inspect.isfunction) if name[0] != "_"}
+    assert named - {"exists"} == known  # which only looks
     assert known <= set(vars(RecordingOps))
 
 

@@ -21,7 +21,7 @@ import typer
 from typer.testing import CliRunner
 
 from undertow.__main__ import main
-from undertow.benchmarks import checkpoint_stall, halo3d, kill_resume, overlap_timeline
+from undertow.benchmarks import checkpoint_stall, halo3d, halo3d_load, kill_resume, overlap_timeline
 from undertow.benchmarks.case import Context
 from undertow.benchmarks.discover import FOLDER, listed, load
 from undertow.benchmarks.mpi_datatypes import installed, label
@@ -165,6 +165,17 @@ def test_the_halo_and_its_model(capsys):
     for result in sorted((FOLDER / "results").glob("mpi_datatypes_openmpi-5*.json"))[-1:]:
         assert halo3d.main([str(result)]) == 0
         assert "64^3" in capsys.readouterr().out
+
+
+def test_a_halo_beside_other_programs(tmp_path, capsys):
+    """`python -m undertow.benchmarks.halo3d_load`; its times prove nothing here, that it starts and reads back does."""
+    kept = tmp_path / "kept.json"
+    words = ["--mpi", _mpi(), "--loads", "niced", "--starts", "2", "--turns", "1", "--output", str(kept)]
+    assert halo3d_load.main(words) == 0
+    (cell,) = json.loads(kept.read_text())["cells"]
+    assert len(cell["starts"]) == 2 and all(one["library"] > 0 for one in cell["starts"])
+    table = capsys.readouterr().out
+    assert halo3d_load.main(["--read", str(kept)]) == 0 and capsys.readouterr().out == table
 
 
 def test_one_kill_and_the_timeline(tmp_path, capsys):

@@ -27,7 +27,7 @@ from .problem import SCHEDULES, Problem
 
 DEFAULT = "ring_kv"
 MARGIN = 0.97  # another schedule must be predicted to take at most so much of the default's time
-_SIMULATED_RANKS = 16
+_SIMULATED_RANKS = 32  # which takes some seconds; what a bound leaves out decides between networks of two levels
 _MANY_RANKS, _FEW_SCHEDULES = 8, 5  # with more ranks than that, only so many schedules are simulated
 _ALWAYS = (DEFAULT, "all_gather_kv")  # the plain ways are always simulated
 STARTS_S = (0.07e-3, 0.27e-3)  # of a GPU's attention kernels, forward and backward; see `Rates.start_s`

@@ -668,6 +668,16 @@ def test_planning_leaves_out_only_what_cannot_win():
         assert left_out
 
 
+def test_what_many_ranks_exchange_between_nodes_is_simulated():
+    """By bounds heads would win; but all at once they wait for the cards between nodes, a ring sends beside work."""
+    rates = Rates.of(None, "bfloat16", topology="two_level")
+    problem = Problem(32, 32 * 8192, 32 * 8192, Heads(1, 32, 8, 128, 128, "bfloat16"), Mask(True))
+    found = choose(problem, rates, backward=True, names=("ring_kv", "ulysses"))
+    ring, heads = found.estimates
+    assert found.name == "ring_kv" and not ring.at_least and not heads.at_least
+    assert bound(problem, "ulysses", rates, backward=True) < bound(problem, "ring_kv", rates, backward=True)
+
+
 def test_the_planner_moves_what_is_small():
     """Bytes decide where the link does: keys for grouped heads, queries where there are few, heads for many ranks."""
     rates = Rates("slow link", (1e12, 1e12), 1e11, Network(1e-6, port_bytes_per_s=1e8))

@@ -98,6 +98,11 @@ class Recursion(nn.Module):
         return x + change if chosen is None else x + change * chosen.to(x.dtype)[..., None]
 
 
+# A run of spaces, say, begins with tokens that are alike in all they see. Their scores are equal, and rounding, which
+# differs in chunks or on other ranks, would choose among them: so the earlier is preferred, by a little more than that.
+TIE = 1e-6
+
+
 class MoR(nn.Module):
     """Follows `parallel.stream.protocol`: its layers are first, the recursions (which share a block), last."""
 
@@ -142,6 +147,7 @@ class MoR(nn.Module):
         if learned:
             assert layer.router is not None
             wanted = score(layer.router)
+            wanted = wanted - TIE * torch.arange(wanted.shape[1], device=wanted.device)
         else:
             wanted = -lots[recursion]
         best = wanted.masked_fill(alive == 0, -torch.inf).topk(count, dim=1).indices

@@ -69,6 +69,16 @@ def test_the_recursions_take_fewer_and_fewer_of_the_same_tokens():
     assert CONFIG.work() == 2 * 24 + 24 + 16 + 8
 
 
+def test_of_tokens_that_are_alike_the_earlier_are_chosen_whatever_rounding_says():
+    built, alive = model("learned", False), torch.ones(2, 24)
+    scores = 0.3 + 1e-7 * torch.arange(24.0).expand(2, 24)  # what a run of spaces has, and noise for the later ones
+    scores = scores.clone()
+    scores[1, 20] = 0.4  # one that is really wanted
+    chosen = built.choose(lambda head: scores, alive, 1, torch.zeros(3, 2, 24), causal=False)
+    assert chosen[0].nonzero().flatten().tolist() == [*range(16)]
+    assert chosen[1].nonzero().flatten().tolist() == [*range(15), 20]
+
+
 def short(folder: Path, switches: Switches, variant: str = "learned router", **options) -> Outcome:
     config = WORKLOAD.config(
         "ci", variant, steps=6, batch=2, length=24, width=32, checkpoint_every=3, eval_bytes=1000, warmup=2

@@ -90,7 +90,7 @@ def result_of(mpi: Mpi) -> list[dict]:
 
 def cases(context: Context) -> Sequence[Case]:
     folder = Path(tempfile.mkdtemp(prefix="undertow-halo3d-"))
-    steps = 150 if context.quick else 300  # more than the preload tries its ways for
+    steps = 800 if context.quick else 4000  # more than twice those in which the preload tries its ways
     return [
         _case(mpi, n, steps, folder) for mpi in installed() for n in ((32,) if context.quick else (16, 32, 64, 128))
     ]

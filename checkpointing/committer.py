@@ -198,7 +198,13 @@ class Committer:
 
     def _make_durable(self, part: Part) -> dict[str, Any]:
         save, ops = part.save, self.folder.ops
-        part.file.begin()
+        try:
+            part.file.begin()
+        except BaseException as error:
+            if not part.follows:  # no writer makes the file once more where it is about to be cleared away
+                save.snapshot.fail(error)
+                part.file.wait()
+            raise
         save.snapshot.wait_filled()
         part.file.wait()
         pickled = save.pickled()

@@ -4,8 +4,9 @@
 // transport, and a send that is packed may be best only where the receives are, too. So rounds that come again and again
 // are tried in each way, a few in a row (after a change of way, caches and the transport's buffers are the other way's, so
 // the first of these does not count), and the least of a row stands beside the least of the rows next to it. Turn for turn
-// such pairs are evidence (evidence.hh): a way is begun only where it is clear, else the rounds go the library's way. A way
-// that is taken is compared with the library's in a few rounds now and then, and given up when these speak against it.
+// such pairs are evidence (evidence.hh): a way is begun only where it is clear, else the rounds go the library's way. Between
+// turns rounds go the way that is chosen by then, so that a trial is the smaller part of any program's time. A way that is
+// taken is compared with the library's in a few rounds now and then, and given up when these speak against it.
 // No clock and no MPI in here. Which way a round is meant for, and which are timed, never depends on what was measured, and
 // a trial cut short is followed by a longer rest: ranks that run the same rounds stay in step. Each rank goes the way that
 // is meant as long as it may find it better, so that it sees the others go the way that it goes itself; in a check, each
@@ -24,10 +25,12 @@ enum Way : int { kLibraryWay, kTableWay, kAllWay, kWays };
 class Trial {
  public:
   static constexpr int kBegin = 4;                          // rounds before the first trial
-  static constexpr int kTurns = 28, kQuick = 8;             // turns of a trial at most; those with short rows
+  static constexpr int kTurns = 28, kQuick = 11;            // turns of a trial at most; those with short rows
   static constexpr int kShort = 3, kLong = 5;               // rounds in a row
   static constexpr int kConfirms = 8;                       // turns after a way was begun
-  static constexpr int kWhole = kWays * (kQuick * kShort + (kTurns - kQuick) * kLong);  // rounds of a trial
+  static constexpr int kPause = 1, kLongPause = 3;          // turn lengths that the chosen way goes after each turn
+  static constexpr int kWhole =                             // rounds of a trial
+      kWays * (kQuick * kShort * (1 + kPause) + (kTurns - kQuick) * kLong * (1 + kLongPause));
   static constexpr int kRest = 512, kLongest = 65536;       // rounds between trials: doubled each time
   static constexpr int kSoon = 64, kSeldom = 1024, kCheck = 2 * kShort;  // between checks, doubled; of a check
   static constexpr double kHopeless = 1.3;                  // loss for which a way is given up at once
@@ -139,7 +142,7 @@ class Trial {
     if (!tables && chosen_ != kTableWay) out_ |= 1u << kTableWay;  // it is the library's
     for (int way = 0; way < kWays; ++way)
       if (trial_ns_[way] == 0 || row_ns_[way] < trial_ns_[way]) trial_ns_[way] = row_ns_[way];
-    taken_back();
+    bool news = taken_back() || turn_ == 1;  // by now nothing is taken unasked
     const double now = row_ns_[chosen_];
     bool found[kWays] = {}, open = false;
     for (const Way way : {kTableWay, kAllWay}) {
@@ -156,8 +159,13 @@ class Trial {
       doubt_ = Doubt();
       gain_[kTableWay] = gain_[kAllWay] = Gain();
       confirms_ = kConfirms;
+      news = true;
     }
-    if (turn_ < kTurns && (open || confirms_ > 0)) return false;
+    if (turn_ < kTurns && (open || confirms_ > 0)) {
+      rest_ = turn_ <= kQuick ? kPause * kWays * kShort : kLongPause * kWays * kLong;
+      spent_ += rest_;
+      return news;
+    }
     for (const Way way : {kTableWay, kAllWay})
       if (way != chosen_ && trial_ns_[way] > kHopeless * trial_ns_[kLibraryWay]) ++hopeless_[way];
     turn_ = 0;

@@ -177,8 +177,8 @@ def test_a_round_goes_all_one_way_and_packs_what_the_table_leaves_alone_only_if_
     for rank in (0, 1):
         types = json.loads((tmp_path / f"report.{rank}.json").read_text())["types"]
         assert sum(row["send"]["taken"] for row in types) == 0
-        # 1,024 rounds: one before, 4 of rest, and a trial, of which 9 to 372 are timed and in three or more all receives
-        # are ours; where it was short, up to three checks in the rest.
+        # 1,024 rounds: one before, 4 of rest, and a trial; 9 to 372 are timed, three or more with all receives ours;
+        # where the trial was short, up to three checks in the rest.
         for row in types:
             assert row["recv"]["taken"] + row["recv"]["passed"] == 1024
             (checked,) = row["checked"]

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,29 @@ class Quota(FileOps):
     def write_file(self, path: Path, data: bytes) -> None:
         self._need(len(data))
         super().write_file(path, data)
+
+
+class SlowToFolders(FileOps):
+    """A disk without room for a shard; those who write chunks are slow to make its folder."""
+
+    def mkdir(self, path: Path) -> None:
+        if not threading.current_thread().name.startswith("undertow-commit"):
+            time.sleep(0.1)
+        super().mkdir(path)
+
+    def create(self, path: Path, nbytes: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_no_writer_makes_a_folder_again_that_is_being_cleared_away(tmp_path):
+    job = Job(layers=1)
+    with job.checkpointer(tmp_path / "c", every=1, ops=SlowToFolders()) as ckpt:
+        for step in range(6):
+            ckpt.step(step)
+            job.advance(step)
+            ckpt.wait()
+        assert ckpt.failures == 6
+        assert [path.name for path in (tmp_path / "c").iterdir() if ".tmp-" in path.name] == []
 
 
 def test_a_disk_that_is_full(tmp_path):

@@ -166,8 +166,10 @@ class TorchCheckpointing(Method):
 
 class Nvrx(TorchSave):
     """NVIDIA Resiliency Extension's asynchronous torch.save: copies to pinned memory and synchronises in the call, and
-    a lasting process writes. Without CUDA it calls torch.cuda.synchronize all the same, which raises, and sends to that
-    process by a thread that crashed (SIGSEGV, 0.4.1): the call is taken away there, and a forked process writes."""
+    a lasting process writes. What lies in host memory already (AdamW's step counts) it passes on as it is, and the next
+    update changes it before it is written: such tensors are copied for it here. Without CUDA it calls
+    torch.cuda.synchronize all the same, which raises, and sends to that process by a thread that crashed (SIGSEGV,
+    0.4.1): the call is taken away there, and a forked process writes."""
 
     def __init__(self, job: Job, folder: str) -> None:
         super().__init__(job, folder)
@@ -181,7 +183,8 @@ class Nvrx(TorchSave):
         self.drain()
         calm = nullcontext() if self.cuda else patch.object(torch.cuda, "synchronize", lambda *device: None)
         with calm:
-            self.checkpoint.async_save(self.job.tensors(), str(self.fresh()))
+            state = {key: value.clone() if value.is_cpu else value for key, value in self.job.tensors().items()}
+            self.checkpoint.async_save(state, str(self.fresh()))
 
     def drain(self) -> None:
         self.checkpoint.finalize_async_save(blocking=True)

@@ -9,9 +9,9 @@ import threading
 import pytest
 import torch
 
-from undertow.benchmarks import checkpoint_durable, checkpoint_flush, checkpoint_stall
+from undertow.benchmarks import checkpoint_durable, checkpoint_flush, checkpoint_stall, checkpoint_steps
 from undertow.benchmarks.case import Measured
-from undertow.benchmarks.checkpoint_job import Method, Size
+from undertow.benchmarks.checkpoint_job import Job, Method, Size
 from undertow.dist.machine import Machine
 from undertow.examples.lm import LMConfig
 
@@ -89,3 +89,31 @@ def test_a_save_is_durable_no_sooner_than_it_is_written(tmp_path, monkeypatch):
 def test_a_save_that_never_ends_is_an_error(tmp_path):
     with pytest.raises(TimeoutError, match="no sign of a complete save"):
         checkpoint_durable.Watch(Late(tmp_path), 0.0).result(timeout_s=0.05)
+
+
+def test_the_steps_after_a_save_are_compared_with_their_likes():
+    plain = checkpoint_steps.Arm("plain", steps_ms=[[10.0, 10.0], [11.0, 10.0], [10.0, 12.0]])
+    arm = checkpoint_steps.Arm("undertow", steps_ms=[[13.0, 10.0], [14.0, 10.0], [13.0, 12.0]])
+    assert checkpoint_steps.over_ms(arm, plain) == [3.0, 0.0]
+    assert checkpoint_steps.stall_text(arm, plain) == "3.0 (few rounds)"
+    arm.steps_ms, plain.steps_ms = 2 * arm.steps_ms, 2 * plain.steps_ms
+    assert checkpoint_steps.stall_text(arm, plain) == "3.0 [3.0, 3.0]"
+
+
+def test_steps_after_a_save_of_every_arm_and_an_arm_whose_file_is_wrong(tmp_path, monkeypatch):
+    job = Job(TINY, torch.device("cpu"), tmp_path)
+    checkpoint_stall.keep_open(job)
+    load = checkpoint_steps.Undertow.load
+
+    def spoilt(method):
+        return {key: value + ("host" in str(method.folder)) for key, value in load(method).items()}
+
+    monkeypatch.setattr(checkpoint_steps.Undertow, "load", spoilt)
+    arms = {arm.name: arm for arm in checkpoint_steps.run(job, ["ours", "arena"], 3, 2, 60.0, 0)}
+    assert "tensors are wrong" in arms.pop("undertow host").note
+    for arm in arms.values():
+        assert [len(row) for row in arm.steps_ms] == [3, 3] and min(map(min, arm.steps_ms)) > 0, arm
+        assert all(0 < cost["written_s"] <= cost["durable_s"] for cost in arm.costs)
+    page = checkpoint_steps.write(tmp_path, "tiny", {"facts": {"hardware": "a", "date": "b"}, "steps": 3, "seed": 0,
+                                  "state_bytes": 1}, list(arms.values()), ["ours"])  # fmt: skip
+    assert "| **undertow disk, arena 0.25** |" in page.read_text() and page.with_suffix(".png").stat().st_size

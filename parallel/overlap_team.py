@@ -91,6 +91,8 @@ class Team:
         self.gate, self._chooses = Gate(arms, self._gather, fixed=fixed, why=why, short_s=short_s), fixed is None
         self._making = Ways(self.engine, self.group, self._recorder)
         self.ways: dict[Hashable, Way] = {}  # of products that have settled, by `keys_of`
+        self.firsts = set[int]()  # how many numbers a first matrix has where the product can be made before the look-up
+        self._other = set[int]()  # and where it cannot
         self._mesh: DeviceMesh | None = None
 
     @property
@@ -102,15 +104,21 @@ class Team:
 
     def reduce_scatter(self, a_MK: Tensor, b_KN: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """This rank's rows of the sum of all a @ b; `sizes`: rows of each rank."""
+        y_MN = a_MK @ b_KN if a_MK.numel() in self.firsts else None
         case = SCATTER, a_MK.shape, b_KN.shape, sizes, a_MK.dtype
         way = self.ways.get(case)
-        return way(a_MK, b_KN) if way is not None else self._scattered(case, a_MK, b_KN, b_KN.shape[1], sizes)
+        if way is None:
+            return self._scattered(case, a_MK, b_KN, b_KN.shape[1], sizes)
+        return way(a_MK, b_KN) if y_MN is None else way(a_MK, b_KN, y_MN)
 
     def all_reduce(self, a_MK: Tensor, b_KN: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """The sum of all a @ b, the same bits on all ranks; `sizes`: rows that each rank adds up."""
+        y_MN = a_MK @ b_KN if a_MK.numel() in self.firsts else None
         case = SUM, a_MK.shape, b_KN.shape, sizes, a_MK.dtype
         way = self.ways.get(case)
-        return way(a_MK, b_KN) if way is not None else self._scattered(case, a_MK, b_KN, 2 * b_KN.shape[1], sizes)
+        if way is None:
+            return self._scattered(case, a_MK, b_KN, 2 * b_KN.shape[1], sizes)
+        return way(a_MK, b_KN) if y_MN is None else way(a_MK, b_KN, y_MN)
 
     def all_gather(self, a_rK: Tensor, bs: Sequence[Tensor], sizes: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
         """(all ranks' rows of a [M, K], its product with each b); `sizes`: rows of each rank."""
@@ -164,6 +172,8 @@ class Team:
         arm: Arm = self.gate.arms[chosen]
         plan = self.engine.plan(sizes, arm.subchunks, n if arm.columns and kind in self._in_columns else 0)
         way = self._making.of(kind, plan, arm, dtype)
+        if kind != GATHER:
+            self._guess(operands[0].numel(), None if self.gate.measuring(key) else self._making.plain(plan, arm, dtype))
         if not self.gate.measuring(key):
             self.ways |= dict.fromkeys(keys_of(case, *operands), way)
             if kind == SCATTER:
@@ -177,6 +187,16 @@ class Team:
         found = way(*operands)
         self.gate.took(key, chosen, self._now() - began_s)
         return found
+
+    def _guess(self, numbers: int, plain: bool | None) -> None:
+        """Whether the way of a reduction, whose first matrix has so many numbers, may be guessed to be `plain`: where
+        all that have settled are. None: this one has not, and each guess would cost it a product."""
+        if plain is False:
+            self._other.add(numbers)
+        if plain and numbers not in self._other:
+            self.firsts.add(numbers)
+        else:
+            self.firsts.discard(numbers)
 
     def _start(self) -> float:
         """When all ranks begin a measured call: else it would wait for what made another rank late before, and an arm
@@ -221,6 +241,7 @@ class Team:
     def close(self) -> None:
         """Collective."""
         self.ways.clear()  # they would go on with what is closed
+        self.firsts.clear()
         self.engine.close()
 
 

@@ -25,7 +25,7 @@ from .overlap_gate import Arm
 from .overlap_products import panel_of, rows_of
 
 SCATTER, SUM, GATHER = "matmul_reduce_scatter", "matmul_all_reduce", "all_gather_matmul"
-Way = Callable[..., Any]  # of (a, b), or of (a, several b) for a gather
+Way = Callable[..., Any]  # of (a, b) and, if it is plain, their product; of (a, several b) for a gather
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,18 @@ class Ways:
 
     def of(self, kind: str, plan: ChunkPlan, arm: Arm, dtype: torch.dtype) -> Way:
         group, rows, whole = self.group, plan.sizes[0], plan.rows
-        equal = len(set(plan.sizes)) == 1 and not dtype.is_complex  # a process group takes real numbers only
-        if arm.overlap or not equal or plan.world == 1 or not isinstance(self.engine, CudaOverlapEngine):
+        if not self.plain(plan, arm, dtype):
             return partial(self._gathered, plan, arm) if kind == GATHER else partial(self._multiplied, kind, plan, arm)
         if kind == SUM:
-            return lambda a, b: overlap_plain.all_reduce(a, b, group)
+            return lambda a, b, y=None: overlap_plain.all_reduce(a, b, group, y)
         if kind == SCATTER:
-            return lambda a, b: overlap_plain.reduce_scatter(a, b, rows, group)
+            return lambda a, b, y=None: overlap_plain.reduce_scatter(a, b, rows, group, y)
         return lambda a, bs: overlap_plain.all_gather(a, bs, whole, group)
+
+    def plain(self, plan: ChunkPlan, arm: Arm, dtype: torch.dtype) -> bool:
+        """Whether the way is a script's: the product and one collective."""
+        equal = len(set(plan.sizes)) == 1 and not dtype.is_complex  # a process group takes real numbers only
+        return not arm.overlap and equal and plan.world > 1 and isinstance(self.engine, CudaOverlapEngine)
 
     def prepare(self, plan: ChunkPlan, arm: Arm, a: Tensor, b: Tensor) -> None:
         """Before a reduce-scatter that is measured: record it where that arm would, or remember its addresses."""

@@ -38,9 +38,15 @@ def matmul_reduce_scatter(
     """
     if scatter_dim == 0 and reduce_op == "sum" and _as_it_is(A, B):
         team = group if type(group) is Team else team_of(group, A.device)
+        y = None
+        if A.numel() in team.firsts and A.dim() == 2:
+            try:
+                y = A @ B
+            except RuntimeError:  # what does not fit has not settled either, and is named below
+                y = None
         way = team.ways.get((SCATTER, A.shape, B.shape, A.dtype, B.dtype))
         if way is not None:
-            return way(A, B)
+            return way(A, B) if y is None else way(A, B, y)
     A, B = _cast(A, B)
     _fits(A, B)
     team, dim, average = team_of(group, A.device), _dim(scatter_dim, A.ndim), _average(reduce_op)
@@ -108,9 +114,15 @@ def matmul_all_reduce(A: Tensor, B: Tensor, reduce_op: str = "sum", group: Group
     """
     if reduce_op == "sum" and _as_it_is(A, B):
         team = group if type(group) is Team else team_of(group, A.device)
+        y = None
+        if A.numel() in team.firsts and A.dim() == 2:
+            try:
+                y = A @ B
+            except RuntimeError:  # what does not fit has not settled either, and is named below
+                y = None
         way = team.ways.get((SUM, A.shape, B.shape, A.dtype, B.dtype))
         if way is not None:
-            return way(A, B)
+            return way(A, B) if y is None else way(A, B, y)
     A, B = _cast(A, B)
     _fits(A, B)
     team, average = team_of(group, A.device), _average(reduce_op)

@@ -266,6 +266,65 @@ def test_a_settled_product_is_one_look_up_away_and_knows_casts_and_gradients(ran
     ranks(2, _settled, seed, monkeypatch)
 
 
+def _made_first(rank: int, world: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros and ones: every order of sums gives the same bits."""
+    generator = torch.Generator().manual_seed(seed + rank)
+    a, b = (_bits(*shape, dtype=torch.float32, generator=generator) for shape in ((6 * world, 5), (5, 3)))
+    summed, handed = a @ b, list[bool]()
+    dist.all_reduce(summed)
+    for name in ("reduce_scatter", "all_reduce"):
+        plainly = getattr(overlap_plain, name)
+
+        def spied(*operands: Any, plainly: Any = plainly) -> torch.Tensor:
+            handed.append(operands[-1] is not None)
+            return plainly(*operands)
+
+        monkeypatch.setattr(overlap_plain, name, spied)
+    mine, sizes = slice(6 * rank, 6 * rank + 6), (6,) * world
+    with contextlib.closing(Team(overlap="off")) as team:
+        team._making = Ways(_Untouched(), team.group, None)
+        for _ in range(2):
+            assert torch.equal(matmul_reduce_scatter(a, b, "sum", 0, team), summed[mine])
+            assert torch.equal(matmul_all_reduce(a, b, "sum", team), summed)
+            assert torch.equal(team.reduce_scatter(a, b, sizes), summed[mine])
+            assert torch.equal(team.all_reduce(a, b, sizes), summed)
+        assert handed == [False, False, *[True] * 6]  # what has not settled makes its own
+        deep = a.view(2 * world, 3, 5)
+        assert torch.equal(matmul_reduce_scatter(deep, b, "sum", 0, team).flatten(0, 1), summed[mine])
+        for fits_not in (b.double(), b.t().contiguous()):
+            with pytest.raises(UserError, match="a product of"):
+                matmul_reduce_scatter(a, fits_not, "sum", 0, team)
+        weight = b.clone().requires_grad_()
+        matmul_reduce_scatter(a, weight, "sum", 0, team).sum().backward()
+        assert weight.grad is not None and torch.equal(weight.grad, a.sum(0)[:, None].expand(5, 3))
+
+
+def test_a_product_that_is_guessed_to_stay_plain_is_made_before_it_is_looked_up(ranks, seed, monkeypatch):
+    """A GPU waits for the look-up, and nothing after the product makes up for that where the product is the longer."""
+    ranks(2, _made_first, seed, monkeypatch)
+
+
+def _guesses(rank: int, world: int) -> None:
+    with contextlib.closing(Team(overlap="off")) as team:
+        team._guess(12, True)
+        assert team.firsts == {12}
+        team._guess(12, None)  # another product of as many numbers, which is being measured
+        assert team.firsts == set()
+        team._guess(12, True)
+        assert team.firsts == {12}
+        for plain in (False, True, None, True):  # one that overlaps is never handed a product
+            team._guess(12, plain)
+            assert team.firsts == set()
+        a, b = torch.ones(6, 5), torch.ones(5, 3)
+        for _ in range(2):  # the engine of CPUs makes its products itself
+            assert torch.equal(matmul_reduce_scatter(a, b, "sum", 0, team), torch.full((6, 3), 5.0))
+        assert team.firsts == set()
+
+
+def test_only_where_every_product_of_so_many_numbers_stays_plain_is_that_guessed(ranks):
+    ranks(1, _guesses)
+
+
 def test_a_product_that_has_settled_keeps_the_recordings_of_its_own_arm_alone():
     class Recorder:
         def __init__(self) -> None:

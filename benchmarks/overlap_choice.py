@@ -10,7 +10,8 @@ The gate (`parallel.overlap_gate`) has two parts, and each is judged on cells fr
 
 The later rounds say which arm was best and what the choice costs: right within 3 %, or where the 95 % interval of the
 ratio does not exclude that. Rounds are interleaved, so both halves saw the same machine. What the automatic arm costs
-beside the arm it chose is not part of this: that is in the benchmark's own report.
+beside the arm it chose is not part of this: that is in the benchmark's own report. A last table says how far measured
+times are from the model alone.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ from statistics import mean, median
 from undertow.benchmarks.choice import RIGHT
 from undertow.benchmarks.intervals import LEAST_SAMPLES, ratio_interval
 from undertow.dist.errors import UserError
-from undertow.parallel.overlap_gate import CUDA_ARMS, ROUNDS, SEQUENTIAL, WIN, Arm, Gate, Rates
+from undertow.parallel.overlap_gate import CUDA_ARMS, ROUNDS, ROW_ARMS, SEQUENTIAL, WIN, Arm, Gate, Rates
+from undertow.parallel.overlap_queueing import Queueing
 
 SHARE, REGRET = 0.95, 0.02  # wanted: cells in which the choice is right at least, mean regret at most
+NEAR = 0.15  # of a prediction
+HELD = 2.0  # times as long as without overlap, where only the host can have held pieces up
 SEEN = ROUNDS + 1  # rounds that the gate gets; it leaves the first out, as a warm-up
 MEASURED, BOTH, MODEL = "measured", "modelled, then measured", "model alone"
 
@@ -56,15 +60,25 @@ class Known:
     product_s: float
     link_s: float
     set_link: bool
+    queueing: Queueing | None
 
 
 def known(
-    ranks: int, flops: float, nbytes: float, product_s: float, link_s: float, *, set_link: bool = False
-) -> dict[str, float]:
+    ranks: int, flops: float, nbytes: float, product_s: float, link_s: float, *, set_link: bool = False,
+    queueing: Queueing | None = None,
+) -> dict[str, float]:  # fmt: skip
     """The facts of an automatic arm from which the other cells' model is fitted: of one rank's product, the bytes that
-    it sends, and the times of the product and of the collective alone."""
+    it sends, the times of the product and of the collective alone, and what pieces cost the host."""
     link = {"set_link_s" if set_link else "link_s": link_s} if link_s else {}
-    return {"ranks": float(ranks), "Gflop": flops / 1e9, "sent_MB": nbytes / 1e6, "product_s": product_s, **link}
+    host = {"host_call_s": queueing.call_s, "host_piece_s": queueing.piece_s} if queueing else {}
+    return {
+        "ranks": float(ranks),
+        "Gflop": flops / 1e9,
+        "sent_MB": nbytes / 1e6,
+        "product_s": product_s,
+        **link,
+        **host,
+    }
 
 
 def told(extras: Mapping[str, float]) -> Known | None:
@@ -75,15 +89,27 @@ def told(extras: Mapping[str, float]) -> Known | None:
     return Known(
         extras["ranks"], extras["Gflop"] * 1e9, extras["sent_MB"] * 1e6, extras["product_s"], link_s,
         "set_link_s" in extras,
+        Queueing(extras["host_call_s"], extras["host_piece_s"]) if "host_piece_s" in extras else None,
     )  # fmt: skip
 
 
-def predictor(cell: Known, others: Sequence[Known]) -> Callable[[Arm], float]:
-    """The gate's model for `cell`, with the middle of the rates of the other cells. A message's latency is 0: it cannot
-    be told from whole collectives."""
+def queued(cell: Known, samples_s: Mapping[str, Sequence[float]]) -> Queueing | None:
+    """What pieces cost the host in a cell where nothing else can have set their pace: many pieces took `HELD` times as
+    long as the product and its collective one after the other. None elsewhere."""
+    few, many = (samples_s.get(arm.name) for arm in (ROW_ARMS[0], ROW_ARMS[-1]))
+    if cell.set_link or not few or not many or median(many) < HELD * (cell.product_s + cell.link_s):
+        return None
+    return Queueing.of(median(few), median(many), int(cell.ranks))
+
+
+def predictor(cell: Known, others: Sequence[Known], queueing: Sequence[Queueing] = ()) -> Callable[[Arm], float]:
+    """The gate's model for `cell`, with the middle of the rates of the other cells and, where they do not say what
+    pieces cost the host, of `queueing`. A message's latency is 0: it cannot be told from whole collectives."""
     flops = median(other.flops / other.product_s for other in others)
     links = [cell] if cell.set_link else others
-    rates = Rates(flops, median(each.nbytes / each.link_s for each in links), 0.0)
+    hosts = [other.queueing for other in others if other.queueing] or queueing
+    host = Queueing(*(median(each) for each in zip(*((q.call_s, q.piece_s) for q in hosts)))) if hosts else Queueing()
+    rates = Rates(flops, median(each.nbytes / each.link_s for each in links), 0.0, queueing=host)
     return lambda arm: rates.seconds(arm, int(cell.ranks), cell.flops, cell.nbytes)
 
 
@@ -119,21 +145,51 @@ def replay(
     return Replayed(case, chosen, best, ratio.median - 1, ratio.low - 1 <= RIGHT)
 
 
-def replay_all(report: Mapping) -> dict[str, list[Replayed]]:
-    """By part of the gate, the cells of `report`, a benchmark's JSON."""
+def read(report: Mapping) -> tuple[dict[str, dict[str, Sequence[float]]], dict[str, Callable[[Arm], float]]]:
+    """Of `report`, a benchmark's JSON, by case: each arm's samples, and the model that is fitted on the others."""
     samples, facts = dict[str, dict[str, Sequence[float]]](), dict[str, Known]()
     for row in report["rows"]:
         if row["seconds"]:
             samples.setdefault(row["case"], {})[row["arm"]] = row["samples_s"]
         if (found := told(row.get("extras", {}))) is not None:
             facts[row["case"]] = found
-    parts: dict[str, list[Replayed | None]] = {MEASURED: [replay(case, each) for case, each in samples.items()]}
+    models = dict[str, Callable[[Arm], float]]()
     for case, cell in facts.items():
-        if others := [other for name, other in facts.items() if name != case]:
-            predict = predictor(cell, others)
-            parts.setdefault(BOTH, []).append(replay(case, samples.get(case, {}), predict))
-            parts.setdefault(MODEL, []).append(replay(case, samples.get(case, {}), predict, measured=False))
+        if others := {name: other for name, other in facts.items() if name != case}:
+            hosts = (queued(other, samples.get(name, {})) for name, other in others.items())
+            models[case] = predictor(cell, list(others.values()), list(filter(None, hosts)))
+    return samples, models
+
+
+def replay_all(report: Mapping) -> dict[str, list[Replayed]]:
+    """By part of the gate, the cells of `report`."""
+    samples, models = read(report)
+    parts: dict[str, list[Replayed | None]] = {MEASURED: [replay(case, each) for case, each in samples.items()]}
+    for case, predict in models.items():
+        parts.setdefault(BOTH, []).append(replay(case, samples.get(case, {}), predict))
+        parts.setdefault(MODEL, []).append(replay(case, samples.get(case, {}), predict, measured=False))
     return {part: [cell for cell in cells if cell is not None] for part, cells in parts.items()}
+
+
+def gaps(report: Mapping) -> dict[str, list[float]]:
+    """By way, measured over predicted time in each cell of `report` that has a model."""
+    samples, models = read(report)
+    return {
+        arm.name: [median(samples[case][arm.name]) / models[case](arm) for case in timed]
+        for arm in CUDA_ARMS
+        if (timed := [case for case in models if samples.get(case, {}).get(arm.name)])
+    }
+
+
+def gap_table(found: Mapping[str, Sequence[float]]) -> str:
+    """A line for each way: the middle of these ratios, the least and the most, and how many are within `NEAR` of 1."""
+    lines = ["| way | measured / the model alone, median | least | most | within 15 % |", "|---|---:|---:|---:|---:|"]
+    lines += [
+        f"| {name} | {median(each):.2f} | {min(each):.2f} | {max(each):.2f} "
+        f"| {sum(abs(ratio - 1) <= NEAR for ratio in each)} of {len(each)} |"
+        for name, each in found.items()
+    ]
+    return "\n".join([*lines, ""]) if found else ""
 
 
 def markdown(name: str, parts: Mapping[str, Sequence[Replayed]]) -> str:
@@ -184,6 +240,8 @@ def main(argv: Sequence[str]) -> int:
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: {error}", expected="a file that `undertow bench overlap…` wrote") from error
         print(markdown(path.stem, replay_all(document)))
+        if table := gap_table(gaps(document)):
+            print(table)
     return 0
 
 

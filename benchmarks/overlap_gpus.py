@@ -31,6 +31,7 @@ from undertow.comms.cuda_collectives import all_gather_single, reduce_scatter_si
 from undertow.comms.overlap_cuda import CudaOverlapEngine
 from undertow.dist.errors import UserError
 from undertow.parallel.overlap_gate import ARMS, CUDA_ARMS, ROW_ARMS, SEQUENTIAL, trial_calls
+from undertow.parallel.overlap_queueing import Queueing
 from undertow.parallel.overlap_team import Team
 
 SHAPES = [(8192, 12288, 49152), (8192, 49152, 12288), (8192, 8192, 28672), (8192, 28672, 8192)]
@@ -111,7 +112,8 @@ class Ranks:
         flops = 2.0 * product.numel() * self.b.shape[1]
         nbytes = moved.numel() * moved.element_size() * (2 if self.pattern == SUM else 1)
         product_s, link_s = self._seconds(lambda: product @ self.b), self._seconds(collective)
-        return known(self.world, flops, nbytes * (self.world - 1) / self.world, product_s, link_s)
+        queueing = self.teams["auto"].queueing()
+        return known(self.world, flops, nbytes * (self.world - 1) / self.world, product_s, link_s, queueing=queueing)
 
     def _seconds(self, call: Callable[[], Any]) -> float:
         """The median of a few calls that all ranks begin together; on a GPU by its own clock, as the arms are timed."""
@@ -185,15 +187,19 @@ def close_teams() -> None:
         _teams.popitem()[1].close()
 
 
-def predicted(pattern: str, world: int, product_s: float, link_s: float) -> dict[str, float]:
-    """Seconds of the ways that a closed form exists for, from those of the product and of the collective alone.
+def predicted(pattern: str, world: int, product_s: float, link_s: float, queueing: Queueing) -> dict[str, float]:
+    """Seconds of the ways that a closed form exists for, from those of the product and of the collective alone, and of
+    the host that queues pieces.
 
     A gather is a scatter backwards: of its pieces the own one is there first, and the last one's product hides nothing.
     An all-reduce hides its reduce-scatter alone, which is half of it.
     """
     shown_s = link_s / 2 if pattern == SUM else 0.0
     found = {
-        arm.name: overlapped_scatter_seconds(world, product_s, link_s - shown_s, arm.subchunks) + shown_s
+        arm.name: max(
+            overlapped_scatter_seconds(world, product_s, link_s - shown_s, arm.subchunks) + shown_s,
+            queueing.seconds(arm, world),
+        )
         for arm in ROW_ARMS
     }
     return {PLAIN: product_s + link_s, SEQUENTIAL.name: product_s + link_s, **found}
@@ -207,7 +213,8 @@ def trial(pattern: str, shape: tuple[int, int, int], world: int, seed: int) -> T
 
     why = ranks.teams["auto"].gate.explain().splitlines()[-1]  # the team is that of all cases
     facts = ranks.facts()
-    expected_s = predicted(pattern, world, facts["product_s"], facts.get("link_s", 0.0))
+    queueing = ranks.teams["auto"].queueing()
+    expected_s = predicted(pattern, world, facts["product_s"], facts.get("link_s", 0.0), queueing)
 
     def checked(name: str, call: Callable[[], Any]) -> Arm:
         if name == "auto":

@@ -22,6 +22,7 @@ import torch
 from ..comms.chunk_plan import ChunkPlan, panels
 from ..comms.cost import overlapped_columns_seconds, overlapped_scatter_seconds
 from ..dist.machine import Machine
+from .overlap_queueing import Queueing
 
 ROUNDS = 5  # timed calls of each arm; one more before them warms it up
 WIN = 1.03  # least median of sequential / arm, over the rounds
@@ -94,12 +95,14 @@ def narrow(arm: Arm, n: int) -> bool:
 @dataclass(frozen=True)
 class Rates:
     """What the model needs: floating-point operations and bytes per second of one rank while all are busy, and the
-    seconds that one message costs. `memory_bytes_per_s`: at which a product reads its operands, where that is known."""
+    seconds that one message costs. `memory_bytes_per_s`: at which a product reads its operands, where that is known.
+    `queueing`: what pieces cost the host of a GPU."""
 
     flops: float
     bytes_per_s: float
     latency_s: float
     memory_bytes_per_s: float = float("inf")
+    queueing: Queueing = Queueing()
 
     @classmethod
     def of(cls, machine: Machine, dtype: str, device: str, link: str = "") -> Rates | None:
@@ -118,7 +121,8 @@ class Rates:
         messages_s = (world - 1) * arm.subchunks * self.latency_s
         if not arm.overlap:
             return gemm_s + link_s + messages_s
-        return hidden_seconds(arm, world, gemm_s, link_s) + messages_s
+        hidden_s = hidden_seconds(arm, world, gemm_s, link_s) + messages_s
+        return max(hidden_s, self.queueing.seconds(arm, world))
 
 
 def hidden_seconds(arm: Arm, world: int, gemm_s: float, link_s: float) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from ..dist.trace import Trace
 from .kernels.ordered_sum import ordered_sum
 from .kernels.tracked_matmul import unusable
 from .overlap_gate import ARMS, CUDA_ARMS, ROW_ARMS, SHORT_S, Arm, Gate, Rates, cut, fewer_reads, narrow
+from .overlap_queueing import Queueing, measure
 from .overlap_transport import gpu_messenger, may_replay
 from .overlap_ways import GATHER, SCATTER, SUM, Way, Ways, keys_of
 
@@ -94,6 +96,7 @@ class Team:
         self.firsts = set[int]()  # how many numbers a first matrix has where the product can be made before the look-up
         self._other = set[int]()  # and where it cannot
         self._mesh: DeviceMesh | None = None
+        self._queueing: Queueing | None = None
 
     @property
     def mesh(self) -> DeviceMesh:
@@ -213,9 +216,19 @@ class Team:
         if self.machine is None:
             return None
         rates = Rates.of(self.machine, dtype, self.device.type)
+        if rates is not None and self._chooses and self._recorder is not None:
+            rates = replace(rates, queueing=self.queueing())
         if rates is None or self.link is None:
             return rates
         return Rates(rates.flops, self.link.bytes_per_s, rates.latency_s + self.link.latency_s)
+
+    def queueing(self) -> Queueing:
+        """What pieces cost the slowest rank's host, of a GPU; measured when it is first asked for. Collective."""
+        if self._queueing is None and isinstance(self.engine, CudaOverlapEngine):
+            mine = measure(self.engine)
+            all_s = self._gather(torch.tensor([mine.call_s, mine.piece_s], dtype=torch.float64))
+            self._queueing = Queueing(*torch.stack(all_s).max(0).values.tolist())
+        return self._queueing or Queueing()
 
     def _agreed(self, machine: Machine | None) -> Machine | None:
         """Rank 0's machine on all ranks, so that all choose alike."""

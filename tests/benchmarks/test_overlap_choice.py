@@ -10,15 +10,19 @@ from undertow.benchmarks.overlap_choice import (
     BOTH,
     MODEL,
     SEEN,
+    gap_table,
+    gaps,
     known,
     main,
     markdown,
     predictor,
+    queued,
     replay,
     replay_all,
     told,
 )
-from undertow.parallel.overlap_gate import ARMS, SEQUENTIAL
+from undertow.parallel.overlap_gate import ARMS, CUDA_ARMS, SEQUENTIAL
+from undertow.parallel.overlap_queueing import Queueing
 
 UNSEEN = 9
 
@@ -95,3 +99,46 @@ def test_a_model_that_errs_on_the_cell_left_out_shows():
     text = markdown("x", parts)
     assert "| modelled, then measured | 5 of 5 | 0.0% | reached |" in text
     assert "| model alone | 4 of 5 | 5.0% | missed |" in text
+
+
+def test_what_pieces_cost_the_host_is_read_off_cells_that_nothing_else_can_have_held_up():
+    """Two ranks: 2 and 8 pieces take 3 + 2 and 3 + 8 s, where product and collective take 4 s."""
+    cell = told(known(2, 1e12, 1e9, 3.0, 1.0))
+    assert cell is not None
+    assert queued(cell, {"overlap, 1 piece": [5.0], "overlap, 4 pieces": [11.0]}) == Queueing(3.0, 1.0)
+    assert queued(cell, {"overlap, 1 piece": [5.0], "overlap, 4 pieces": [7.9]}) is None
+    assert queued(cell, {"overlap, 4 pieces": [11.0]}) is None
+    set_link = told(known(2, 1e12, 1e9, 3.0, 1.0, set_link=True))
+    assert set_link is not None
+    assert queued(set_link, {"overlap, 1 piece": [5.0], "overlap, 4 pieces": [11.0]}) is None
+
+
+def test_the_model_says_no_less_than_the_host_needs_for_the_pieces():
+    """The others' host: what they measured, else what was read off them. 1 s of product, 1 s of collective, 2 ranks."""
+    cell = told(known(2, 1e12, 1e9, 1.0, 1.0))
+    measured = told(known(2, 1e12, 1e9, 1.0, 1.0, queueing=Queueing(1.0, 0.25)))
+    assert cell is not None and measured is not None
+    predict = predictor(cell, [cell, measured], [Queueing(9.0, 9.0)])
+    assert [predict(arm) for arm in ARMS[:4]] == pytest.approx([2.0, 1.5, 2.0, 3.0])
+    predict = predictor(cell, [cell], [Queueing(1.0, 0.25)] * 2 + [Queueing(9.0, 9.0)])
+    assert [predict(arm) for arm in ARMS[:4]] == pytest.approx([2.0, 1.5, 2.0, 3.0])
+    columns, replayed = (
+        next(arm for arm in CUDA_ARMS if arm.name.startswith(x)) for x in ("columns, 8", "replayed, 2")
+    )
+    assert predict(columns) == pytest.approx(1.0 + 9 * 0.25) and predict(replayed) == pytest.approx(1.25)
+
+
+def test_measured_times_stand_beside_those_of_the_model():
+    facts = known(2, 1e12, 1e9, 1.0, 1.0)
+    rows = [
+        {"case": case, "arm": arm, "seconds": {}, "samples_s": samples, "extras": facts if arm == "auto" else {}}
+        for case, slower in (("a", 1.0), ("b", 1.1), ("c", 1.2))
+        for arm, samples in (("sequential", [2.0 * slower] * 3), ("overlap, 1 piece", [1.5] * 3), ("auto", [1.5]))
+    ]
+    for row in rows:
+        row["seconds"] = {"median": row["samples_s"][0]}
+    found = gaps({"rows": rows})
+    assert found["sequential"] == pytest.approx([1.0, 1.1, 1.2]) and found["overlap, 1 piece"] == pytest.approx(
+        [1.0] * 3
+    )
+    assert "| sequential | 1.10 | 1.00 | 1.20 | 2 of 3 |" in gap_table(found) and gap_table({}) == ""

@@ -30,6 +30,7 @@ from undertow.comms.symmetric_messenger import Mapped, Seat, SymmetricMessenger,
 from undertow.comms.trigger import GlooMessenger
 from undertow.dist.errors import PeerLost
 from undertow.parallel.overlap_gate import CUDA_ARMS, REPLAYED_ARMS
+from undertow.parallel.overlap_queueing import measure
 
 
 class _Now:
@@ -166,6 +167,8 @@ def _with_stand_ins(rank: int, world: int, seed: int) -> None:
     engine = CudaOverlapEngine(device=torch.device("cpu"), messenger=_Eager())
     for rows in (0, 1, 7, 24):
         assert right(engine, torch.device("cpu"), rows, seed), rows
+    queueing = measure(engine)
+    assert min(queueing.call_s, queueing.piece_s) >= 0 and queueing.seconds(CUDA_ARMS[1], world) > 0
     engine.close()
 
 

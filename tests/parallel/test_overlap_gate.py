@@ -10,6 +10,7 @@ import torch
 from undertow.benchmarks.intervals import interval_rank
 from undertow.comms.chunk_plan import ChunkPlan
 from undertow.dist.machine import Link, Machine
+from undertow.parallel import overlap_queueing
 from undertow.parallel.overlap_gate import (
     AGAIN,
     ARMS,
@@ -26,6 +27,7 @@ from undertow.parallel.overlap_gate import (
     surely,
     trial_calls,
 )
+from undertow.parallel.overlap_queueing import Queueing
 
 MACHINE = Machine("made up", links={"gloo": Link(1e-4, 1e9)}, flops={"gemm/float32": 1e11})
 
@@ -207,3 +209,43 @@ def test_columns_are_tried_where_the_first_operand_is_the_smaller():
     assert seconds[ARMS[1]][0] == pytest.approx(1e-3 * (1 + 1 / 8))
     assert seconds[eight][0] == pytest.approx(1e-3 * (1 + 7 / 8 * first), rel=1e-3)
     assert seconds[ARMS[1]][1] > 1.25 * seconds[eight][1]  # where memory is slow
+
+
+def test_what_pieces_cost_the_host_is_measured_by_few_and_many_of_them():
+    """A call takes 5 s and 3 more for each of its pieces; every second one, with the first, is disturbed."""
+
+    class Engine:
+        world, device, rank = 3, torch.device("cpu"), 0
+
+        def __init__(self) -> None:
+            self.now_s, self.calls = 0.0, 0
+
+        def plan(self, sizes: tuple[int, ...], subchunks: int) -> ChunkPlan:
+            return ChunkPlan(self.rank, sizes, subchunks)
+
+        def reduce_scatter(self, plan: ChunkPlan, product, y: torch.Tensor) -> None:
+            product(0, plan.rows)
+            assert y.abs().sum() == 0
+            self.now_s += 5 + 3 * len(plan.scatter_order) + 100 * (self.calls % 2 == 0)
+            self.calls += 1
+
+    engine = Engine()
+    found = overlap_queueing.measure(engine, now=lambda: engine.now_s)  # type: ignore[arg-type]
+    assert found == Queueing(5.0, 3.0) and engine.calls == 2 * overlap_queueing.CALLS
+    assert Queueing.of(2.0, 1.0, 3) == Queueing(2.0, 0.0)  # noise is no gain
+
+
+def test_no_arm_takes_less_than_the_host_needs_to_queue_it():
+    """8 ranks: 1 ms of product, 1 ms of link, 50 us for a piece and 100 for a call; a replay is one launch."""
+    slow, none = (Rates(1e15, 1e11, 0.0, queueing=each) for each in (Queueing(100e-6, 50e-6), Queueing()))
+    for arm in CUDA_ARMS:
+        device_s, found_s = none.seconds(arm, 8, 1e12, 1e8), slow.seconds(arm, 8, 1e12, 1e8)
+        if not arm.overlap or arm.replayed:
+            assert found_s == device_s
+        else:
+            pieces = arm.subchunks + 1 if arm.columns else 8 * arm.subchunks
+            assert found_s == pytest.approx(max(device_s, 100e-6 + pieces * 50e-6))
+    gate = Gate(CUDA_ARMS, alone)  # what the host cannot queue in time is not tried
+    play(gate, lambda arm: 1.0, calls=1, predict=lambda arm: slow.seconds(arm, 8, 1e11, 1e7))
+    tried = {CUDA_ARMS[arm].name for arm in gate._trials["p"].arms}
+    assert tried == {"sequential", *(arm.name for arm in CUDA_ARMS if arm.replayed)}

@@ -16,8 +16,10 @@ import torch.distributed._symmetric_memory as symmetric
 from undertow.comms.chunk_plan import ChunkPlan
 from undertow.comms.overlap_cuda import CudaOverlapEngine
 from undertow.dist.errors import UserError
-from undertow.parallel import all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter, overlap_plain
+from undertow.dist.machine import Link, Machine
+from undertow.parallel import all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter, overlap_plain, overlap_team
 from undertow.parallel.overlap_gate import ARMS, CUDA_ARMS, SEQUENTIAL, cut
+from undertow.parallel.overlap_queueing import Queueing
 from undertow.parallel.overlap_team import Team, close_teams, team_of
 from undertow.parallel.overlap_ways import GATHER, SCATTER, SUM, Ways
 from undertow.parallel.tensor_parallel import RowParallelLinear, token_share
@@ -323,6 +325,31 @@ def _guesses(rank: int, world: int) -> None:
 
 def test_only_where_every_product_of_so_many_numbers_stays_plain_is_that_guessed(ranks):
     ranks(1, _guesses)
+
+
+def _slowest_host(rank: int, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = [Queueing(1.0, 4.0), Queueing(2.0, 3.0)][rank]
+    machine = Machine("made up", links={"nccl": Link(0.0, 1e11)}, flops={"gemm/float32": 1e15})
+    with contextlib.closing(Team(machine=machine)) as team:
+        assert team.queueing() == Queueing()  # a CPU's engine has threads for that
+        asked = list[Any]()
+        monkeypatch.setattr(overlap_team, "measure", lambda engine: asked.append(engine) or mine)
+        real, team.engine, team._recorder = team.engine, _Untouched(), None
+        team.device = torch.device("cuda")  # of which nothing is used but its name
+        try:
+            rates = team._rates("float32")
+            assert rates is not None and rates.queueing == Queueing() and not asked  # nothing that records, no GPU
+            team._recorder = object()  # type: ignore[assignment]
+            for _ in range(2):
+                rates = team._rates("float32")
+                assert rates is not None and rates.queueing == Queueing(2.0, 4.0) == team.queueing()
+            assert len(asked) == 1
+        finally:
+            team.engine = real
+
+
+def test_the_model_reckons_with_the_slowest_host(ranks, monkeypatch):
+    ranks(2, _slowest_host, monkeypatch)
 
 
 def test_a_product_that_has_settled_keeps_the_recordings_of_its_own_arm_alone():

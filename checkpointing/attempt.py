@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from ..dist.errors import PeerLost
 
 MEETINGS = ("plan", "staging", "host", "arena")  # where all ranks do something together, or none
+CLAIMS = ("claim", "again")  # where rank 0 says which generation of memory a save gets; again, if not before the state
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Attempt:
         return replace(self, tiers=tuple(other for other in self.tiers if other != tier))
 
     def at(self, meeting: str) -> str:
-        """The name under which ranks meet: one of `MEETINGS`, or "claim"."""
+        """The name under which ranks meet: one of `MEETINGS` or of `CLAIMS`."""
         return f"{self.name}/{meeting}"
 
 

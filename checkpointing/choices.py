@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from ..dist.errors import PeerLost
 from .coordinate import Coordinator
 
 T = TypeVar("T")
-AHEAD = 8  # ranks are never that many saves apart: older words are deleted
+AHEAD = 16  # words that stay, two of a save at most: ranks are never so many saves apart, and older ones are deleted
 LATE_S = 60.0  # whoever has waited so long makes it none for all: a late choice costs one save
+
+
+@dataclass(frozen=True)
+class StateFirst:
+    """Rank 0's word where it cannot choose yet: all ranks read the state, and ask again."""
 
 
 class Choices:
@@ -27,13 +33,20 @@ class Choices:
             self._coordinator.forget(self._said.popleft())
 
     def tell(
-        self, name: str, mine: T | None, *, undo: Callable[[T], None], but: Callable[[], bool] | None = None
-    ) -> T | None:
+        self,
+        name: str,
+        mine: T | StateFirst | None,
+        *,
+        undo: Callable[[T], None],
+        but: Callable[[], bool] | None = None,
+        patience_s: float | None = None,
+    ) -> T | StateFirst | None:
         """Rank 0's choice `mine` on all ranks, under one `name`; None where there is none or it came too late. `undo`
-        is called with a choice that does not hold. `PeerLost` with the reason that a rank has given for it instead.
-        None on another rank as soon as `but` is true."""
-        chosen = self._coordinator.lead(name, mine, otherwise=None, timeout_s=LATE_S, but=but)
-        if mine is not None and mine != chosen:
+        is called with a choice that does not hold. `PeerLost` with the reason that a rank has given for it instead, as
+        it is after `patience_s`, where that is said. None on another rank as soon as `but` is true."""
+        late = f"rank {self._coordinator.rank} waited {patience_s:g} s in vain for rank 0" if patience_s else None
+        chosen = self._coordinator.lead(name, mine, otherwise=late, timeout_s=patience_s or LATE_S, but=but)
+        if mine is not None and mine != chosen and not isinstance(mine, StateFirst):
             undo(mine)
         if self._coordinator.rank == 0:
             self._said.append(name)

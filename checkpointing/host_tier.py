@@ -25,7 +25,7 @@ from ..dist.errors import PeerLost, UserError
 from ..dist.log import get_logger
 from ..dist.units import format_bytes
 from .attempt import Attempt
-from .choices import Choices
+from .choices import Choices, StateFirst
 from .coordinate import Coordinator
 from .generation import Generation
 from .memory_folder import MemoryFolder
@@ -160,11 +160,20 @@ class HostTier:
             self.folder.ops.mkdir(folder)
         return folders
 
-    def claim(self, attempt: Attempt, *, flush: bool) -> tuple[int, Path] | None:
+    def ready(self, plan: SavePlan) -> bool:
+        """Whether the generations are there and made for `plan`."""
+        return plan is self._plan
+
+    def claim(
+        self, attempt: Attempt, *, flush: bool, ready: bool, again: bool = False
+    ) -> tuple[int, Path] | StateFirst | None:
         """A generation for the save of `attempt`, and its folder; None when all are needed. All ranks alike. `PeerLost`
-        with the reason that a rank has given for it instead.
+        with the reason that a rank has given for it instead. Asked before the state is read, so that a save which finds
+        none costs no look at it; `StateFirst` where that cannot be told yet: then the state is read, `prepare` called,
+        and asked `again`.
 
         `flush`: another tier will read it too, and it is not claimed again before `done` has been called for that.
+        `ready`: this rank's generations are made for the last plan.
         """
         self._claims += 1
         chosen = self._chosen_ahead(attempt, flush)
@@ -172,10 +181,11 @@ class HostTier:
             return chosen
         mine = None
         if self.coordinator.rank == 0:
-            self.forget_after(attempt.step)
-            mine = self._choose(attempt.step, flush)
+            mine = self._choose(attempt.step, flush, again) if ready else StateFirst()
         but = (lambda: attempt.number in self._ahead) if attempt.rising else None
-        chosen = self._choices.tell(attempt.at("claim"), mine, undo=lambda one: self.release(one[0]), but=but)
+        name, patience_s = attempt.at("again" if again else "claim"), None if ready else WAIT_S
+        undo = lambda one: self.release(one[0])  # noqa: E731
+        chosen = self._choices.tell(name, mine, undo=undo, but=but, patience_s=patience_s)
         if chosen is None:
             chosen = self._chosen_ahead(attempt, flush)
         self.skipped += chosen is None
@@ -201,14 +211,16 @@ class HostTier:
 
     def choose_ahead(self, index: int, step: int, number: int) -> tuple[int, int, Path] | None:
         """Rank 0, in the background: `step`, the attempt `number`, has been committed in generation `index`. The
-        attempt after the next one gets a generation now, if one is free, so that no training thread has to wait for
-        rank 0's: that attempt's number, the generation and its folder, which all ranks are told with the verdict."""
+        attempt after the next one gets a generation now, if one is free and the next one has its own or another is
+        free for it, so that no training thread has to wait for rank 0's: that attempt's number, the generation and its
+        folder, which all ranks are told with the verdict."""
         with self._changed, suppress(OSError):
             held = self._slots[index]
             held.step, held.folder = step, self.folder.final(step)
             later = number + 2
+            between = number + 1 > self._numbered and number + 1 not in self._ahead
             free = self._free(None)
-            if free is None or later <= self._numbered:
+            if free is None or later <= self._numbered or len(self._all_free(None)) <= between:
                 return None
             name = f"{self.coordinator.token}-{later:x}-{free:x}"
             self._invalidate(self._slots[free], self.folder.scratch(0, name))
@@ -223,9 +235,13 @@ class HostTier:
         with self._changed:
             self._ahead[later] = index, folder
 
-    def _choose(self, step: int, flush: bool) -> tuple[int, Path] | None:
+    def _choose(self, step: int, flush: bool, again: bool) -> tuple[int, Path] | StateFirst | None:
+        self.forget_after(step)
         with self._changed:
-            # a commit in memory takes milliseconds and is worth waiting for; a flush to disk is not
+            # a commit in memory takes milliseconds and is worth waiting for, but first the state can be read meanwhile;
+            # a flush to disk is not
+            if not again and self._free(step) is None and self._committing():
+                return StateFirst()
             self._changed.wait_for(lambda: self._free(step) is not None or not self._committing(), timeout=1.0)
             index = self._free(step)
             if index is None:
@@ -235,11 +251,15 @@ class HostTier:
             slot.users = {"host", "flush"} if flush else {"host"}
         return index, slot.folder
 
-    def _free(self, step: int | None) -> int | None:
+    def _all_free(self, step: int | None) -> list[int]:
+        """What a save of `step` may overwrite: never the newest valid one, unless it is of that step."""
         same = [index for index, slot in enumerate(self._slots) if slot.step == step is not None]
         newest = max((slot.step for slot in self._slots if slot.step is not None), default=None)
         usable = same or [index for index, slot in enumerate(self._slots) if slot.step is None or slot.step != newest]
-        free = [index for index in usable if not self._slots[index].users]
+        return [index for index in usable if not self._slots[index].users]
+
+    def _free(self, step: int | None) -> int | None:
+        free = self._all_free(step)
         return min(free, key=lambda index: -1 if (held := self._slots[index].step) is None else held, default=None)
 
     def _committing(self) -> bool:

@@ -17,7 +17,7 @@ from ..dist.errors import PeerLost, UserError
 from ..dist.trace import Trace
 from ..dist.units import format_bytes
 from .attempt import Attempt
-from .choices import Choices
+from .choices import Choices, StateFirst
 from .coordinate import Coordinator
 from .copies import HostCopier
 from .generation import Generation
@@ -162,18 +162,26 @@ class PartnerTier:
 
     # -- saves --------------------------------------------------------------------------------------------------------
 
-    def claim(self, attempt: Attempt, *, flush: bool) -> tuple[int, Path] | None:
+    def ready(self, plan: SavePlan) -> bool:
+        """As `HostTier.ready`."""
+        return plan is self._plan
+
+    def claim(
+        self, attempt: Attempt, *, flush: bool, ready: bool, again: bool = False
+    ) -> tuple[int, Path] | StateFirst | None:
         """As `HostTier.claim`."""
         step = attempt.step
-        if step <= self._last:
+        if step <= self._last and not again:
             self.forget_after(step)
         self._last, mine = step, None
         if self.coordinator.rank == 0:
-            mine = self._choose(flush)
-        chosen = self._choices.tell(attempt.at("claim"), mine, undo=lambda one: self.release(one[0]))
+            mine = self._choose(flush) if ready else StateFirst()
+        name, patience_s = attempt.at("again" if again else "claim"), None if ready else WAIT_S
+        chosen = self._choices.tell(name, mine, undo=lambda one: self.release(one[0]), patience_s=patience_s)
         if chosen is None:
             self.skipped += 1
-            return None
+        if chosen is None or isinstance(chosen, StateFirst):
+            return chosen
         own, there = chosen
         self._chosen[own] = there
         path = self._entry("own", self.coordinator.rank, own)

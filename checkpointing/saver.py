@@ -15,6 +15,7 @@ from ..dist.errors import PeerLost
 from .arena import Memory
 from .attempt import Attempt, one_save
 from .budget import Budget
+from .choices import StateFirst
 from .fences import Fences
 from .live import LiveState
 from .pipeline import Pipeline
@@ -53,10 +54,15 @@ class Saver:
         and a report says why."""
         claimed = None
         try:
-            values = self._live.values(attempt.name, self._before_planning)
             attempt, claimed = self._claim(attempt)
-            if not attempt.tiers:
+            if not attempt.tiers:  # known before any look at the state, which would be dear for nothing
                 return False
+            values = self._live.values(attempt.name, self._before_planning)
+            if self._in_memory(attempt) and (claimed is None or not self._ready):
+                claimed = None  # what it was of has gone with the plan
+                attempt, claimed = self._claim_again(attempt)
+                if not attempt.tiers:
+                    return False
             with one_save(self._coordinator.rank):
                 self._start(attempt, values, claimed)
         except Exception as error:
@@ -85,17 +91,36 @@ class Saver:
         self._pipeline.drain(far=False)  # a slow store must not hold up the step in which the state grows
         self._budget.drop()
 
-    def _claim(self, attempt: Attempt) -> tuple[Attempt, Claim | None]:
-        """A generation of host memory for `attempt`; where there is none, its other tiers go on without."""
-        host, claimed = self._tiers.host, None
-        if host is not None and host.tier in attempt.tiers:
-            try:
-                host.prepare(attempt.at("host"), self._live.plan, pinned=self._live.pinned)
-            except PeerLost as error:  # on all ranks
-                self._reports.take(dropped(attempt, [host.tier], str(error)))
-            else:
-                claimed = host.claim(attempt, flush="disk" in attempt.tiers)
-        return (attempt.without(host.tier) if host is not None and claimed is None else attempt), claimed
+    def _in_memory(self, attempt: Attempt) -> bool:
+        return self._tiers.host is not None and self._tiers.host.tier in attempt.tiers
+
+    @property
+    def _ready(self) -> bool:
+        """Whether host memory is made for the last plan, as far as this rank knows."""
+        host = self._tiers.host
+        return host is not None and self._live.planned and host.ready(self._live.plan)
+
+    def _claim(self, attempt: Attempt, *, again: bool = False) -> tuple[Attempt, Claim | None]:
+        """A generation of host memory for `attempt`; where none is free, its other tiers go on without. Where only the
+        state can tell, `attempt` stays as it is and has none yet. Rank 0's word says which, so that all go one way."""
+        host = self._tiers.host
+        if host is None or host.tier not in attempt.tiers:
+            return attempt, None
+        found = host.claim(attempt, flush="disk" in attempt.tiers, ready=self._ready, again=again)
+        if isinstance(found, StateFirst):
+            return attempt, None
+        return (attempt.without(host.tier) if found is None else attempt), found
+
+    def _claim_again(self, attempt: Attempt) -> tuple[Attempt, Claim | None]:
+        """The same once the state is known, and memory made for its plan."""
+        host = self._tiers.host
+        assert host is not None
+        try:
+            host.prepare(attempt.at("host"), self._live.plan, pinned=self._live.pinned)
+        except PeerLost as error:  # on all ranks
+            self._reports.take(dropped(attempt, [host.tier], str(error)))
+            return attempt.without(host.tier), None
+        return self._claim(attempt, again=True)
 
     def _arena(self, attempt: Attempt) -> Memory:
         """The arena, made on all ranks or none."""

@@ -21,7 +21,7 @@ from ..dist.log import get_logger
 from ..dist.trace import Trace
 from ..dist.units import format_bytes
 from .arena import Memory
-from .attempt import MEETINGS, Attempt
+from .attempt import CLAIMS, MEETINGS, Attempt
 from .bucket import WAITING, Bucket, BucketFile
 from .bucket_folder import BucketFolder
 from .committer import Committer, Home, Part
@@ -150,7 +150,8 @@ class Tiers:
         with suppress(PeerLost, RuntimeError, dist.DistError):  # rank 0 is gone: nobody is left to tell
             for name in map(attempt.at, MEETINGS):
                 self.coordinator.decide(f"{name}/verdict", reason)
-            self.coordinator.decide(attempt.at("claim"), reason)
+            for name in map(attempt.at, CLAIMS):
+                self.coordinator.decide(name, reason)
             for tier in attempt.tiers:
                 committer = self._committers[tier]
                 scratch = committer.folder.scratch(attempt.step, self._token(tier, attempt))

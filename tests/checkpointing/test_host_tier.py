@@ -292,6 +292,18 @@ def test_no_training_thread_waits_for_a_choice_that_was_made_before(tmp_path, ow
         assert set(asked[4:]) <= {"12"}  # whose turn was told with the save that was none of memory
 
 
+def test_two_generations_are_enough_for_every_save_that_follows_a_commit(tmp_path):
+    """What is chosen ahead for the save after the next one must leave the next one its turn."""
+    job = Job(layers=1)
+    job.advance(0)
+    with job.checkpointer(tmp_path / "c", host_every=1, host_generations=2) as ckpt:
+        for step in range(6):
+            assert ckpt.step(step)
+            job.advance(step + 1)
+            ckpt.wait()
+        assert ckpt.host.skipped == 0 and [report.ok for report in ckpt.reports] == [True] * 6
+
+
 def test_metadata_that_is_there_is_not_written_again(tmp_path):
     """Once for each generation, as long as no object moves; every checkpoint has its own all the same."""
     job, written = Job(layers=1), []

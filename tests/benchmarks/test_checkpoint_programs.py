@@ -9,7 +9,13 @@ import threading
 import pytest
 import torch
 
-from undertow.benchmarks import checkpoint_durable, checkpoint_flush, checkpoint_stall, checkpoint_steps
+from undertow.benchmarks import (
+    checkpoint_durable,
+    checkpoint_every,
+    checkpoint_flush,
+    checkpoint_stall,
+    checkpoint_steps,
+)
 from undertow.benchmarks.case import Measured
 from undertow.benchmarks.checkpoint_job import Job, Method, Size
 from undertow.dist.machine import Machine
@@ -117,3 +123,30 @@ def test_steps_after_a_save_of_every_arm_and_an_arm_whose_file_is_wrong(tmp_path
     page = checkpoint_steps.write(tmp_path, "tiny", {"facts": {"hardware": "a", "date": "b"}, "steps": 3, "seed": 0,
                                   "state_bytes": 1}, list(arms.values()), ["ours"])  # fmt: skip
     assert "| **undertow disk, arena 0.25** |" in page.read_text() and page.with_suffix(".png").stat().st_size
+
+
+def test_training_with_a_save_every_few_steps_end_to_end(tmp_path, monkeypatch):
+    job = Job(TINY, torch.device("cpu"), tmp_path)
+    checkpoint_stall.keep_open(job)
+    monkeypatch.setattr(checkpoint_every.TorchSave, "load", lambda method: {})
+    ways = ("undertow disk (fsync)", "undertow host", "torch.save")
+    began = job.step
+    cells = checkpoint_every.run(job, [1, 50], 2, 1, ways=ways)
+    found = {(cell.arm, cell.every): cell for cell in cells}
+    for cell in cells:
+        if cell.arm == "torch.save":
+            assert cell.note.startswith("failed: KeyError") and not cell.ratios
+        else:
+            assert len(cell.ratios) == 2 and min(cell.ratios) > 0
+    assert found["undertow disk (fsync)", 1].intervals == 6 and found["undertow host", 50].saves == [1, 1]
+    # a check of each way; then in two rounds, for two ways, the plain steps before a cell and one interval more in it
+    plain = checkpoint_every.BEFORE + checkpoint_every.STEPS_OF_PLAIN
+    assert job.step - began == len(ways) + 2 * 2 * (2 * plain + 7 * 1 + 2 * 50)
+    page = checkpoint_every.write(tmp_path, cells, {"facts": {"hardware": "a", "date": "b"}, "step_ms": {"tiny": 1.0}})
+    assert "| tiny | **undertow host** |" in page.read_text()
+
+
+def test_a_cell_says_how_many_saves_were_made():
+    cell = checkpoint_every.Cell("tiny", 5, "undertow", [0.5, 0.25], [3, 2], 3)
+    assert cell.text() == "0.375 (0.250 to 0.500), 2 of 3 saves"
+    assert checkpoint_every.Cell("tiny", 5, "rival", note="not installed").text() == "not installed"

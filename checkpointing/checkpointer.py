@@ -262,6 +262,7 @@ class Checkpointer:
         return explain(
             plan,
             self._tiers.explain(self._due.interval, self._host_due.interval, arena),
+            self._live.way,
             machine,
             cuda=self._live.pinned,
             window_s=window_s,

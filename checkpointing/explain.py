@@ -13,6 +13,7 @@ from .save import SaveReport
 def explain(
     plan: SavePlan,
     tiers: str,
+    state: str,
     machine: Machine | None,
     *,
     cuda: bool,
@@ -21,9 +22,10 @@ def explain(
     reports: Sequence[SaveReport],
     reasons: Sequence[str],
 ) -> str:
-    """`tiers`: their own text. `machine`: None takes what `undertow probe` wrote here, if anything. `window_s`: from
-    the call to the optimizer's first write. `reasons`: why the intervals are what they are."""
-    lines = [str(plan).splitlines()[0], tiers]
+    """`tiers`: their own text. `state`: how it is watched. `machine`: None takes what `undertow probe` wrote here, if
+    anything. `window_s`: from the call to the optimizer's first write. `reasons`: why the intervals are what they are.
+    """
+    lines = [str(plan).splitlines()[0], f"  state   {state}", tiers]
     if machine is None and (path := Machine.default_path()).is_file():
         machine = Machine.load(path)
     if machine is not None:

@@ -110,6 +110,11 @@ class LiveState:
         return self._plan_key is not None
 
     @property
+    def way(self) -> str:
+        """How the next save will see whether a tensor has been replaced."""
+        return "listed anew at the next save" if self._watch is None else self._watch.way
+
+    @property
     def pinned(self) -> bool:
         return self.copier.device.type == "cuda"
 

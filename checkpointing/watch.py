@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from .spread import own_part
 from .state import AppState, Leaf, local_tensor
-from .whereabouts import INLINE, Whereabouts
+from .whereabouts import INLINE, SWITCH, Whereabouts, why_not
 
 
 class Watch:
@@ -70,6 +70,18 @@ class Watch:
         self._flat = [tensor for tensor in whole if tensor.dim() == 2]
         self._deep = [tensor for tensor in whole if tensor.dim() > 2 or (tensor.dim() == 2 and not len(tensor))]
         self._facts = [fact() for fact in self._shapes()]
+        self._count = len(near), len(near) + sum(tensor.dim() > INLINE for tensor in whole)
+
+    @property
+    def way(self) -> str:
+        """How it is seen that nothing was replaced, and why so; one line."""
+        if not self.usable:
+            return "listed anew at each save: a module makes its state_dict of more than its parameters and buffers"
+        read, count = self._count
+        if self._where is None:
+            return f"{count} tensors, each asked where it lies: {why_not() if read else 'there is nothing to read'}"
+        rest = f", {count - read} asked" if count > read else ""
+        return f"{read} tensors, looked up at offsets found in this torch{rest} ({SWITCH}=0 asks each)"
 
     def unchanged(self) -> bool:
         """Whether every watched dictionary holds the same objects as before, at the same addresses."""

@@ -6,12 +6,14 @@ it to wait for memory that a step has pushed out of the cache, one object after 
 numbers at once: of each Python object which tensor it is, of each tensor its storage, offset, sizes and strides, of
 each storage its address. That the first are as before proves that the next ones are still there. Where in an object a
 number lies is found by looking for known ones in tensors made for that (`offsets`), and what is read is compared with
-what torch says before it is trusted; where anything is not as expected, each tensor is asked instead.
+what torch says before it is trusted; where anything is not as expected, each tensor is asked instead, as it is with
+UNDERTOW_CHECKPOINT_OFFSETS=0.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
@@ -21,6 +23,7 @@ import torch
 
 from .addresses import row_of_words
 
+SWITCH = "UNDERTOW_CHECKPOINT_OFFSETS"
 WORD, INLINE = 8, 5  # bytes; sizes and strides that a tensor keeps in itself, torch's own number
 IMPL, STORAGE, COUNTER = 20, 6, 3  # words of torch's tensor and storage objects that are looked at
 PROBES = (
@@ -146,9 +149,26 @@ class Look:
         return torch.equal(self.now(), self.known)
 
 
-@cache
 def offsets() -> Offsets | None:
-    """Found in this torch; None where it keeps these numbers otherwise."""
+    """Found in this torch; None where it keeps these numbers otherwise, or the environment forbids to use them."""
+    return None if _switched_off() else _found()
+
+
+def why_not() -> str:
+    """Why there are no `offsets`, or why tensors are asked although there are."""
+    if _switched_off():
+        return f"{SWITCH}={os.environ[SWITCH]}"
+    if _found() is None:
+        return f"torch {torch.__version__} keeps these numbers elsewhere than it did"
+    return "what was read of them is not what torch says"
+
+
+def _switched_off() -> bool:
+    return os.environ.get(SWITCH, "").strip().lower() in ("0", "false", "no", "off")
+
+
+@cache
+def _found() -> Offsets | None:
     memory = bytearray(2**20 + 64)
     base = torch.frombuffer(memory, dtype=torch.uint8)
     found = set()

@@ -185,6 +185,41 @@ def looked_at(request, monkeypatch):
         monkeypatch.setattr(whereabouts, "offsets", lambda: None)
 
 
+@pytest.mark.parametrize("switch", ["", "1", "0", "off"])
+def test_both_ways_of_asking_give_the_same_saves(tmp_path, monkeypatch, switch):
+    """Byte for byte, through replaced and transposed weights; `explain` says which way it was, and why."""
+
+    def saves(root: Path) -> tuple[list[bytes], str]:
+        job = Job(layers=1)
+        job.advance(0)
+        with job.checkpointer(root, keep=None, rng=False) as ckpt:
+            for step in range(6):
+                if step > 2:
+                    (new_data, other_strides, new_state_tensor)[step - 3](job)
+                ckpt.save(step)
+                job.advance(step + 1)
+            assert all(report.ok for report in ckpt.wait()), ckpt.reports
+            files = [(ckpt.folder.final(step) / "__0_0.distcp").read_bytes() for step in range(6)]
+            return files, ckpt.explain()
+
+    monkeypatch.delenv(whereabouts.SWITCH, raising=False)
+    expected, _ = saves(tmp_path / "plain")
+    assert len(set(expected)) == 6
+    monkeypatch.setenv(whereabouts.SWITCH, switch)
+    found, said = saves(tmp_path / "switched")
+    assert found == expected
+    asked = f"each asked where it lies: UNDERTOW_CHECKPOINT_OFFSETS={switch}" in said
+    assert (asked, "looked up at offsets" in said) == ((True, False) if switch in ("0", "off") else (False, True)), said
+
+
+def test_explain_says_why_tensors_are_asked(tmp_path, monkeypatch):
+    job = Job(layers=1)
+    with job.checkpointer(tmp_path) as ckpt:
+        monkeypatch.setattr(whereabouts, "_found", lambda: None)
+        assert f"torch {torch.__version__} keeps these numbers elsewhere" in ckpt.explain()
+        assert whereabouts.offsets() is None
+
+
 def swapped(holder: nn.Module) -> None:
     torch.utils.swap_tensors(holder.square, torch.ones(4, 4))
 

@@ -160,9 +160,9 @@ class Rig:
     def _leave_out_files(self, host: Any, committer: Any) -> None:
         claim, commit, done, folders = host.claim, committer._commit, host.done, itertools.count()
 
-        def claimed(attempt: Any, *, flush: bool) -> Any:
+        def claimed(attempt: Any, **ways: bool) -> Any:
             if "files" not in self.without:
-                return claim(attempt, flush=flush)
+                return claim(attempt, **ways)
             slots = host._slots
             index = next(folders) % len(slots)
             return index, slots[index].folder

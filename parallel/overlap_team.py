@@ -28,10 +28,22 @@ from ..dist.machine import Machine
 from ..dist.trace import Trace
 from .kernels.ordered_sum import ordered_sum
 from .kernels.tracked_matmul import unusable
-from .overlap_gate import ARMS, CUDA_ARMS, ROW_ARMS, SHORT_S, Arm, Gate, Rates, cut, fewer_reads, narrow
+from .overlap_gate import (
+    ARMS,
+    CUDA_ARMS,
+    ROW_ARMS,
+    SHORT_S,
+    Arm,
+    Gate,
+    Rates,
+    cut,
+    fewer_reads,
+    narrow,
+    product_rows,
+)
 from .overlap_queueing import Queueing, measure
 from .overlap_transport import gpu_messenger, may_replay
-from .overlap_ways import GATHER, SCATTER, SUM, Way, Ways, keys_of
+from .overlap_ways import GATHER, SCATTER, SUM, Guesses, Way, Ways, keys_of, plan_of
 
 log = get_logger(__name__)
 MODES = {"auto": None, "off": 0, "on": len(ROW_ARMS)}
@@ -93,8 +105,8 @@ class Team:
         self.gate, self._chooses = Gate(arms, self._gather, fixed=fixed, why=why, short_s=short_s), fixed is None
         self._making = Ways(self.engine, self.group, self._recorder)
         self.ways: dict[Hashable, Way] = {}  # of products that have settled, by `keys_of`
-        self.firsts = set[int]()  # how many numbers a first matrix has where the product can be made before the look-up
-        self._other = set[int]()  # and where it cannot
+        self._guesses = Guesses()
+        self.firsts = self._guesses.plain  # how many numbers a first matrix has, the product of which needs no look-up
         self._mesh: DeviceMesh | None = None
         self._queueing: Queueing | None = None
 
@@ -143,6 +155,8 @@ class Team:
         def can(arm: Arm) -> bool:
             if arm.replayed and (kind != SCATTER or not self._records):
                 return False
+            if arm.stretch != 1 and not product_rows(arm, sizes):
+                return False
             if arm.columns:  # in an all-reduce they alone hide that sums are handed out
                 thin = self.device.type == "cuda" and narrow(arm, n)
                 fewer = not thin and fewer_reads(arm, sizes, a.shape[1], n, b.element_size())
@@ -173,10 +187,11 @@ class Team:
 
         chosen = self.gate.choose(key, None if rates is None else predict, can)
         arm: Arm = self.gate.arms[chosen]
-        plan = self.engine.plan(sizes, arm.subchunks, n if arm.columns and kind in self._in_columns else 0)
+        plan = plan_of(self.engine, arm, sizes, n if kind in self._in_columns else 0)
         way = self._making.of(kind, plan, arm, dtype)
         if kind != GATHER:
-            self._guess(operands[0].numel(), None if self.gate.measuring(key) else self._making.plain(plan, arm, dtype))
+            plain = None if self.gate.measuring(key) else self._making.plain(plan, arm, dtype)
+            self._guesses.settle(operands[0].numel(), plain)
         if not self.gate.measuring(key):
             self.ways |= dict.fromkeys(keys_of(case, *operands), way)
             if kind == SCATTER:
@@ -190,16 +205,6 @@ class Team:
         found = way(*operands)
         self.gate.took(key, chosen, self._now() - began_s)
         return found
-
-    def _guess(self, numbers: int, plain: bool | None) -> None:
-        """Whether the way of a reduction, whose first matrix has so many numbers, may be guessed to be `plain`: where
-        all that have settled are. None: this one has not, and each guess would cost it a product."""
-        if plain is False:
-            self._other.add(numbers)
-        if plain and numbers not in self._other:
-            self.firsts.add(numbers)
-        else:
-            self.firsts.discard(numbers)
 
     def _start(self) -> float:
         """When all ranks begin a measured call: else it would wait for what made another rank late before, and an arm

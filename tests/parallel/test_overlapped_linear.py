@@ -15,13 +15,14 @@ import torch.distributed._symmetric_memory as symmetric
 
 from undertow.comms.chunk_plan import ChunkPlan
 from undertow.comms.overlap_cuda import CudaOverlapEngine
+from undertow.comms.uneven_plan import UnevenPlan
 from undertow.dist.errors import UserError
 from undertow.dist.machine import Link, Machine
 from undertow.parallel import all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter, overlap_plain, overlap_team
-from undertow.parallel.overlap_gate import ARMS, CUDA_ARMS, SEQUENTIAL, cut
+from undertow.parallel.overlap_gate import ARMS, CUDA_ARMS, SEQUENTIAL, cut, product_rows
 from undertow.parallel.overlap_queueing import Queueing
 from undertow.parallel.overlap_team import Team, close_teams, team_of
-from undertow.parallel.overlap_ways import GATHER, SCATTER, SUM, Ways
+from undertow.parallel.overlap_ways import GATHER, SCATTER, SUM, Guesses, Ways
 from undertow.parallel.tensor_parallel import RowParallelLinear, token_share
 
 SHAPES = [((12,), 5, 3), ((12, 6), 7, 6), ((6, 12, 6), 1, 6), ((12, 6), 0, 12)]  # leading dims, K, N
@@ -306,25 +307,25 @@ def test_a_product_that_is_guessed_to_stay_plain_is_made_before_it_is_looked_up(
     ranks(2, _made_first, seed, monkeypatch)
 
 
-def _guesses(rank: int, world: int) -> None:
+def test_only_where_every_product_of_so_many_numbers_stays_plain_is_that_guessed():
+    guesses = Guesses()
+    for plain, guessed in ((True, True), (None, False), (True, True), (False, False), (True, False), (None, False)):
+        guesses.settle(12, plain)  # one that overlaps is never handed a product
+        assert (12 in guesses.plain) == guessed
+    guesses.settle(13, True)
+    assert guesses.plain == {13}
+
+
+def _engine_of_cpus(rank: int, world: int) -> None:
     with contextlib.closing(Team(overlap="off")) as team:
-        team._guess(12, True)
-        assert team.firsts == {12}
-        team._guess(12, None)  # another product of as many numbers, which is being measured
-        assert team.firsts == set()
-        team._guess(12, True)
-        assert team.firsts == {12}
-        for plain in (False, True, None, True):  # one that overlaps is never handed a product
-            team._guess(12, plain)
-            assert team.firsts == set()
         a, b = torch.ones(6, 5), torch.ones(5, 3)
-        for _ in range(2):  # the engine of CPUs makes its products itself
-            assert torch.equal(matmul_reduce_scatter(a, b, "sum", 0, team), torch.full((6, 3), 5.0))
+        for _ in range(2):  # it makes its products itself
+            assert torch.equal(matmul_reduce_scatter(a, b, "sum", 0, team), torch.full((6 // world, 3), 5.0 * world))
         assert team.firsts == set()
 
 
-def test_only_where_every_product_of_so_many_numbers_stays_plain_is_that_guessed(ranks):
-    ranks(1, _guesses)
+def test_nothing_is_guessed_of_the_engine_of_cpus(ranks):
+    ranks(2, _engine_of_cpus)
 
 
 def _slowest_host(rank: int, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,12 +362,24 @@ def test_a_product_that_has_settled_keeps_the_recordings_of_its_own_arm_alone():
             self.dropped.append(case)
 
     class Engine(_Untouched):
-        def plan(self, sizes: tuple[int, ...], subchunks: int = 1, columns: int = 0) -> ChunkPlan:
+        def plan(self, sizes: tuple[int, ...], subchunks: int = 1, columns: int = 0, product_rows: int = 0) -> Any:
+            if product_rows:
+                return UnevenPlan(0, sizes, product_rows=product_rows)
             return ChunkPlan(0, sizes, subchunks, columns=columns)
 
-    arms, sizes = [arm for arm in CUDA_ARMS if arm.replayed], (8, 8)
-    cases = [(cut(arm, 0, sizes, 64), 64, torch.bfloat16) for arm in arms]
-    for chosen, dropped in ((arms[1], [cases[0], cases[2]]), (SEQUENTIAL, cases)):
-        recorder: Any = Recorder()
-        Ways(Engine(), None, recorder).settle(CUDA_ARMS, chosen, sizes, 64, torch.bfloat16)  # type: ignore[arg-type]
-        assert recorder.dropped == dropped
+    arms = [arm for arm in CUDA_ARMS if arm.replayed]
+    for sizes in ((8, 8, 8), (8, 8)):  # of two ranks, what is uneven is a piece of each
+        cases = [(cut(arm, 0, sizes, 64), 64, torch.bfloat16) for arm in arms]
+        assert (cases[3] == cases[0]) == (len(sizes) == 2)
+        for chosen, own in ((arms[0], cases[0]), (arms[1], cases[1]), (arms[3], cases[3]), (SEQUENTIAL, None)):
+            recorder: Any = Recorder()
+            Ways(Engine(), None, recorder).settle(CUDA_ARMS, chosen, sizes, 64, torch.bfloat16)  # type: ignore[arg-type]
+            assert recorder.dropped == [case for case in cases if case != own]
+
+
+def test_products_end_elsewhere_than_chunks_only_where_several_equal_chunks_are_sent():
+    uneven = next(arm for arm in CUDA_ARMS if arm.stretch != 1)
+    found = [product_rows(uneven, sizes) for sizes in ((256,) * 8, (512,) * 3, (100,) * 8, (250,) * 8, (257,) * 4)]
+    assert found == [320, 640, 125, 312, 384]  # of chunks that are long enough, multiples of 64
+    assert [product_rows(uneven, sizes) for sizes in ((256,) * 2, (256, 256, 255), (0,) * 8)] == [0, 0, 0]
+    assert not any(product_rows(arm, (256,) * 8) for arm in CUDA_ARMS if arm != uneven)

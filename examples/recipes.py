@@ -47,7 +47,7 @@ def tiny() -> TrainConfig:
 
 
 def demo() -> TrainConfig:
-    """For `make demo`: about a minute on two cores."""
+    """About a minute on two cores."""
     model = LMConfig(layers=4, width=256, heads=4, kv_heads=2, hidden=704)
     return TrainConfig(model, steps=100, batch=8, length=192, lr=2e-3, checkpoint_every=10, eval_bytes=65_536)
 
@@ -58,7 +58,7 @@ def small() -> TrainConfig:
 
 
 def gpu() -> TrainConfig:
-    """85 M parameters for one GPU."""
+    """85 M parameters, for one GPU."""
     model = LMConfig(layers=12, width=768, heads=12, kv_heads=4, hidden=2048, tied=False)
     return TrainConfig(
         model,
@@ -74,6 +74,16 @@ def gpu() -> TrainConfig:
 
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {recipe.__name__: recipe for recipe in (tiny, demo, small, gpu)}
+
+
+def describe() -> str:
+    """'tiny (for tests: seconds on one core), …': the recipes, each with what its docstring says."""
+
+    def says(make: Callable[[], TrainConfig]) -> str:
+        text = (make.__doc__ or "").strip().rstrip(".")
+        return text[:1].lower() + text[1:]
+
+    return ", ".join(f"{name} ({says(make)})" for name, make in RECIPES.items())
 
 
 def recipe(name: str, **changes: object) -> TrainConfig:

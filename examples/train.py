@@ -32,7 +32,7 @@ from . import corpus as text
 from .lm import ByteLM
 from .metrics import Metrics, plot_losses
 from .precision import PRECISIONS, Precision
-from .recipes import RECIPES, TrainConfig, recipe
+from .recipes import TrainConfig, describe, recipe
 from .run_folder import prepare_folder
 from .systems import PLAIN, Parallel, Systems
 
@@ -224,7 +224,7 @@ def main(argv: list[str]) -> int:
 
 
 def command(
-    recipe_name: Annotated[str, typer.Option("--recipe", help=f"One of {', '.join(RECIPES)}.")] = "small",
+    recipe_name: Annotated[str, typer.Option("--recipe", help=f"One of {describe()}.")] = "demo",
     out: Annotated[Path | None, typer.Option(help="The run's folder (default runs/RECIPE).")] = None,
     data: Annotated[Path | None, typer.Option(help="A text file or folder (default: the standard library).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint.")] = False,

@@ -9,7 +9,7 @@ import torch
 
 from undertow.dist.errors import UserError
 from undertow.examples.lm import ByteLM, LMConfig
-from undertow.examples.recipes import RECIPES, recipe
+from undertow.examples.recipes import RECIPES, describe, recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -67,3 +67,7 @@ def test_no_token_sees_the_future():
     two[0, 7:] = (two[0, 7:] + 1) % 256
     assert torch.equal(model(one)[0, :7], model(two)[0, :7])
     assert not torch.equal(model(one)[0, 7:], model(two)[0, 7:])
+
+
+def test_help_says_how_long_each_recipe_takes():
+    assert all(f"{name} (" in describe() for name in RECIPES) and "demo (about a minute on two cores)" in describe()

@@ -163,7 +163,7 @@ class Rig:
         def claimed(attempt: Any, **ways: bool) -> Any:
             if "files" not in self.without:
                 return claim(attempt, **ways)
-            slots = host._slots
+            slots = host.turns.slots
             index = next(folders) % len(slots)
             return index, slots[index].folder
 

@@ -11,8 +11,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,17 +24,15 @@ from ..dist.log import get_logger
 from ..dist.trace import Trace
 from ..dist.version import __version__
 from .attempt import SaveLost, reason_of
-from .bucket_folder import BucketFolder
 from .coordinate import Coordinator
 from .dcp_metadata import DcpMetadata
 from .files import together
-from .folder import Folder
-from .manifest import METADATA, BadCheckpoint, FileRecord, Manifest, ObjectRecord, checksums, metrics_of
-from .retention import Retention, to_remove
+from .manifest import METADATA, FileRecord, Manifest, ObjectRecord, checksums
+from .pruning import Home, Pruner
+from .retention import Retention
 from .save import Save, SaveReport
 
 log = get_logger(__name__)
-Home = Folder | BucketFolder  # where the checkpoints of a tier are
 WORDS = 16  # of a rank that are kept in the store: each has been heard long before so many others are said
 
 
@@ -88,18 +85,15 @@ class Committer:
         trace: Trace,
     ) -> None:
         self.tier, self.folder, self.coordinator = tier, folder, coordinator
-        self._keep, self._timeout_s, self._trace = keep, timeout_s, trace
+        self._timeout_s, self._trace = timeout_s, trace
+        self._pruner = Pruner(tier, folder, keep)
         self._queue: queue.SimpleQueue[Part | None] = queue.SimpleQueue()
         self._ended: queue.SimpleQueue[tuple[Save, str, float, float]] = queue.SimpleQueue()
         self._open = 0
         self._idle = threading.Condition()
         self._dcp: DcpMetadata | None = None  # of the last plan
-        self._metrics: dict[int, Mapping[str, float]] = {}
         self._said: deque[str] = deque()
         self._left: deque[tuple[int, Path]] = deque()  # of refused saves, to which other ranks may still write
-        self._reaper = ThreadPoolExecutor(1, thread_name_prefix=f"undertow-reaper-{tier}")
-        self._leaving: set[int] = set()  # steps that `_going` removes
-        self._going: Future[None] | None = None
         self._thread = threading.Thread(target=self._loop, name=f"undertow-commit-{tier}", daemon=True)
         self._thread.start()
 
@@ -121,8 +115,7 @@ class Committer:
         """Wait until every part handed over has ended, and what retention removes is gone."""
         with self._idle:
             self._idle.wait_for(lambda: self._open == 0)
-        if self._going is not None:
-            self._going.result()
+        self._pruner.drain()
 
     def reports(self) -> list[SaveReport]:
         """Of the parts that have ended since the last call; for the training thread, which alone knows the fences."""
@@ -137,7 +130,7 @@ class Committer:
     def close(self) -> None:
         self._queue.put(None)
         self._thread.join()
-        self._reaper.shutdown()
+        self._pruner.close()
 
     def refuse(self, number: int, step: int, reason: str, scratch: Path) -> None:
         """On the training thread of a rank that gives the save `number` up before it has a part: its vote against, and
@@ -271,11 +264,10 @@ class Committer:
                 | ({"metrics": dict(metrics)} if (metrics := save.attempt.metrics) else {}),
                 plan.rendered,
             )
-            if self._going is not None and save.step in self._leaving:
-                self._going.result()  # its folder gets this name again
+            self._pruner.clear(save.step)  # its folder gets this name again
             self.folder.commit(scratch, manifest, metadata)
             try:
-                self._retain()
+                self._pruner.prune()
             except OSError as error:  # it is committed all the same
                 log.warning("cannot remove old checkpoints in %s (%s)", self.folder.root, error)
         except BaseException as error:
@@ -291,34 +283,3 @@ class Committer:
             if (old := self._left.popleft()[1]) != scratch:
                 with suppress(OSError):  # a full disk has other worries; the next job clears it away
                     self.folder.ops.rmtree(old)
-
-    def _retain(self) -> None:
-        """Remove what no rule keeps; metrics are read only when a rule asks for them."""
-        if self._keep is None:
-            return
-        steps = self.folder.committed()
-        if isinstance(self._keep, Retention) and self._keep.best:
-            for step in steps:
-                if step not in self._metrics:
-                    try:
-                        self._metrics[step] = metrics_of(self.folder.manifest(step))
-                    except BadCheckpoint as error:
-                        if isinstance(error.__cause__, (TimeoutError, PermissionError)):
-                            raise error.__cause__ from None  # it may be one of the best: nothing is removed now
-                        continue  # damaged: it has no metrics, and restore will set it aside
-        steps = to_remove(steps, self._keep, self._metrics)
-        for step in steps:
-            self.folder.invalidate(step)
-            self._metrics.pop(step, None)
-        if steps:
-            if self._going is not None:
-                self._going.result()  # never behind by more than one
-            self._leaving, self._going = set(steps), self._reaper.submit(self._reap, steps)
-
-    def _reap(self, steps: Sequence[int]) -> None:
-        """Give the disk's room back, beside the next save: on some file systems a large file takes long to remove."""
-        for step in steps:
-            try:
-                self.folder.remove(step)
-            except OSError as error:
-                log.warning("cannot remove the checkpoint of step %d (%s)", step, error)

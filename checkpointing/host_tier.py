@@ -1,10 +1,10 @@
 """The host-memory tier: checkpoints in named shared memory, which outlives the training process.
 
 A generation is an ordinary checkpoint folder in the shared-memory file system whose shard files are mapped into the
-ranks and pinned, so that copies from the device land in it directly. Saves take turns over a few generations; the one
-that is newest and valid is never overwritten, so that a process killed in mid-save restarts from the step before.
-Rank 0 chooses, and all ranks must share one host's memory. Files here are plain files: no resource tracker of Python
-removes them when the process is killed.
+ranks and pinned, so that copies from the device land in it directly. Saves take turns over a few generations (`turns`);
+the one that is newest and valid is never overwritten, so that a process killed in mid-save restarts from the step
+before. Rank 0 chooses, and all ranks must share one host's memory. Files here are plain files: no resource tracker of
+Python removes them when the process is killed.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +29,7 @@ from .generation import Generation
 from .memory_folder import MemoryFolder
 from .memory_ops import MemoryOps
 from .plan import SavePlan
+from .turns import Claim, Turns
 
 log = get_logger(__name__)
 SHARED_MEMORY = Path("/dev/shm")
@@ -48,15 +47,6 @@ def free_stale(memory: Path, own: Path) -> None:
                 log.info("freed the shared memory of %s, which is gone", owner)
 
 
-@dataclass
-class _Slot:
-    """What rank 0 knows of a generation: the folder it is in, the step it holds (None: nothing valid), its users."""
-
-    folder: Path
-    step: int | None = None
-    users: set[str] = field(default_factory=set)
-
-
 class HostTier:
     """`generations` checkpoints in shared memory for the checkpoint folder `root`."""
 
@@ -70,16 +60,11 @@ class HostTier:
         self.coordinator, self._count, self._root = coordinator, generations, root.resolve()
         name = f"undertow-{os.getuid()}-{xxhash.xxh3_64(str(self._root).encode()).hexdigest()}"
         self.folder = MemoryFolder(SHARED_MEMORY / name, MemoryOps())
-        self._slots: list[_Slot] = []
+        self.turns = Turns(self.folder, coordinator.token, leads=coordinator.rank == 0)
         self._mine: list[Generation] = []
         self._folders: list[Path] = []
-        self._changed = threading.Condition()
-        self._claims = 0
         self._choices = Choices(coordinator)
-        self._ahead: dict[int, tuple[int, Path]] = {}  # attempt → generation and folder chosen for it, on all ranks
-        self._numbered = 0  # the last attempt that has asked for one
         self._plan: SavePlan | None = None  # that the generations are made for
-        self._inherited: set[int] = set()  # rank 0: steps that may be in memory and are in no slot
         self._proven = False
         self.skipped = 0
 
@@ -88,7 +73,7 @@ class HostTier:
         free_stale(SHARED_MEMORY, self.folder.root)
         self._make_own(self.folder.root)
         self.folder.take()
-        self._inherited = set(self.folder.committed())
+        self.turns.outside = set(self.folder.committed())
         (self.folder.root / ROOT_FILE).write_text(f"{self._root}\n")
 
     @staticmethod
@@ -130,7 +115,7 @@ class HostTier:
             raise PeerLost(str(error)) if self._proven else error
         self._folders = found
         self._mine = [Generation(folder / plan.shard_name, plan, pinned=pinned) for folder in found]
-        self._slots = [_Slot(folder) for folder in found]
+        self.turns.begin(found)
         self.coordinator.say(f"{name}/open", True)
         if self.coordinator.rank == 0:  # whose first claim renames a folder
             self.coordinator.hear_all(f"{name}/open", timeout_s=WAIT_S, unless=unless)
@@ -143,7 +128,7 @@ class HostTier:
         old = self.folder.committed()
         for step in old[:-1]:  # the newest stays until a save replaces it: it may be all there is
             self.folder.remove(step)
-        self._inherited = set(old[-1:])
+        self.turns.outside = set(old[-1:])
         self.folder.clear_scratch()
         need = self._count * sum(size for size, _ in words)
         free = shutil.disk_usage(self.folder.root).free
@@ -152,10 +137,7 @@ class HostTier:
                 f"{self._count} generations of {format_bytes(need / self._count)} need {format_bytes(need)} of shared "
                 f"memory and {SHARED_MEMORY} has {format_bytes(free)} free"
             )
-        folders = [
-            self.folder.root / f".step-{0:09d}.tmp-{self.coordinator.token}-{self._claims:x}-{index:x}"
-            for index in range(self._count)
-        ]
+        folders = [self.turns.scratch(0) for _ in range(self._count)]
         for folder in folders:
             self.folder.ops.mkdir(folder)
         return folders
@@ -164,9 +146,7 @@ class HostTier:
         """Whether the generations are there and made for `plan`."""
         return plan is self._plan
 
-    def claim(
-        self, attempt: Attempt, *, flush: bool, ready: bool, again: bool = False
-    ) -> tuple[int, Path] | StateFirst | None:
+    def claim(self, attempt: Attempt, *, flush: bool, ready: bool, again: bool = False) -> Claim | StateFirst | None:
         """A generation for the save of `attempt`, and its folder; None when all are needed. All ranks alike. `PeerLost`
         with the reason that a rank has given for it instead. Asked before the state is read, so that a save which finds
         none costs no look at it; `StateFirst` where that cannot be told yet: then the state is read, `prepare` called,
@@ -175,141 +155,47 @@ class HostTier:
         `flush`: another tier will read it too, and it is not claimed again before `done` has been called for that.
         `ready`: this rank's generations are made for the last plan.
         """
-        self._claims += 1
-        chosen = self._chosen_ahead(attempt, flush)
+        chosen = self.turns.chosen(attempt, flush=flush)
         if chosen is not None:
             return chosen
         mine = None
         if self.coordinator.rank == 0:
-            mine = self._choose(attempt.step, flush, again) if ready else StateFirst()
-        but = (lambda: attempt.number in self._ahead) if attempt.rising else None
+            mine = self.turns.choose(attempt.step, flush=flush, again=again) if ready else StateFirst()
         name, patience_s = attempt.at("again" if again else "claim"), None if ready else WAIT_S
-        undo = lambda one: self.release(one[0])  # noqa: E731
-        chosen = self._choices.tell(name, mine, undo=undo, but=but, patience_s=patience_s)
+        chosen = self._choices.tell(
+            name,
+            mine,
+            undo=lambda one: self.release(one[0]),
+            but=partial(self.turns.known, attempt.number) if attempt.rising else None,
+            patience_s=patience_s,
+        )
         if chosen is None:
-            chosen = self._chosen_ahead(attempt, flush)
+            chosen = self.turns.chosen(attempt, flush=flush)
         self.skipped += chosen is None
         return chosen
-
-    def _chosen_ahead(self, attempt: Attempt, flush: bool) -> tuple[int, Path] | None:
-        """What has been chosen for `attempt`, if its step is later than all before; a choice in vain is given back."""
-        with self._changed:
-            self._numbered = attempt.number
-            chosen = self._ahead.pop(attempt.number, None)
-            vain = [self._ahead.pop(number)[0] for number in [*self._ahead] if number < attempt.number]
-            if chosen is not None and not attempt.rising:
-                vain, chosen = [*vain, chosen[0]], None
-            for index in vain:
-                self._use(index, set())
-            if chosen is not None:
-                self._use(chosen[0], {"host", "flush"} if flush else {"host"})
-        return chosen
-
-    def _use(self, index: int, users: set[str]) -> None:
-        if self.coordinator.rank == 0:
-            self._slots[index].users = users
-
-    def choose_ahead(self, index: int, step: int, number: int) -> tuple[int, int, Path] | None:
-        """Rank 0, in the background: `step`, the attempt `number`, has been committed in generation `index`. The
-        attempt after the next one gets a generation now, if one is free and the next one has its own or another is
-        free for it, so that no training thread has to wait for rank 0's: that attempt's number, the generation and its
-        folder, which all ranks are told with the verdict."""
-        with self._changed, suppress(OSError):
-            held = self._slots[index]
-            held.step, held.folder = step, self.folder.final(step)
-            later = number + 2
-            between = number + 1 > self._numbered and number + 1 not in self._ahead
-            free = self._free(None)
-            if free is None or later <= self._numbered or len(self._all_free(None)) <= between:
-                return None
-            name = f"{self.coordinator.token}-{later:x}-{free:x}"
-            self._invalidate(self._slots[free], self.folder.scratch(0, name))
-            self._slots[free].users = {"ahead"}
-            self._ahead[later] = free, self._slots[free].folder
-            return later, *self._ahead[later]
-        return None
-
-    def told(self, word: tuple[int, int, Path]) -> None:
-        """Another rank, in the background: what rank 0 has chosen ahead."""
-        later, index, folder = word
-        with self._changed:
-            self._ahead[later] = index, folder
-
-    def _choose(self, step: int, flush: bool, again: bool) -> tuple[int, Path] | StateFirst | None:
-        self.forget_after(step)
-        with self._changed:
-            # a commit in memory takes milliseconds and is worth waiting for, but first the state can be read meanwhile;
-            # a flush to disk is not
-            if not again and self._free(step) is None and self._committing():
-                return StateFirst()
-            self._changed.wait_for(lambda: self._free(step) is not None or not self._committing(), timeout=1.0)
-            index = self._free(step)
-            if index is None:
-                return None
-            slot = self._slots[index]
-            self._invalidate(slot, self.folder.scratch(step, f"{self.coordinator.token}-{self._claims:x}"))
-            slot.users = {"host", "flush"} if flush else {"host"}
-        return index, slot.folder
-
-    def _all_free(self, step: int | None) -> list[int]:
-        """What a save of `step` may overwrite: never the newest valid one, unless it is of that step."""
-        same = [index for index, slot in enumerate(self._slots) if slot.step == step is not None]
-        newest = max((slot.step for slot in self._slots if slot.step is not None), default=None)
-        usable = same or [index for index, slot in enumerate(self._slots) if slot.step is None or slot.step != newest]
-        return [index for index in usable if not self._slots[index].users]
-
-    def _free(self, step: int | None) -> int | None:
-        free = self._all_free(step)
-        return min(free, key=lambda index: -1 if (held := self._slots[index].step) is None else held, default=None)
-
-    def _committing(self) -> bool:
-        return any(slot.users == {"host"} for slot in self._slots)
-
-    def _invalidate(self, slot: _Slot, target: Path) -> None:
-        self.folder.reuse(slot.folder, target)
-        slot.folder, slot.step = target, None
 
     def generation(self, index: int) -> Generation:
         return self._mine[index]
 
     def done(self, index: int, step: int, user: str, ok: bool) -> None:
         """The use of a generation by `user` ('host': its own commit, 'flush': another tier) has ended, well or not."""
-        if self.coordinator.rank:
-            return
-        self._choices.tidy()
-        with self._changed:
-            slot = self._slots[index]
-            slot.users.discard(user)
-            if user == "host" and ok:
-                slot.step, slot.folder = step, self.folder.final(step)
-                for old in self._inherited - {slot.step for slot in self._slots}:
-                    self.folder.remove(old)  # older now
-                self._inherited = set()
-            elif user == "host":
-                self._inherited.add(step)  # perhaps published before it failed
-            self._changed.notify_all()
+        if self.coordinator.rank == 0:
+            self._choices.tidy()
+            self.turns.done(index, step, user, ok)
 
     def release(self, index: int) -> None:
         """Rank 0: a generation that was claimed in vain."""
-        with self._changed:
-            self._slots[index].users = set()
-            self._changed.notify_all()
+        self.turns.release(index)
 
     def forget_after(self, step: int) -> None:
         """Rank 0: checkpoints in memory after `step` are of a branch that was rolled back."""
-        with self._changed:
-            for index, slot in enumerate(self._slots):
-                if slot.step is not None and slot.step > step:
-                    name = f"{self.coordinator.token}-{self._claims:x}-{index:x}"
-                    self._invalidate(slot, self.folder.scratch(slot.step, name))
-        for later in [found for found in self._inherited if found > step]:
-            self.folder.remove(later)
+        self.turns.forget_after(step)
 
     def close_maps(self) -> None:
         for generation in self._mine:
             generation.close()
-        self._inherited |= {slot.step for slot in self._slots if slot.step is not None}
-        self._mine, self._slots, self._ahead = [], [], {}
+        self._mine = []
+        self.turns.end()
 
     def close(self, *, remove: bool) -> None:
         """Unmap, and on rank 0 free all but the newest checkpoint, or with `remove` everything."""

@@ -9,7 +9,6 @@ store and the connections of `partner_wire`.
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -30,16 +29,9 @@ from .partner_memory import Held, PartnerMemory, invalidate
 from .partner_wire import Link
 from .plan import SavePlan
 from .save import Save
+from .turns import Claim, Slot, next_free
 
 HELD = 2  # one committed, one on its way
-
-
-@dataclass
-class _Slot:
-    """What rank 0 knows of a generation, its own or held by a partner: the committed step in it, and its users."""
-
-    step: int | None = None
-    users: set[str] = field(default_factory=set)
 
 
 class PartnerTier:
@@ -62,8 +54,8 @@ class PartnerTier:
         self.folder = PartnerFolder(self.memory.root, self._ops, lambda: list(self._committed))
         self._link: Link | None = None
         self._mine: list[Generation] = []
-        self._slots: list[_Slot] = []
-        self._there: list[_Slot] = []
+        self._slots: list[Slot] = []
+        self._there: list[Slot] = []
         self._chosen: dict[int, int] = {}  # own generation → the partner's
         self._committed: list[int] = []  # the newest step that a restart would find here
         self._known = False  # whether what earlier jobs have left is known to be of no use, or to be `_committed`
@@ -125,7 +117,7 @@ class PartnerTier:
             for slot in range(HELD):
                 room = (owner, self._plans, slot)
                 self.holder.rooms[room] = Held(self._entry("held", owner, slot), f"__{owner}_0.distcp", sizes[owner])
-        self._slots, self._there = [[_Slot() for _ in range(count)] for count in (self._count, HELD)]
+        self._slots, self._there = [[Slot() for _ in range(count)] for count in (self._count, HELD)]
         self._table(f"{name}/open", True)  # nobody sends before all have room
 
     def _table(self, name: str, word: object) -> list:
@@ -166,9 +158,7 @@ class PartnerTier:
         """As `HostTier.ready`."""
         return plan is self._plan
 
-    def claim(
-        self, attempt: Attempt, *, flush: bool, ready: bool, again: bool = False
-    ) -> tuple[int, Path] | StateFirst | None:
+    def claim(self, attempt: Attempt, *, flush: bool, ready: bool, again: bool = False) -> Claim | StateFirst | None:
         """As `HostTier.claim`."""
         step = attempt.step
         if step <= self._last and not again:
@@ -189,18 +179,18 @@ class PartnerTier:
         return own, path
 
     def _choose(self, flush: bool) -> tuple[int, int] | None:
-        own, there = _free(self._slots), _free(self._there)
+        own, there = next_free(self._slots), next_free(self._there)
         if own is None or there is None:
             return None
-        self._slots[own] = _Slot(None, {"host", "flush"} if flush else {"host"})
-        self._there[there] = _Slot(None, {"host"})
+        self._slots[own] = Slot(None, {"host", "flush"} if flush else {"host"})
+        self._there[there] = Slot(None, {"host"})
         self._chosen[own] = there
         return own, there
 
     def generation(self, index: int) -> Generation:
         return self._mine[index]
 
-    def file(self, claimed: tuple[int, Path], save: Save, copier: HostCopier) -> PartnerFile:
+    def file(self, claimed: Claim, save: Save, copier: HostCopier) -> PartnerFile:
         """The `TierFile` of a save in the generation that it has claimed."""
         own, path = claimed
         number, token = save.attempt.number, self.coordinator.token
@@ -296,12 +286,3 @@ class PartnerTier:
         text = f": {format_bytes(sizes[0])} + {format_bytes(sizes[1])}" if self._mine else ""
         lines.append(f"          memory here {self._count} × own + {HELD} × that of rank {ranks}{text}")
         return "\n".join(lines)
-
-
-def _free(slots: list[_Slot]) -> int | None:
-    """The slot to be overwritten next: never the newest committed one, nor one in use."""
-    newest = max((slot.step for slot in slots if slot.step is not None), default=None)
-    usable = [
-        index for index, slot in enumerate(slots) if not slot.users and (slot.step is None or slot.step != newest)
-    ]
-    return min(usable, key=lambda index: -1 if (step := slots[index].step) is None else step, default=None)

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from ..dist.errors import UserError
 from ..dist.log import get_logger
 from ..dist.progress import Progress
-from .committer import Home
 from .coordinate import Coordinator
 from .manifest import BadCheckpoint, Manifest
+from .pruning import Home
 
 log = get_logger(__name__)
 NOT_DAMAGE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)

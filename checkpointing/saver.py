@@ -24,7 +24,8 @@ from .reports import Reports, dropped
 from .save import Save
 from .slowdown import StepClock
 from .snapshot import Snapshot
-from .tiers import Claim, Tiers
+from .tiers import Tiers
+from .turns import Claim
 
 
 class Saver:

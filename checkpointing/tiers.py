@@ -24,7 +24,7 @@ from .arena import Memory
 from .attempt import CLAIMS, MEETINGS, Attempt
 from .bucket import WAITING, Bucket, BucketFile
 from .bucket_folder import BucketFolder
-from .committer import Committer, Home, Part
+from .committer import Committer, Part
 from .coordinate import Coordinator
 from .copies import HostCopier
 from .files import FileOps
@@ -36,13 +36,14 @@ from .mirror import Mirror, MirrorFile
 from .partner import Partner
 from .partner_tier import PartnerTier
 from .pipeline import Pipeline
+from .pruning import Home
 from .recycle import Pool, choose
 from .retention import Retention
 from .save import Save
 from .snapshot import OnChunks, Snapshot
+from .turns import Claim
 
 log = get_logger(__name__)
-Claim = tuple[int, Path]  # a generation of the host tier, and its folder
 
 
 class Tiers:
@@ -177,8 +178,8 @@ class Tiers:
             else:
                 kept = HostFile(claimed[1] / name, self.host.generation(claimed[0]), copier)
                 takers.append(lambda snapshot, first, slots, mark: kept.note(mark))
-                ahead = partial(self.host.choose_ahead, claimed[0], save.step, save.attempt.number)
-                part = Part(save, kept, disposable=False, after=after, ahead=ahead, told=self.host.told)
+                ahead = partial(self.host.turns.choose_ahead, claimed[0], save.step, save.attempt.number)
+                part = Part(save, kept, disposable=False, after=after, ahead=ahead, told=self.host.turns.told)
             parts.append((self._committers[self.host.tier], part))
         if "disk" in save.attempt.tiers:
             path, far = self.folder.scratch(save.step, self.coordinator.token) / name, None

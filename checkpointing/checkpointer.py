@@ -22,7 +22,6 @@ from ..dist.trace import Trace
 from .bucket import Bucket
 from .budget import Budget
 from .coordinate import Coordinator, current_rank
-from .due import Due
 from .explain import explain
 from .fences import Fences
 from .files import FileOps
@@ -41,6 +40,7 @@ from .readable import Readable
 from .reports import Reports
 from .restorer import Restorer
 from .retention import Retention
+from .rhythm import Rhythm
 from .save import SaveReport
 from .saver import Saver
 from .slowdown import StepClock
@@ -133,25 +133,15 @@ class Checkpointer:
         self._restorer = Restorer(
             self.state, self._tiers, self._coordinator, allow_types, timeout_s=timeout_s, trace=self._trace
         )
-        self._due = Due(every, "disk", self._coordinator, timeout_s=timeout_s)
-        self._host_due = Due(host_every, self.host.tier if self.host else "", self._coordinator, timeout_s=timeout_s)
+        tier = self.host.tier if self.host else ""
+        self._rhythm = Rhythm(every, host_every, tier, self._coordinator, timeout_s=timeout_s)
         self._pipeline = Pipeline(self._tiers.committers, writers=writers, trace=self._trace)
         self._live = LiveState(self.state, self._coordinator, chunk_bytes=chunk_bytes, timeout_s=timeout_s)
         self._clock = StepClock()
         self._reports = Reports(observers, self._clock, lambda: self._budget.peak_bytes)
         self._fences = Fences(self._live, self._trace)
-        self._saver = Saver(
-            self._live,
-            self._tiers,
-            self._budget,
-            self._pipeline,
-            self._fences,
-            self._clock,
-            self._reports,
-            timeout_s,
-            Readable(allow_types),
-        )
-        self._saved_step: int | None = None
+        parts = (self._live, self._tiers, self._budget, self._pipeline, self._fences, self._clock, self._reports)
+        self._saver = Saver(*parts, timeout_s, Readable(allow_types))
         self._preempter = Preempter(preemption, self._coordinator.lifeline) if preemption is not None else None
         modules, optimizers = self.state.modules.values(), self.state.optimizers.values()
         self._handles = attach(self._fences, modules, optimizers)
@@ -169,13 +159,11 @@ class Checkpointer:
         self._clock.tick(step)
         self._reports.take(self._pipeline.reports())
         if self._preempter is not None and not self.preempted and self._preempter.at(step):
-            if step != self._saved_step:
+            if step != self._rhythm.last:
                 self.save(step)
             self.preempted = True
             return self._preempter.conclude(step, self.wait(), off=self._off)
-        if step == self._saved_step:
-            return False
-        disk, host = self._due.is_due(step), self._host_due.is_due(step)
+        disk, host = self._rhythm.due(step)
         return (disk or host) and self.save(step, disk=disk, host=host, metrics=metrics)
 
     def save(
@@ -195,11 +183,7 @@ class Checkpointer:
                 begun = self._saver.begin(attempt)
             except Exception as error:
                 begun, raised = False, error
-        self._saved_step = step
-        if disk:
-            self._due.saved(step, self.reports)
-        if host:
-            self._host_due.saved(step, self.reports)
+        self._rhythm.saved(step, self.reports, disk=disk, host=host)
         if raised is not None:
             raise raised
         return begun
@@ -222,7 +206,7 @@ class Checkpointer:
         self._pipeline.drain()
         number = self._restorer.newest(step)
         if number is not None:
-            self._saved_step = number
+            self._rhythm.restored(number)
         return number
 
     def restore_from(self, path: Path | str, *, names: Names | None = None, verify: bool = True) -> None:
@@ -236,7 +220,7 @@ class Checkpointer:
         self.fence()
         self._pipeline.drain()
         self._restorer.foreign(Path(path), names or {}, verify=verify)
-        self._saved_step = None
+        self._rhythm.restored(None)
 
     # -- ending ---------------------------------------------------------------------------------------------------
 
@@ -257,19 +241,8 @@ class Checkpointer:
             self._saver.plan()
         elif not self._live.planned:
             return "no save has been planned yet: the ranks do that together at the first one"
-        plan = self._live.plan
-        arena = self._budget.of(plan.image)
-        return explain(
-            plan,
-            self._tiers.explain(self._due.interval, self._host_due.interval, arena),
-            self._live.way,
-            machine,
-            cuda=self._live.pinned,
-            window_s=window_s,
-            arena_bytes=arena,
-            reports=self.reports[-len(self._tiers.committers) :],
-            reasons=[due.reason for due in (self._host_due, self._due) if due.reason],
-        )
+        last = self.reports[-len(self._tiers.committers) :]
+        return explain(self._live, self._tiers, self._budget, self._rhythm, last, machine, window_s=window_s)
 
     @property
     def reports(self) -> list[SaveReport]:
@@ -290,9 +263,9 @@ class Checkpointer:
     def status(self) -> str:
         """One or two words for a progress bar."""
         if self._pipeline.busy:
-            return f"saving {self._saved_step}"
-        done = [report.step for report in self.reports if report.ok]
-        return f"saved {done[-1]}" if done else "none yet"
+            return f"saving {self._rhythm.last}"
+        done = next((report.step for report in reversed(self.reports) if report.ok), None)
+        return "none yet" if done is None else f"saved {done}"
 
     def close(self) -> None:
         """Drain what is in flight, detach from the optimizers, release memory and the folder. Safe to call twice.

@@ -10,7 +10,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from ..dist.errors import PeerLost
 from ..dist.log import get_logger
@@ -20,6 +21,7 @@ from .save import SaveReport
 
 log = get_logger(__name__)
 ASKED = 16
+RECENT = 8  # saves whose cost counts
 
 
 class Due:
@@ -45,8 +47,12 @@ class Due:
             self._step_s.append(now_s - self._last[1])
         self._last = (step, now_s)
         if self._next is None:
-            self._next = step + self._every.first
+            self._next = step + (self.interval or self._every.first)
         return step >= self._next
+
+    def restored(self) -> None:
+        """Training goes on elsewhere, on all ranks: when the next save is due is counted from the next step on."""
+        self._next = self._last = None
 
     def saved(self, step: int, reports: Sequence[SaveReport]) -> None:
         """A save of `step` has begun; `reports` of those that have ended. Collective with `Frequency`."""
@@ -60,13 +66,17 @@ class Due:
         before = self.interval or self._every.first
         mine = before
         if self._coordinator.rank == 0:
-            mine = self._choose(self._every, [r for r in reports if r.ok and r.tier == self._tier][-8:])
+            mine = self._choose(self._every, list(islice(self._fine(reports), RECENT)))
         try:
             self.interval = self._coordinator.lead(name, mine, otherwise=before, timeout_s=self._timeout_s)
         except PeerLost as error:  # the saves will fail, each reported; training ends when its own collectives do
             log.warning("saving every %d steps as before: %s", before, error)
             self.interval = before
         self._next = step + (self.interval or before)
+
+    def _fine(self, reports: Sequence[SaveReport]) -> Iterator[SaveReport]:
+        """Those of this tier that were committed, newest first: a long run has many."""
+        return (report for report in reversed(reports) if report.ok and report.tier == self._tier)
 
     def _choose(self, policy: Frequency, ended: Sequence[SaveReport]) -> int:
         if not ended or not self._step_s:  # nothing measured yet

@@ -5,39 +5,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..dist.machine import Machine
+from .budget import Budget
 from .cost import predict
-from .plan import SavePlan
+from .live import LiveState
+from .rhythm import Rhythm
 from .save import SaveReport
+from .tiers import Tiers
 
 
 def explain(
-    plan: SavePlan,
-    tiers: str,
-    state: str,
+    live: LiveState,
+    tiers: Tiers,
+    budget: Budget,
+    rhythm: Rhythm,
+    reports: Sequence[SaveReport],
     machine: Machine | None,
     *,
-    cuda: bool,
     window_s: float,
-    arena_bytes: int,
-    reports: Sequence[SaveReport],
-    reasons: Sequence[str],
 ) -> str:
-    """`tiers`: their own text. `state`: how it is watched. `machine`: None takes what `undertow probe` wrote here, if
-    anything. `window_s`: from the call to the optimizer's first write. `reasons`: why the intervals are what they are.
-    """
-    lines = [str(plan).splitlines()[0], f"  state   {state}", tiers]
+    """`live` has a plan. `reports`: of the last saves. `machine`: None takes what `undertow probe` wrote here, if
+    anything. `window_s`: from the call to the optimizer's first write."""
+    image, arena_bytes = live.plan.image, budget.of(live.plan.image)
+    lines = [str(live.plan).splitlines()[0], f"  state   {live.way}", tiers.explain(*rhythm.intervals, arena_bytes)]
     if machine is None and (path := Machine.default_path()).is_file():
         machine = Machine.load(path)
     if machine is not None:
-        image = plan.image
         cost = predict(
             image.size,
             machine,
-            cuda=cuda,
+            cuda=live.pinned,
             window_s=window_s,
             arena_bytes=arena_bytes,
             eager_bytes=image.eager_bytes,
         )
         lines.append(f"predicted on {machine.name}: {cost}")
     lines += [f"measured: {report}" for report in reports]
-    return "\n".join([*lines, *reasons])
+    return "\n".join([*lines, *rhythm.reasons])

@@ -234,6 +234,19 @@ def test_all_ranks_save_the_same_steps_by_rank_0s_clock(ranks, tmp_path, tier):
     assert kept(tmp_path / "c") == (steps if tier == "disk" else [])
 
 
+def test_after_a_rollback_the_interval_counts_from_there(tmp_path):
+    """The next save is due an interval after the step that was gone back to, not after the last one of the branch."""
+    model, optimizer = pair()
+    options = {"every": Frequency(first=50), "keep": None}
+    with Checkpointer(tmp_path / "c", model=model, optimizer=optimizer, **options) as ckpt:
+        ckpt.save(10)
+        ckpt.wait()
+        assert ckpt.step(200)  # steps that do not follow each other tell nothing, so every 50 as at first
+        ckpt.wait()
+        assert ckpt.restore(10) == 10
+        assert [step for step in range(11, 100) if ckpt.step(step)][0] == 61
+
+
 @pytest.mark.parametrize("wrong", [{"mtbf_s": 0}, {"overhead": 0}, {"overhead": 2}, {"first": 0}])
 def test_a_wrong_frequency(wrong):
     with pytest.raises(UserError):

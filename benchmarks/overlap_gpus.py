@@ -16,7 +16,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -113,28 +113,33 @@ class Ranks:
 
         flops = 2.0 * product.numel() * self.b.shape[1]
         nbytes = moved.numel() * moved.element_size() * (2 if self.pattern == SUM else 1)
-        product_s, link_s = self._seconds(lambda: product @ self.b), self._seconds(collective)
+        (product_s, product_host_s), (link_s, link_host_s) = map(self._seconds, (lambda: product @ self.b, collective))
         queueing = self.teams["auto"].queueing()
-        return known(self.world, flops, nbytes * (self.world - 1) / self.world, product_s, link_s, queueing=queueing)
+        found = known(self.world, flops, nbytes * (self.world - 1) / self.world, product_s, link_s, queueing=queueing)
+        return {**found, "product_host_s": product_host_s, "link_host_s": link_host_s}
 
-    def _seconds(self, call: Callable[[], Any]) -> float:
-        """The median of a few calls that all ranks begin together; on a GPU by its own clock, as the arms are timed."""
-        times = []
+    def _seconds(self, call: Callable[[], Any]) -> tuple[float, float]:
+        """The median of a few calls that all ranks begin together, on a GPU by its own clock, as the arms are timed;
+        and how much of that a host that only queues needs for it."""
+        times, hosts = list[float](), list[float]()
         for _ in range(6):
             dist.barrier()
             if self.device.type != "cuda":
                 began_s = time.perf_counter()
                 call()
                 times.append(time.perf_counter() - began_s)
+                hosts.append(0.0)
                 continue
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize(self.device)  # the barrier is queued on a stream of its own
             begin.record()
+            began_s = time.perf_counter()
             call()
+            hosts.append(time.perf_counter() - began_s)
             end.record()
             end.synchronize()
             times.append(begin.elapsed_time(end) / 1e3)
-        return statistics.median(times[1:])
+        return statistics.median(times[1:]), statistics.median(hosts[1:])
 
     def torch_fused(self) -> torch.Tensor:
         import torch.distributed._symmetric_memory  # noqa: F401 - it registers the operators
@@ -189,22 +194,28 @@ def close_teams() -> None:
         _teams.popitem()[1].close()
 
 
-def predicted(pattern: str, world: int, product_s: float, link_s: float, queueing: Queueing) -> dict[str, float]:
-    """Seconds of the ways that a closed form exists for, from those of the product and of the collective alone, and of
-    the host that queues pieces.
+def predicted(pattern: str, world: int, facts: Mapping[str, float], queueing: Queueing) -> dict[str, float]:
+    """Seconds of the ways that a closed form exists for, from those of the product and of the collective alone, each
+    from an idle device, and of the host that queues them or pieces of them.
 
     A gather is a scatter backwards: of its pieces the own one is there first, and the last one's product hides nothing.
-    An all-reduce hides its reduce-scatter alone, which is half of it.
+    An all-reduce hides its reduce-scatter alone, which is half of it. Of two calls in a row the second is queued while
+    the first one runs.
     """
-    shown_s = link_s / 2 if pattern == SUM else 0.0
+    product_s, link_s = facts["product_s"], facts.get("link_s", 0.0)
+    hosts_s = product_host_s, link_host_s = facts.get("product_host_s", 0.0), facts.get("link_host_s", 0.0)
+    product_left_s, link_left_s = max(0.0, product_s - product_host_s), max(0.0, link_s - link_host_s)
+    first_s, second_s = (link_s, product_left_s) if pattern == GATHER else (product_s, link_left_s)
+    sequential_s = max(first_s, sum(hosts_s)) + second_s
+    shown_s = link_left_s / 2 if pattern == SUM else 0.0
     found = {
         arm.name: max(
-            overlapped_scatter_seconds(world, product_s, link_s - shown_s, arm.subchunks) + shown_s,
+            overlapped_scatter_seconds(world, product_s, link_left_s - shown_s, arm.subchunks) + shown_s,
             queueing.seconds(arm, world),
         )
         for arm in ROW_ARMS
     }
-    return {PLAIN: product_s + link_s, SEQUENTIAL.name: product_s + link_s, **found}
+    return {PLAIN: sequential_s, SEQUENTIAL.name: sequential_s, **found}
 
 
 def trial(pattern: str, shape: tuple[int, int, int], world: int, seed: int) -> Trial:
@@ -216,7 +227,7 @@ def trial(pattern: str, shape: tuple[int, int, int], world: int, seed: int) -> T
     why = ranks.teams["auto"].gate.explain().splitlines()[-1]  # the team is that of all cases
     facts = ranks.facts()
     queueing = ranks.teams["auto"].queueing()
-    expected_s = predicted(pattern, world, facts["product_s"], facts.get("link_s", 0.0), queueing)
+    expected_s = predicted(pattern, world, facts, queueing)
 
     def checked(name: str, call: Callable[[], Any]) -> Arm:
         if name == "auto":

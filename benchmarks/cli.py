@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from undertow.benchmarks import published
 from undertow.dist.command_line import application, run_application
-from undertow.dist.errors import MissingPackage, UserError
+from undertow.dist.errors import UserError
 from undertow.dist.machine import Machine
 
 if TYPE_CHECKING:
@@ -82,7 +82,9 @@ def bench(
             remedy=f"for a look at it: undertow bench {name} --quick",
         )
     if benchmark.program:
-        raise typer.Exit(benchmark.program(quick, rounds, filter_, Path(output) if output else _default_folder(quick)))
+        raise typer.Exit(
+            benchmark.program(quick, rounds, filter_, Path(output) if output else published.default_folder(quick))
+        )
     rounds = rounds or (QUICK_ROUNDS if quick else benchmark.rounds)
     run = _Run(benchmark, quick, rounds, filter_, seed, machine, None if minutes is None else 60 * minutes)
     if list_:
@@ -90,13 +92,13 @@ def bench(
         return
     if check:
         raise typer.Exit(run.check())
-    old = _load(compare, name) if compare else None
-    folder = Path(output) if output else _default_folder(quick or bool(read))
-    report = _load(read, name) if read else run.report(folder)
+    old = published.load(compare, name) if compare else None
+    folder = Path(output) if output else published.default_folder(quick or bool(read))
+    report = published.load(read, name) if read else run.report(folder)
     if report is None:  # another rank than 0
         return
-    _show(report)
-    _write(report, folder, draw=plot)
+    published.show(report)
+    published.write(report, folder, draw=plot)
     if old is not None:
         from undertow.benchmarks.compare import comparison
 
@@ -206,8 +208,8 @@ class _Run:
                 self.stopped = int(peers.largest(stopping.signal))
                 bar.update((at + 1) * self.rounds - bar.done)  # the rounds that were left out
                 if rank == 0 and len(cases) > 1:  # should a later case fail or be stopped
-                    _show(self._report(found, [row for row in rows if row.case == case.name]))
-                    _keep(self._report(found, rows), folder)
+                    published.show(self._report(found, [row for row in rows if row.case == case.name]))
+                    published.keep(self._report(found, rows), folder)
         leave()
         return None if rank else self._report(found, rows)
 
@@ -239,81 +241,3 @@ def _join() -> tuple[int, int, Peers, Callable[[], object]]:
         init_process_group(launch, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     leave = dist.destroy_process_group if mine else dist.barrier
     return launch.rank, launch.world_size, Peers(dist.new_group(backend="gloo")), leave
-
-
-def _load(file: str, name: str) -> Report:
-    from undertow.benchmarks.report import Report
-
-    report = Report.load(Path(file))
-    if report.benchmark != name:
-        raise UserError(f"{file} is a result of '{report.benchmark}'", expected=f"a result of '{name}'")
-    return report
-
-
-def _show(report: Report) -> None:
-    """The table on the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from undertow.benchmarks.report import COLUMNS
-
-    table = Table(title=f"{report.benchmark}: {report.claim}", title_justify="left")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column in ("case", "arm") else "right", overflow="fold")
-    case = ""
-    for row in report.compared():
-        if row.case != case:
-            table.add_section()
-        _, *cells = row.cells()
-        table.add_row("" if row.case == case else row.case, *(cell.replace("**", "") for cell in cells))
-        case = row.case
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(table)
-    for line in report.not_compared():
-        console.print(f"not compared: {line}", markup=False)
-
-
-def _default_folder(aside: bool) -> Path:
-    from undertow.benchmarks.facts import ROOT
-
-    return Path("runs/bench") if aside or not (ROOT / "setup.cfg").exists() else ROOT / "benchmarks" / "results"
-
-
-def _base(report: Report) -> str:
-    from undertow.benchmarks.facts import slug
-
-    return f"{report.benchmark}_{slug(report.facts['hardware'])}_{report.facts['date']}"
-
-
-def _keep(report: Report, folder: Path) -> None:
-    """Only the JSON, from which `--read` makes the rest."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        report.dump(folder / f"{_base(report)}.json")
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {folder}: {error.strerror}", remedy="name another folder with --output"
-        ) from error
-
-
-def _write(report: Report, folder: Path, *, draw: bool) -> None:
-    base = _base(report)
-    _keep(report, folder)
-    try:
-        picture = _picture(report, folder / f"{base}.png") if draw else ""
-        (folder / f"{base}.md").write_text(report.markdown(picture))
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {folder}: {error.strerror}", remedy="name another folder with --output"
-        ) from error
-    typer.echo(f"written: {folder / base}.json, .md" + (", .png" if picture else ""))
-
-
-def _picture(report: Report, path: Path) -> str:
-    from undertow.benchmarks.plot import draw as draw_plot
-
-    try:
-        return draw_plot(report, path).name
-    except MissingPackage as missing:
-        typer.echo(f"no plot: {missing}", err=True)
-        return ""

@@ -159,7 +159,7 @@ class Checkpointer:
         self._clock.tick(step)
         self._reports.take(self._pipeline.reports())
         if self._preempter is not None and not self.preempted and self._preempter.at(step):
-            if step != self._rhythm.last:
+            if step != self._rhythm.last_on_disk:  # what is in memory only may be lost with the machine
                 self.save(step)
             self.preempted = True
             return self._preempter.conclude(step, self.wait(), off=self._off)

@@ -156,16 +156,23 @@ class Committer:
                 reason = reason_of(error)
                 if not part.follows:
                     save.snapshot.fail(error)
-                part.file.wait()
-                part.file.abandon()
+                self._tidy(part.file.wait)
+                self._tidy(part.file.abandon)
             while len(self._said) > WORDS:
                 self.coordinator.forget(self._said.popleft())
-            part.after(not reason)
+            self._tidy(partial(part.after, not reason))
             ended_s = time.monotonic() - save.began_s
             self._ended.put((save, reason, durable_s, ended_s))
             with self._idle:
                 self._open -= 1
                 self._idle.notify_all()
+
+    def _tidy(self, act: Callable[[], None]) -> None:
+        """What follows a save must not end the thread: every later save would wait for it for ever."""
+        try:
+            act()
+        except Exception as error:
+            log.warning("after a save to %s: %s", self.tier, reason_of(error))
 
     def _commit(self, part: Part, name: str) -> float:
         """Durable, vote, publish; the seconds from the call to durable files. Raises when the save is lost."""

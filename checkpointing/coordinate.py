@@ -129,14 +129,14 @@ class Coordinator:
         calm: bool = False,
         but: Callable[[], bool] | None = None,
     ) -> Any:
-        """The word of `rank`; waits until the monotonic time `deadline_s`, or until `rank` is known to be dead, or a
-        verdict on `unless` says why nobody will answer, then raises `PeerLost`. `calm`: nobody waits for this thread,
-        so it looks seldom. None when `but` becomes true."""
+        """The word of `rank`; waits until the monotonic time `deadline_s`, or until `rank` is known to be dead or to
+        have closed its checkpoints, or a verdict on `unless` says why nobody will answer, then raises `PeerLost`.
+        `calm`: nobody waits for this thread, so it looks seldom. None when `but` becomes true."""
         key, began_s = f"{name}/{rank}", time.monotonic()
         while True:
             if but is not None and but():
                 return None
-            dead = rank in self.lifeline.gone  # asked before its last word is looked for
+            dead, left = rank in self.lifeline.gone, rank in self.lifeline.left  # before its last word is looked for
             try:  # `wait` would do, but every time-out of it prints a warning
                 if (word := self._look(key)) is not None:
                     return pickle.loads(word)
@@ -148,6 +148,8 @@ class Coordinator:
                 raise PeerLost(f"rank 0 is gone, so '{name}' has no answer ({str(error).splitlines()[0]})") from error
             if dead:
                 raise PeerLost(f"rank {rank} died before it answered '{name}'")
+            if left:
+                raise PeerLost(f"rank {rank} has closed its Checkpointer and does not answer '{name}'")
             now_s = time.monotonic()
             if now_s >= deadline_s:
                 raise PeerLost(f"rank {rank} did not answer '{name}' in time")
@@ -164,7 +166,8 @@ class Coordinator:
         began_s = time.monotonic()
         deadline_s = began_s + timeout_s
         keys = [f"{name}/{rank}" for rank in range(self.world)]
-        while calm and not unless and not self.lifeline.gone and (now_s := time.monotonic()) < deadline_s:
+        away = self.lifeline.gone, self.lifeline.left
+        while calm and not unless and not any(away) and (now_s := time.monotonic()) < deadline_s:
             try:  # one look at all of them
                 if self._mine.check(keys):
                     return [pickle.loads(word) for word in self._mine.multi_get(keys)]
@@ -175,11 +178,14 @@ class Coordinator:
 
     def part(self, *, timeout_s: float = 60.0) -> None:
         """Leave. Rank 0, whose process hosts the store, first waits until the others have read its last words; one that
-        is gone for good costs `timeout_s`."""
-        with suppress(PeerLost, RuntimeError, dist.DistError):  # whoever is gone needs no words any more
+        hangs costs `timeout_s`."""
+        deadline_s = time.monotonic() + timeout_s
+        with suppress(RuntimeError, dist.DistError):  # rank 0 is gone: nobody hears it
             self.say("part", True)
-            if self.rank == 0:
-                self.hear_all("part", timeout_s=timeout_s)
+            self._look(f"part/{self.rank}")  # the store has it before the lifeline says that this rank has left
+        for rank in range(1, self.world if self.rank == 0 else 0):
+            with suppress(PeerLost):  # whoever is gone needs no words any more
+                self.hear("part", rank, deadline_s=deadline_s)
         self.lifeline.close()
 
     def forget(self, name: str) -> None:

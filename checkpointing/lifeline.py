@@ -30,7 +30,8 @@ class Lifeline:
 
     def __init__(self, rank: int, world: int, token: str) -> None:
         self.rank, self.world = rank, world
-        self.gone: set[int] = set()
+        self.gone: set[int] = set()  # dead
+        self.left: set[int] = set()  # in order, after their last words
         self.on_message: Listener = lambda rank, message: None
         self.on_gone: Callable[[int], None] = lambda rank: None
         self.on_wake: Callable[[], float | None] = lambda: None
@@ -143,6 +144,7 @@ class Lifeline:
                     return
             elif message == "part":
                 self._drop(peer)
+                self.left.add(rank)
                 return
             else:
                 self.on_message(rank, message)

@@ -15,7 +15,7 @@ from .save import SaveReport
 
 class Rhythm:
     """The intervals `every` to disk and `host_every` to the memory tier of that name ('' where there is none).
-    `last`: the step that was saved or restored last."""
+    `last`: the step that was saved or restored last; `last_on_disk`: that was saved there."""
 
     def __init__(
         self,
@@ -29,6 +29,7 @@ class Rhythm:
         self._disk = Due(every, "disk", coordinator, timeout_s=timeout_s)
         self._host = Due(host_every, host_tier, coordinator, timeout_s=timeout_s)
         self.last: int | None = None
+        self.last_on_disk: int | None = None
 
     def due(self, step: int) -> tuple[bool, bool]:
         """Whether `step` is to be saved to disk, and to host memory. Called once a step."""
@@ -40,13 +41,14 @@ class Rhythm:
         """A save of `step` to these has begun, or was tried. `reports`: of all that have ended."""
         self.last = step
         if disk:
+            self.last_on_disk = step
             self._disk.saved(step, reports)
         if host:
             self._host.saved(step, reports)
 
     def restored(self, step: int | None) -> None:
         """Training goes on from `step`, or from a state that has no number."""
-        self.last = step
+        self.last, self.last_on_disk = step, None
         for due in (self._disk, self._host):
             due.restored()
 

@@ -73,6 +73,34 @@ def test_no_writer_makes_a_folder_again_that_is_being_cleared_away(tmp_path):
         assert [path.name for path in (tmp_path / "c").iterdir() if ".tmp-" in path.name] == []
 
 
+class GivesUpBadly(FileOps):
+    """While `fails` is set, writing fails, and so does closing what was begun."""
+
+    fails = False
+
+    def pwrite(self, handle: int, data: Any, offset: int) -> None:
+        if self.fails:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        super().pwrite(handle, data, offset)
+
+    def abandon(self, handle: int) -> None:
+        super().abandon(handle)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_save_that_cannot_even_be_given_up_costs_no_later_one(tmp_path):
+    """What goes wrong after a save has failed must not end the thread that commits: `close` would wait for ever."""
+    job, ops = Job(layers=1), GivesUpBadly(direct=False)
+    with job.checkpointer(tmp_path, ops=ops) as ckpt:
+        for step in range(3):
+            ops.fails = step == 1
+            ckpt.save(step)
+            job.advance(step)
+            ckpt.wait()
+        assert [report.ok for report in ckpt.reports] == [True, False, True]
+        assert "Input/output error" in ckpt.reports[1].reason
+
+
 def test_a_disk_that_is_full(tmp_path):
     """A tmpfs of 4 MiB where this user may mount one, else a quota: room for a few checkpoints of eight."""
     mount = tmp_path / "small"

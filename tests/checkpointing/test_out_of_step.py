@@ -165,6 +165,37 @@ def test_async_save_where_one_rank_raises(ranks, tmp_path, guilty):
     assert open_checkpoint(tmp_path / "3")["w"].tolist() == [3, 3, 3, 3]
 
 
+def one_closes(rank: int, world: int, root: str, memory: str, grows: bool) -> list[str]:
+    """Rank `world - 1` closes after the first save; the others go on: with the plan as it was, or with a new one."""
+    host_tier.SHARED_MEMORY = Path(memory)
+    job, moody = Job(layers=1), Moody()
+    job.advance(9)
+    with job.checkpointer(Path(root), moody=moody, host_every=1, timeout_s=600.0) as ckpt:
+        ckpt.save(0, host=True)
+        assert all(report.ok for report in ckpt.wait())
+        if rank < world - 1:
+            while not Path(f"{memory}/closed").exists():
+                time.sleep(0.01)
+            moody.size = int(grows)
+            ckpt.save(1, host=True)
+            ckpt.wait()
+    if rank == world - 1:
+        Path(f"{memory}/closed").touch()
+    return [report.reason for report in ckpt.reports]
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_a_rank_that_has_closed_is_not_waited_for(ranks, tmp_path, grows):
+    """Its loop has ended, or raised: no save can be had without it, and the others learn that at once."""
+    memory = tmp_path / "shm"
+    memory.mkdir()
+    *others, closed = ranks(3, one_closes, str(tmp_path / "root"), str(memory), grows)
+    assert closed == ["", ""]
+    for reasons in others:
+        assert reasons[:2] == ["", ""] and len(reasons) == 4
+        assert all("rank 2 has closed its Checkpointer" in reason for reason in reasons[2:]), reasons
+
+
 class Between(dist.HashStore):
     """A store in which `words` are said after the first look at it."""
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from undertow.checkpointing import Checkpointer, Preemption
+from undertow.checkpointing import Checkpointer, Preemption, host_tier
 from undertow.dist.errors import UserError
 
 
@@ -58,6 +58,30 @@ def test_a_process_alone(tmp_path):
     before = signal.getsignal(signal.SIGUSR1)
     assert loop(0, tmp_path / "c", 50, {7: (0, signal.SIGUSR1)}) == (8, [8])
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_what_came_back_from_memory_goes_to_disk_when_the_job_must_leave(tmp_path, monkeypatch):
+    """The machine may be another one's soon: the signal's save is one to disk, although the step is saved already."""
+    memory = tmp_path / "shm"
+    memory.mkdir()
+    monkeypatch.setattr(host_tier, "SHARED_MEMORY", memory)
+    model = torch.nn.Linear(8, 8)
+    with Checkpointer(tmp_path / "c", model=model, host_every=1) as ckpt:
+        assert ckpt.save(3, disk=False, host=True)
+    expected = model.weight.detach().clone()
+    torch.nn.init.zeros_(model.weight)
+    with Checkpointer(tmp_path / "c", model=model, host_every=1, preemption=Preemption(grace_s=240)) as ckpt:
+        assert ckpt.restore() == 3 and ckpt.folder.committed() == []
+        os.kill(os.getpid(), signal.SIGUSR1)
+        until_s = time.monotonic() + 60
+        while ckpt._preempter._verdict is None:
+            assert time.monotonic() < until_s
+            time.sleep(0.01)
+        assert ckpt.step(3) and ckpt.preempted
+        assert ckpt.folder.committed() == [3]
+    other = torch.nn.Linear(8, 8)
+    with Checkpointer(tmp_path / "c", model=other) as ckpt:
+        assert ckpt.restore() == 3 and torch.equal(other.weight, expected)
 
 
 def test_no_signal_changes_nothing(tmp_path):

@@ -187,7 +187,9 @@ class Team:
 
         chosen = self.gate.choose(key, None if rates is None else predict, can)
         arm: Arm = self.gate.arms[chosen]
-        plan = plan_of(self.engine, arm, sizes, n if kind in self._in_columns else 0)
+        plan = self.engine.plan(sizes, arm.subchunks)  # what arrives, arrives by rows of a chunk
+        if kind != GATHER:
+            plan = plan_of(self.engine, arm, sizes, n if kind in self._in_columns else 0)
         way = self._making.of(kind, plan, arm, dtype)
         if kind != GATHER:
             plain = None if self.gate.measuring(key) else self._making.plain(plan, arm, dtype)
@@ -230,7 +232,7 @@ class Team:
     def queueing(self) -> Queueing:
         """What pieces cost the slowest rank's host, of a GPU; measured when it is first asked for. Collective."""
         if self._queueing is None and isinstance(self.engine, CudaOverlapEngine):
-            mine = measure(self.engine)
+            mine = measure(self.engine, self._start)
             all_s = self._gather(torch.tensor([mine.call_s, mine.piece_s], dtype=torch.float64))
             self._queueing = Queueing(*torch.stack(all_s).max(0).values.tolist())
         return self._queueing or Queueing()

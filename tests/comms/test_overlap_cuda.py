@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -29,9 +30,11 @@ from undertow.comms.stream_wait import Counted, can_wait
 from undertow.comms.symmetric_messenger import Mapped, Seat, SymmetricMessenger, _refusal, apart, why_not
 from undertow.comms.trigger import GlooMessenger
 from undertow.dist.errors import PeerLost
-from undertow.parallel.overlap_gate import CUDA_ARMS, REPLAYED_ARMS
+from undertow.parallel.overlap_gate import CUDA_ARMS, REPLAYED_ARMS, Gate
 from undertow.parallel.overlap_products import rows_of
 from undertow.parallel.overlap_queueing import measure
+from undertow.parallel.overlap_team import Team
+from undertow.parallel.overlap_ways import Ways
 
 
 class _Now:
@@ -175,7 +178,7 @@ def _with_stand_ins(rank: int, world: int, seed: int) -> None:
     engine = CudaOverlapEngine(device=torch.device("cpu"), messenger=_Eager())
     for rows in (0, 1, 7, 24):
         assert right(engine, torch.device("cpu"), rows, seed), rows
-    queueing = measure(engine)
+    queueing = measure(engine, time.perf_counter)
     assert min(queueing.call_s, queueing.piece_s) >= 0 and queueing.seconds(CUDA_ARMS[1], world) > 0
     engine.close()
 
@@ -183,6 +186,38 @@ def _with_stand_ins(rank: int, world: int, seed: int) -> None:
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_its_patterns_are_right_with_eager_streams(ranks, seed, world):
     ranks(world, _with_stand_ins, seed)
+
+
+def _every_way(rank: int, world: int, seed: int) -> None:
+    """Zeros and ones, so that every order of sums gives the same bits."""
+    _stand_in(pytest.MonkeyPatch())  # a process of its own
+    team = Team(overlap="off")
+    of_cpus, team.engine = team.engine, CudaOverlapEngine(device=torch.device("cpu"), messenger=_Eager())
+    team._making = Ways(team.engine, team.group, team.engine.recorder)
+    generator = torch.Generator().manual_seed(seed)
+    for at, arm in enumerate(CUDA_ARMS):
+        if arm.tracked:  # no Triton here
+            continue
+        team.gate = Gate(CUDA_ARMS, team._gather, fixed=at)
+        team.ways.clear()
+        team._guesses.plain.clear()
+        for rows in (12, 13):
+            sizes = chunk_rows(rows, world)
+            everyone = torch.randint(0, 2, (world, rows, 4), generator=generator).float()
+            b = torch.randint(0, 2, (4, 24), generator=generator).float()
+            summed, mine = everyone.sum(0) @ b, slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+            for _ in range(2):
+                assert torch.equal(team.reduce_scatter(everyone[rank], b, sizes), summed[mine]), (arm, rows)
+                assert torch.equal(team.all_reduce(everyone[rank], b, sizes), summed), (arm, rows)
+                whole, (out,) = team.all_gather(everyone[0][mine].contiguous(), [b], sizes)
+                assert torch.equal(whole, everyone[0]) and torch.equal(out, everyone[0] @ b), (arm, rows)
+    team.close()
+    of_cpus.close()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_team_of_gpus_is_right_in_every_way_that_it_can_be_told_to_take(ranks, seed, world):
+    ranks(world, _every_way, seed)
 
 
 _failed = threading.Event()  # some rank; the others must not wait for it

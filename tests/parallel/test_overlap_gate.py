@@ -230,7 +230,7 @@ def test_what_pieces_cost_the_host_is_measured_by_few_and_many_of_them():
             self.calls += 1
 
     engine = Engine()
-    found = overlap_queueing.measure(engine, now=lambda: engine.now_s)  # type: ignore[arg-type]
+    found = overlap_queueing.measure(engine, lambda: engine.now_s, lambda: engine.now_s)  # type: ignore[arg-type]
     assert found == Queueing(5.0, 3.0) and engine.calls == 2 * overlap_queueing.CALLS
     assert Queueing.of(2.0, 1.0, 3) == Queueing(2.0, 0.0)  # noise is no gain
 

@@ -334,7 +334,7 @@ def _slowest_host(rank: int, world: int, monkeypatch: pytest.MonkeyPatch) -> Non
     with contextlib.closing(Team(machine=machine)) as team:
         assert team.queueing() == Queueing()  # a CPU's engine has threads for that
         asked = list[Any]()
-        monkeypatch.setattr(overlap_team, "measure", lambda engine: asked.append(engine) or mine)
+        monkeypatch.setattr(overlap_team, "measure", lambda engine, start: asked.append(engine) or mine)
         real, team.engine, team._recorder = team.engine, _Untouched(), None
         team.device = torch.device("cuda")  # of which nothing is used but its name
         try:

@@ -215,6 +215,7 @@ Verdict judge(Record* r, Use use, int64_t count, const Peer& peer, double gain, 
   if (!proved(*r)) return pass(Verdict::Pass);
   add(t.taken, 1);
   add(t.bytes, bytes);
+  if (timed == Timed::Round) round_packs();
   return Verdict::Take;
 }
 

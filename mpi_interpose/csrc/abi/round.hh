@@ -49,6 +49,7 @@ struct Round {
   int alike = 0, patience = 4;  // whole rounds alike in a row; how many it takes before a script begins
   Reader reader;
   bool served = false;  // a script has ended in this round
+  bool clocked = false;  // its time counts; of a timed round that is the first of a row it does not
   Way way = kTableWay;
   int parts = 0;
   uintptr_t first = 0;  // the request of the first message that was started under the clock
@@ -86,16 +87,23 @@ inline void interrupt_script() {
 }
 
 // Around the call that starts a nonblocking message. Of one that passes only the library's time counts: when rounds are not
-// timed, next to nothing is asked before it, while one that is packed is asked about and packed each time.
-inline void round_enter() {
-  if (this_round.timed()) this_round.mark_ns = now_ns();
+// timed, next to nothing is asked before it, while one that is packed is asked about and packed each time. Reading the clock
+// is much of what a timed round costs, so none is read that does not count.
+inline void round_mark() {
+  if (this_round.clocked) this_round.mark_ns = now_ns();
 }
-inline void round_passes() { round_enter(); }
+inline void round_enter() {  // before it is known whether this one is packed
+  if (this_round.way != kLibraryWay || gpu::news()) round_mark();
+}
+inline void round_packs() {  // in the library's way, too, if its peer's link is not known
+  if (this_round.way == kLibraryWay) round_mark();
+}
+inline void round_passes() { round_mark(); }
 inline void round_leave(uint64_t print, const Line& line, MPI_Request* request, int rc) {
   Round& r = this_round;
   r.post(print, line);
   if (!r.timed()) return;
-  r.ns += now_ns() - r.mark_ns;
+  if (r.clocked) r.ns += now_ns() - r.mark_ns;
   if (!r.has_first && rc == MPI_SUCCESS && request) r.first = handle_key(*request), r.has_first = true;
 }
 
@@ -117,7 +125,7 @@ class RoundEnd {
     bool there = false;
     for (int i = 0; i < n && r.has_first; ++i) there |= handle_key(requests[i]) == r.first;
     whole_ = there;
-    if (whole_) start_ns_ = now_ns();
+    if (whole_ && r.clocked) start_ns_ = now_ns();
   }
   RoundEnd(const RoundEnd&) = delete;
   RoundEnd& operator=(const RoundEnd&) = delete;

@@ -36,7 +36,7 @@ class Trial {
   static constexpr double kHopeless = 1.3;                  // loss for which a way is given up at once
   static constexpr int kBurns = 3;                          // times that a way given up again makes the next one harder
 
-  // The way of the next round. `timed()`: whether its time is wanted.
+  // The way of the next round. `timed()`: whether it belongs to a trial or check.
   Way next() {
     timed_ = rest_ == 0;
     if (!timed_) return chosen_;
@@ -46,6 +46,7 @@ class Trial {
     return way_;
   }
   bool timed() const { return timed_; }
+  bool clocked() const { return timed_ && at_ > 0; }  // and whether it counts, which of the first of a row it does not
 
   // After that round; true when what `chosen` says is news. `tables`: the table takes some of its messages.
   bool done(int64_t ns, bool tables) {

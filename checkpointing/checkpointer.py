@@ -12,6 +12,7 @@ on; the next interval tries again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +153,8 @@ class Checkpointer:
         """Save if `step` is due. Call once per step, anywhere before the optimizer's step; whether a save began.
         `metrics` are stored with the checkpoint, for `Retention` and `undertow ckpt list`.
 
-        After a signal of `preemption` all ranks save the same step, wait until it is committed, and find `preempted`
-        set: then leave the loop.
+        After a signal of `preemption` all ranks save the same step, wait until it is committed on disk, and find
+        `preempted` set: then leave the loop.
         """
         step = self._number(step)
         self._clock.tick(step)
@@ -162,7 +163,10 @@ class Checkpointer:
             if step != self._rhythm.last_on_disk:  # what is in memory only may be lost with the machine
                 self.save(step)
             self.preempted = True
-            return self._preempter.conclude(step, self.wait(), off=self._off)
+            self.fence()
+            self._pipeline.drain(only="disk")  # a slow partner or store has until the scheduler kills, in `close`
+            self._reports.take(self._pipeline.reports())
+            return self._preempter.conclude(step, self.reports, off=self._off)
         disk, host = self._rhythm.due(step)
         return (disk or host) and self.save(step, disk=disk, host=host, metrics=metrics)
 
@@ -246,7 +250,7 @@ class Checkpointer:
 
     @property
     def reports(self) -> list[SaveReport]:
-        """What became of the saves that have ended, tier by tier, oldest first."""
+        """What became of the saves that have ended, tier by tier, oldest first; in a long run of the last 10,000."""
         return self._reports.ended
 
     @property
@@ -274,17 +278,13 @@ class Checkpointer:
         """
         if self._pipeline.closed:
             return
-        try:
-            self.wait()
-        finally:
+        with ExitStack() as after:  # the last one first, each whatever the others raise
+            ends = (self._coordinator.part, self._tiers.close, self._budget.drop, self._pipeline.close)
+            for end in (*ends, *(handle.remove for handle in self._handles)):
+                after.callback(end)
             if self._preempter is not None:
-                self._preempter.end()
-            for handle in self._handles:
-                handle.remove()
-            self._pipeline.close()
-            self._budget.drop()
-            self._tiers.close()
-            self._coordinator.part()
+                after.callback(self._preempter.end)
+            self.wait()
 
     def __enter__(self) -> Checkpointer:
         return self

@@ -96,13 +96,13 @@ class Pipeline:
     def busy(self) -> bool:
         return self._copying > 0 or any(committer.busy for committer in self.committers)
 
-    def drain(self, *, far: bool = True) -> None:
-        """Wait until every submitted save has ended in every tier; not `far`: in those that need the arena or host
-        memory, while others may go on reading what these have written."""
+    def drain(self, *, far: bool = True, only: str = "") -> None:
+        """Wait until every submitted save has ended in every tier, or `only` in one; not `far`: in those that need the
+        arena or host memory, while others may go on reading what these have written."""
         with self._idle:
             self._idle.wait_for(lambda: self._copying == 0)
         for committer in self.committers:
-            if far or committer.tier not in FAR:
+            if committer.tier == only if only else far or committer.tier not in FAR:
                 committer.drain()
 
     def reports(self) -> list[SaveReport]:

@@ -89,7 +89,9 @@ class Preempter:
         return ok
 
     def end(self) -> None:
-        """The save is done, or the run is over: give the signals back to whoever had them."""
+        """The save is done, or the run is over: give the signals back to whoever had them, once."""
+        if self._ended:
+            return
         self._ended = True
         for name, before in self._before.items():
             signal.signal(getattr(signal, name), before if before is not None else signal.SIG_DFL)

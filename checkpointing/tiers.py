@@ -263,10 +263,12 @@ class Tiers:
     def close(self) -> None:
         """Give memory and folders back. Host memory is freed when a checkpoint on disk is as new; otherwise it stays
         for a later restore."""
-        if self.host is not None:
-            disk, memory = self.folder.committed(), self.host.folder.committed()
-            self.host.close(remove=not memory or (bool(disk) and disk[-1] >= memory[-1]))
-        self._release_folders()
+        try:
+            if self.host is not None:
+                disk, memory = self.folder.committed(), self.host.folder.committed()
+                self.host.close(remove=not memory or (bool(disk) and disk[-1] >= memory[-1]))
+        finally:
+            self._release_folders()
 
     def _release_folders(self) -> None:
         self.folder.release()

@@ -197,6 +197,7 @@ def dies(rank: int, world: int, root: str, victim: int, at: str) -> None:
         assert all(report.ok for report in run.ckpt.wait()) or step == 3
     run.ckpt._coordinator.forget("begin")  # no error where rank 0 has died: it would end the committing thread
     Path(root, "survivor").write_text(run.ckpt.reports[-1].reason)
+    run.ckpt.close()  # what it keeps in memory is what a restart finds
 
 
 def processes(world: int, store: Path, fn: Any, *args: Any) -> list[int]:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from undertow.checkpointing import Checkpointer, Preemption, host_tier
+from undertow.checkpointing import Checkpointer, Partner, Preemption, host_tier
+from undertow.checkpointing.partner_copy import PartnerFile
 from undertow.dist.errors import UserError
 
 
@@ -82,6 +84,28 @@ def test_what_came_back_from_memory_goes_to_disk_when_the_job_must_leave(tmp_pat
     other = torch.nn.Linear(8, 8)
     with Checkpointer(tmp_path / "c", model=other) as ckpt:
         assert ckpt.restore() == 3 and torch.equal(other.weight, expected)
+
+
+def test_a_copy_that_still_travels_does_not_keep_the_job_in_its_loop(tmp_path, monkeypatch):
+    """A partner may take longer than the grace time; what the signal wants is on disk before."""
+    memory, go, begin = tmp_path / "shm", threading.Event(), PartnerFile.begin
+    memory.mkdir()
+    monkeypatch.setattr(PartnerFile, "begin", lambda file: (go.wait(250), begin(file))[1])
+    options = {"host_every": 1, "partner": Partner(memory=memory), "preemption": Preemption(grace_s=240)}
+    with Checkpointer(tmp_path / "c", model=torch.nn.Linear(8, 8), **options) as ckpt:
+        assert ckpt.step(0)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        until_s = time.monotonic() + 60
+        while ckpt._preempter._verdict is None:
+            assert time.monotonic() < until_s
+            time.sleep(0.01)
+        assert ckpt.step(1) and ckpt.preempted
+        assert [(report.step, report.tier, report.ok) for report in ckpt.reports] == [(1, "disk", True)]
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the program's own, which `close` must leave alone
+        go.set()
+    assert signal.signal(signal.SIGUSR1, signal.SIG_DFL) is signal.SIG_IGN
+    assert [(report.step, report.tier, report.ok) for report in ckpt.reports[1:]] == [(0, "partner", True)]
 
 
 def test_no_signal_changes_nothing(tmp_path):

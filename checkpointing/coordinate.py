@@ -41,6 +41,7 @@ class Coordinator:
     def __init__(self, rank: int, world: int, store: dist.Store, token: str, lifeline: Lifeline) -> None:
         self.rank, self.world, self.store, self.token, self.lifeline = rank, world, store, token, lifeline
         self._threads = threading.local()
+        self._met: list[str] = []  # meetings whose words are in the store
         self.round = 0  # counts the restores of this run, alike on all ranks
 
     @classmethod
@@ -106,6 +107,7 @@ class Coordinator:
         """`work()`, in which the ranks exchange words; done on all of them, or `PeerLost` on all, also on one that
         comes too late, and where one runs out of memory or space. Waits inside it name f"{name}/verdict" as `unless`.
         Other errors are for `work` to spread."""
+        earlier, self._met = self._met, [*self._met, name]
         try:
             done, verdict = work(), f"{name}/verdict"
             self.say(f"{name}/done", True)
@@ -117,6 +119,10 @@ class Coordinator:
         late = f"rank {self.rank} waited in vain for '{name}'"
         if problem := self.lead(verdict, "", otherwise=late, timeout_s=timeout_s):
             raise PeerLost(problem)
+        for meeting in earlier:  # all ranks have been here, so none comes late to those any more
+            self.forget(f"{meeting}/done")
+            self.forget(f"{meeting}/verdict")
+        self._met = [name]
         return done
 
     def hear(
@@ -152,7 +158,7 @@ class Coordinator:
                 raise PeerLost(f"rank {rank} has closed its Checkpointer and does not answer '{name}'")
             now_s = time.monotonic()
             if now_s >= deadline_s:
-                raise PeerLost(f"rank {rank} did not answer '{name}' in time")
+                raise PeerLost(f"rank {rank} did not answer '{name}' in time ({now_s - began_s:.0f} s)")
             time.sleep(_pause_s(now_s - began_s, calm))
 
     def _look(self, key: str) -> bytes | None:

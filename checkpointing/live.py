@@ -18,7 +18,7 @@ import torch
 from .attempt import one_save
 from .coordinate import Coordinator
 from .copies import copier_for
-from .plan import SavePlan, make_plan, signature
+from .plan import SavePlan, forget_words, make_plan, signature
 from .sample import Sampler
 from .snapshot import Seal
 from .spread import own_part
@@ -40,6 +40,7 @@ class LiveState:
         self.state, self._coordinator = state, coordinator
         self._chunk_bytes, self._timeout_s = chunk_bytes, timeout_s
         self._plan_key: tuple | None = None
+        self._tried: list[str] = []  # the plans whose words are in the store
         self._fresh_key: tuple = ()
         self._names: dict[int, str] = {}
         self._watch: Watch | None = None
@@ -97,12 +98,15 @@ class LiveState:
 
     def _replan(self, name: str, leaves: Sequence[Leaf]) -> None:
         talk, timeout_s = self._coordinator, self._timeout_s
+        self._tried.append(f"{name}/plan")
         with one_save(talk.rank):
             copier = copier_for([local_tensor(leaf.value) for leaf in leaves if isinstance(leaf.value, torch.Tensor)])
         plan = make_plan(leaves, talk, f"{name}/plan", timeout_s=timeout_s, chunk_bytes=self._chunk_bytes)
         staging = talk.together(f"{name}/staging", partial(Staging, plan, copier.device), timeout_s=timeout_s)
         self.plan, self.copier, self.staging = plan, copier, staging
         self._sources = []
+        while len(self._tried) > 1:  # as large as the plans: a state that often grows would fill the store
+            forget_words(self._tried.pop(0), talk)
 
     @property
     def planned(self) -> bool:

@@ -33,6 +33,7 @@ from .layout import CHUNK_BYTES, Image, place
 from .manifest import ShardRecord, TensorRecord, render
 from .state import Leaf, local_tensor
 
+WORDS = ("tied", "tied/all", "local", "global", "placed")  # that ranks say about a plan
 SMALL_BYTES = 256 * 1024  # a lazy tensor below this is cheaper to copy at once than to track
 
 
@@ -127,6 +128,12 @@ def make_plan(
     `PeerLost`, and so does the late one when it comes: nobody has a plan that another lacks."""
     talk = Talk(coordinator, name, timeout_s)
     return coordinator.together(name, partial(_make_plan, leaves, talk, chunk_bytes), timeout_s=timeout_s)
+
+
+def forget_words(name: str, coordinator: Coordinator) -> None:
+    """Delete what this rank has said about the plan `name`, once all ranks have a later one."""
+    for word in WORDS:
+        coordinator.forget(f"{name}/{word}")
 
 
 @dataclass(frozen=True)

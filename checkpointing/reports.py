@@ -17,6 +17,7 @@ from .save import SaveReport
 from .slowdown import StepClock
 
 log = get_logger(__name__)
+KEPT = 10_000  # reports at least, the newest: a run that saves every step would fill its memory with them
 
 
 def dropped(attempt: Attempt, tiers: Sequence[str], reason: str) -> list[SaveReport]:
@@ -26,7 +27,8 @@ def dropped(attempt: Attempt, tiers: Sequence[str], reason: str) -> list[SaveRep
 
 
 class Reports:
-    """The `ended` saves, oldest first, and how many of them were `failures`. `peak_bytes` asks the arena."""
+    """The `ended` saves, oldest first, the last `KEPT` of them and more, and how many in all were `failures`.
+    `peak_bytes` asks the arena."""
 
     def __init__(self, observers: Sequence[Observer], clock: StepClock, peak_bytes: Callable[[], int]) -> None:
         self.ended: list[SaveReport] = []
@@ -38,6 +40,8 @@ class Reports:
         for bare in ended:
             report = replace(bare, slowdown_s=self._clock.ended(bare.step))
             self.ended.append(report)
+            if len(self.ended) > 2 * KEPT:
+                del self.ended[:KEPT]
             self._tell(report)
             if report.ok:
                 log.debug("%s", report)

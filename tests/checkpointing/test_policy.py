@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from undertow.checkpointing import Checkpointer, Frequency, Mirror, Retention
+from undertow.checkpointing import Checkpointer, Frequency, Mirror, Retention, reports
 from undertow.checkpointing.coordinate import Coordinator
 from undertow.checkpointing.due import Due
 from undertow.checkpointing.files import FileOps
@@ -285,6 +285,17 @@ def test_prometheus_and_tensorboard_see_every_save(tmp_path):
     assert any(event["name"] == "arena_bytes" for event in events)
     assert {step for _, _, step in writer.seen} == {0, 1, 2}
     assert {name for name, _, _ in writer.seen} >= {"checkpoint/disk/stall_ms", "checkpoint/disk/commit_s"}
+
+
+def test_a_long_run_does_not_keep_every_report(monkeypatch):
+    """The newest stay, and how many failed is counted over all."""
+    monkeypatch.setattr(reports, "KEPT", 10)
+    kept = reports.Reports([], StepClock(), lambda: 0)
+    for step in range(100):
+        kept.take([SaveReport(step, "host", step % 4 > 0, "", 1, 0.0, 0.0, 0.0, 0.0)])
+        assert [report.step for report in kept.ended][-10:] == list(range(max(0, step - 9), step + 1))
+        assert len(kept.ended) <= 20
+    assert kept.failures == 25
 
 
 def test_an_observer_that_fails_costs_no_save(tmp_path):

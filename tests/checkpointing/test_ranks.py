@@ -530,3 +530,24 @@ def test_one_rank_may_ask_what_a_save_does(ranks, tmp_path):
     before, after = ranks(2, _one_asks, tmp_path)[0]
     assert before == "no save has been planned yet: the ranks do that together at the first one"
     assert "SavePlan rank 0/2" in after and "measured: step 1" in after
+
+
+def grows_often(rank: int, world: int, root: str) -> list[int]:
+    """How many words are in the store after each save of a state that has another shape every time."""
+    job, more, found = Job(layers=1), nn.ParameterList(), []
+    with job.checkpointer(Path(root), more=more) as ckpt:
+        for step in range(1, 31):
+            more.append(nn.Parameter(torch.ones(3)))
+            assert ckpt.save(step) and ckpt.wait()[-1].ok
+            if world > 1:
+                dist.barrier()  # all have read the verdict
+            found.append(ckpt._coordinator.store.num_keys())
+        assert ckpt.restore() == 30
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_old_plans_do_not_stay_in_the_store(ranks, tmp_path, world):
+    """They are as large as the state's list of tensors; only a few short words of each save may stay."""
+    for found in ranks(world, grows_often, str(tmp_path)):
+        assert found[29] - found[19] <= 10 * (1 + world), found

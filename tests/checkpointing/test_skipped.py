@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from ckpt_job import HeldOps, Job, same
 
-from undertow.checkpointing import Checkpointer, Partner, host_tier
+from undertow.checkpointing import Checkpointer, Frequency, Partner, host_tier
 from undertow.checkpointing.partner_copy import PartnerFile
 
 
@@ -39,7 +40,7 @@ class Counted:
 def opened(job: Job, root: str, memory: str, tier: str, **options: Any) -> Checkpointer:
     host_tier.SHARED_MEMORY = Path(memory)
     partner = Partner(across_hosts=False, memory=memory, address="127.0.0.1") if tier == "partner" else None
-    return job.checkpointer(Path(root), host_every=1, host_generations=2, partner=partner, **options)
+    return job.checkpointer(Path(root), **{"host_every": 1, "host_generations": 2, "partner": partner, **options})
 
 
 def together() -> None:
@@ -157,3 +158,30 @@ def test_a_claim_that_a_new_plan_makes_void_is_made_again(ranks, tmp_path, tier,
     for ended, skipped, found, alike in ranks(world, grows, str(tmp_path / "c"), str(memory), tier):
         assert ended == [(step, step != 4) for step in range(8)]
         assert (skipped, found, alike) == (0, 7, True)
+
+
+def often(rank: int, world: int, root: str, memory: str) -> tuple[list[bool], int, list[tuple[int, bool]], int]:
+    """An interval that is chosen from what saves cost, with copies that take several steps, longer on rank 1."""
+    job, begin = Job(layers=1), PartnerFile.begin
+    job.advance(9)
+    PartnerFile.begin = lambda file: (time.sleep(0.05 * (1 + rank)), begin(file))[1]  # type: ignore[method-assign]
+    with opened(job, root, memory, "partner", host_every=Frequency(mtbf_s=1e-3, overhead=1.0, first=1)) as ckpt:
+        begun = []
+        for step in range(60):
+            begun.append(ckpt.step(step))
+            job.advance(step)
+            together()
+        ckpt.wait()
+        assert ckpt.host is not None
+        ended = [(report.step, report.ok) for report in ckpt.reports]
+        return begun, ckpt.host.skipped, ended, ckpt.restore() or -1
+
+
+def test_skipped_saves_leave_all_ranks_at_one_interval(ranks, tmp_path):
+    memory = tmp_path / "shm"
+    memory.mkdir()
+    first, second = ranks(2, often, str(tmp_path / "c"), str(memory))
+    assert first == second
+    begun, skipped, ended, found = first
+    steps = [step for step, was in enumerate(begun) if was]
+    assert skipped > 0 and ended == [(step, True) for step in steps] and found == steps[-1]

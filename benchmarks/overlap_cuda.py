@@ -38,7 +38,6 @@ from undertow.parallel.kernels.ordered_sum import ordered_sum
 from undertow.parallel.kernels.tracked_matmul import tracked_matmul, tracked_product, unusable
 from undertow.parallel.overlap_gate import CUDA_ARMS
 from undertow.parallel.overlap_products import panel_of, rows_of
-from undertow.parallel.overlap_ways import plan_of
 
 WORLD = 8
 TABLE = [(4096, 8192, 16384), (8192, 8192, 8192), (4096, 8192, 8192), (8192, 8192, 28672), (2048, 8192, 16384),
@@ -84,7 +83,7 @@ class _Rank:
 
     def scatter(self, arm: overlap_gate.Arm, *, check: bool = False) -> torch.Tensor:
         """This rank's rows of the sum. `check`: compare what the peers got with the product, bit by bit."""
-        plan = plan_of(self.engine, arm, self.sizes, self.b.shape[1])
+        plan = self.engine.plan(self.sizes, arm.subchunks, self.b.shape[1] if arm.columns else 0)
         if arm.replayed and not check:
             queue = partial(self._queue, plan, arm)
             return self.engine.recorder.run(plan, (self.a, self.b), self.b.shape[1], queue)
@@ -119,7 +118,7 @@ class _Rank:
     def wanted(self, arm: overlap_gate.Arm, own: torch.Tensor) -> torch.Tensor:
         """The right answer: `own`, this rank's rows of its product, plus what its peers hold; pieces of columns take
         that as it lies, piece after piece."""
-        plan = plan_of(self.engine, arm, self.sizes, self.b.shape[1])
+        plan = self.engine.plan(self.sizes, arm.subchunks, self.b.shape[1] if arm.columns else 0)
         theirs, place = self.partials.to(own.device).to(own.dtype).sum(0), Placement(plan, own)
         total = own.clone()
         for piece in plan.chunk(0):
@@ -188,8 +187,6 @@ def _decided(rank: _Rank, arms: list[overlap_gate.Arm]) -> overlap_gate.Gate:
 
     def can(arm: overlap_gate.Arm) -> bool:
         fewer = overlap_gate.fewer_reads(arm, rank.sizes, k, n, rank.b.element_size())
-        if arm.stretch != 1:
-            return overlap_gate.product_rows(arm, rank.sizes) > 0
         return not arm.columns or (fewer and not overlap_gate.narrow(arm, n))
 
     while gate.chosen() is None:

@@ -30,7 +30,7 @@ from undertow.comms.cost import overlapped_scatter_seconds
 from undertow.comms.cuda_collectives import all_gather_single, reduce_scatter_single
 from undertow.comms.overlap_cuda import CudaOverlapEngine
 from undertow.dist.errors import UserError
-from undertow.parallel.overlap_gate import ARMS, CUDA_ARMS, ROW_ARMS, SEQUENTIAL, product_rows, trial_calls
+from undertow.parallel.overlap_gate import ARMS, CUDA_ARMS, ROW_ARMS, SEQUENTIAL, trial_calls
 from undertow.parallel.overlap_queueing import Queueing
 from undertow.parallel.overlap_team import Team
 
@@ -59,8 +59,6 @@ class Ranks:
         self.names = [arm.name for arm in (CUDA_ARMS if device.type == "cuda" else ARMS)]
         if pattern != SCATTER:
             self.names = [name for name in self.names if not name.startswith("replayed")]
-        even = {arm.name for arm in CUDA_ARMS if arm.stretch != 1 and not product_rows(arm, self.sizes)}
-        self.names = [name for name in self.names if name not in even]  # they are what they are without
         if pattern == GATHER:
             self.names = [name for name in self.names if not name.startswith(("tracked", "columns"))]
         self.teams = {name: _team(name, device) for name in (*self.names, "auto")}

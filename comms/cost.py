@@ -96,11 +96,11 @@ def direct_seconds(world: int, chunk_bytes: float, link: Link) -> float:
     return (world - 1) * chunk_bytes / link.bytes_per_s + (link.latency_s if world > 1 else 0.0)
 
 
-def overlapped_scatter_seconds(world: int, gemm_s: float, scatter_s: float, subchunks: float = 1) -> float:
+def overlapped_scatter_seconds(world: int, gemm_s: float, scatter_s: float, subchunks: int = 1) -> float:
     """A staggered GEMM → direct reduce-scatter: the longer of the two, plus the part of the shorter that cannot hide.
 
     The first of world · subchunks pieces must be computed before anything is sent; the own chunk, computed last, hides
-    behind the sends. Below 1 a piece has more rows than a chunk.
+    behind the sends.
     """
     return max(gemm_s, gemm_s / (world * subchunks) + scatter_s)
 

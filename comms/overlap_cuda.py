@@ -36,7 +36,6 @@ from .overlap_engine import add_pieces
 from .placement import Panel, Placement, Product, by_rows, messages
 from .spans import Memory, Span, Spans
 from .stream_wait import Counted
-from .uneven_plan import UnevenPlan
 
 END = 1.5  # of the time-out: when a rank that waits for a lost one ends
 _KEPT = 64  # plans
@@ -69,20 +68,15 @@ class CudaOverlapEngine:
             enter=cuda_driver.let_capture if device.type == "cuda" else lambda: None,
         )
         self._events = Events(torch.cuda.Event)
-        self._plans: dict[tuple[tuple[int, ...], int, int, int], ChunkPlan] = {}
+        self._plans: dict[tuple[tuple[int, ...], int, int], ChunkPlan] = {}
         self._counts, self.add = Counts(device), add
         self.recorder = Recorder(self)
 
-    def plan(self, sizes: tuple[int, ...], subchunks: int = 1, columns: int = 0, product_rows: int = 0) -> ChunkPlan:
-        """`product_rows`: of an `UnevenPlan`, for a reduce-scatter or all-reduce."""
-        key = sizes, subchunks, columns, product_rows
+    def plan(self, sizes: tuple[int, ...], subchunks: int = 1, columns: int = 0) -> ChunkPlan:
+        key = sizes, subchunks, columns
         found = self._plans.get(key)
         if found is None:
-            if product_rows:
-                found = UnevenPlan(self.rank, sizes, subchunks, columns=columns, product_rows=product_rows)
-            else:
-                found = ChunkPlan(self.rank, sizes, subchunks, columns=columns)
-            self._plans[key] = found
+            found = self._plans[key] = ChunkPlan(self.rank, sizes, subchunks, columns=columns)
             if len(self._plans) > _KEPT:
                 del self._plans[next(iter(self._plans))]
         return found

@@ -21,7 +21,6 @@ import torch
 
 from ..comms.chunk_plan import ChunkPlan, panels
 from ..comms.cost import overlapped_columns_seconds, overlapped_scatter_seconds
-from ..comms.uneven_plan import UnevenPlan
 from ..dist.machine import Machine
 from .overlap_queueing import Queueing
 
@@ -32,7 +31,6 @@ AGAIN, FINALISTS = 20, 2  # timed calls of each, and how many arms beside the se
 SURE = 1.01  # least lower end of the 95 % interval of that median
 HUNGRY = 512  # operations for a byte; an H200 does 150 of bf16 while its memory, which copies use too, reads one
 NARROW = 512  # columns; with fewer, 1792 rows of a product reach less than 0.7 of an H200's rate
-TILE = 64  # rows; products that are not short have a multiple of them
 HOPE = 1.02  # least predicted speed-up with which an arm is tried
 
 
@@ -42,8 +40,7 @@ class Arm:
 
     `tracked`: one kernel that counts its tiles (`kernels.tracked_matmul`), instead of a product for each piece.
     `columns`: the pieces are columns, each with rows for every rank, instead of rows (`chunk_plan`). `replayed`: as a
-    CUDA graph where the operands lie where they did before (`cuda_recorder`), else piece by piece. `stretch`: the rows
-    of a product, in chunks, where products do not end with the chunks (`uneven_plan`).
+    CUDA graph where the operands lie where they did before (`cuda_recorder`), else piece by piece.
     """
 
     name: str
@@ -52,7 +49,6 @@ class Arm:
     tracked: bool = False
     columns: bool = False
     replayed: bool = False
-    stretch: float = 1.0
 
 
 SEQUENTIAL = Arm("sequential", 1, False)
@@ -64,25 +60,13 @@ REPLAYED_ARMS = (
     Arm("replayed, 1 piece", 1, True, replayed=True),
     Arm("replayed, 2 pieces", 2, True, replayed=True),
     Arm("replayed columns, 4 pieces", 4, True, columns=True, replayed=True),
-    Arm("replayed, uneven", 1, True, replayed=True, stretch=1.25),
 )
 CUDA_ARMS = (SEQUENTIAL, *ROW_ARMS, *COLUMN_ARMS, *TRACKED_ARMS, *REPLAYED_ARMS)
 
 
 def cut(arm: Arm, rank: int, sizes: tuple[int, ...], n: int) -> ChunkPlan:
     """The plan of an arm for a product of `n` columns."""
-    if rows := product_rows(arm, sizes):
-        return UnevenPlan(rank, sizes, product_rows=rows)
     return ChunkPlan(rank, sizes, arm.subchunks, columns=n if arm.columns else 0)
-
-
-def product_rows(arm: Arm, sizes: tuple[int, ...]) -> int:
-    """Rows of a product of an arm whose products do not end with the chunks; 0 where they do, which is everywhere with
-    two ranks, because one of them has one chunk to send, and with chunks that differ."""
-    if arm.stretch == 1 or len(sizes) < 3 or len(set(sizes)) > 1 or not sizes[0]:
-        return 0
-    unit = TILE if sizes[0] >= 4 * TILE else 1
-    return -(-int(arm.stretch * sizes[0]) // unit) * unit
 
 
 def fewer_reads(arm: Arm, sizes: tuple[int, ...], k: int, n: int, itemsize: int) -> bool:
@@ -144,7 +128,7 @@ class Rates:
 def hidden_seconds(arm: Arm, world: int, gemm_s: float, link_s: float) -> float:
     """A product and its collective as an arm overlaps them, without what pieces cost."""
     if not arm.columns:
-        return overlapped_scatter_seconds(world, gemm_s, link_s, arm.subchunks / arm.stretch)
+        return overlapped_scatter_seconds(world, gemm_s, link_s, arm.subchunks)
     many = 1 << 20  # of so many columns, as if they could be cut anywhere
     shares = [(right - left) / many for left, right in panels(many, arm.subchunks, world)]
     return overlapped_columns_seconds(world, gemm_s, link_s, shares)

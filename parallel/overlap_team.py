@@ -28,22 +28,10 @@ from ..dist.machine import Machine
 from ..dist.trace import Trace
 from .kernels.ordered_sum import ordered_sum
 from .kernels.tracked_matmul import unusable
-from .overlap_gate import (
-    ARMS,
-    CUDA_ARMS,
-    ROW_ARMS,
-    SHORT_S,
-    Arm,
-    Gate,
-    Rates,
-    cut,
-    fewer_reads,
-    narrow,
-    product_rows,
-)
+from .overlap_gate import ARMS, CUDA_ARMS, ROW_ARMS, SHORT_S, Arm, Gate, Rates, cut, fewer_reads, narrow
 from .overlap_queueing import Queueing, measure
 from .overlap_transport import gpu_messenger, may_replay
-from .overlap_ways import GATHER, SCATTER, SUM, Guesses, Way, Ways, keys_of, plan_of
+from .overlap_ways import GATHER, SCATTER, SUM, Guesses, Way, Ways, keys_of
 
 log = get_logger(__name__)
 MODES = {"auto": None, "off": 0, "on": len(ROW_ARMS)}
@@ -155,8 +143,6 @@ class Team:
         def can(arm: Arm) -> bool:
             if arm.replayed and (kind != SCATTER or not self._records):
                 return False
-            if arm.stretch != 1 and not product_rows(arm, sizes):
-                return False
             if arm.columns:  # in an all-reduce they alone hide that sums are handed out
                 thin = self.device.type == "cuda" and narrow(arm, n)
                 fewer = not thin and fewer_reads(arm, sizes, a.shape[1], n, b.element_size())
@@ -187,9 +173,7 @@ class Team:
 
         chosen = self.gate.choose(key, None if rates is None else predict, can)
         arm: Arm = self.gate.arms[chosen]
-        plan = self.engine.plan(sizes, arm.subchunks)  # what arrives, arrives by rows of a chunk
-        if kind != GATHER:
-            plan = plan_of(self.engine, arm, sizes, n if kind in self._in_columns else 0)
+        plan = self.engine.plan(sizes, arm.subchunks, n if arm.columns and kind in self._in_columns else 0)
         way = self._making.of(kind, plan, arm, dtype)
         if kind != GATHER:
             plain = None if self.gate.measuring(key) else self._making.plain(plan, arm, dtype)

@@ -21,7 +21,7 @@ from ..comms.overlap_cuda import CudaOverlapEngine
 from ..comms.overlap_engine import OverlapEngine
 from . import overlap_plain
 from .kernels.tracked_matmul import tracked_product
-from .overlap_gate import Arm, product_rows
+from .overlap_gate import Arm
 from .overlap_products import panel_of, rows_of
 
 SCATTER, SUM, GATHER = "matmul_reduce_scatter", "matmul_all_reduce", "all_gather_matmul"
@@ -62,10 +62,9 @@ class Ways:
 
     def settle(self, arms: Iterable[Arm], chosen: Arm, sizes: tuple[int, ...], n: int, dtype: torch.dtype) -> None:
         """Drop what a reduce-scatter's other arms have recorded while they were measured: it holds memory."""
-        kept = plan_of(self.engine, chosen, sizes, n) if chosen.replayed else None
         for arm in arms:
-            if self.recorder is not None and arm.replayed and (plan := plan_of(self.engine, arm, sizes, n)) != kept:
-                self.recorder.drop(plan, n, dtype)
+            if self.recorder is not None and arm.replayed and arm != chosen:
+                self.recorder.drop(self.engine.plan(sizes, arm.subchunks, n if arm.columns else 0), n, dtype)
 
     def _gathered(self, plan: ChunkPlan, arm: Arm, a: Tensor, bs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         whole = a.new_empty(plan.rows, a.shape[1])
@@ -111,13 +110,6 @@ class Guesses:
             self.plain.add(numbers)
         else:
             self.plain.discard(numbers)
-
-
-def plan_of(engine: OverlapEngine | CudaOverlapEngine, arm: Arm, sizes: tuple[int, ...], n: int) -> ChunkPlan:
-    """As `overlap_gate.cut`, of those that the engine keeps; `n`: columns that may be cut."""
-    if isinstance(engine, CudaOverlapEngine) and (rows := product_rows(arm, sizes)):
-        return engine.plan(sizes, product_rows=rows)
-    return engine.plan(sizes, arm.subchunks, n if arm.columns else 0)
 
 
 def keys_of(case: tuple, a: Tensor, b: Tensor | Sequence[Tensor]) -> list[Hashable]:

@@ -31,7 +31,6 @@ from undertow.comms.symmetric_messenger import Mapped, Seat, SymmetricMessenger,
 from undertow.comms.trigger import GlooMessenger
 from undertow.dist.errors import PeerLost
 from undertow.parallel.overlap_gate import CUDA_ARMS, REPLAYED_ARMS, Gate
-from undertow.parallel.overlap_products import rows_of
 from undertow.parallel.overlap_queueing import measure
 from undertow.parallel.overlap_team import Team
 from undertow.parallel.overlap_ways import Ways
@@ -155,13 +154,6 @@ def right(engine: CudaOverlapEngine, device: torch.device, rows: int, seed: int)
         ok &= torch.equal(out, everyone.sum(0)[slice(*plan.own)])
         y.fill_(torch.nan)
         ok &= torch.equal(engine.all_reduce(by_columns, lambda *_: None, y, panel=panel), everyone.sum(0))
-        for product_rows in (1, 5, rows) if rows and len(set(plan.sizes)) == 1 else ():
-            uneven = engine.plan(plan.sizes, product_rows=product_rows)
-            for pattern in (engine.reduce_scatter, engine.all_reduce):
-                where = slice(*plan.own) if pattern == engine.reduce_scatter else slice(None)
-                y.fill_(torch.nan)
-                mine = rows_of(everyone[rank], torch.eye(5, device=device), y)
-                ok &= torch.equal(pattern(uneven, mine, y, overlap=overlap), everyone.sum(0)[where])
         whole, seen = torch.full((rows, 5), torch.nan, device=device), torch.zeros(rows, 5, device=device)
 
         def use(low: int, high: int, seen: torch.Tensor = seen, whole: torch.Tensor = whole) -> None:
@@ -328,15 +320,15 @@ def _set_counts(steps: Any, counts: Any) -> None:
         steps[count.node][4] = value
 
 
-@pytest.mark.parametrize("columns, product_rows", [(0, 0), (5, 0), (0, 5)])
+@pytest.mark.parametrize("columns", [0, 5])
 @pytest.mark.parametrize("world", [2, 3])
-def test_counts_of_a_recording_go_on_where_others_left_them(monkeypatch, seed, world, columns, product_rows):
+def test_counts_of_a_recording_go_on_where_others_left_them(monkeypatch, seed, world, columns):
     """Ranks are threads, of which one never finds its operands where they were; calls of another pattern in between."""
     _stand_in(monkeypatch)
     monkeypatch.setattr("undertow.comms.cuda_graph_counts.counts_of", _counts_of)
     monkeypatch.setattr("undertow.comms.cuda_graph_counts.set_counts", _set_counts)
     _failed.clear()
-    shared, cpu, rows = _Shared(world), torch.device("cpu"), 12 if product_rows else 7
+    shared, cpu, rows = _Shared(world), torch.device("cpu"), 7
     generator = torch.Generator().manual_seed(seed)
     turns = [torch.randint(-9, 9, (world, rows, 5), generator=generator).float() for _ in range(12)]
 
@@ -351,9 +343,7 @@ def test_counts_of_a_recording_go_on_where_others_left_them(monkeypatch, seed, w
             add = partial(_Log.do, add_pieces)
             engine = CudaOverlapEngine(device=cpu, messenger=messenger, timeout_s=1e6, add=add)
             engine.recorder._record = _Log(messenger).record
-            subchunks = 1 if product_rows else 2
-            plan = engine.plan(chunk_rows(rows, world), subchunks, columns, product_rows)
-            mine = torch.empty(rows, 5)
+            plan, mine = engine.plan(chunk_rows(rows, world), 2, columns), torch.empty(rows, 5)
             for turn, everyone in enumerate(turns):
                 mine = mine.clone() if rank == 0 else mine
                 mine.copy_(everyone[rank])

@@ -15,11 +15,10 @@ import torch.distributed._symmetric_memory as symmetric
 
 from undertow.comms.chunk_plan import ChunkPlan
 from undertow.comms.overlap_cuda import CudaOverlapEngine
-from undertow.comms.uneven_plan import UnevenPlan
 from undertow.dist.errors import UserError
 from undertow.dist.machine import Link, Machine
 from undertow.parallel import all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter, overlap_plain, overlap_team
-from undertow.parallel.overlap_gate import ARMS, CUDA_ARMS, SEQUENTIAL, cut, product_rows
+from undertow.parallel.overlap_gate import ARMS, CUDA_ARMS, SEQUENTIAL, cut
 from undertow.parallel.overlap_queueing import Queueing
 from undertow.parallel.overlap_team import Team, close_teams, team_of
 from undertow.parallel.overlap_ways import GATHER, SCATTER, SUM, Guesses, Ways
@@ -362,24 +361,12 @@ def test_a_product_that_has_settled_keeps_the_recordings_of_its_own_arm_alone():
             self.dropped.append(case)
 
     class Engine(_Untouched):
-        def plan(self, sizes: tuple[int, ...], subchunks: int = 1, columns: int = 0, product_rows: int = 0) -> Any:
-            if product_rows:
-                return UnevenPlan(0, sizes, product_rows=product_rows)
+        def plan(self, sizes: tuple[int, ...], subchunks: int = 1, columns: int = 0) -> ChunkPlan:
             return ChunkPlan(0, sizes, subchunks, columns=columns)
 
-    arms = [arm for arm in CUDA_ARMS if arm.replayed]
-    for sizes in ((8, 8, 8), (8, 8)):  # of two ranks, what is uneven is a piece of each
-        cases = [(cut(arm, 0, sizes, 64), 64, torch.bfloat16) for arm in arms]
-        assert (cases[3] == cases[0]) == (len(sizes) == 2)
-        for chosen, own in ((arms[0], cases[0]), (arms[1], cases[1]), (arms[3], cases[3]), (SEQUENTIAL, None)):
-            recorder: Any = Recorder()
-            Ways(Engine(), None, recorder).settle(CUDA_ARMS, chosen, sizes, 64, torch.bfloat16)  # type: ignore[arg-type]
-            assert recorder.dropped == [case for case in cases if case != own]
-
-
-def test_products_end_elsewhere_than_chunks_only_where_several_equal_chunks_are_sent():
-    uneven = next(arm for arm in CUDA_ARMS if arm.stretch != 1)
-    found = [product_rows(uneven, sizes) for sizes in ((256,) * 8, (512,) * 3, (100,) * 8, (250,) * 8, (257,) * 4)]
-    assert found == [320, 640, 125, 312, 384]  # of chunks that are long enough, multiples of 64
-    assert [product_rows(uneven, sizes) for sizes in ((256,) * 2, (256, 256, 255), (0,) * 8)] == [0, 0, 0]
-    assert not any(product_rows(arm, (256,) * 8) for arm in CUDA_ARMS if arm != uneven)
+    arms, sizes = [arm for arm in CUDA_ARMS if arm.replayed], (8, 8)
+    cases = [(cut(arm, 0, sizes, 64), 64, torch.bfloat16) for arm in arms]
+    for chosen, dropped in ((arms[1], [cases[0], cases[2]]), (SEQUENTIAL, cases)):
+        recorder: Any = Recorder()
+        Ways(Engine(), None, recorder).settle(CUDA_ARMS, chosen, sizes, 64, torch.bfloat16)  # type: ignore[arg-type]
+        assert recorder.dropped == dropped

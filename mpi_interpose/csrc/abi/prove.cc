@@ -5,13 +5,17 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
+#include <numeric>
 #include <unordered_map>
 #include <vector>
 
 #include "decode.hh"
 #include "report.hh"
+#include "round.hh"
 
 namespace undertow {
 namespace {
@@ -22,61 +26,125 @@ constexpr int64_t kAligned = 64;
 constexpr int64_t kMaxRow = 1ll << 36;    // address space for them; elements further apart are compared one by one
 constexpr uint32_t kNoiseAfter = 2;       // and not before their third use: a type used once is not worth it
 
-void expand(const Node& n, int64_t off, std::vector<int64_t>& out) {
-  if (n.size == 0) return;
-  switch (n.kind) {
-    case Kind::Bytes:
-      for (int64_t i = 0; i < n.size; ++i) out.push_back(off + i);
-      return;
-    case Kind::Loop:
-      for (int64_t i = 0; i < n.count; ++i) expand(*n.child, off + i * n.stride, out);
-      return;
-    case Kind::Seq:
-      for (const Part& p : n.parts) expand(*p.node, off + p.off, out);
-      return;
-    case Kind::Runs:
-      for (size_t r = 0; r < n.offs.size(); ++r)
-        for (int64_t i = 0; i < n.run_len(r); ++i) out.push_back(off + n.offs[r] + i);
-  }
+std::mutex g_lock;
+
+// Zeros in which elements are laid out: address space without memory until it is touched, because a type may reach over
+// many GiB and touch little of them. Page faults would be most of what a proof takes, and the types of a program's round
+// are proved one after the other, so a small span stays mapped for good and a large one until proofs_end; what was written
+// there is wiped.
+struct Kept {
+  size_t bytes;
+  int advice;
+  unsigned char* base = nullptr;
+};
+Kept g_small{1 << 19, MADV_NOHUGEPAGE}, g_large{64 << 20, MADV_HUGEPAGE};
+
+unsigned char* map(size_t bytes, int advice) {
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) throw Unsupported("too far apart to compare with the library");
+  madvise(p, bytes, advice);
+  return static_cast<unsigned char*>(p);
 }
 
-// Address space without memory until it is touched, because a type may reach over many GiB and touch little of them.
+void unmap() {  // under g_lock
+  if (g_large.base) munmap(g_large.base, g_large.bytes);
+  g_large.base = nullptr;
+}
+
 struct Span {
-  unsigned char* base;
-  size_t bytes;
-  explicit Span(int64_t n) : bytes(static_cast<size_t>(n)) {
-    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) throw Unsupported("too far apart to compare with the library");
-    madvise(p, bytes, MADV_NOHUGEPAGE);
-    base = static_cast<unsigned char*>(p);
+  unsigned char* base = nullptr;
+  size_t own_bytes = 0;  // 0: of a kept one
+  explicit Span(int64_t n) {
+    const size_t bytes = static_cast<size_t>(n);
+    if (bytes > g_large.bytes) {
+      own_bytes = bytes;
+      base = map(bytes, MADV_NOHUGEPAGE);
+      return;
+    }
+    Kept& k = bytes > g_small.bytes ? g_large : g_small;
+    if (!k.base) k.base = map(k.bytes, k.advice);
+    base = k.base;
   }
-  ~Span() { munmap(base, bytes); }
+  ~Span() {
+    if (own_bytes) munmap(base, own_bytes);
+  }
   Span(const Span&) = delete;
   Span& operator=(const Span&) = delete;
 };
 
+using Packed = std::vector<unsigned char>;
+
+// By the library. `origin` is wiped by `wipe` before anything is thrown.
+template <class Wipe>
+Packed packed_by_library(const Record& r, int64_t count, const void* origin, Wipe wipe) {
+  Packed out(static_cast<size_t>(r.plan.size * count));
+  int position = 0;
+  const int rc = own.Pack(origin, static_cast<int>(count), handle_of(r), out.data(), static_cast<int>(out.size()), &position,
+                          constants.self);
+  wipe();
+  must(rc, "Pack");
+  if (position != static_cast<int>(out.size())) throw Unsupported("the library packs another number of bytes");
+  return out;
+}
+
+void must_agree(const Packed& theirs, const Packed& ours) {
+  if (theirs != ours) throw Unsupported("the library packs other bytes than the type's");
+}
+
+// One element in a buffer whose bytes name their places, eight bits of these at a time.
+void compare_places(const Record& r, const Bounds& b) {
+  if (b.size == 0) throw Unsupported("nothing to compare");
+  const Span span(b.true_extent);
+  unsigned char* const origin = shifted(span.base, -b.true_lb);
+  constexpr int64_t kCycle = 256;
+  std::array<unsigned char, kCycle> cycle;
+  std::iota(cycle.begin(), cycle.end(), 0);
+  for (int shift = 0; shift == 0 || (b.true_extent - 1) >> shift; shift += 8) {
+    for (int64_t at = 0; at < b.true_extent; at += kCycle) {
+      const size_t n = static_cast<size_t>(std::min(kCycle, b.true_extent - at));
+      shift ? std::memset(span.base + at, static_cast<int>(at >> shift) & 255, n) : std::memcpy(span.base + at, cycle.data(), n);
+    }
+    Packed ours(static_cast<size_t>(b.size));
+    walk_pack(*r.plan.ir, 1, r.plan.extent, reinterpret_cast<const char*>(origin), reinterpret_cast<char*>(ours.data()), 0,
+              b.size);
+    must_agree(packed_by_library(r, 1, origin, [&] { std::memset(span.base, 0, b.true_extent); }), ours);
+  }
+}
+
+// Random bytes, none of them zero.
+Packed noise_of(int64_t n) {
+  constexpr uint64_t low = 0x0101010101010101, high = 0x8080808080808080;
+  Packed out(static_cast<size_t>(n + 7) / 8 * 8);
+  uint64_t x = 0x9e3779b97f4a7c15ull;
+  for (size_t at = 0; at < out.size(); at += 8) {
+    x ^= x << 13, x ^= x >> 7, x ^= x << 17;
+    const uint64_t word = x | ((x - low) & ~x & high) >> 7;  // a zero becomes a one
+    std::memcpy(&out[at], &word, 8);
+  }
+  out.resize(static_cast<size_t>(n));
+  return out;
+}
+
 // `count` elements of random bytes, none of them zero, at the places where the IR has bytes, and zeros elsewhere; the
 // buffer lies `odd` bytes beyond a multiple of 64. Packed by the library and by our kernels. A byte from a place of
-// another byte agrees by chance once in 255, so a wrong order is seen, and one from outside never agrees.
+// another byte agrees by chance once in 254, so a wrong order is seen, and one from outside never agrees.
 void compare_noise(const Record& r, const Bounds& b, int64_t count, int64_t odd) {
   if (b.size * count > kMaxNoise) throw Unsupported("too large to compare with the library");
   const int64_t n = b.size * count, reach = (count - 1) * r.plan.extent;
-  std::vector<unsigned char> noise(n), theirs(n), ours(n);
-  uint64_t x = 0x9e3779b97f4a7c15ull;
-  for (unsigned char& v : noise) {
-    x ^= x << 13, x ^= x >> 7, x ^= x << 17;
-    v = static_cast<unsigned char>(1 + (x >> 32) % 255);
-  }
+  Packed noise = noise_of(n), ours(static_cast<size_t>(n));
   const Span span(b.true_extent + std::abs(reach) + 2 * kAligned);
   const int64_t before = -b.true_lb - std::min<int64_t>(0, reach);
   unsigned char* origin = shifted(span.base, before + (kAligned - before % kAligned) % kAligned + odd);
-  walk_unpack(*r.plan.ir, count, r.plan.extent, reinterpret_cast<const char*>(noise.data()),
-              reinterpret_cast<char*>(origin), 0, n);
-  int position = 0;
-  must(own.Pack(origin, static_cast<int>(count), handle_of(r), theirs.data(), static_cast<int>(n), &position,
-                constants.self), "Pack");
+  const auto lay = [&] {
+    walk_unpack(*r.plan.ir, count, r.plan.extent, reinterpret_cast<const char*>(noise.data()),
+                reinterpret_cast<char*>(origin), 0, n);
+  };
+  lay();
   pack(r.plan, count, reinterpret_cast<const char*>(origin), reinterpret_cast<char*>(ours.data()));
-  if (position != n || theirs != ours) throw Unsupported("the library packs other bytes than the type's");
+  must_agree(packed_by_library(r, count, origin, [&] {
+    std::fill(noise.begin(), noise.end(), 0);
+    if (!span.own_bytes) lay();
+  }), ours);
 }
 
 }  // namespace
@@ -86,13 +154,12 @@ bool prove(Record& r) {
   if (mode == Mode::Auto && (span > kMaxPattern || r.plan.size > kMaxPattern) &&
       r.proof_wishes.fetch_add(1, std::memory_order_relaxed) < kNoiseAfter)
     return false;
-  static std::mutex lock;
   static auto* known = new std::unordered_map<uint64_t, int>;
   uint64_t key = r.plan.ir->hash;
   for (uint64_t v : {static_cast<uint64_t>(r.combiners), static_cast<uint64_t>(r.plan.extent),
                      static_cast<uint64_t>(handle_key(r.leaf)), static_cast<uint64_t>(r.plan.size)})
     key = (key ^ v) * 0x9e3779b97f4a7c15ull;
-  std::lock_guard<std::mutex> guard(lock);
+  std::lock_guard<std::mutex> guard(g_lock);
   int& state = (*known)[key];
   if (state == 0 && !r.dead.load()) {
     state = 1;
@@ -101,9 +168,7 @@ bool prove(Record& r) {
       if (b.true_extent > kMaxPattern || b.size > kMaxPattern) {
         compare_noise(r, b, 1, 0);
       } else {
-        std::vector<int64_t> order;
-        expand(*r.plan.ir, 0, order);
-        if (order != library_order(handle_of(r), b)) throw Unsupported("the library packs other bytes than the type's");
+        compare_places(r, b);
       }
       int64_t reach;
       if (b.size > 0 && b.size * kRow <= kMaxNoise && !__builtin_mul_overflow(kRow, std::abs(r.plan.extent), &reach) &&
@@ -115,7 +180,13 @@ bool prove(Record& r) {
     }
   }
   r.proof.store(state, std::memory_order_release);
+  if (!this_round.timed()) unmap();
   return state == 1;
+}
+
+void proofs_end() {
+  std::lock_guard<std::mutex> guard(g_lock);
+  unmap();
 }
 
 }  // namespace undertow

@@ -71,6 +71,7 @@ void round_opens(Round& r, uint64_t print) {
   r.habit = &habit_of(r, print);
   r.way = r.habit->trial.next();
   r.attends = r.habit->trial.timed() ? Round::kTimed : 0;
+  r.clocked = r.habit->trial.clocked();
 }
 
 bool round_takes(Record& record, Use use, int link, int64_t bytes, double ratio) {
@@ -125,11 +126,12 @@ void round_closes(Round& r, bool whole, bool valid) {
       }
       release(p.record);
     }
+    proofs_end();
   }
   if (!scripted) r.habit = nullptr;
   r.parts = 0;
   r.clear();
-  r.has_first = false;
+  r.has_first = r.clocked = false;
   r.bytes = r.ns = 0;
   r.attends = whole && !scripted ? Round::kLooks : 0;
 }

@@ -88,6 +88,7 @@ inline bool proved(Record& record) {
   const int p = record.proof.load(std::memory_order_acquire);
   return p ? p == 1 : prove(record);
 }
+void proofs_end();  // after a round whose types were proved together: their memory is given back
 void drop(MPI_Datatype type);  // contents.cc: frees a handle that Type_get_contents returned
 
 }  // namespace undertow

@@ -17,7 +17,10 @@ LATE_S = 60.0  # whoever has waited so long makes it none for all: a late choice
 
 @dataclass(frozen=True)
 class StateFirst:
-    """Rank 0's word where it cannot choose yet: all ranks read the state, and ask again."""
+    """Rank 0's word where it cannot choose yet: all ranks read the state, and ask again. `anew`: what there was to
+    choose from is lost, so make it anew before."""
+
+    anew: bool = False
 
 
 class Choices:

@@ -59,7 +59,7 @@ class TierFile(Protocol):
 @dataclass
 class Part:
     """A save's way into one tier; `after` is called when it has ended, well or not. `disposable`: remove what was
-    written when it failed. `follows`: another tier writes the same bytes first, and goes on when this one fails.
+    written when it failed. `follows`: when this one fails, the save's other tiers go on; its bytes are theirs.
     `ahead` is called on rank 0 when it is committed, and the others are `told` what it returns, with the verdict."""
 
     save: Save

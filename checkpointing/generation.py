@@ -89,6 +89,13 @@ class HostFile:
             self._copier.wait(mark)
 
     def finish(self) -> FileRecord:
+        """`OSError` where the file is gone: a checkpoint without it would be none."""
+        try:
+            os.stat(self.path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{self.path} was removed while it was written; systemd's RemoveIPC=yes does that at its user's logout"
+            ) from error
         return FileRecord(self._generation.nbytes, ())
 
     def abandon(self) -> None:

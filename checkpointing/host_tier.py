@@ -28,7 +28,7 @@ from .coordinate import Coordinator
 from .generation import Generation
 from .memory_folder import MemoryFolder
 from .memory_ops import MemoryOps
-from .plan import SavePlan
+from .plan import SavePlan, shard_name
 from .turns import Claim, Turns
 
 log = get_logger(__name__)
@@ -71,9 +71,12 @@ class HostTier:
     def take(self) -> None:
         """Rank 0: lock this folder's shared memory, and free that of folders which no longer exist."""
         free_stale(SHARED_MEMORY, self.folder.root)
-        self._make_own(self.folder.root)
+        self._make_root()
         self.folder.take()
         self.turns.outside = set(self.folder.committed())
+
+    def _make_root(self) -> None:
+        self._make_own(self.folder.root)
         (self.folder.root / ROOT_FILE).write_text(f"{self._root}\n")
 
     @staticmethod
@@ -125,6 +128,7 @@ class HostTier:
         hosts = sorted({host for _, host in words})
         if len(hosts) > 1:
             return f"the host-memory tier needs all ranks on one host; these are on {', '.join(hosts)}"
+        self._make_root()
         old = self.folder.committed()
         for step in old[:-1]:  # the newest stays until a save replaces it: it may be all there is
             self.folder.remove(step)
@@ -160,7 +164,7 @@ class HostTier:
             return chosen
         mine = None
         if self.coordinator.rank == 0:
-            mine = self.turns.choose(attempt.step, flush=flush, again=again) if ready else StateFirst()
+            mine = self._choose(attempt.step, flush, again) if ready else StateFirst()
         name, patience_s = attempt.at("again" if again else "claim"), None if ready else WAIT_S
         chosen = self._choices.tell(
             name,
@@ -171,8 +175,28 @@ class HostTier:
         )
         if chosen is None:
             chosen = self.turns.chosen(attempt, flush=flush)
+        if isinstance(chosen, StateFirst) and chosen.anew:
+            self._plan = None  # on all ranks, so that `prepare` makes other generations
         self.skipped += chosen is None
         return chosen
+
+    def _choose(self, step: int, flush: bool, again: bool) -> Claim | StateFirst | None:
+        try:
+            if self.turns.doubted:
+                self._look()
+            return self.turns.choose(step, flush=flush, again=again)
+        except OSError as error:
+            if again:
+                raise
+            log.warning("the checkpoints in %s are lost, and their memory is had anew: %s", self.folder.root, error)
+            return StateFirst(anew=True)
+
+    def _look(self) -> None:
+        """`OSError` where a file of a generation is gone: a commit has failed, perhaps for that."""
+        for slot in self.turns.slots:
+            for rank in range(self.coordinator.world):
+                os.stat(slot.folder / shard_name(rank))
+        self.turns.doubted = False
 
     def generation(self, index: int) -> Generation:
         return self._mine[index]

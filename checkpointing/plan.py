@@ -59,7 +59,7 @@ class SavePlan:
 
     @property
     def shard_name(self) -> str:
-        return f"__{self.rank}_0.distcp"
+        return shard_name(self.rank)
 
     @property
     def objects_name(self) -> str:
@@ -80,6 +80,11 @@ class SavePlan:
             f"  {placed.payload:>14d}  {placed.frame.nbytes:>14d}  lazy  {placed.key}" for placed in self.image.lazy
         ]
         return "\n".join([head, "          offset           bytes        tensor", *rows])
+
+
+def shard_name(rank: int) -> str:
+    """The file of that rank's tensors, as DCP names it."""
+    return f"__{rank}_0.distcp"
 
 
 def signature(leaves: Sequence[Leaf]) -> tuple:

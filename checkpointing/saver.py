@@ -107,8 +107,11 @@ class Saver:
         host = self._tiers.host
         if host is None or host.tier not in attempt.tiers:
             return attempt, None
-        found = host.claim(attempt, flush="disk" in attempt.tiers, ready=self._ready, again=again)
+        with one_save(self._coordinator.rank):
+            found = host.claim(attempt, flush="disk" in attempt.tiers, ready=self._ready, again=again)
         if isinstance(found, StateFirst):
+            if found.anew:
+                self._pipeline.drain(far=False)  # nobody may use what is given back
             return attempt, None
         return (attempt.without(host.tier) if found is None else attempt), found
 

@@ -179,7 +179,8 @@ class Tiers:
                 kept = HostFile(claimed[1] / name, self.host.generation(claimed[0]), copier)
                 takers.append(lambda snapshot, first, slots, mark: kept.note(mark))
                 ahead = partial(self.host.turns.choose_ahead, claimed[0], save.step, save.attempt.number)
-                part = Part(save, kept, disposable=False, after=after, ahead=ahead, told=self.host.turns.told)
+                ways = {"after": after, "ahead": ahead, "told": self.host.turns.told}
+                part = Part(save, kept, disposable=False, follows=True, **ways)
             parts.append((self._committers[self.host.tier], part))
         if "disk" in save.attempt.tiers:
             path, far = self.folder.scratch(save.step, self.coordinator.token) / name, None

@@ -55,6 +55,7 @@ class Turns:
     def __init__(self, folder: MemoryFolder, token: str, *, leads: bool) -> None:
         self._folder, self._token, self._leads = folder, token, leads
         self.slots: list[FolderSlot] = []
+        self.doubted = False  # rank 0: a commit has failed, perhaps because somebody has removed files
         self.outside: set[int] = set()  # rank 0: steps that may be in memory and are in no slot
         self._changed = threading.Condition()
         self._ahead: dict[int, Claim] = {}  # attempt → what has been chosen for it, on all ranks
@@ -63,7 +64,7 @@ class Turns:
 
     def begin(self, folders: Sequence[Path]) -> None:
         """New generations, in these folders; nothing is in them."""
-        self.slots = [FolderSlot(folder=folder) for folder in folders]
+        self.slots, self.doubted = [FolderSlot(folder=folder) for folder in folders], False
 
     def end(self) -> None:
         """Nobody writes to the generations any more; what is valid in them stays."""
@@ -164,6 +165,7 @@ class Turns:
                     self._folder.remove(old)  # older now
                 self.outside = set()
             elif user == "host":
+                self.doubted = True
                 self.outside.add(step)  # perhaps published before it failed
             self._changed.notify_all()
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -177,8 +179,6 @@ def test_a_rollback_forgets_what_came_after(tmp_path):
 
 
 def test_memory_of_a_folder_that_is_gone_is_freed(tmp_path, own_memory):
-    import shutil
-
     killed(tmp_path / "c", 3, "COMMIT.json")
     assert held(own_memory)
     shutil.rmtree(tmp_path / "c")
@@ -244,8 +244,6 @@ def test_memory_that_somebody_else_made_is_refused(tmp_path, own_memory, monkeyp
     elsewhere.mkdir()
     path = own_memory / name
     if path.exists():
-        import shutil
-
         shutil.rmtree(path)
     path.symlink_to(elsewhere)
     with pytest.raises(UserError, match="not this user's"):
@@ -302,6 +300,37 @@ def test_two_generations_are_enough_for_every_save_that_follows_a_commit(tmp_pat
             job.advance(step + 1)
             ckpt.wait()
         assert ckpt.host.skipped == 0 and [report.ok for report in ckpt.reports] == [True] * 6
+
+
+def somebody_cleans_up(rank: int, world: int, root: str, memory: str, what: str) -> tuple[list, int | None, bool]:
+    """All of the memory folder is removed after step 3 (as logind does with RemoveIPC), or one rank's shard files."""
+    host_tier.SHARED_MEMORY = Path(memory)
+    job = Job(layers=1)
+    job.advance(0)
+    with job.checkpointer(Path(root), host_every=1, every=4, keep=None) as ckpt:
+        for step in range(1, 10):
+            if step == 4 and rank == 0:
+                for path in Path(memory).iterdir() if what == "all" else Path(memory).rglob(f"__{world - 1}_0.distcp"):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if dist.is_initialized():
+                dist.barrier()
+            state = job.state()
+            ckpt.step(step)
+            job.advance(step)
+            ckpt.wait()
+        found = ckpt.restore()
+        return [(r.step, r.tier, r.reason) for r in ckpt.reports if not r.ok], found, same(job.state(), state)
+
+
+@pytest.mark.parametrize("what", ["all", "a shard"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_memory_that_somebody_has_removed_is_had_anew(tmp_path, own_memory, ranks, world, what):
+    """It costs the saves to memory that were on their way there, said why, and neither the training nor later ones."""
+    for lost, found, alike in ranks(world, somebody_cleans_up, str(tmp_path / "c"), str(own_memory), what):
+        assert {(step, tier) for step, tier, _ in lost} <= {(4, "host"), (5, "host"), (6, "host")}, lost
+        assert (found, alike) == (9, True)
+        if what == "a shard":
+            assert lost and all("RemoveIPC" in reason for _, _, reason in lost)
 
 
 def test_metadata_that_is_there_is_not_written_again(tmp_path):

@@ -30,7 +30,6 @@ import numpy as np
 
 from undertow.benchmarks.facts import facts
 from undertow.benchmarks.mpi_datatypes import installed, label
-from undertow.benchmarks.mpi_environments import openmpi_python
 from undertow.benchmarks.mpi_rounds import Start, program, read
 from undertow.mpi_interpose import build, measure
 from undertow.mpi_interpose.launch import environment
@@ -39,7 +38,7 @@ from undertow.mpi_interpose.toolchain import environment as clean_environment
 
 BUSY = "import numpy as np\na, b = np.zeros(1 << 20), np.zeros(1 << 20)\nwhile True: b[:] = a"
 NICE = {"none": None, "niced": 19, "busy": 0}
-TURNS, ROUNDS = 16, 60
+TURNS, ROUNDS, PYTHON_STEPS = 16, 60, 4000
 
 
 @dataclass(frozen=True)
@@ -101,10 +100,18 @@ def start(mpi: Mpi, binary: Path, cells: int, turns: int, folder: Path) -> Decid
     return Decided(times.library, times.again, times.preload, packing(folder / "report", 2))
 
 
-def python_run(mpi: Mpi, mode: str, cells: int, steps: int) -> float:
+def python_of(mpi: Mpi) -> Path | None:
+    """The Python beside this MPI's wrapper, if it has mpi4py: another one's would bring another MPI."""
+    python = Path(mpi.mpicc or "").with_name("python")
+    asked = [str(python), "-c", "import mpi4py"]
+    return (
+        python if python.exists() and not subprocess.run(asked, capture_output=True, check=False).returncode else None
+    )
+
+
+def python_run(mpi: Mpi, python: Path, mode: str, cells: int, steps: int) -> float:
     """Median exchange of examples/halo3d.py, ns."""
     values, preload = environment_of(mpi, mode)
-    python = openmpi_python() if label(mpi).startswith("openmpi-5") else sys.executable
     here = Path(__file__).resolve().parents[1]
     words = [str(python), str(here / "examples" / "halo3d.py"), "--cells", str(cells), "--steps", str(steps)]
     command = [*measure.launcher(mpi), "-n", "2", *preload, *words]
@@ -145,13 +152,28 @@ HEAD = (
 )
 
 
-def kept(file: Path) -> list[str]:
-    """The rows of a result that was written by --output."""
-    return [
-        row(cell["mpi"], cell["cells"], cell["load"], [Decided(**one) for one in cell["starts"]])
-        for cell in json.loads(file.read_text())["cells"]
-        if "starts" in cell
+PYTHON_HEAD = (
+    "| MPI | cells | load | starts | library, µs | plain / plain | plain / ours |\n|---|---:|---|---:|---:|---:|---:|"
+)
+
+
+def python_row(mpi: str, cells: int, kind: str, starts: list[list[float]]) -> str:
+    """`starts`: median exchanges of the program plain, plain again and under the preload, ns."""
+    ratios = [
+        "{:.3f} [{:.3f}, {:.3f}]".format(*bounds([plain / other for plain, other in pairs]))
+        for pairs in ([one[:2] for one in starts], [one[::2] for one in starts])
     ]
+    library = f"{statistics.median(one[0] for one in starts) / 1000:.2f}"
+    return "| " + " | ".join([mpi, f"{cells}³", kind, str(len(starts)), library, *ratios]) + " |"
+
+
+def tables(files: list[Path]) -> str:
+    """The rows of results that were written by --output: the C program's, then the Python program's."""
+    cells = [cell for file in files for cell in json.loads(file.read_text())["cells"]]
+    name = lambda cell: (cell["mpi"], cell["cells"], cell["load"])  # noqa: E731
+    c = [row(*name(cell), [Decided(**one) for one in cell["starts"]]) for cell in cells if "starts" in cell]
+    python = [python_row(*name(cell), cell["python"]) for cell in cells if "python" in cell]
+    return "\n".join([*([HEAD, *c] if c else []), *([PYTHON_HEAD, *python] if python else []), ""])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -166,33 +188,35 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--read", type=Path, nargs="+", help="results to print")
     options = parser.parse_args(argv)
     if options.read:
-        sys.stdout.write("\n".join([HEAD, *(line for file in options.read for line in kept(file)), ""]))
+        sys.stdout.write(tables(options.read))
         return 0
     chosen = [mpi for mpi in installed() if options.mpi in label(mpi)]
     found: list[dict] = []
-    sys.stdout.write("| MPI | cells | load | pairs | plain / ours |\n" if options.python else HEAD + "\n")
+    sys.stdout.write(f"{PYTHON_HEAD if options.python else HEAD}\n")
     with tempfile.TemporaryDirectory() as name:
         for mpi in chosen:
-            binary = None if options.python else program(mpi, Path(name))
+            python = python_of(mpi) if options.python else None
+            if options.python and not python:
+                sys.stderr.write(f"{label(mpi)}: not run, no Python beside {mpi.mpicc} has mpi4py\n")
+                continue
+            binary = program(mpi, Path(name)) if python is None else Path()
             for cells in options.cells:
                 for kind in options.loads:
                     cell = {"mpi": label(mpi), "cells": cells, "load": kind}
                     with load(kind):
-                        if binary:
+                        if python is None:
                             starts = [
                                 start(mpi, binary, cells, options.turns, Path(name)) for _ in range(options.starts)
                             ]
                             line = row(label(mpi), cells, kind, starts)
                             found.append({**cell, "starts": [asdict(one) for one in starts]})
                         else:
-                            pairs = [
-                                [python_run(mpi, mode, cells, 1500) for mode in ("off", "auto")]
+                            times = [
+                                [python_run(mpi, python, mode, cells, PYTHON_STEPS) for mode in ("off", "off", "auto")]
                                 for _ in range(options.starts)
                             ]
-                            line = "| {} | {}³ | {} | {} | {:.3f} [{:.3f}, {:.3f}] |".format(
-                                label(mpi), cells, kind, len(pairs), *bounds([off / auto for off, auto in pairs])
-                            )
-                            found.append({**cell, "pairs": pairs})
+                            line = python_row(label(mpi), cells, kind, times)
+                            found.append({**cell, "python": times})
                     sys.stdout.write(line + "\n")
                     sys.stdout.flush()
                     if options.output:

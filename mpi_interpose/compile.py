@@ -27,6 +27,7 @@ CSRC = Path(__file__).parent / "csrc"
 PREBUILT = Path(__file__).parent / "prebuilt"
 INCLUDE = tuple(CSRC / room for room in ("core", "abi", "gpu"))
 CORE = ("ir", "passes", "walk", "plan", "exec", "graph")
+LONGEST = ("kernels_", "entries")  # units of 4 to 6 s; the others take one or less
 BASE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-g1", "-fvisibility=hidden", "-Wall", "-Wextra")
 ISA_FLAGS = {
     "generic": (),
@@ -167,17 +168,18 @@ def link(
     link_flags: tuple[str, ...] = (),
     done: Callable[[int, int], None] = lambda ready, total: None,
 ) -> Path:
-    """Compile `units` (one at a time per core) and link them to the shared library `target`.
+    """Compile `units` (one at a time per core, the longest first) and link them to the shared library `target`.
 
     `done(ready, total)` is told of each unit.
     """
     folder = cache_folder()
     workers = max(1, os.cpu_count() or 1)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        waiting = [pool.submit(compile_unit, unit, flags, folder) for unit in units]
-        for ready, _ in enumerate(concurrent.futures.as_completed(waiting)):
+        hurried = sorted(units, key=lambda unit: not unit.name.startswith(LONGEST))
+        waiting = {unit.name: pool.submit(compile_unit, unit, flags, folder) for unit in hurried}
+        for ready, _ in enumerate(concurrent.futures.as_completed(waiting.values())):
             done(ready + 1, len(units))
-        objects = [each.result() for each in waiting]
+        objects = [waiting[unit.name].result() for unit in units]
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         output = Path(scratch) / target.name

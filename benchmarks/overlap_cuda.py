@@ -183,7 +183,8 @@ def trial(m: int, n: int, k: int, seed: int) -> Trial:
 
 def _decided(rank: _Rank, arms: list[overlap_gate.Arm]) -> overlap_gate.Gate:
     """The gate that has chosen for this product, from calls of its own."""
-    gate, (k, n) = overlap_gate.Gate(arms, lambda mine: [mine], short_s=overlap_gate.SHORT_S), rank.b.shape
+    short_s, again_s = overlap_gate.SHORT_S, overlap_gate.AGAIN_S
+    gate, (k, n) = overlap_gate.Gate(arms, lambda mine: [mine], short_s=short_s, again_s=again_s), rank.b.shape
 
     def can(arm: overlap_gate.Arm) -> bool:
         fewer = overlap_gate.fewer_reads(arm, rank.sizes, k, n, rank.b.element_size())

@@ -3,11 +3,11 @@
 For each product (operation, shapes, dtype) the model predicts every arm. Of what pieces cost the product it knows the
 bytes that they read again, so it is an upper bound: an arm with which even it finds nothing to hide is never tried. The
 others take turns with the sequential one on the first calls; then the slowest rank's times, round by round, decide
-alike on all ranks. An arm must win by 3 % and in all rounds but one, so that noise does not switch it on. Of short
-products, whose times the host's noise moves by more than that, the best arms are measured again, and one is taken only
-where its win is sure; new calls decide, because the best of many arms was lucky in the old ones. Without a measured
-Machine all arms are tried. All arms add in the same order, but a BLAS may round a product otherwise when it gets fewer
-rows at a time: where a resumed run must repeat every bit, fix the arm.
+alike on all ranks. An arm must win by 3 % and in all rounds but one, so that noise does not switch it on. On a GPU,
+where there are many arms, the best ones are measured again unless a product is long: new calls decide, because the best
+of many was lucky in the old ones. Of short products, whose times the host's noise moves by more than 3 %, one is taken
+only where its win is sure. Without a measured Machine all arms are tried. All arms add in the same order, but a BLAS
+may round a product otherwise when it gets fewer rows at a time: where a resumed run must repeat every bit, fix the arm.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from .overlap_queueing import Queueing
 
 ROUNDS = 5  # timed calls of each arm; one more before them warms it up
 WIN = 1.03  # least median of sequential / arm, over the rounds
-SHORT_S = 4e-3  # on a GPU; a product that takes less is measured again, because its calls are cheap and noisy
+SHORT_S = 4e-3  # on a GPU; a product that takes less has noisy calls
+AGAIN_S = 20e-3  # on a GPU; one that takes less is measured again, because its calls are cheap
 AGAIN, FINALISTS = 20, 2  # timed calls of each, and how many arms beside the sequential one
 SURE = 1.01  # least lower end of the 95 % interval of that median
 HUNGRY = 512  # operations for a byte; an H200 does 150 of bf16 while its memory, which copies use too, reads one
@@ -171,7 +172,8 @@ class _Trial:
 class Gate:
     """`arms`: the sequential one first. `gather(tensor)` brings every rank's tensor, in rank order.
 
-    `fixed`: an arm to use always, because of `why`. `short_s`: products that take less are measured again.
+    `fixed`: an arm to use always, because of `why`. `again_s`: products that take less are measured again; `short_s`:
+    those that take less want a sure win then.
     """
 
     def __init__(
@@ -182,9 +184,10 @@ class Gate:
         fixed: int | None = None,
         why: str = "as asked for",
         short_s: float = 0.0,
+        again_s: float = 0.0,
     ) -> None:
         self.arms, self._gather, self._fixed, self._why = tuple(arms), gather, fixed, why
-        self._short_s = short_s
+        self._short_s, self._again_s = short_s, max(short_s, again_s)
         self._trials: dict[Hashable, _Trial] = {}
 
     def choose(
@@ -222,8 +225,9 @@ class Gate:
         best_first = sorted(rounds, key=lambda arm: -trial.ratios[arm])
         if trial.again:
             trial.least = {arm: surely(ratios) for arm, ratios in rounds.items()}
-            winners = [arm for arm in best_first if trial.ratios[arm] >= WIN and trial.least[arm] >= SURE]
-        elif slowest[0].median() >= self._short_s:
+            sure = SURE if slowest[0].median() < self._short_s else 0.0
+            winners = [arm for arm in best_first if trial.ratios[arm] >= WIN and trial.least[arm] >= sure]
+        elif slowest[0].median() >= self._again_s:
             often = [arm for arm in best_first if sum(ratio > 1 for ratio in rounds[arm]) >= ROUNDS - 1]
             winners = [arm for arm in often if trial.ratios[arm] >= WIN]
         else:

@@ -28,7 +28,7 @@ from ..dist.machine import Machine
 from ..dist.trace import Trace
 from .kernels.ordered_sum import ordered_sum
 from .kernels.tracked_matmul import unusable
-from .overlap_gate import ARMS, CUDA_ARMS, ROW_ARMS, SHORT_S, Arm, Gate, Rates, cut, fewer_reads, narrow
+from .overlap_gate import AGAIN_S, ARMS, CUDA_ARMS, ROW_ARMS, SHORT_S, Arm, Gate, Rates, cut, fewer_reads, narrow
 from .overlap_queueing import Queueing, measure
 from .overlap_transport import gpu_messenger, may_replay
 from .overlap_ways import GATHER, SCATTER, SUM, Guesses, Way, Ways, keys_of
@@ -89,8 +89,8 @@ class Team:
         if self._recorder is not None and not may_replay():
             self._recorder.replays.stop("UNDERTOW_OVERLAP_REPLAY=0")
         self._records = self._recorder is not None and not self._recorder.able()  # alike on all ranks, so asked once
-        short_s = SHORT_S if self.device.type == "cuda" else 0.0
-        self.gate, self._chooses = Gate(arms, self._gather, fixed=fixed, why=why, short_s=short_s), fixed is None
+        more = {"short_s": SHORT_S, "again_s": AGAIN_S} if self.device.type == "cuda" else {}
+        self.gate, self._chooses = Gate(arms, self._gather, fixed=fixed, why=why, **more), fixed is None
         self._making = Ways(self.engine, self.group, self._recorder)
         self.ways: dict[Hashable, Way] = {}  # of products that have settled, by `keys_of`
         self._guesses = Guesses()

@@ -1,13 +1,14 @@
 """Whether overlap pays: a model of the machine proposes, measured calls decide.
 
-For each product (operation, shapes, dtype) the model predicts every arm. Of what pieces cost the product it knows the
-bytes that they read again, so it is an upper bound: an arm with which even it finds nothing to hide is never tried. The
-others take turns with the sequential one on the first calls; then the slowest rank's times, round by round, decide
-alike on all ranks. An arm must win by 3 % and in all rounds but one, so that noise does not switch it on. On a GPU,
-where there are many arms, the best ones are measured again unless a product is long: new calls decide, because the best
-of many was lucky in the old ones. Of short products, whose times the host's noise moves by more than 3 %, one is taken
-only where its win is sure. Without a measured Machine all arms are tried. All arms add in the same order, but a BLAS
-may round a product otherwise when it gets fewer rows at a time: where a resumed run must repeat every bit, fix the arm.
+For each product (operation, shapes, dtype) the model predicts every arm. Of what pieces cost it knows the bytes that
+they read again and a GPU's host that queues them, so it is an upper bound: an arm with which even it finds nothing to
+hide is never tried. The others take turns with the sequential one on the first calls; then the slowest rank's times,
+round by round, decide alike on all ranks. An arm must win by 3 % and in all rounds but one, so that noise does not
+switch it on. On a GPU, where there are many arms, the best ones are measured again unless a product is long: new calls
+decide, because the best of many was lucky in the old ones. Of short products, whose times the host's noise moves by
+more than 3 %, one is taken only where its win is sure. Without a measured Machine all arms are tried. All arms add in
+the same order, but a BLAS may round a product otherwise when it gets fewer rows at a time: where a resumed run must
+repeat every bit, fix the arm.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Such a call can take no less, however short its pieces are, and a GPU that has nothing else to do waits for it; the
 gate's trials begin on an idle one, and with a host that has just waited: one that goes on without a pause takes half as
-long. The time does not depend on the shape: a dozen calls for each piece, whatever they
-queue. So a product that takes the GPU next to no time is queued in few and in many pieces; the difference is theirs.
+long. The time does not depend on the shape: a dozen calls for each piece, whatever they queue. So a product that takes
+the GPU next to no time is queued in few and in many pieces; the difference is theirs.
 """
 
 from __future__ import annotations

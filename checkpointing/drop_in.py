@@ -35,7 +35,7 @@ from .folder import Folder
 from .layout import CHUNK_BYTES
 from .manifest import COMMIT, Manifest
 from .pipeline import Pipeline
-from .plan import SavePlan, make_plan, signature
+from .plan import SavePlan, forget_words, make_plan, signature
 from .save import Save
 from .snapshot import Snapshot
 from .staging import Staging
@@ -95,6 +95,7 @@ class _Engine:
         self.committer = Committer("async", self.folders, self.coordinator, keep=None, timeout_s=TIMEOUT_S, trace=trace)
         self.pipeline = Pipeline([self.committer], writers=2, trace=trace)
         self._key: tuple | None = None
+        self._tried: list[str] = []  # the plans whose words are in the store
         self._count = 0
         self._arena: Arena | None = None
         self._process = os.getpid()
@@ -158,9 +159,12 @@ class _Engine:
         self.pipeline.drain()
         self._key = None  # until all ranks have the new plan and its memory
         talk = self.coordinator
+        self._tried.append(attempt.at("plan"))
         self.copier = copier_for([local_tensor(leaf.value) for leaf in leaves if isinstance(leaf.value, torch.Tensor)])
         self.plan = make_plan(leaves, talk, attempt.at("plan"), timeout_s=TIMEOUT_S, chunk_bytes=CHUNK_BYTES)
         talk.together(attempt.at("arena"), self._make_memory, timeout_s=TIMEOUT_S)
+        while len(self._tried) > 1:
+            forget_words(self._tried.pop(0), talk)
         self._key = key
 
     def _make_memory(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from undertow.checkpointing import Checkpointer, async_save, open_checkpoint
+from undertow.checkpointing import Checkpointer, async_save, drop_in, open_checkpoint
 from undertow.checkpointing.manifest import BadCheckpoint
 from undertow.dist.errors import UserError
 
@@ -153,3 +154,11 @@ def test_opening_ours_reads_views_and_finds_damage(tmp_path):
     shard.write_bytes(data)
     with pytest.raises(BadCheckpoint, match="damaged"):
         open_checkpoint(tmp_path)
+
+
+def test_states_of_many_shapes_do_not_fill_the_store(tmp_path):
+    engine, found = drop_in._engine(os.getpid(), 1), []
+    for number in range(40):
+        async_save({"w": torch.ones(3 + number)}, checkpoint_id=tmp_path / "c").result()
+        found.append(engine.coordinator.store.num_keys())
+    assert found[39] - found[19] <= 20, found

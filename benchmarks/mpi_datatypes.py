@@ -2,6 +2,7 @@
 
     undertow bench mpi_datatypes [--quick] [--rounds N] [--filter TEXT]     every MPI at hand, minutes for each
     python -m undertow.benchmarks.mpi_datatypes --ship FILE.samples.gz …    make the shipped tables of these
+                                                --keep                      and of what they were
 
 The timing loop is the C program of `undertow mpi measure` (csrc/tools/measure.c): library, library again (A/A), our
 kernels on either side, and mode auto, in turn within one pair of processes, every byte compared first. The harness of
@@ -282,10 +283,11 @@ def _gain(cell: Cell, arm: str) -> str:
     return f"{found.median:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
-def ship(files: Sequence[Path]) -> None:
+def ship(files: Sequence[Path], keep: bool = False) -> None:
     """Write csrc/policy/FLAVOUR.txt from samples: rows for each major version, of several runs the least gains.
 
-    Cells that judge a table fitted on the others are rows here: a later run judges this table.
+    With `keep` the table that is there counts as a run: other versions stay, and no gain grows. Cells that judge a
+    table fitted on the others are rows here: a later run judges this table.
     """
     tables: dict[str, dict[str, list[list[policy.Row]]]] = {}
     about: dict[str, list[str]] = {}
@@ -301,12 +303,15 @@ def ship(files: Sequence[Path]) -> None:
             policy.rows(parse(lines), policy.SHIPPED, held=True)
         )
     for flavour, majors in tables.items():
+        file = build.POLICY / f"{flavour}.txt"
+        kept, facts_kept = policy.read_sections(file.read_text()) if keep else ({}, [])
+        for major, rows in kept.items():
+            majors.setdefault(major, []).append(rows)
         merged = {major: policy.least_gains(runs) for major, runs in majors.items()}
-        note = [
-            f"Shipped with every build: gains that are not clearly above {policy.SHIPPED} are written as 1.",
-            *about[flavour],
-        ]
-        (build.POLICY / f"{flavour}.txt").write_text(policy.sections(merged, note))
+        said = f"Shipped with every build: gains that are not clearly above {policy.SHIPPED} are written as 1."
+        file.write_text(
+            policy.sections(merged, [said, *(fact for fact in facts_kept if fact != said), *about[flavour]])
+        )
         for major, rows in merged.items():
             taken = sum(row.ratio >= policy.GAIN for row in rows)
             sys.stdout.write(f"{flavour} {major}: {len(rows)} rows, {taken} of them taken\n")
@@ -324,7 +329,9 @@ BENCHMARK = Benchmark(
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--ship", nargs="+", type=Path, required=True, metavar="FILE", help="tables to merge")
-    ship(parser.parse_args(argv).ship)
+    parser.add_argument("--keep", action="store_true", help="the shipped table counts as one of the runs")
+    options = parser.parse_args(argv)
+    ship(options.ship, options.keep)
     return 0
 
 

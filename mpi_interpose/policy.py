@@ -136,6 +136,23 @@ def sections(tables: dict[str, list[Row]], facts: Sequence[str]) -> str:
     )
 
 
+def read_sections(text_: str) -> tuple[dict[str, list[Row]], list[str]]:
+    """(rows by major version, facts) of what `sections` wrote; without those for others, which it makes anew."""
+    tables: dict[str, list[Row]] = {}
+    facts = [line[2:] for line in text_.splitlines() if line.startswith("# ") and not line.startswith("# use ")]
+    for line in text_.splitlines():
+        words = line.split()
+        if line.startswith("for "):
+            tables[words[1]] = []
+        elif words and not line.startswith("#"):
+            block, step, size = map(int, words[2:5])
+            without, with_, share, *leaf = map(float, words[5:])
+            row = Row(words[0], words[1], block, step, size, without, with_, share, int(*leaf))
+            tables[list(tables)[-1]].append(row)
+    tables.pop("other", None)
+    return tables, facts
+
+
 def _order(row: Row) -> tuple:
     return USES.index(row.use), row.cls, row.block, row.step, row.size, row.leaf
 

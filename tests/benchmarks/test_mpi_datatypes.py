@@ -90,6 +90,25 @@ def test_shipped_tables_have_rows_per_version_and_the_least_gains_for_others(
         assert table.ask("pack", "strided", 16, 32, 4096)[0] == pytest.approx(gain, rel=0.01), version
 
 
+def test_a_table_that_is_kept_counts_as_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "POLICY", tmp_path)
+
+    def shipped(major: int, ours_ns: float, keep: bool) -> list[float]:
+        lines = text([cell("pack", "v", 4096, 16, forced=ours_ns)])
+        with gzip.open(tmp_path / "run.gz", "wt") as file:
+            file.write(f"Open MPI v{major}.0.1\nprocessor {ours_ns:.0f}\n{lines}")
+        mpi_datatypes.ship([tmp_path / "run.gz"], keep)
+        found = (tmp_path / "openmpi.txt").read_text()
+        return [policy.Policy(found, f"Open MPI v{k}.1.4").ask("pack", "strided", 16, 32, 4096)[0] for k in (4, 5)]
+
+    assert shipped(4, 5e4, keep=False) == pytest.approx([2, 2], rel=0.01)
+    assert shipped(5, 2e4, keep=True) == pytest.approx([2, 5], rel=0.01)
+    assert shipped(5, 4e4, keep=True) == pytest.approx([2, 2.5], rel=0.01)
+    assert shipped(5, 1e4, keep=True) == pytest.approx([2, 2.5], rel=0.01)
+    assert (tmp_path / "openmpi.txt").read_text().count(" on processor ") == 4
+    assert shipped(5, 1e4, keep=False) == pytest.approx([10, 10], rel=0.01)
+
+
 @pytest.mark.parametrize("version", ["Open MPI v4.1.4", "Open MPI v5.0.11", "MPICH Version: 5.0.2", "MPICH Version: 9"])
 def test_what_is_shipped_reads_and_never_takes_a_message_blindly(version: str) -> None:
     table = policy.Policy(build.builtin_model("openmpi" if "Open" in version else "mpich"), version)

@@ -31,8 +31,8 @@ def checked(install: Install, how: str, folder: Path) -> tuple[list[dict], dict]
 def test_rounds_that_one_waitall_completes_are_timed_both_ways(pympi: Install, tmp_path: Path) -> None:
     found, merged = checked(pympi, "waitall", tmp_path)
     assert {(one["use"], one["of"]) for one in found} == {("send", "rounds"), ("recv", "rounds")}
-    # Of 1,023 rounds after the first: 9 to 372 of a trial, and three checks where it took something, without the first of
-    # each row, whose time does not count. A third of a trial or more goes the library's way.
+    # Of 1,023 rounds after the first: 9 to 372 of a trial, and three checks where it took something, without the first
+    # of each row, whose time does not count. A third of a trial or more goes the library's way.
     for one in found:
         library, ours = one["samples"]
         assert 12 <= library + ours <= 2 * (CLOCKED + 12) and library >= 4 and ours >= 4, found

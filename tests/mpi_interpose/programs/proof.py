@@ -26,6 +26,8 @@ if __name__ == "__main__":
     for n in (100, 30000):  # 1.6 KB and 480 KB
         spaced = MPI.C_DOUBLE_COMPLEX.Create_resized(0, 24)
         check(spaced.Create_vector(n, 1, 3))
+        if n == 100:  # a type that is another one moved by a cache line
+            check(spaced.Create_vector(n, 1, 3).Create_hindexed([1], [64]))
         if n == 100:  # its first byte lies at 4, the other elements on multiples of 8: a question of where it is put
             check(spaced.Create_hindexed([1, 40], [4, 48]))
         spaced.Free()

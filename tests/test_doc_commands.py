@@ -57,6 +57,8 @@ CLAIMS = {
     "python -m undertow.examples.plain_stream": "tests/examples/test_plain.py",
     "python -m undertow.benchmarks.halo3d": "tests/benchmarks/test_commands.py",
     "python -m undertow.benchmarks.halo3d_load": "tests/benchmarks/test_commands.py",
+    "python -m undertow.benchmarks.checkpoint_steps": "tests/benchmarks/test_checkpoint_programs.py",
+    "python -m undertow.benchmarks.checkpoint_every": "tests/benchmarks/test_checkpoint_programs.py",
     "python -m undertow.benchmarks.kill_resume": "tests/benchmarks/test_commands.py",
     "python -m undertow.benchmarks.partner_kills": "tests/checkpointing/test_partner_machines.py",
     "python -m undertow.benchmarks.overlap_timeline": "tests/benchmarks/test_commands.py",

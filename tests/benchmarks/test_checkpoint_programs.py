@@ -8,6 +8,8 @@ import threading
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 from undertow.benchmarks import (
     checkpoint_durable,
@@ -18,6 +20,7 @@ from undertow.benchmarks import (
 )
 from undertow.benchmarks.case import Measured
 from undertow.benchmarks.checkpoint_job import Job, Method, Size
+from undertow.dist.errors import UserError
 from undertow.dist.machine import Machine
 from undertow.examples.lm import LMConfig
 
@@ -150,3 +153,22 @@ def test_a_cell_says_how_many_saves_were_made():
     cell = checkpoint_every.Cell("tiny", 5, "undertow", [0.5, 0.25], [3, 2], 3)
     assert cell.text() == "0.375 (0.250 to 0.500), 2 of 3 saves"
     assert checkpoint_every.Cell("tiny", 5, "rival", note="not installed").text() == "not installed"
+
+
+@pytest.mark.parametrize(("program", "arms"), [(checkpoint_steps, "--arms ours"), (checkpoint_every, "--ways disk")])
+def test_the_programs_write_where_they_are_told_and_refuse_what_they_do_not_know(tmp_path, monkeypatch, program, arms):
+    """python -m undertow.benchmarks.checkpoint_steps, and the same of checkpoint_every."""
+    monkeypatch.setattr(program, "init_process_group", lambda *unused, **named: None)
+    monkeypatch.setattr(program, "SIZES", {"tiny": TINY})
+    size, result = "--size" if program is checkpoint_steps else "--sizes", tmp_path / "found"
+    app = typer.Typer()
+    app.command()(program.main)
+    more = "--steps 2" if program is checkpoint_steps else "--every 2 --rival-rounds 1"
+    words = [size, "tiny", *arms.split(), *more.split(), "--rounds", "1", "--folder", tmp_path, "--result", result]
+    ran = CliRunner().invoke(app, list(map(str, words)))
+    assert ran.exit_code == 0, ran.output
+    assert "**undertow disk (fsync)**" in ran.output and len(list(result.glob("*.md"))) == 1
+    assert not list(tmp_path.glob("undertow-bench-*"))
+    for wrong in ([size, "huge"], [size, "tiny", arms.split()[0], "nothing"]):
+        refused = CliRunner().invoke(app, wrong)
+        assert isinstance(refused.exception, UserError) and "expected" in str(refused.exception), refused.output

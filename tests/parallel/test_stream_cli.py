@@ -81,6 +81,7 @@ def test_trainer_callback_gives_the_same_training(family, tmp_path):
         arguments = TrainingArguments(
             str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3, use_cpu=True,
             report_to=[], save_strategy="no", learning_rate=1e-2, disable_tqdm=True,
+            adam_epsilon=1e-3,  # of gradients that are nothing but rounding Adam would make whole steps
         )  # fmt: skip
         Trainer(model, arguments, train_dataset=data, callbacks=callbacks).train()
         return model
@@ -92,4 +93,4 @@ def test_trainer_callback_gives_the_same_training(family, tmp_path):
     assert callback.engine is not None and set(callback.engine.report().values()) == {"streamed"}
     assert "forward" not in vars(streamed)
     for (name, a), b in zip(plain.named_parameters(), streamed.parameters()):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)

@@ -79,7 +79,7 @@ def environment_of(mpi: Mpi, mode: str, report: Path | None = None) -> tuple[dic
     values = clean_environment()
     if mode == "off":
         return values, []
-    values.update(environment(build.library(mpi), mode, str(report) if report else None))
+    values.update(environment(build.library(mpi), mode, str(report) if report else None), UNDERTOW_MPI_PATIENCE_MS="0")
     return values, ["env", f"LD_PRELOAD={values.pop('LD_PRELOAD')}"]
 
 

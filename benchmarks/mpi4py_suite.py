@@ -146,7 +146,7 @@ def suite(mpi: Mpi, library: Path, python: str, ranks: int, mode: str, options: 
     with tempfile.TemporaryDirectory() as folder:
         preload = []
         if mode != "off":
-            wanted = environment(library, mode, str(Path(folder) / "rank"))
+            wanted = environment(library, mode, str(Path(folder) / "rank")) | {"UNDERTOW_MPI_PATIENCE_MS": "0"}
             preload = ["env", *(f"{name}={value}" for name, value in wanted.items())]
         # Open MPI's spawning tests may wait for ever in a process that mpirun has not started: it starts one rank too.
         alone = ranks == 1 and mpi.flavour != "openmpi"

@@ -82,7 +82,9 @@ def program(mpi: Mpi, folder: Path) -> Path:
 
 def start(mpi: Mpi, binary: Path, table: Path, ranks: int, cells: int, turns: int) -> Start:
     values = clean_environment()
-    values.update(environment(build.library(mpi), "auto", None), UNDERTOW_MPI_MODEL=str(table))
+    values.update(
+        environment(build.library(mpi), "auto", None), UNDERTOW_MPI_MODEL=str(table), UNDERTOW_MPI_PATIENCE_MS="0"
+    )
     preload = ["env", f"LD_PRELOAD={values.pop('LD_PRELOAD')}"]
     command = [*measure.launcher(mpi), "-n", str(ranks), *preload, str(binary), str(cells), str(turns), str(ROUNDS)]
     done = subprocess.run(command, env=values, capture_output=True, text=True, check=False, timeout=300)

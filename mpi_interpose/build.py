@@ -29,6 +29,7 @@ GLUE = (
     "prove",
     "types",
     "passing",
+    "patience",
     "script",
     "report",
     "model",

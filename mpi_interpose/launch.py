@@ -50,8 +50,9 @@ def environment(library: Path, mode: str, report: str | None, *, alike: bool = T
     values["UNDERTOW_MPI_REORDER"] = os.environ.get("UNDERTOW_MPI_REORDER", "1")
     # So does device memory of other ranks, and all must come to it through C: programs of several languages do not.
     values["UNDERTOW_MPI_IPC"] = os.environ.get("UNDERTOW_MPI_IPC", "auto" if alike else "0")
-    device = ("UNDERTOW_MPI_GPU", "UNDERTOW_MPI_CUDA_AWARE")  # must stand alike on all ranks, also on other hosts
-    values |= {name: value for name, value in os.environ.items() if name.startswith(device)}
+    # These must stand alike on all ranks, also on other hosts.
+    shared = ("UNDERTOW_MPI_GPU", "UNDERTOW_MPI_CUDA_AWARE", "UNDERTOW_MPI_PATIENCE_MS")
+    values |= {name: value for name, value in os.environ.items() if name.startswith(shared)}
     if report:
         values["UNDERTOW_MPI_REPORT"] = report
     return values

@@ -66,6 +66,7 @@ def environment(install: Install, **extra: str) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("UNDERTOW_MPI_M", "LD_PRELOAD"))}
     env["PATH"] = f"{Path(install.mpicc).parent}:{env['PATH']}"
     env.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", OMP_NUM_THREADS="1")
+    env["UNDERTOW_MPI_PATIENCE_MS"] = "0"  # tests end before a program is old enough to learn from
     env.update({name: str(value) for name, value in extra.items()})
     return env
 

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "passing.hh"
+#include "patience.hh"
 #include "policy.hh"
 #include "report.hh"
 #include "resolve.hh"
@@ -92,6 +93,7 @@ void load_policy() {
 }  // namespace
 
 void model_init() {
+  patience_init();
   peers_init();
   load_policy();
   g_messages = g_policy.knows_messages();
@@ -160,6 +162,11 @@ Verdict wins(Record& r, Use use, int64_t bytes, const Peer& peer, double gain, T
     if (!(links >> link & 1)) continue;
     ratio = std::min(ratio, model_ratio(r, use, link, bytes));
     last = link;
+  }
+  if (timed == Timed::Round && waiting()) {
+    if (ratio >= kTry) wait_for(r);
+    if (ratio < gain || this_round.habit) return Verdict::PassAlways;
+    if (++this_round.strangers % 16 || waits_on()) return Verdict::Pass;
   }
   if (timed == Timed::Round && links == 1u << last) {
     const Samples& rounds = round_of(r, use, last, bytes);

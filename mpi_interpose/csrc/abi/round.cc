@@ -4,11 +4,13 @@
 #include <algorithm>
 #include <memory>
 
+#include "patience.hh"
+
 namespace undertow {
 namespace {
 
-constexpr double kTry = 0.6;        // the table's worst gain for a message that a trial may take
 constexpr int kIrregular = 64, kNothing = 1 << 20;  // rounds until the next look where rounds change, or nothing can be taken
+constexpr int kSeldom = 1 << 13;   // rounds between two looks at the clock at most
 constexpr int kPatient = 1 << 20;  // rounds alike that it takes at most before a script begins
 
 Habit& habit_of(Round& r, uint64_t print) {
@@ -68,10 +70,15 @@ bool begin_script(Round& r) {
 }  // namespace
 
 void round_opens(Round& r, uint64_t print) {
-  r.habit = &habit_of(r, print);
-  r.way = r.habit->trial.next();
-  r.attends = r.habit->trial.timed() ? Round::kTimed : 0;
-  r.clocked = r.habit->trial.clocked();
+  Habit& h = habit_of(r, print);
+  r.habit = &h;
+  if (waiting() && h.trial.rest() == 0 && waits_on()) {
+    h.trial.put_off(h.wait);
+    h.wait = std::min(2 * h.wait, kSeldom);
+  }
+  r.way = h.trial.next();
+  r.attends = h.trial.timed() ? Round::kTimed : 0;
+  r.clocked = h.trial.clocked();
 }
 
 bool round_takes(Record& record, Use use, int link, int64_t bytes, double ratio) {

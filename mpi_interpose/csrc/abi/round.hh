@@ -16,10 +16,13 @@
 
 namespace undertow {
 
+constexpr double kTry = 0.6;  // the table's worst gain for a message that a trial may take
+
 // What a thread knows of rounds that begin with one message.
 struct Habit {
   uint64_t first = 0, whole = 0;  // fingerprints of the first message and of all
   uint64_t judged = 0;            // of the rounds that the trial knows
+  int wait = 64;                  // rounds to the next look at the clock, while there is no trial yet (patience.hh)
   Trial trial;
 };
 
@@ -52,6 +55,7 @@ struct Round {
   bool clocked = false;  // its time counts; of a timed round that is the first of a row it does not
   Way way = kTableWay;
   int parts = 0;
+  unsigned strangers = 0;  // messages of no known round that the table takes, while we wait
   uintptr_t first = 0;  // the request of the first message that was started under the clock
   bool has_first = false;
   int64_t bytes = 0, ns = 0, mark_ns = 0;

@@ -1,0 +1,54 @@
+// See patience.hh.
+#include "patience.hh"
+
+#include <cstdlib>
+
+#include "model.hh"
+#include "passing.hh"
+
+namespace undertow {
+namespace {
+
+constexpr int64_t kMs = 1000000;
+
+struct Step {
+  int64_t reach, wait_ns;  // bytes from a type's first to its last; what the program must have run for
+};
+// A comparison is some per cent of that time at most: on two cores of an AMD EPYC 30 µs, 0.2 ms and 5 to 16 ms for a type.
+constexpr Step kSteps[] = {{1 << 18, 100 * kMs}, {1 << 22, 1000 * kMs}, {INT64_MAX, 10000 * kMs}};
+
+int64_t g_start_ns = 0;
+int64_t g_fixed_ns = -1;
+std::atomic<int64_t> g_wait_ns{0};
+
+}  // namespace
+
+void patience_init() {
+  g_start_ns = now_ns();
+  if (const char* wish = std::getenv("UNDERTOW_MPI_PATIENCE_MS"); wish && *wish) {
+    char* end;
+    const long ms = std::strtol(wish, &end, 10);
+    if (*end || ms < 0) say("UNDERTOW_MPI_PATIENCE_MS=%s is not a number of milliseconds; left to the types", wish);
+    else g_fixed_ns = ms * kMs;
+  }
+  g_wait_ns = g_fixed_ns >= 0 ? g_fixed_ns : kSteps[0].wait_ns;
+  patience::waits = g_fixed_ns != 0;
+}
+
+void wait_for(const Record& wanted) {
+  if (g_fixed_ns >= 0 || wanted.proof.load(std::memory_order_relaxed)) return;
+  const int64_t reach = wanted.plan.ir->hi - wanted.plan.ir->lo;
+  const Step* step = kSteps;
+  while (reach > step->reach) ++step;
+  int64_t before = g_wait_ns.load(std::memory_order_relaxed);
+  while (before < step->wait_ns && !g_wait_ns.compare_exchange_weak(before, step->wait_ns, std::memory_order_relaxed)) {
+  }
+}
+
+bool waits_on() {
+  if (now_ns() - g_start_ns < g_wait_ns.load(std::memory_order_relaxed)) return true;
+  if (patience::waits.exchange(false)) passing_changed();  // what was known to pass may be wanted now
+  return false;
+}
+
+}  // namespace undertow

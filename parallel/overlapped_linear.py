@@ -38,12 +38,7 @@ def matmul_reduce_scatter(
     """
     if scatter_dim == 0 and reduce_op == "sum" and _as_it_is(A, B):
         team = group if type(group) is Team else team_of(group, A.device)
-        y = None
-        if A.numel() in team.firsts and A.dim() == 2:
-            try:
-                y = A @ B
-            except RuntimeError:  # what does not fit has not settled either, and is named below
-                y = None
+        y = _made_first(A, B, team)
         way = team.ways.get((SCATTER, A.shape, B.shape, A.dtype, B.dtype))
         if way is not None:
             return way(A, B) if y is None else way(A, B, y)
@@ -114,12 +109,7 @@ def matmul_all_reduce(A: Tensor, B: Tensor, reduce_op: str = "sum", group: Group
     """
     if reduce_op == "sum" and _as_it_is(A, B):
         team = group if type(group) is Team else team_of(group, A.device)
-        y = None
-        if A.numel() in team.firsts and A.dim() == 2:
-            try:
-                y = A @ B
-            except RuntimeError:  # what does not fit has not settled either, and is named below
-                y = None
+        y = _made_first(A, B, team)
         way = team.ways.get((SUM, A.shape, B.shape, A.dtype, B.dtype))
         if way is not None:
             return way(A, B) if y is None else way(A, B, y)
@@ -129,6 +119,16 @@ def matmul_all_reduce(A: Tensor, B: Tensor, reduce_op: str = "sum", group: Group
     rows = A.reshape(A.shape[:-1].numel(), A.shape[-1])
     out = _summed(rows, B, team).reshape(*A.shape[:-1], B.shape[1])
     return out / team.world if average else out
+
+
+def _made_first(A: Tensor, B: Tensor, team: Team) -> Tensor | None:
+    """A @ B where its way may be guessed to be plain (`Team.firsts`), so that the look-up comes behind it."""
+    if A.numel() not in team.firsts or A.dim() != 2:
+        return None
+    try:
+        return A @ B
+    except RuntimeError:  # what does not fit has not settled either, and is named by the caller
+        return None
 
 
 def _scattered(a: Tensor, b: Tensor, team: Team, sizes: tuple[int, ...]) -> Tensor:

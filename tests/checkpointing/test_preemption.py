@@ -62,6 +62,14 @@ def test_a_process_alone(tmp_path):
     assert signal.getsignal(signal.SIGUSR1) is before
 
 
+def signal_and_await_the_verdict(ckpt: Checkpointer) -> None:
+    os.kill(os.getpid(), signal.SIGUSR1)
+    until_s = time.monotonic() + 60
+    while ckpt._preempter._verdict is None:
+        assert time.monotonic() < until_s
+        time.sleep(0.01)
+
+
 def test_what_came_back_from_memory_goes_to_disk_when_the_job_must_leave(tmp_path, monkeypatch):
     """The machine may be another one's soon: the signal's save is one to disk, although the step is saved already."""
     memory = tmp_path / "shm"
@@ -74,11 +82,7 @@ def test_what_came_back_from_memory_goes_to_disk_when_the_job_must_leave(tmp_pat
     torch.nn.init.zeros_(model.weight)
     with Checkpointer(tmp_path / "c", model=model, host_every=1, preemption=Preemption(grace_s=240)) as ckpt:
         assert ckpt.restore() == 3 and ckpt.folder.committed() == []
-        os.kill(os.getpid(), signal.SIGUSR1)
-        until_s = time.monotonic() + 60
-        while ckpt._preempter._verdict is None:
-            assert time.monotonic() < until_s
-            time.sleep(0.01)
+        signal_and_await_the_verdict(ckpt)
         assert ckpt.step(3) and ckpt.preempted
         assert ckpt.folder.committed() == [3]
     other = torch.nn.Linear(8, 8)
@@ -94,11 +98,7 @@ def test_a_copy_that_still_travels_does_not_keep_the_job_in_its_loop(tmp_path, m
     options = {"host_every": 1, "partner": Partner(memory=memory), "preemption": Preemption(grace_s=240)}
     with Checkpointer(tmp_path / "c", model=torch.nn.Linear(8, 8), **options) as ckpt:
         assert ckpt.step(0)
-        os.kill(os.getpid(), signal.SIGUSR1)
-        until_s = time.monotonic() + 60
-        while ckpt._preempter._verdict is None:
-            assert time.monotonic() < until_s
-            time.sleep(0.01)
+        signal_and_await_the_verdict(ckpt)
         assert ckpt.step(1) and ckpt.preempted
         assert [(report.step, report.tier, report.ok) for report in ckpt.reports] == [(1, "disk", True)]
         assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL

@@ -63,6 +63,7 @@ def test_a_process_alone(tmp_path):
 
 
 def signal_and_await_the_verdict(ckpt: Checkpointer) -> None:
+    assert ckpt._preempter is not None
     os.kill(os.getpid(), signal.SIGUSR1)
     until_s = time.monotonic() + 60
     while ckpt._preempter._verdict is None:

@@ -6,14 +6,16 @@ A sample is a row of intervals of k steps, each begun by a save; the first inter
 leaves to do while later steps run, and what a later save waits for, is in the time of the rest. Steps are timed on the
 device, between two events, and set beside as many times the median step without saves in the same round: that step is
 steady to a thousandth on a GPU, so a cell needs no run of its own without saves. Ways that lose by multiples need few
-rounds and take long, hence `--rival-rounds`. Every arm's file is read back and compared bit by bit before anything is
-timed. A save that was not begun because others were still under way counts as none: `saves` says how many were.
+rounds and take long, hence `--rival-rounds`, and no interval is begun in a sample of more than `LONG_S`. The cells of a
+round come in random order. Every arm's file is read back and compared bit by bit before anything is timed. A save that
+was not begun because others were still under way counts as none: `saves` says how many were.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -40,6 +42,7 @@ from undertow.dist.errors import UserError
 from undertow.dist.launch import detect, init_process_group
 
 INTERVALS = {1: 6, 5: 3, 10: 2}  # steps between saves → timed intervals; one, where they are longer
+LONG_S = 15.0  # of a sample: then the interval at hand is its last, if one has been timed
 STEPS_OF_PLAIN = 16
 WAYS: dict[str, Callable[[Job], Method]] = {
     "undertow disk (fsync)": lambda job: Undertow(job, "disk"),
@@ -59,7 +62,7 @@ class Cell:
     arm: str
     ratios: list[float] = field(default_factory=list)
     saves: list[int] = field(default_factory=list)
-    intervals: int = 0
+    intervals: list[int] = field(default_factory=list)  # timed, each of which should have begun with a save
     note: str = ""
 
     def text(self) -> str:
@@ -70,8 +73,8 @@ class Cell:
             text = f"{found.median:.3f} [{found.low:.3f}, {found.high:.3f}]"
         else:
             text = f"{median(self.ratios):.3f} ({min(self.ratios):.3f} to {max(self.ratios):.3f})"
-        fewest = min(self.saves)
-        return text if fewest >= self.intervals else f"{text}, {fewest} of {self.intervals} saves"
+        made, wanted = sum(self.saves), sum(self.intervals)
+        return text if made >= wanted else f"{text}, {made} of {wanted} saves"
 
 
 def step_ms(job: Job) -> float:
@@ -86,29 +89,31 @@ def step_ms(job: Job) -> float:
     return median(clock.steps_ms())
 
 
-def sample(job: Job, method: Method, every: int, intervals: int) -> tuple[float, int]:
-    """Milliseconds of `intervals` × `every` steps, each `every` begun by a save, and how many saves were begun."""
+def sample(job: Job, method: Method, every: int, intervals: int) -> tuple[float, int, int]:
+    """Milliseconds a step of up to `intervals` times `every` steps, each begun by a save; the saves begun; the intervals."""
     os.sync()  # nobody's sample begins with another's unwritten pages
     job.synchronize()
-    clock, saves = Stopwatch(job), 0
-    for index in range((1 + intervals) * every):
-        if index % every == 0:
-            begun = method.save() is not False
-            saves += begun and index > 0
-        job.train()
-        clock.mark()
-    found = sum(clock.steps_ms()[every:])
+    clock, saves, timed, began_s = Stopwatch(job), 0, 0, time.monotonic()
+    for index in range(1 + intervals):
+        if timed and time.monotonic() - began_s > LONG_S:
+            break
+        begun = method.save() is not False
+        timed, saves = index, saves + (begun and index > 0)
+        for _ in range(every):
+            job.train()
+            clock.mark()
+    found = sum(clock.steps_ms()[every:]) / (timed * every)
     method.drain()
     method.clear()
-    return found, saves
+    return found, saves, timed
 
 
 def run(
-    job: Job, every: Sequence[int], rounds: int, rival_rounds: int, *, ways: Sequence[str] = tuple(WAYS)
+    job: Job, every: Sequence[int], rounds: int, rival_rounds: int, *, ways: Sequence[str] = tuple(WAYS), seed: int = 0
 ) -> list[Cell]:
     """All cells of one size. A failure takes a way out of the rest, and the others go on."""
     arms = [Arm(name) for name in ways]
-    cells = [Cell(job.size.name, k, arm.name, intervals=INTERVALS.get(k, 1)) for k in every for arm in arms]
+    cells = [Cell(job.size.name, k, arm.name) for k in every for arm in arms]
     for arm in arms:
         try:
             arm.method = WAYS[arm.name](job)
@@ -117,10 +122,10 @@ def run(
             arm.note = "not installed"
         except Exception as error:  # a rival that fails is a finding
             arm.note = f"failed: {type(error).__name__}: {error}"
-    by_name, began_s = {arm.name: arm for arm in arms}, time.monotonic()
+    by_name, began_s, order = {arm.name: arm for arm in arms}, time.monotonic(), random.Random(seed)
     with Stopping() as stopping:
         for turn in range(max(rounds, rival_rounds)):
-            for cell in cells:
+            for cell in order.sample(cells, len(cells)):
                 arm = by_name[cell.arm]
                 cell.note = arm.note
                 wanted = rounds if isinstance(arm.method, Undertow) else rival_rounds
@@ -128,12 +133,13 @@ def run(
                     continue
                 try:
                     plain = step_ms(job)
-                    with_saves, saves = sample(job, arm.method, cell.every, cell.intervals)
+                    with_saves, saves, timed = sample(job, arm.method, cell.every, INTERVALS.get(cell.every, 1))
                 except Exception as error:
                     arm.note = cell.note = f"failed: {type(error).__name__}: {error}"
                     continue
-                cell.ratios.append(cell.intervals * cell.every * plain / with_saves)
+                cell.ratios.append(plain / with_saves)
                 cell.saves.append(saves)
+                cell.intervals.append(timed)
             typer.echo(f"{job.size.name}: round {turn + 1}, {time.monotonic() - began_s:.0f} s", err=True)
     return cells
 

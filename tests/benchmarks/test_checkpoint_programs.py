@@ -141,7 +141,7 @@ def test_training_with_a_save_every_few_steps_end_to_end(tmp_path, monkeypatch):
             assert cell.note.startswith("failed: KeyError") and not cell.ratios
         else:
             assert len(cell.ratios) == 2 and min(cell.ratios) > 0
-    assert found["undertow disk (fsync)", 1].intervals == 6 and found["undertow host", 50].saves == [1, 1]
+    assert found["undertow disk (fsync)", 1].intervals == [6, 6] and found["undertow host", 50].saves == [1, 1]
     # a check of each way; then in two rounds, for two ways, the plain steps before a cell and one interval more in it
     plain = checkpoint_every.BEFORE + checkpoint_every.STEPS_OF_PLAIN
     assert job.step - began == len(ways) + 2 * 2 * (2 * plain + 7 * 1 + 2 * 50)
@@ -149,9 +149,19 @@ def test_training_with_a_save_every_few_steps_end_to_end(tmp_path, monkeypatch):
     assert "| tiny | **undertow host** |" in page.read_text()
 
 
+def test_a_long_sample_ends_after_its_first_timed_interval(tmp_path, monkeypatch):
+    job = Job(TINY, torch.device("cpu"), tmp_path)
+    checkpoint_stall.keep_open(job)
+    monkeypatch.setattr(checkpoint_every, "LONG_S", 0.0)
+    began = job.step
+    cells = checkpoint_every.run(job, [1], 2, 1, ways=("undertow host",))
+    assert cells[0].intervals == cells[0].saves == [1, 1]
+    assert job.step - began == 1 + 2 * (checkpoint_every.BEFORE + checkpoint_every.STEPS_OF_PLAIN + 2)
+
+
 def test_a_cell_says_how_many_saves_were_made():
-    cell = checkpoint_every.Cell("tiny", 5, "undertow", [0.5, 0.25], [3, 2], 3)
-    assert cell.text() == "0.375 (0.250 to 0.500), 2 of 3 saves"
+    cell = checkpoint_every.Cell("tiny", 5, "undertow", [0.5, 0.25], [3, 2], [3, 3])
+    assert cell.text() == "0.375 (0.250 to 0.500), 5 of 6 saves"
     assert checkpoint_every.Cell("tiny", 5, "rival", note="not installed").text() == "not installed"
 
 

@@ -140,7 +140,8 @@ def run(
                 cell.ratios.append(plain / with_saves)
                 cell.saves.append(saves)
                 cell.intervals.append(timed)
-            typer.echo(f"{job.size.name}: round {turn + 1}, {time.monotonic() - began_s:.0f} s", err=True)
+                at_s = time.monotonic() - began_s
+                typer.echo(f"{at_s:4.0f} s, round {turn + 1}: every {cell.every}, {cell.arm}: {cell.ratios[-1]:.3f}", err=True)
     return cells
 
 

@@ -35,7 +35,7 @@ from statistics import mean
 
 from undertow.benchmarks.case import Benchmark
 from undertow.benchmarks.facts import facts, slug
-from undertow.mpi_interpose import build, measure, policy, toolchain
+from undertow.mpi_interpose import build, core, measure, policy, toolchain
 from undertow.mpi_interpose.samples import Cell, parse, text
 from undertow.mpi_interpose.toolchain import Mpi
 
@@ -132,7 +132,7 @@ def _run_one(mpi: Mpi, quick: bool, rounds: int | None, only: str, output: Path)
     Path(f"{name}.md").write_text(markdown(cells, about, verdicts, mpi))
     Path(f"{name}.json").write_text(json.dumps({"format": 2, "facts": about, "cells": as_data(cells)}) + "\n")
     with gzip.open(f"{name}.samples.gz", "wt") as file:
-        file.write(f"{mpi.version}\n{about['hardware']}\n{text(cells)}")
+        file.write(f"{mpi.version}\n{about['hardware']}\n{core.processor()}\n{text(cells)}")
     sys.stdout.write(f"written: {name}.json, .md, .samples.gz\n")
     return int(bool(losers(cells)))
 
@@ -284,7 +284,8 @@ def _gain(cell: Cell, arm: str) -> str:
 
 
 def ship(files: Sequence[Path], keep: bool = False) -> None:
-    """Write csrc/policy/FLAVOUR.txt from samples: rows for each major version, of several runs the least gains.
+    """Write csrc/policy/FLAVOUR.txt from samples: rows for each major version on each kind of processor, of several runs
+    the least gains.
 
     With `keep` the table that is there counts as a run: other versions stay, and no gain grows. Cells that judge a
     table fitted on the others are rows here: a later run judges this table.
@@ -293,28 +294,27 @@ def ship(files: Sequence[Path], keep: bool = False) -> None:
     about: dict[str, list[str]] = {}
     for file in files:
         with gzip.open(file, "rt") as opened:
-            version, hardware, *lines = opened.read().splitlines()
+            version, hardware, processor, *lines = opened.read().splitlines()
         flavour = "openmpi" if "Open MPI" in version else "mpich"
         found = re.search(r"(\d+)\.\d+\.\d+", version)
         if not found:
             raise SystemExit(f"{file}: no version in '{version}'")
         about.setdefault(flavour, []).append(f"{found[0]} on {hardware}")
-        tables.setdefault(flavour, {}).setdefault(found[1], []).append(
-            policy.rows(parse(lines), policy.SHIPPED, held=True)
-        )
-    for flavour, majors in tables.items():
+        runs = tables.setdefault(flavour, {}).setdefault(f"{found[1]} on {processor}", [])
+        runs.append(policy.rows(parse(lines), policy.SHIPPED, held=True))
+    for flavour, runs_for in tables.items():
         file = build.POLICY / f"{flavour}.txt"
         kept, facts_kept = policy.read_sections(file.read_text()) if keep else ({}, [])
-        for major, rows in kept.items():
-            majors.setdefault(major, []).append(rows)
-        merged = {major: policy.least_gains(runs) for major, runs in majors.items()}
+        for whom, rows in kept.items():
+            runs_for.setdefault(whom, []).append(rows)
+        merged = {whom: policy.least_gains(runs) for whom, runs in sorted(runs_for.items())}
         said = f"Shipped with every build: gains that are not clearly above {policy.SHIPPED} are written as 1."
         file.write_text(
             policy.sections(merged, [said, *(fact for fact in facts_kept if fact != said), *about[flavour]])
         )
-        for major, rows in merged.items():
+        for whom, rows in merged.items():
             taken = sum(row.ratio >= policy.GAIN for row in rows)
-            sys.stdout.write(f"{flavour} {major}: {len(rows)} rows, {taken} of them taken\n")
+            sys.stdout.write(f"{flavour} {whom}: {len(rows)} rows, {taken} of them taken\n")
 
 
 BENCHMARK = Benchmark(

@@ -23,6 +23,7 @@ def load(path: Path | None = None) -> ctypes.CDLL:
         ("normalise", text, [text]),
         ("describe", text, [text, integer, integer]),
         ("kernels", text, []),
+        ("processor", text, []),
         ("plan", pointer, [text, integer]),
         ("free", None, [pointer]),
         ("size", integer, [pointer]),
@@ -55,6 +56,11 @@ def parse(ir: str) -> str:
 def describe(ir: str, lb: int, extent: int) -> str:
     """One line: class, sizes and copy operations of the plan."""
     return _text(load().undertow_core_describe(ir.encode(), lb, extent))
+
+
+def processor() -> str:
+    """The kind of this machine's processor, as measured tables name it (csrc/core/processor.hh)."""
+    return load().undertow_core_processor().decode()
 
 
 class Plan:

@@ -128,28 +128,25 @@ def text(rows_: Iterable[Row], facts: Sequence[str]) -> str:
 
 
 def sections(tables: dict[str, list[Row]], facts: Sequence[str]) -> str:
-    """One file for several major versions: the rows of each, and for others of each point the least gain."""
-    parts = {**tables, "other": least_gains(list(tables.values()))}
-    body = [f"for {major}\n{text(found, [])}" for major, found in parts.items()]
-    return "".join(
-        [text([], facts), *("".join(line + "\n" for line in part.splitlines() if line[0] != "#") for part in body)]
-    )
+    """One file of several tables, each for a library's major version, and perhaps a kind of processor: '4 on amd-avx512'
+    (see csrc/core/policy.hh, which says what counts where none fits)."""
+    parts = [f"for {whom}\n" + text(found, []).partition("\n")[2] for whom, found in tables.items()]
+    return text([], facts) + "".join(parts)
 
 
 def read_sections(text_: str) -> tuple[dict[str, list[Row]], list[str]]:
-    """(rows by major version, facts) of what `sections` wrote; without those for others, which it makes anew."""
+    """(rows by whom they are for, facts) of what `sections` wrote."""
     tables: dict[str, list[Row]] = {}
     facts = [line[2:] for line in text_.splitlines() if line.startswith("# ") and not line.startswith("# use ")]
     for line in text_.splitlines():
         words = line.split()
         if line.startswith("for "):
-            tables[words[1]] = []
+            tables[line.removeprefix("for ").strip()] = []
         elif words and not line.startswith("#"):
             block, step, size = map(int, words[2:5])
             without, with_, share, *leaf = map(float, words[5:])
             row = Row(words[0], words[1], block, step, size, without, with_, share, int(*leaf))
             tables[list(tables)[-1]].append(row)
-    tables.pop("other", None)
     return tables, facts
 
 
@@ -158,18 +155,20 @@ def _order(row: Row) -> tuple:
 
 
 class Policy:
-    """A table as the preload reads it; `version`: what the library says of itself, which picks its rows."""
+    """A table as the preload reads it; `version`: what the library says of itself, which picks its rows, as does the
+    kind of `processor` (default: this machine's)."""
 
-    def __init__(self, table: str, version: str = "") -> None:
+    def __init__(self, table: str, version: str = "", processor: str | None = None) -> None:
         self._lib = core.load()
         make, free, ratio = (getattr(self._lib, f"undertow_core_policy{end}") for end in ("", "_free", "_ratio"))
         number, handle = ctypes.c_double, ctypes.c_void_p
-        make.restype, make.argtypes = handle, [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int)]
+        make.restype, make.argtypes = handle, [*[ctypes.c_char_p] * 3, ctypes.POINTER(ctypes.c_int)]
         free.restype, free.argtypes = None, [handle]
         ratio.restype = number
         ratio.argtypes = [handle, ctypes.c_int, ctypes.c_int, number, number, number, number, ctypes.POINTER(number)]
         self._free, self._ratio, rows = free, ratio, ctypes.c_int()
-        self._table = make(table.encode(), version.encode(), ctypes.byref(rows))
+        words = (table, version, processor or core.processor())
+        self._table = make(*(word.encode() for word in words), ctypes.byref(rows))
         self.rows = rows.value
 
     def __del__(self) -> None:

@@ -74,39 +74,49 @@ def test_results_hold_what_the_promise_needs() -> None:
     assert row["arms"]["forced"]["library_over_arm"] == [2, 2, 2] and not row["breaks"]
 
 
-def test_shipped_tables_have_rows_per_version_and_the_least_gains_for_others(
+def test_shipped_tables_have_rows_per_version_and_processor_and_the_least_gains_for_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "POLICY", tmp_path)
-    for k, forced in ((4, 2e4), (5, 5e4)):
+    for major, kind, forced in ((4, "a", 2e4), (5, "a", 5e4), (5, "b", 1e4)):
         lines = text([cell("pack", "v", 4096, 16, forced=forced), cell("pack", "v", 1024, 16, held=True, forced=1e3)])
-        with gzip.open(tmp_path / f"{k}.gz", "wt") as file:
-            file.write(f"Open MPI v{k}.0.1\nsome processor\n{lines}")
-    mpi_datatypes.ship([tmp_path / "4.gz", tmp_path / "5.gz"])
+        with gzip.open(tmp_path / f"{major}{kind}.gz", "wt") as file:
+            file.write(f"Open MPI v{major}.0.1\nsome processor\n{kind}\n{lines}")
+    mpi_datatypes.ship(sorted(tmp_path.glob("*.gz")))
     shipped = (tmp_path / "openmpi.txt").read_text()
-    for version, gain in (("Open MPI v4.1.4", 5), ("Open MPI v5.0.9", 2), ("Open MPI v6.0.0", 2), ("Spectrum 5", 2)):
-        table = policy.Policy(shipped, version)
+    for version, kind, gain in (
+        ("Open MPI v4.1.4", "a", 5),
+        ("Open MPI v4.1.4", "b", 5),
+        ("Open MPI v5.0.9", "a", 2),
+        ("Open MPI v5.0.9", "b", 10),
+        ("Open MPI v5.0.9", "c", 2),
+        ("Open MPI v6.0.0", "b", 2),
+        ("Spectrum 5", "b", 2),
+    ):
+        table = policy.Policy(shipped, version, kind)
         assert table.rows == 2, version  # cells that were held from fitting are shipped, too
-        assert table.ask("pack", "strided", 16, 32, 4096)[0] == pytest.approx(gain, rel=0.01), version
+        assert table.ask("pack", "strided", 16, 32, 4096)[0] == pytest.approx(gain, rel=0.01), (version, kind)
 
 
 def test_a_table_that_is_kept_counts_as_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "POLICY", tmp_path)
 
-    def shipped(major: int, ours_ns: float, keep: bool) -> list[float]:
+    def shipped(major: int, kind: str, ours_ns: float, keep: bool) -> list[float]:
         lines = text([cell("pack", "v", 4096, 16, forced=ours_ns)])
         with gzip.open(tmp_path / "run.gz", "wt") as file:
-            file.write(f"Open MPI v{major}.0.1\nprocessor {ours_ns:.0f}\n{lines}")
+            file.write(f"Open MPI v{major}.0.1\nprocessor {ours_ns:.0f}\n{kind}\n{lines}")
         mpi_datatypes.ship([tmp_path / "run.gz"], keep)
         found = (tmp_path / "openmpi.txt").read_text()
-        return [policy.Policy(found, f"Open MPI v{k}.1.4").ask("pack", "strided", 16, 32, 4096)[0] for k in (4, 5)]
+        tables = [policy.Policy(found, f"Open MPI v{k}.1.4", of) for k, of in ((4, "a"), (5, "a"), (5, "b"))]
+        return [table.ask("pack", "strided", 16, 32, 4096)[0] for table in tables]
 
-    assert shipped(4, 5e4, keep=False) == pytest.approx([2, 2], rel=0.01)
-    assert shipped(5, 2e4, keep=True) == pytest.approx([2, 5], rel=0.01)
-    assert shipped(5, 4e4, keep=True) == pytest.approx([2, 2.5], rel=0.01)
-    assert shipped(5, 1e4, keep=True) == pytest.approx([2, 2.5], rel=0.01)
-    assert (tmp_path / "openmpi.txt").read_text().count(" on processor ") == 4
-    assert shipped(5, 1e4, keep=False) == pytest.approx([10, 10], rel=0.01)
+    assert shipped(4, "a", 5e4, keep=False) == pytest.approx([2, 2, 2], rel=0.01)
+    assert shipped(5, "a", 2e4, keep=True) == pytest.approx([2, 5, 5], rel=0.01)
+    assert shipped(5, "b", 1e4, keep=True) == pytest.approx([2, 5, 10], rel=0.01)
+    assert shipped(5, "a", 4e4, keep=True) == pytest.approx([2, 2.5, 10], rel=0.01)
+    assert shipped(5, "a", 1e4, keep=True) == pytest.approx([2, 2.5, 10], rel=0.01)
+    assert (tmp_path / "openmpi.txt").read_text().count("# 5.0.1 on processor ") == 4
+    assert shipped(5, "b", 1e4, keep=False) == pytest.approx([10, 10, 10], rel=0.01)
 
 
 @pytest.mark.parametrize("version", ["Open MPI v4.1.4", "Open MPI v5.0.11", "MPICH Version: 5.0.2", "MPICH Version: 9"])

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from undertow.dist.machine import Machine
-from undertow.mpi_interpose import measure, policy
+from undertow.mpi_interpose import core, measure, policy
 from undertow.mpi_interpose.errors import InterposeError
 from undertow.mpi_interpose.samples import Cell, interval, parse, rank, text
 
@@ -104,6 +104,28 @@ def test_a_table_for_several_mpis_takes_the_least_gain() -> None:
     a, b = policy.rows([cell(forced=5e4), cell(forced=5e4, size=1024)]), policy.rows([cell(forced=8e4)])
     (row,) = policy.least_gains([a, b])
     assert row == b[0]
+
+
+def test_of_sections_that_fit_alike_each_point_has_the_least_gain() -> None:
+    at = ("pack", "strided", 16, 32)
+    text_ = (
+        "for 4 on a\npack strided 16 32 4096 300 100 1\npack strided 16 32 65536 900 100 1\n"
+        "for 4 on b\npack strided 16 32 4096 200 100 1\n"
+        "for 5 on b\npack strided 16 32 4096 700 100 1\n"
+        "for 6\npack strided 16 32 4096 800 100 1\n"
+    )
+    own = policy.Policy(text_, "MPICH Version: 4.0", "a")
+    assert own.rows == 2 and own.ask(*at, 65536)[0] == pytest.approx(9)
+    for version, kind, gain in (("4.1", "c", 2), ("5.0", "a", 7), ("6.2", "a", 8), ("7", "b", 2)):
+        table = policy.Policy(text_, f"MPICH Version: {version}", kind)
+        assert table.rows == 1 and table.ask(*at, 4096)[0] == pytest.approx(gain, rel=0.01), version
+
+
+def test_the_processor_has_a_name_and_is_the_default() -> None:
+    kind = core.processor()
+    assert kind in {f"{maker}{width}" for maker in ("intel", "amd") for width in ("-avx512", "-avx2", "")} | {"other"}
+    text_ = f"for 4 on {kind}\npack strided 16 32 4096 300 100 1\nfor 4 on x\npack strided 16 32 4096 100 100 1\n"
+    assert policy.Policy(text_, "Open MPI v4.1").ask("pack", "strided", 16, 32, 4096)[0] == pytest.approx(3)
 
 
 def test_unreadable_rows_are_skipped() -> None:

@@ -97,9 +97,10 @@ EXPORT void undertow_core_trial_forget(void* trial) { static_cast<Trial*>(trial)
 EXPORT void undertow_core_trial_put_off(void* trial, int rounds) { static_cast<Trial*>(trial)->put_off(rounds); }
 
 // The table that decides, for `measure` and `explain`: the preload asks the same code.
-EXPORT void* undertow_core_policy(const char* text, const char* version, int* rows) {
+EXPORT const char* undertow_core_processor() { return processor(); }
+EXPORT void* undertow_core_policy(const char* text, const char* version, const char* processor, int* rows) {
   Policy* policy = new Policy;
-  *rows = policy->load(text, version);
+  *rows = policy->load(text, version, processor);
   return policy;
 }
 EXPORT void undertow_core_policy_free(void* policy) { delete static_cast<Policy*>(policy); }

@@ -9,7 +9,9 @@
 // of (without - with) that this side of a message may call its own in the report. Between rows the logarithm of the gain
 // is interpolated by distance in octaves; far from every row nothing is known, and the call passes through.
 //
-// A line "for 4" begins rows of the library's major version 4, "for other" those of versions that have none of their own.
+// A line "for 4 on amd-avx512" begins rows of the library's major version 4 on that kind of processor (processor.hh), "for 4"
+// those of any. Where no section is of both, those of the version count, and else all; of several that count, each point
+// has the row with the least gain, and points that one of them lacks go.
 #pragma once
 
 #include <algorithm>
@@ -21,6 +23,8 @@
 #include <cstring>
 #include <string>
 #include <vector>
+
+#include "processor.hh"
 
 namespace undertow {
 
@@ -36,22 +40,26 @@ class Policy {
 
   // `version`: what the library says of itself. Returns the number of rows used; '#' starts a comment, lines of another
   // form are skipped.
-  int load(const char* text, const char* version = "") {
+  int load(const char* text, const char* version = "", const char* processor = undertow::processor()) {
     for (auto& list : rows_) list.clear();
-    const char* digit = std::strpbrk(version, "0123456789");
-    char own[32] = "for other";
-    if (digit && (!std::strncmp(version, "Open MPI", 8) || !std::strncmp(version, "MPICH", 5))) {
-      char major[32];
-      std::snprintf(major, sizeof major, "for %d", std::atoi(digit));
-      for (const char* at = text; at && *at; at = next_line(at))
-        if (is_line(at, major)) std::memcpy(own, major, sizeof own);
-    }
-    int n = 0;
-    bool active = true;
+    int best = 0;
+    for (const char* at = text; at && *at; at = next_line(at))
+      if (is_section(at)) best = std::max(best, fits(at, version, processor));
+    Rows section;
+    bool counts = true;  // what stands before any section
+    int merged = -1;
     for (const char* at = text; at && *at; at = next_line(at)) {
-      if (!std::strncmp(at, "for ", 4)) active = is_line(at, own);
-      else if (active) n += line(at);
+      if (!is_section(at)) {
+        if (counts) line(at, section);
+        continue;
+      }
+      if (counts) merge(section, merged++);
+      section = {};
+      counts = fits(at, version, processor) == best;
     }
+    if (counts) merge(section, merged);
+    int n = 0;
+    for (const auto& list : rows_) n += static_cast<int>(list.size());
     return n;
   }
 
@@ -91,7 +99,7 @@ class Policy {
     for (int cls = 0; cls < kClasses; ++cls)
       for (const Row& a : rows_[use * kClasses + cls])
         for (const Row& b : rows_[base * kClasses + cls])
-          if (a.block == b.block && a.step == b.step && a.bytes == b.bytes && a.leaf == b.leaf)
+          if (a.same_point(b))
             sum += std::log(a.without / b.without), ++n;
     return n ? std::exp(sum / n) : 0;
   }
@@ -114,8 +122,36 @@ class Policy {
     int align;                  // log2 of the largest power of two up to 16 that divides the block
     int alias;                  // of a step: octaves of the largest power of two in it beyond 64 (cache sets collide)
     double without = 0, with = 0, share = 1;
+    double gain() const { return without / with; }
+    bool same_point(const Row& r) const { return block == r.block && step == r.step && bytes == r.bytes && leaf == r.leaf; }
   };
-  std::array<std::vector<Row>, kPolicyUses * kClasses> rows_;
+  using Rows = std::array<std::vector<Row>, kPolicyUses * kClasses>;
+  Rows rows_;
+
+  // How well the section that begins at `at` fits: 2 with version and kind of processor, 1 with the version.
+  static int fits(const char* at, const char* version, const char* processor) {
+    const bool known = !std::strncmp(version, "Open MPI", 8) || !std::strncmp(version, "MPICH", 5);
+    const char* digit = std::strpbrk(version, "0123456789");
+    char major[16] = "", kind[32] = "";
+    const int words = std::sscanf(at, "for %15s on %31[^\n ]", major, kind);
+    if (!known || !digit || std::atoi(major) != std::atoi(digit)) return 0;
+    return words < 2 || !std::strcmp(kind, processor) ? 2 : 1;
+  }
+
+  // Adds the `nth` section that counts.
+  void merge(const Rows& section, int nth) {
+    for (size_t k = 0; k < rows_.size(); ++k) {
+      if (nth <= 0) {  // before it only rows without a section, which stay
+        rows_[k].insert(rows_[k].end(), section[k].begin(), section[k].end());
+        continue;
+      }
+      std::vector<Row> both;
+      for (const Row& mine : rows_[k])
+        for (const Row& other : section[k])
+          if (mine.same_point(other)) both.push_back(mine.gain() <= other.gain() ? mine : other);
+      rows_[k] = std::move(both);
+    }
+  }
 
   bool empty(int use) const {
     for (int cls = 0; cls < kClasses; ++cls)
@@ -146,16 +182,13 @@ class Policy {
     const char* end = std::strchr(at, '\n');
     return end ? end + 1 : nullptr;
   }
-  static bool is_line(const char* at, const char* wanted) {
-    const size_t n = std::strlen(wanted);
-    return !std::strncmp(at, wanted, n) && (at[n] == '\n' || at[n] == 0);
-  }
+  static bool is_section(const char* at) { return !std::strncmp(at, "for ", 4); }
   static int index(const char* word, const char* const* names, int n) {
     for (int i = 0; i < n; ++i)
       if (std::strcmp(word, names[i]) == 0) return i;
     return -1;
   }
-  int line(const char* at) {
+  static void line(const char* at, Rows& into) {
     static const char* const uses[] = {"pack", "unpack", "send_local", "recv_local", "send_remote", "recv_remote",
                                        "send_socket", "recv_socket"};
     static const char* const classes[] = {"contiguous", "strided", "crossed", "table", "mixed", "records"};
@@ -165,13 +198,12 @@ class Policy {
     const std::string words(at, line_end ? static_cast<size_t>(line_end - at) : std::strlen(at));
     const int read = std::sscanf(words.c_str(), "%15s %15s %lf %lf %lf %lf %lf %lf %lf", use, cls, &block, &step, &bytes,
                                  &without, &with, &share, &leaf);
-    if (read < 8) return 0;
+    if (read < 8) return;
     const int u = index(use, uses, kPolicyUses), c = index(cls, classes, kClasses);
-    if (u < 0 || c < 0 || !(without > 0) || !(with > 0) || !(share >= 0)) return 0;
+    if (u < 0 || c < 0 || !(without > 0) || !(with > 0) || !(share >= 0)) return;
     Row row = place(block, step, bytes, leaf);
     row.without = without, row.with = with, row.share = share;
-    rows_[u * kClasses + c].push_back(row);
-    return 1;
+    into[u * kClasses + c].push_back(row);
   }
 };
 

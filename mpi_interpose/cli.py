@@ -106,10 +106,7 @@ def doctor(
         ("not in this MPI", missing(mpi)),
         ("Fortran", FORTRAN[mpi.flavour]),
         ("kernels", core.load().undertow_core_kernels().decode()),
-        (
-            "model",
-            str(model) if model.exists() else "built-in table (run `undertow mpi measure` to measure this machine)",
-        ),
+        ("model", str(model) if model.exists() else measure.shipped_table(mpi, core.processor())),
         *gpu_doctor.rows(mpi),
         ("switched off", "yes, by UNDERTOW_DISABLE" if launch.disabled() else "no"),
     ]

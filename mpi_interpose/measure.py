@@ -162,6 +162,14 @@ def machine_file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "undertow" / "machine.json"
 
 
+def shipped_table(mpi: Mpi, processor: str) -> str:
+    """Which of the tables in the package decides on a kind of processor, and how to have one of one's own."""
+    whom, _ = policy.read_sections(builtin_model(mpi.flavour))
+    kinds = sorted({kind for _, _, kind in (name.partition(" on ") for name in whom)})
+    own = f"of {processor}" if processor in kinds else f"the least gains of {', '.join(kinds)} (this is {processor})"
+    return f"built-in table, {own}; `undertow mpi measure` makes one of this machine"
+
+
 def model_file(library: Path) -> Path:
     """Where the preload looks for a table of this machine: beside itself."""
     return library.parent / "model.txt"

@@ -14,7 +14,7 @@ from ir_reference import indices, size
 from mpis import PROGRAMS, Install, environment, find
 from test_core import read
 
-from undertow.mpi_interpose import cli, core, launch, python_mpi, spec
+from undertow.mpi_interpose import cli, core, launch, measure, python_mpi, spec, toolchain
 from undertow.mpi_interpose.chosen import choose
 from undertow.mpi_interpose.errors import InterposeError
 
@@ -66,6 +66,13 @@ def test_doctor_names_the_mpi(mpich: Install, capsys: pytest.CaptureFixture) -> 
     assert cli.main(["doctor", "--mpicc", mpich.mpicc, "--mpirun", mpich.mpirun[0]]) == 0
     out = capsys.readouterr().out
     assert "MPICH" in out and "flavour" in out and "large-count" in out
+
+
+def test_doctor_says_whose_table_decides(mpich: Install) -> None:
+    mpi = toolchain.probe(mpich.mpicc)
+    assert measure.shipped_table(mpi, "amd-avx512").startswith("built-in table, of amd-avx512; `undertow mpi measure`")
+    said = measure.shipped_table(mpi, "amd-avx2")
+    assert "the least gains of amd-avx512, intel-avx512 (this is amd-avx2)" in said
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ UNDERTOW_IN_ENTRY int on_irecv(void* buf, N count, MPI_Datatype type, int source
 template <class F, class N>
 int on_send_init(F next, Site site, void* buf, N count, MPI_Datatype type, int dest, int tag, MPI_Comm comm,
                  MPI_Request* request) {
-  SendSide side(buf, count, type, Peer(comm, dest), usable_peer(dest) && request);
+  SendSide side(buf, count, type, Peer(comm, dest), usable_peer(dest) && request, kGain, Timed::Lasting);
   count_call(site, side.taken());
   const int rc = next(side.buf, count, side.type, dest, tag, comm, request);
   if (rc == MPI_SUCCESS && side.taken()) attach(side, count, buf, false, true, *request);
@@ -228,7 +228,7 @@ int on_sendrecv_replace(F next, Site site, void* buf, N count, MPI_Datatype type
 template <class F, class N>
 int on_recv_init(F next, Site site, void* buf, N count, MPI_Datatype type, int source, int tag, MPI_Comm comm,
                  MPI_Request* request) {
-  RecvSide side(buf, count, type, Peer(comm, source), usable_peer(source) && request);
+  RecvSide side(buf, count, type, Peer(comm, source), usable_peer(source) && request, kGain, Timed::Lasting);
   count_call(site, side.taken());
   const int rc = next(side.buf, count, side.type, source, tag, comm, request);
   if (rc == MPI_SUCCESS && side.taken()) attach(side, count, buf, true, true, *request);

@@ -93,10 +93,10 @@ void load_policy() {
 }  // namespace
 
 void model_init() {
-  patience_init();
   peers_init();
   load_policy();
   g_messages = g_policy.knows_messages();
+  patience_init();
 }
 
 double model_ratio(Record& r, Use use, int link, int64_t bytes) {
@@ -121,7 +121,8 @@ Choice choose_local(Record& r, Use use, int64_t bytes) {
   const bool takes = gain >= kGain;
   // Nothing to learn from one dense block: the table alone decides, and a call that passes stays as cheap as it can be.
   const bool dense = r.plan.form(bytes > r.plan.size ? 2 : 1).cls == Class::Contiguous;
-  const Choice choice = dense ? Choice{takes, false} : online_of(r, use, 0, bytes).choose(kLocalRule, gain, takes);
+  if ((dense && !takes) || too_soon(r, takes)) return {false, false};
+  const Choice choice = dense ? Choice{true, false} : online_of(r, use, 0, bytes).choose(kLocalRule, gain, takes);
   if (choice.ours && !proved(r)) return {false, false};
   if (choice.ours && !choice.timed) credit(r, use, 0, bytes);
   return choice;
@@ -175,13 +176,14 @@ Verdict wins(Record& r, Use use, int64_t bytes, const Peer& peer, double gain, T
       if (!round_takes(r, use, last, bytes, ratio)) return Verdict::Pass;
     } else if (settled == kLibrary || (settled == kOpen && ratio < gain)) {
       return Verdict::PassAlways;
-    } else if (settled == kOpen && !online_of(r, use, last, bytes).takes(true)) {
+    } else if (settled == kOpen && (too_soon(r) || !online_of(r, use, last, bytes).takes(true))) {
       return Verdict::Pass;
     }
     credit(r, use, last, bytes);
     return Verdict::Take;
   }
   if (ratio < gain) return Verdict::PassAlways;
+  if (timed != Timed::Lasting && too_soon(r)) return Verdict::Pass;
   if (timed == Timed::Call && links == 1u << last) {
     const Choice choice =
         online_of(r, use, last, bytes).choose(kMessageRule, model_ratio(r, use, last, bytes), true);
@@ -247,6 +249,7 @@ extern "C" __attribute__((visibility("default"))) long undertow_measure_leaf(MPI
   return r ? r->leaf_size : 0;
 }
 extern "C" __attribute__((visibility("default"))) void undertow_measure_mode(int mode) {
+  undertow::patience_end();
   undertow::mode = mode ? undertow::Mode::Force : undertow::Mode::Auto;
   undertow::passing_changed();
 }

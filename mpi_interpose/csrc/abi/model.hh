@@ -48,8 +48,9 @@ class Stopwatch {
   void stop();
 };
 
-// How a message may be timed: not at all, as one blocking call, or with the round of nonblocking ones that it is in.
-enum class Timed { No, Call, Round };
+// How a message may be timed: not at all, as one blocking call, or with the round of nonblocking ones that it is in. A
+// persistent one is not timed, and decided for good (patience.hh).
+enum class Timed { No, Call, Round, Lasting };
 
 // Take it; pass it; or pass it and every other call alike, whatever the running program measures.
 enum class Verdict { Take, Pass, PassAlways };

@@ -2,6 +2,7 @@
 #include "patience.hh"
 
 #include <cstdlib>
+#include <iterator>
 
 #include "model.hh"
 #include "passing.hh"
@@ -20,6 +21,11 @@ constexpr Step kSteps[] = {{1 << 18, 100 * kMs}, {1 << 22, 1000 * kMs}, {INT64_M
 int64_t g_start_ns = 0;
 int64_t g_fixed_ns = -1;
 std::atomic<int64_t> g_wait_ns{0};
+std::atomic<int64_t> g_too_soon{0};
+
+int64_t reach_of(const Record& r) { return r.plan.ir->hi - r.plan.ir->lo; }
+
+int64_t wait_of(const Step& step) { return g_fixed_ns >= 0 ? g_fixed_ns : step.wait_ns; }
 
 }  // namespace
 
@@ -31,13 +37,20 @@ void patience_init() {
     if (*end || ms < 0) say("UNDERTOW_MPI_PATIENCE_MS=%s is not a number of milliseconds; left to the types", wish);
     else g_fixed_ns = ms * kMs;
   }
-  g_wait_ns = g_fixed_ns >= 0 ? g_fixed_ns : kSteps[0].wait_ns;
-  patience::waits = g_fixed_ns != 0;
+  g_wait_ns = wait_of(kSteps[0]);
+  if (g_fixed_ns == 0) return;
+  patience::rounds_wait = true;
+  patience::served_reach = kSteps[0].reach;
+}
+
+void patience_end() {
+  patience::rounds_wait = false;
+  patience::served_reach = INT64_MAX;
 }
 
 void wait_for(const Record& wanted) {
   if (g_fixed_ns >= 0 || wanted.proof.load(std::memory_order_relaxed)) return;
-  const int64_t reach = wanted.plan.ir->hi - wanted.plan.ir->lo;
+  const int64_t reach = reach_of(wanted);
   const Step* step = kSteps;
   while (reach > step->reach) ++step;
   int64_t before = g_wait_ns.load(std::memory_order_relaxed);
@@ -47,8 +60,21 @@ void wait_for(const Record& wanted) {
 
 bool waits_on() {
   if (now_ns() - g_start_ns < g_wait_ns.load(std::memory_order_relaxed)) return true;
-  if (patience::waits.exchange(false)) passing_changed();  // what was known to pass may be wanted now
+  if (patience::rounds_wait.exchange(false)) passing_changed();  // what was known to pass may be wanted now
   return false;
 }
+
+bool still_too_soon(const Record& wanted, bool taken) {
+  if (wanted.proof.load(std::memory_order_relaxed)) return false;
+  const int64_t run_ns = now_ns() - g_start_ns;
+  int64_t served = kSteps[0].reach;
+  for (const Step* step = kSteps + 1; step != std::end(kSteps) && run_ns >= wait_of(*step); ++step) served = step->reach;
+  patience::served_reach.store(served, std::memory_order_relaxed);
+  if (reach_of(wanted) <= served) return false;
+  if (taken) count_loosely(g_too_soon);
+  return true;
+}
+
+int64_t too_soon_calls() { return g_too_soon.load(std::memory_order_relaxed); }
 
 }  // namespace undertow

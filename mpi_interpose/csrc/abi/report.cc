@@ -12,6 +12,7 @@
 #include "device.hh"
 #include "kernels.hh"
 #include "passing.hh"
+#include "patience.hh"
 #include "script.hh"
 
 namespace undertow {
@@ -48,6 +49,9 @@ std::map<Kind, Line> g_lines;
 std::map<std::string, int64_t> g_refused;
 std::atomic<int64_t> g_mismatches{0};
 constexpr size_t kMaxLines = 4096;
+constexpr char kTooSoon[] =
+    "a datatype that reaches over more than 256 KiB, used before the program had run for long enough to compare it with the "
+    "library (UNDERTOW_MPI_PATIENCE_MS)";
 
 void absorb(Record& r) {  // under g_lock
   Kind kind(r.plan.describe(), r.combiners);
@@ -179,6 +183,8 @@ void write_text(FILE* f, int rank) {
                        use_of(q) == kSendUse ? "sends" : "receives", link_name(link_of(q)), 1ll << 3 * k,
                        q < kQuestions ? "calls were slower" : "rounds were not clearly faster");
   }
+  if (const auto early = g_refused.find(kTooSoon); early != g_refused.end())
+    std::fprintf(f, "undertow:   passed through %lldx: %s\n", static_cast<long long>(early->second), kTooSoon);
   const gpu::Counters& c = gpu::counters;
   if (c.code_loads + c.ptx_loads > 0)
     std::fprintf(f, "undertow:   device: %lld launches, %lld copies, %.1f MiB; kernels loaded as %s in %.1f ms\n",
@@ -212,6 +218,7 @@ void report_write(int rank, int size) {
   if (!wish || !*wish) return;
   passing_count();
   each_live([](Record& r) { report_retired(r); });
+  if (const int64_t calls = too_soon_calls()) g_refused[kTooSoon] = calls;
   if (std::string(wish) == "stderr") {
     if (rank == 0) write_text(stderr, rank);
     return;

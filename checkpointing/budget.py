@@ -1,4 +1,4 @@
-"""How much host memory the bytes of a save may take on their way to the disk, and the arena made of it.
+"""How much memory the bytes of a save may take on their way: the arena in host memory, the park on the device.
 
 The arena is made with a plan; with a host-memory tier, when a save first needs it, since most runs never do.
 """
@@ -10,13 +10,16 @@ import psutil
 from ..dist.errors import UserError
 from .arena import Arena
 from .layout import Image
+from .park import Park
 
 
 class Budget:
-    """`wanted_bytes`: None takes the whole image, or half of the free host memory where that is less."""
+    """`wanted_bytes` of host memory: None takes the whole image, or half of what is free where that is less.
+    `device_bytes`: what the park may have of the device."""
 
-    def __init__(self, wanted_bytes: int | None) -> None:
+    def __init__(self, wanted_bytes: int | None, device_bytes: int = 0) -> None:
         self._wanted_bytes = wanted_bytes
+        self.park = Park(device_bytes)
         self._arena: Arena | None = None
         self._proven = False
 
@@ -49,7 +52,8 @@ class Budget:
         return 0 if self._arena is None else self._arena.peak * self._arena.chunk_bytes
 
     def drop(self) -> None:
-        """Free the arena; nothing may be in flight."""
+        """Free the arena and the park; nothing may be in flight."""
+        self.park.drop()
         if self._arena is not None:
             self._arena.close()
             self._arena = None

@@ -60,7 +60,8 @@ class Checkpointer:
     `host_generations` of them are held (one always valid, one being written, one being flushed). `partner`: each is
     copied to another machine's memory too, which the loss of a machine then leaves. `per_rank`: objects
     whose state differs by rank. `arena_bytes`: host memory for bytes on their way (default: the rank's part of the
-    state, at most half of what is free). `timeout_s`: how long ranks wait for each other. `preemption`: signals upon
+    state, at most half of what is free). `device_bytes`: memory of the GPU where the end of the state waits for its way
+    out, so that the optimizer need not. `timeout_s`: how long ranks wait for each other. `preemption`: signals upon
     which `step` saves at once and sets `preempted`. `allow_types`: classes that may be unpickled from stored objects.
     `observers`: functions that see every `SaveReport` (`observe`). Create it on every rank, after init_process_group,
     and call every method on every rank; only `wait` and `close` block.
@@ -81,6 +82,7 @@ class Checkpointer:
         per_rank: dict[str, Any] | None = None,
         rng: bool = True,
         arena_bytes: int | None = None,
+        device_bytes: int = 0,
         chunk_bytes: int = CHUNK_BYTES,
         writers: int = 2,
         timeout_s: float = 300.0,
@@ -103,6 +105,7 @@ class Checkpointer:
             partner=partner,
             per_rank=per_rank,
             arena_bytes=arena_bytes,
+            device_bytes=device_bytes,
             chunk_bytes=chunk_bytes,
             writers=writers,
             timeout_s=timeout_s,
@@ -111,7 +114,7 @@ class Checkpointer:
             observers=observers,
         )
         self.preempted = False
-        self._budget = Budget(arena_bytes)
+        self._budget = Budget(arena_bytes, device_bytes)
         self._trace = trace or Trace(None)
         self._off = launch.detect().disabled
         # before the ranks meet: one that refuses its objects would leave the others waiting for it

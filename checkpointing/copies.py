@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .arena import copy_bytes
-from .cuda_runtime import CudaRuntime
+from .cuda_runtime import WITHIN_DEVICE, CudaRuntime
 
 
 class HostCopier:
@@ -36,6 +36,13 @@ class HostCopier:
         """Copy sizes[i] bytes from address sources[i] to targets[i] for all i (int64 arrays of one length)."""
         for target, source, nbytes in zip(targets.tolist(), sources.tolist(), sizes.tolist()):
             self.copy(target, source, nbytes)
+
+    def copy_within(self, targets: np.ndarray, sources: np.ndarray, sizes: np.ndarray) -> None:
+        """The same where the targets lie on the copier's device, too."""
+        self.copy_many(targets, sources, sizes)
+
+    def keep(self, tensor: torch.Tensor) -> None:
+        """Copies go to and from `tensor`: when it is freed, its memory is used again only after those under way."""
 
     def mark(self) -> Any:
         """A handle that `wait` and `order_after` take; None means that all copies so far are done."""
@@ -76,6 +83,13 @@ class CudaCopier(HostCopier):
     def copy_many(self, targets: np.ndarray, sources: np.ndarray, sizes: np.ndarray) -> None:
         if len(sizes):
             self._runtime.copy_many(targets, sources, sizes, self.stream.cuda_stream)
+
+    def copy_within(self, targets: np.ndarray, sources: np.ndarray, sizes: np.ndarray) -> None:
+        if len(sizes):
+            self._runtime.copy_many(targets, sources, sizes, self.stream.cuda_stream, WITHIN_DEVICE)
+
+    def keep(self, tensor: torch.Tensor) -> None:
+        tensor.record_stream(self.stream)
 
     def mark(self) -> torch.cuda.Event:
         # blocking=True: the waiting flush thread sleeps instead of spinning on a core

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-DEVICE_TO_HOST = 2
+DEVICE_TO_HOST, WITHIN_DEVICE = 2, 3  # cudaMemcpyKind
 IN_STREAM_ORDER = 1  # cudaMemcpySrcAccessOrderStream
 PREFER_OVERLAP = 1  # cudaMemcpyFlagPreferOverlapWithCompute
 
@@ -28,7 +28,7 @@ class _Attributes(ctypes.Structure):
 
 
 class CudaRuntime:
-    """Asynchronous device-to-host copies. Raises `RuntimeError` with CUDA's error number."""
+    """Asynchronous copies from a device. Raises `RuntimeError` with CUDA's error number."""
 
     def __init__(self) -> None:
         maps = Path("/proc/self/maps").read_text()
@@ -54,18 +54,21 @@ class CudaRuntime:
         if self._library.cudaHostUnregister(ctypes.c_void_p(address)):
             self._library.cudaGetLastError()  # the process is ending, and the driver with it
 
-    def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
-        """Copy from device address `source` to host address `target` in the order of `stream`."""
-        code = self._one(target, source, nbytes, DEVICE_TO_HOST, stream)
+    def copy(self, target: int, source: int, nbytes: int, stream: int, kind: int = DEVICE_TO_HOST) -> None:
+        """Copy from device address `source` to host address `target`, or as `kind` says, in the order of `stream`."""
+        code = self._one(target, source, nbytes, kind, stream)
         if code:
             raise RuntimeError(f"cudaMemcpyAsync of {nbytes} bytes failed with CUDA error {code}")
 
-    def copy_many(self, targets: np.ndarray, sources: np.ndarray, sizes: np.ndarray, stream: int) -> None:
-        """The same for arrays of int64 addresses and sizes, in one call where the runtime has it."""
+    def copy_many(
+        self, targets: np.ndarray, sources: np.ndarray, sizes: np.ndarray, stream: int, kind: int = DEVICE_TO_HOST
+    ) -> None:
+        """The same for arrays of int64 addresses and sizes, in one call where the runtime has it (which finds out
+        by itself where an address lies)."""
         if self._batch is None or self._copy_batch(targets, sources, sizes, stream):
             self._batch = None
             for target, source, nbytes in zip(targets.tolist(), sources.tolist(), sizes.tolist()):
-                self.copy(target, source, nbytes, stream)
+                self.copy(target, source, nbytes, stream, kind)
 
     def _copy_batch(self, targets: np.ndarray, sources: np.ndarray, sizes: np.ndarray, stream: int) -> int:
         assert self._batch is not None

@@ -23,7 +23,7 @@ from .copies import HostCopier, copier_for
 from .layout import CHUNK_BYTES
 from .manifest import FileRecord, checksum
 from .sample import Sampler
-from .snapshot import Seal
+from .seal import Seal
 
 Keys = tuple[Any, ...]  # the keys on the way to a value
 

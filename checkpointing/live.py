@@ -20,7 +20,7 @@ from .coordinate import Coordinator
 from .copies import copier_for
 from .plan import SavePlan, forget_words, make_plan, signature
 from .sample import Sampler
-from .snapshot import Seal
+from .seal import Seal
 from .spread import own_part
 from .staging import Staging
 from .state import AppState, Leaf, local_tensor, refuse_odd

@@ -71,6 +71,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "partner": (_kind(Partner), "None or a Partner()"),
     "per_rank": (_kind(Mapping), "None or a dict of objects with state_dict(), such as {'loader': loader}"),
     "arena_bytes": (_whole(1, none=True), "None or a number of bytes ≥ 1"),
+    "device_bytes": (_whole(0), "a number of bytes ≥ 0"),
     "chunk_bytes": (_whole(1), "a number of bytes ≥ 1"),
     "writers": (_whole(1), "writers ≥ 1 threads"),
     "timeout_s": (_positive, "seconds > 0"),

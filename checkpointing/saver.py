@@ -143,12 +143,13 @@ class Saver:
         save = Save(attempt, live.plan, objects, self._pickles, self._readable)
         live.staging.fill(live.eager)
         sources, seals = live.sources, live.seals()
-        live.copier.begin()
         memory, parts, on_chunks = self._tiers.route(save, claimed, arena, self._pipeline, live.copier)
+        parking = self._budget.park.lend(live.plan.image, live.copier)  # from here on a snapshot must give it back
+        live.copier.begin()
         way = (live.staging, live.copier, memory, on_chunks, seals, live.addresses)
         # only memory that nobody reads before all of it is there takes everything in one call
         once = live.plan.image.chunks if live.copier.queues and attempt.tiers == ("host",) and len(seals) < 2 else None
-        save.snapshot = Snapshot(attempt.step, live.plan, sources, *way, at_once=once)
+        save.snapshot = Snapshot(attempt.step, live.plan, sources, *way, at_once=once, parking=parking)
         self._fences.begun(save)
         save.call_s = time.monotonic() - attempt.began_s
         self._clock.began(attempt.step, len(parts))

@@ -3,15 +3,14 @@
 Chunks are in the optimizer's order. A background thread fills them during forward and backward; when the optimizer is
 about to write, the training thread enters the fence, fills what nobody has claimed yet, and waits only for the chunks
 that hold what is about to be written (DataStates-LLM, section 4: lazy copies until the update phase). On CUDA the
-fence does not block the host: it makes the training stream wait for the copies that were queued.
+fence does not block the host: it makes the training stream wait for the copies that were queued. What is parked on the
+device (`park`) leaves from there: the fence waits for the parking, which comes before all copies, not for those chunks.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -19,43 +18,12 @@ import torch
 
 from .arena import Memory, copy_bytes
 from .copies import HostCopier
+from .park import Parking
 from .plan import SavePlan
-from .sample import Sampler
+from .seal import Seal
 from .staging import Staging
-from .whereabouts import Versions
-
-_version = attrgetter("_version")  # a tensor's
-
-
-def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
-    return list(map(_version, tensors))
-
 
 OnChunks = Callable[["Snapshot", int, Sequence[int], Any], None]
-
-
-class Seal:
-    """Watches lazy `tensors` whose last byte lies in or before `chunk`: their version counters and samples."""
-
-    def __init__(
-        self, chunk: int, tensors: Sequence[torch.Tensor], sampler: Sampler, versions: Versions | None = None
-    ) -> None:
-        self.chunk, self._tensors, self._sampler = chunk, tensors, sampler
-        self._now = partial(_versions, tensors) if versions is None else versions.now
-        self._versions = self._now()
-        self.verdict: tuple[torch.Tensor, Any] | None = None  # the samples', once they have been taken again
-        self.behind: Any = None  # mark behind them, where they were taken in the order of the copies
-        sampler.before()
-
-    def sample(self, copier: HostCopier) -> None:
-        """Take the samples again, in the order of the current stream, and have the verdict brought."""
-        flags = self._sampler.changed()
-        flag = flags[0] if len(flags) == 1 else torch.stack([flag.to(flags[0].device) for flag in flags]).any()
-        self.verdict = copier.bring(flag)
-
-    def moved(self) -> bool:
-        """Whether a version counter has moved up to now."""
-        return self._now() != self._versions
 
 
 class Snapshot:
@@ -63,7 +31,8 @@ class Snapshot:
 
     `sources` are the lazy tensors in plan order, `staging` holds the eager part. When the copies of chunks into their
     slots of `memory` have been issued, `on_chunks(snapshot, first chunk, slots, mark)` is called, from any thread.
-    `addresses` of the sources spare asking each of them. `at_once`: how many chunks are issued in one call.
+    `addresses` of the sources spare asking each of them. `at_once`: how many chunks are issued in one call. `parking`:
+    what parks the last chunks, if anything.
     """
 
     def __init__(
@@ -78,6 +47,7 @@ class Snapshot:
         seals: Sequence[Seal] = (),
         addresses: np.ndarray | None = None,
         at_once: int | None = None,
+        parking: Parking | None = None,
     ) -> None:
         self.step, self.plan = step, plan
         self.error: BaseException | None = None
@@ -90,6 +60,10 @@ class Snapshot:
         self._next = 0
         self._filled = [False] * plan.image.chunks
         self._through = 0  # all chunks below this one are filled
+        self._parking = parking  # until all has left it
+        self._parked_from = len(self._filled) if parking is None else parking.first
+        self._parked = parking is None  # whether the copies into it, if there are any, have been issued
+        self._parks = threading.Lock()
         self._changed = threading.Condition()
         self._seals = list(seals)
         self._verdicts: list[tuple[torch.Tensor, Any]] = []
@@ -114,18 +88,20 @@ class Snapshot:
 
     def _sample_behind(self) -> None:
         with self._sealing:
-            ready = [seal for seal in self._seals if seal.chunk < self._through and seal.verdict is None]
+            ready = [seal for seal in self._seals if self._safe(seal.chunk + 1) and seal.verdict is None]
             for seal in ready:
                 seal.sample(self._copier)
                 seal.behind = self._copier.mark()
-            if ready and self.issued:
+            if ready and self._safe(len(self._filled)):
                 self._behind_all = ready[-1].behind
 
-    def fill_next(self, *, wait: bool = True) -> bool:
-        """Claim the next few chunks and issue their copies; False when there are none left, or no free slot and not
-        `wait`."""
+    def fill_next(self, *, wait: bool = True, parked: bool = True) -> bool:
+        """Claim the next few chunks, `parked` ones among them, and issue their copies; False when there are none left,
+        or no free slot and not `wait`."""
         try:
-            while not (claim := self._claim()):
+            if not self._park(wait=wait):
+                return False
+            while not (claim := self._claim(parked=parked)):
                 if claim is None or not wait:
                     return False
                 self._memory.await_room()
@@ -148,18 +124,49 @@ class Snapshot:
                 self._through += len(slots)
             while self._through < len(self._filled) and self._filled[self._through]:
                 self._through += 1
+            if self._through == len(self._filled):
+                self._leave()
             self._changed.notify_all()
         return True
 
-    def _claim(self) -> tuple[int, Sequence[int]] | tuple[()] | None:
+    def _park(self, *, wait: bool) -> bool:
+        """Issue the copies into the parking before all others, since these follow them on the copies' stream; whether
+        it is done. The save before must have issued all its copies out of the same memory: without `wait`, not now."""
+        parking = self._parking
+        if self._parked or parking is None:
+            return self._parked
+        if not parking.before.wait(None if wait else 0):
+            return False
+        with self._parks:
+            if self._parked or self.error:
+                return self._parked
+            table = self.plan.image.table
+            rows = slice(table.starts[parking.first], None)
+            sources = self._bases[table.item[rows]] + table.source_offset[rows]
+            self._copier.copy_within(parking.places(table, rows), sources, table.nbytes[rows])
+            mark = self._copier.mark()
+            with self._changed:
+                self._marks.append((-1, mark))
+                self._parked = True
+                self._changed.notify_all()
+        return True
+
+    def _leave(self) -> None:
+        """The next save may park: no copy out of the memory will be issued, or none that matters."""
+        if self._parking is not None:
+            self._parking.left.set()
+            self._parking = None
+
+    def _claim(self, *, parked: bool) -> tuple[int, Sequence[int]] | tuple[()] | None:
         """The next chunks' first number, and their slots; () without room now, None when no chunk is left.
 
         Room and chunks are taken in one step: a thread that waited for room while another took the last chunk would
         wait for the disk, although all is copied.
         """
         with self._changed:
-            left = len(self._filled) - self._next
-            if self.error or not left:
+            begins_parked = self._next >= self._parked_from  # a mark behind the others must come before parked ones
+            left = (len(self._filled) if begins_parked else self._parked_from) - self._next
+            if self.error or not left or (begins_parked and not parked):
                 return None
             rooms = self._memory.reserve(min(self._at_once, left))
             if not rooms:
@@ -183,7 +190,13 @@ class Snapshot:
         table = image.table
         rows = slice(table.starts[first], table.starts[first + len(slots)])
         targets = addresses[table.chunk[rows] - first] + table.chunk_offset[rows]
-        sources = self._bases[table.item[rows]] + table.source_offset[rows]
+        parking = self._parking
+        if first < self._parked_from:
+            sources = self._bases[table.item[rows]] + table.source_offset[rows]
+        elif parking is not None:
+            sources = parking.places(table, rows)
+        else:  # given up meanwhile
+            raise self.error or RuntimeError("what was parked has been given up")
         self._copier.copy_many(targets, sources, table.nbytes[rows])
 
     def _fill_eager(self, begin: int, end: int, target: int) -> None:
@@ -197,10 +210,9 @@ class Snapshot:
 
     # -- fencing ------------------------------------------------------------------------------------------------
 
-    @property
-    def issued(self) -> bool:
-        """Whether every chunk's copies have been issued."""
-        return self._through == len(self._filled)
+    def _safe(self, last: int) -> bool:
+        """Whether whoever writes chunks below `last` need only follow copies that have been issued."""
+        return self._parked and self._through >= min(last, self._parked_from)
 
     def wait_filled(self) -> None:
         """Return when every chunk's copies were issued, or the save has failed."""
@@ -210,18 +222,19 @@ class Snapshot:
     def fence(self, chunk: int | None = None) -> None:
         """Return when whatever the caller does next cannot change chunks up to `chunk` (default: all) of this save."""
         last = len(self._filled) if chunk is None else chunk + 1
-        while self._through < last and self.error is None:
+        while not self._safe(last) and self.error is None:
             # for a part: what the other thread has claimed may take the last slots, and no more are needed
-            if not self.fill_next(wait=chunk is None):
+            if not self.fill_next(wait=chunk is None, parked=False):
                 with self._changed:
-                    self._changed.wait_for(lambda: self._through >= last or self.error is not None)
+                    self._changed.wait_for(lambda: self._safe(last) or self.error is not None)
         with self._sealing:  # nobody samples meanwhile
             for mark in self._marks_before(last, chunk):
                 self._copier.order_after(mark)
             self._seal(last - 1)
 
     def _marks_before(self, last: int, chunk: int | None) -> list[Any]:
-        """What comes after all copies of the chunks below `last`, and after samples that were queued behind them."""
+        """What comes after all copies of the chunks below `last`, into the parking for those that are parked, and after
+        samples that were queued behind them."""
         if chunk is None and self._behind_all is not None:
             return [self._behind_all]
         behind = [seal for seal in self._seals if seal.chunk < last and seal.behind is not None]
@@ -230,10 +243,10 @@ class Snapshot:
             return marks
         if self._behind_all is not None:
             return [self._behind_all]
-        if chunk is None:
+        if chunk is None and self._parked_from == len(self._filled):
             return [self._copier.mark()]
         with self._changed:
-            return marks + [mark for first, mark in self._marks if first < last]
+            return marks + [mark for first, mark in self._marks if first < min(last, self._parked_from)]
 
     def finish(self) -> None:
         """For the background thread, once all is filled: seal what no fence has sealed, on the copies' own stream."""
@@ -261,6 +274,8 @@ class Snapshot:
         with self._changed:
             self.error = self.error or error
             self._changed.notify_all()
+        with self._parks:  # whoever parks now has begun before
+            self._leave()
 
     def torn(self) -> bool:
         """Whether somebody wrote a lazy tensor between snapshot and fence. Waits for the copies, not for the device."""

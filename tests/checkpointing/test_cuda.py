@@ -64,6 +64,48 @@ def test_saves_under_load_are_exact(tmp_path, arena, fused):
                 assert torch.equal(found[key], value), (step, key)
 
 
+@pytest.mark.parametrize(("arena", "parked"), [(None, 1), (64 * MIB, 160 * MIB), (48 * MIB, 2**40), (None, 2**40)])
+@pytest.mark.parametrize("host", [False, True])
+def test_parked_saves_under_load_are_exact(tmp_path, arena, parked, host):
+    """Of 288 MiB: no chunk fits, a part, or all; to disk, through little host memory too, or to host memory."""
+    model, optimizer = make()
+    train(model, optimizer)
+    ways = {"host_every": 2} if host else {"every": 2, "keep": None}
+    options = {"arena_bytes": arena, "device_bytes": parked} | ways
+    with Checkpointer(tmp_path, model=model, optimizer=optimizer, **options) as ckpt:
+        copies = {}
+        for step in range(7):
+            if step % 2 == 0:
+                copies[step] = tensors(model, optimizer)
+            ckpt.step(step)
+            train(model, optimizer)
+        assert (ckpt._budget.park._memory is not None) == (parked > 1)
+        assert all(report.ok for report in ckpt.wait()), ckpt.reports
+        folder = ckpt.host.folder if host else ckpt.folder
+        assert folder.committed()[-1] == 6
+        for step in folder.committed():
+            found = stored(folder, step)
+            assert all(torch.equal(found[key], value) for key, value in copies[step].items()), step
+
+
+def test_what_is_parked_may_be_written_behind_the_fence(tmp_path):
+    """All of the state, while the training stream is busy, and little host memory to leave for."""
+    model, optimizer = make()
+    train(model, optimizer)
+    options = {"arena_bytes": 32 * MIB, "device_bytes": 2**40, "keep": None}
+    with Checkpointer(tmp_path, model=model, optimizer=optimizer, **options) as ckpt:
+        for step in range(4):
+            expected = tensors(model, optimizer)
+            torch.cuda._sleep(20_000_000)
+            ckpt.save(step)
+            ckpt.fence()
+            for parameter in model.parameters():
+                parameter.data.mul_(-2)
+            assert ckpt.wait()[-1].ok, ckpt.reports
+            found = stored(ckpt.folder, step)
+            assert all(torch.equal(found[key], value) for key, value in expected.items()), step
+
+
 def test_host_tier_every_step_is_exact_and_restores(tmp_path):
     model, optimizer = make()
     train(model, optimizer)
@@ -119,10 +161,12 @@ def test_optimizers_that_step_inside_backward_wait_for_their_own_part(tmp_path, 
                 assert torch.equal(found[key], value), (step, key)
 
 
-def test_an_unfenced_writer_is_found(tmp_path):
+@pytest.mark.parametrize("parked", [0, 96 * MIB])
+def test_an_unfenced_writer_is_found(tmp_path, parked):
     model, optimizer = make()
     train(model, optimizer)
-    with Checkpointer(tmp_path, model=model, optimizer=optimizer, arena_bytes=32 * MIB) as ckpt:
+    options = {"arena_bytes": 32 * MIB, "device_bytes": parked}
+    with Checkpointer(tmp_path, model=model, optimizer=optimizer, **options) as ckpt:
         ckpt.save(1)
         for parameter in model.parameters():
             parameter.data.mul_(2)  # neither an optimizer nor fenced

@@ -57,6 +57,9 @@ def test_predictions_follow_the_rates():
     assert eager.stall_s == pytest.approx(0.01)
     small = predict(4_000_000_000, MACHINE, cuda=True, window_s=1, arena_bytes=1_000_000_000)
     assert small.stall_s == pytest.approx(2.0)  # three of four seconds of writing, less the window
+    parked = predict(4_000_000_000, MACHINE, cuda=True, parked_bytes=3_000_000_000, arena_bytes=500_000_000)
+    assert parked.stall_s == pytest.approx(0.5)  # half a second of writing, which is longer than the copy of a quarter
+    assert predict(4_000_000_000, MACHINE, cuda=True, parked_bytes=3_000_000_000).stall_s == pytest.approx(0.02)
     assert predict(4_000_000_000, MACHINE, cuda=True, ranks_per_disk=8).interval_s == pytest.approx(32)
     device = replace(MACHINE, copies=MACHINE.copies | {"d2d": 2e12})
     beside = predict(4_000_000_000, device, cuda=True, window_s=0.1)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from ckpt_job import HeldOps
 
 from undertow.checkpointing import Checkpointer, host_tier, live
 from undertow.checkpointing.copies import HostCopier
@@ -14,6 +21,7 @@ from undertow.checkpointing.folder import read_manifest
 from undertow.checkpointing.reader import Reader
 
 LAYERS, WIDTH = 6, 320  # 400 KiB each: copied lazily
+PARKED: dict[str, Any] = {"arena_bytes": 5 * 2**20, "device_bytes": 3 * 2**20}  # of eight chunks of 1 MiB
 
 
 class Queue(HostCopier):
@@ -93,13 +101,15 @@ def stored(folder, step):
     return {key: reader.shard(key, record.shards[0]) for key, record in manifest.tensors.items()}
 
 
+@pytest.mark.parametrize("parked", [0, 3 * 2**20, 2**30])
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("disk", [False, True])
-def test_queued_copies_are_exact(tmp_path, queue, groups, disk):
+def test_queued_copies_are_exact(tmp_path, queue, groups, disk, parked):
     model, optimizer = make(groups)
     train(model, optimizer)
     expected = {}
     ways: dict[str, Any] = {"every": 1, "keep": None} if disk else {"host_every": 1}
+    ways["device_bytes"] = parked
     with Checkpointer(tmp_path, model=model, optimizer=optimizer, chunk_bytes=2**20, **ways) as ckpt:
         for step in range(5):
             expected = tensors(model, optimizer)
@@ -109,8 +119,9 @@ def test_queued_copies_are_exact(tmp_path, queue, groups, disk):
         found = stored(ckpt.folder if disk else ckpt._tiers.folders[0], 4)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], value) for key, value in expected.items())
+        assert ("are parked there" in ckpt.explain()) == bool(parked)
     if not disk and groups == 1:
-        assert queue.calls == 5  # everything at once
+        assert queue.calls == 5 if not parked else 5 < queue.calls <= 15  # everything at once, but what is parked
 
 
 def test_a_write_to_what_was_queued_fails_the_save(tmp_path, queue):
@@ -140,3 +151,66 @@ def test_the_training_thread_does_not_issue_them(tmp_path, queue):
             until.wait(0.001)
         assert queue.threads == {"undertow-copier"}
         assert ckpt.wait()[-1].ok
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_parked_chunks_leave_while_training_goes_on(tmp_path, queue, groups):
+    """The disk is held, and the arena has room for what is not parked: neither step nor the next save waits for it."""
+    model, optimizer = make(groups)
+    train(model, optimizer)
+    ops, expected = HeldOps(), []
+    options: dict[str, Any] = {"chunk_bytes": 2**20, "keep": None, "ops": ops}
+    with Checkpointer(tmp_path, model=model, optimizer=optimizer, **options, **PARKED) as ckpt:
+        for step in range(2):
+            expected.append(tensors(model, optimizer))
+            ckpt.save(step)
+            if step == 0:
+                snapshot = ckpt._fences.current
+                train(model, optimizer)
+                assert snapshot is not None and snapshot._parking is not None  # not all has left
+        ops.let_go.set()
+        train(model, optimizer)
+        assert all(report.ok for report in ckpt.wait()), ckpt.reports
+        for step, values in enumerate(expected):
+            found = stored(ckpt.folder, step)
+            assert all(torch.equal(found[key], value) for key, value in values.items()), step
+
+
+def test_a_save_that_fails_gives_its_parking_back(tmp_path, queue):
+    class Full(HeldOps):
+        """Writes fail as long as they are held."""
+
+        def pwrite(self, handle, data, offset):
+            if not self.let_go.is_set():
+                raise OSError(28, "No space left on device")
+            super().pwrite(handle, data, offset)
+
+    model, optimizer = make()
+    train(model, optimizer)
+    options: dict[str, Any] = {"chunk_bytes": 2**20, "ops": Full()}
+    with Checkpointer(tmp_path, model=model, optimizer=optimizer, **options, **PARKED) as ckpt:
+        for step in range(2):
+            ckpt.save(step)
+            train(model, optimizer)
+        assert [report.ok for report in ckpt.wait()] == [False, False]
+        options["ops"].let_go.set()
+        expected = tensors(model, optimizer)
+        ckpt.save(2)
+        train(model, optimizer)
+        assert ckpt.wait()[-1].ok
+        found = stored(ckpt.folder, 2)
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_the_parking_goes_with_the_plan_and_with_close(tmp_path, queue):
+    model, optimizer = make()
+    with Checkpointer(tmp_path, model=model, optimizer=optimizer, chunk_bytes=2**20, **PARKED) as ckpt:
+        ckpt.save(0)
+        memory = weakref.ref(ckpt._budget.park._memory)
+        train(model, optimizer)  # the optimizer's state comes
+        ckpt.save(1)
+        train(model, optimizer)
+        assert all(report.ok for report in ckpt.wait()), ckpt.reports
+        assert memory() is None
+        memory = weakref.ref(ckpt._budget.park._memory)
+    assert memory() is None

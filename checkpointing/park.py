@@ -32,13 +32,17 @@ def first_parked(image: Image, device_bytes: int) -> int:
 @dataclass
 class Parking:
     """One save's use of `memory`, where the payloads of chunks `first`, `first` + 1, … lie as they do in the image.
-    `before` is set when the save before needs the memory no more, `left` when this one does not."""
+    `left` is set when it needs the memory no more, and must be in any case; `before` are those of the saves before."""
 
     first: int
     memory: torch.Tensor
     chunk_bytes: int
-    before: threading.Event
+    before: tuple[threading.Event, ...]
     left: threading.Event = field(default_factory=threading.Event)
+
+    def free(self, *, wait: bool) -> bool:
+        """Whether the saves before need the memory no more; with `wait` it returns when they do not."""
+        return all(left.wait(None if wait else 0) for left in self.before)
 
     def places(self, table: PieceTable, rows: slice) -> np.ndarray:
         """The addresses of pieces of parked chunks."""
@@ -57,8 +61,7 @@ class Park:
         """Give the memory back, as soon as the copies' stream is done with it; another image may follow."""
         self._memory: torch.Tensor | None = None
         self._refused = False
-        self._last = threading.Event()
-        self._last.set()
+        self._lent: list[threading.Event] = []  # the `left` of saves that may need it still
 
     def parked_bytes(self, image: Image, copier: HostCopier) -> int:
         """How much of `image` is parked; nothing where copies are done at once, since there the state is no farther."""
@@ -91,6 +94,7 @@ class Park:
                 warn_once(log, "%s are not free on the device: saves go on without device_bytes", format_bytes(nbytes))
                 return None
             copier.keep(self._memory)
-        parking = Parking(first_parked(image, self._wanted_bytes), self._memory, image.chunk_bytes, self._last)
-        self._last = parking.left
+        first, before = first_parked(image, self._wanted_bytes), [left for left in self._lent if not left.is_set()]
+        parking = Parking(first, self._memory, image.chunk_bytes, tuple(before))
+        self._lent = [*before, parking.left]
         return parking

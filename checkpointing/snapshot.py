@@ -81,6 +81,8 @@ class Snapshot:
             return
         try:
             with self._copier.side():
+                if self._parking is not None and self._park(wait=False):
+                    self._sample_behind()  # nothing else has to leave where all is parked
                 while self.fill_next(wait=False):
                     self._sample_behind()
         except BaseException as error:
@@ -135,7 +137,7 @@ class Snapshot:
         parking = self._parking
         if self._parked or parking is None:
             return self._parked
-        if not parking.before.wait(None if wait else 0):
+        if not parking.free(wait=wait):
             return False
         with self._parks:
             if self._parked or self.error:
@@ -153,9 +155,9 @@ class Snapshot:
 
     def _leave(self) -> None:
         """The next save may park: no copy out of the memory will be issued, or none that matters."""
-        if self._parking is not None:
-            self._parking.left.set()
-            self._parking = None
+        parking, self._parking = self._parking, None
+        if parking is not None:
+            parking.left.set()
 
     def _claim(self, *, parked: bool) -> tuple[int, Sequence[int]] | tuple[()] | None:
         """The next chunks' first number, and their slots; () without room now, None when no chunk is left.

@@ -214,6 +214,14 @@ def test_the_samples_follow_the_parking_and_the_fence_waits_for_no_parked_chunk(
     assert one.log == ["park", *["copy"] * (kept + parked), *after, "sample"]
 
 
+def test_where_all_is_parked_nothing_has_to_leave(seed):
+    state, one = State(seed, eager=0), Stream()
+    snapshot = state.begin(Room(state.chunks, 2), one, Park(2**40).lend(state.plan.image, one))
+    snapshot.issue()
+    snapshot.fence()
+    assert one.log == ["park", "sample", "copy", ("after", 2)]
+
+
 def test_an_arena_smaller_than_what_is_not_parked(seed):
     state, one = State(seed, lazy=9), Stream()
     parking = Park(state.plan.image.size // 3).lend(state.plan.image, one)
@@ -339,6 +347,18 @@ def test_which_chunks_are_parked(seed):
     assert first_parked(image, last - 1) == image.chunks
     assert first_parked(image, last) == image.chunks - 1
     assert Park(last - 1).lend(image, Stream()) is None
+
+
+def test_a_save_that_fails_early_does_not_let_the_next_one_park_over_an_earlier_one(seed):
+    image, one = State(seed).plan.image, Stream()
+    lot = Park(image.size // 2)
+    slow, failed, late = (lot.lend(image, one) for _ in range(3))
+    assert slow is not None and failed is not None and late is not None
+    assert slow.free(wait=False) and not failed.free(wait=False)
+    failed.left.set()
+    assert not late.free(wait=False)
+    slow.left.set()
+    assert late.free(wait=True)
 
 
 def test_a_full_device_is_said_once_and_saves_go_on(seed, monkeypatch):

@@ -47,6 +47,8 @@ STEPS_OF_PLAIN = 16
 WAYS: dict[str, Callable[[Job], Method]] = {
     "undertow disk (fsync)": lambda job: Undertow(job, "disk"),
     "undertow host": lambda job: Undertow(job, "host", host=True),
+    "undertow disk, 0.4 parked": lambda job: Undertow(job, "disk-parked", device=0.4),
+    "undertow host, 0.4 parked": lambda job: Undertow(job, "host-parked", host=True, device=0.4),
     "dcp.async_save, reused stager (fsync)": lambda job: DcpAsync(job, "dcp-stager", reused=True),
     "torch_checkpointing": lambda job: TorchCheckpointing(job, "manager"),
     "torch.save": lambda job: TorchSave(job, "torch"),
@@ -90,7 +92,7 @@ def step_ms(job: Job) -> float:
 
 
 def sample(job: Job, method: Method, every: int, intervals: int) -> tuple[float, int, int]:
-    """Milliseconds a step of up to `intervals` times `every` steps, each begun by a save; the saves begun; the intervals."""
+    """Milliseconds a step of up to `intervals` times `every` steps that a save begins; saves begun; intervals."""
     os.sync()  # nobody's sample begins with another's unwritten pages
     job.synchronize()
     clock, saves, timed, began_s = Stopwatch(job), 0, 0, time.monotonic()
@@ -141,7 +143,9 @@ def run(
                 cell.saves.append(saves)
                 cell.intervals.append(timed)
                 at_s = time.monotonic() - began_s
-                typer.echo(f"{at_s:4.0f} s, round {turn + 1}: every {cell.every}, {cell.arm}: {cell.ratios[-1]:.3f}", err=True)
+                typer.echo(
+                    f"{at_s:4.0f} s, round {turn + 1}: every {cell.every}, {cell.arm}: {cell.ratios[-1]:.3f}", err=True
+                )
     return cells
 
 

@@ -12,10 +12,17 @@ from undertow.checkpointing import Checkpointer
 
 class Undertow(Method):
     """Ours: `disk` (fsync, checksums, commit) or `host` (shared memory that outlives the process). `arena`: its share
-    of the state. `recycle`: as for `Checkpointer`."""
+    of the state; `device`: the share that may be parked on the GPU. `recycle`: as for `Checkpointer`."""
 
     def __init__(
-        self, job: Job, folder: str, *, host: bool = False, arena: float | None = None, recycle: bool | None = None
+        self,
+        job: Job,
+        folder: str,
+        *,
+        host: bool = False,
+        arena: float | None = None,
+        device: float = 0.0,
+        recycle: bool | None = None,
     ) -> None:
         super().__init__(job, folder)
         self.host = host
@@ -27,6 +34,7 @@ class Undertow(Method):
             recycle=recycle,
             host_every=int(host),
             arena_bytes=None if arena is None else int(arena * job.state_bytes),
+            device_bytes=int(device * job.state_bytes),
         )
         self.files = self.ckpt.host.folder if host and self.ckpt.host is not None else self.ckpt.folder
         job._open.append(self.ckpt.close)

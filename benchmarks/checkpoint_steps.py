@@ -9,8 +9,8 @@ between two events, and a step is compared with its like: the second after a sav
 The stall of a checkpoint is the sum over the steps after it, less the same sum without a save in the same round; plain
 runs twice per round (A/A). `durable` is seen beside the steps, by one rule for every arm (`checkpoint_durable`). Before
 anything is timed, what each arm saved is read back and compared bit by bit. Arms: `ours` (disk, and host memory),
-`arena` (the disk through half and a quarter of the state's size in host memory), `rivals` (those that copy beside
-training).
+`arena` (the disk through half and a quarter of the state's size in host memory), `parked` (the same with the rest on
+the GPU, and host memory with 0.4 of the state there), `rivals` (those that copy beside training).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from undertow.dist.launch import detect, init_process_group
 PLAIN, AGAIN = "no checkpoints", "no checkpoints (A/A)"
 BEFORE = 3  # steps of a sample that do not count
 SIZES = {size.name: size for size in (TINY, SMALL, MEDIUM, LARGE)}
-KINDS = ("ours", "arena", "rivals")
+KINDS = ("ours", "arena", "parked", "rivals")
 Makers = dict[str, Callable[[], Method]]
 
 
@@ -136,6 +136,11 @@ def makers(job: Job, kinds: Sequence[str]) -> tuple[Makers, dict[str, str]]:
         found["undertow host"] = lambda: Undertow(job, "host", host=True)
     for share in (0.5, 0.25) if "arena" in kinds else ():
         found[f"undertow disk, arena {share}"] = partial(Undertow, job, f"arena{share}", arena=share)
+    for share, device in ((0.5, 0.5), (0.25, 0.75)) if "parked" in kinds else ():
+        ways = {"arena": share, "device": device}
+        found[f"undertow disk, arena {share}, {device} parked"] = partial(Undertow, job, f"parked{device}", **ways)
+    if "parked" in kinds:
+        found["undertow host, 0.4 parked"] = lambda: Undertow(job, "host-parked", host=True, device=0.4)
     for name, make in rivals(job, few=True).items() if "rivals" in kinds else ():
         if name.startswith(ASYNC) or isinstance(make, str):
             (missing if isinstance(make, str) else found)[name] = make  # type: ignore[index, assignment]

@@ -118,13 +118,15 @@ def test_steps_after_a_save_of_every_arm_and_an_arm_whose_file_is_wrong(tmp_path
         return {key: value + ("host" in str(method.folder)) for key, value in load(method).items()}
 
     monkeypatch.setattr(checkpoint_steps.Undertow, "load", spoilt)
-    arms = {arm.name: arm for arm in checkpoint_steps.run(job, ["ours", "arena"], 3, 2, 60.0, 0)}
+    arms = {arm.name: arm for arm in checkpoint_steps.run(job, ["ours", "arena", "parked"], 3, 2, 60.0, 0)}
+    assert "tensors are wrong" in arms.pop("undertow host, 0.4 parked").note
     assert "tensors are wrong" in arms.pop("undertow host").note
     for arm in arms.values():
         assert [len(row) for row in arm.steps_ms] == [3, 3] and min(map(min, arm.steps_ms)) > 0, arm
         assert all(0 < cost["written_s"] <= cost["durable_s"] for cost in arm.costs)
     page = checkpoint_steps.write(tmp_path, "tiny", {"facts": {"hardware": "a", "date": "b"}, "steps": 3, "seed": 0,
                                   "state_bytes": 1}, list(arms.values()), ["ours"])  # fmt: skip
+    assert "| **undertow disk, arena 0.25, 0.75 parked** |" in page.read_text()
     assert "| **undertow disk, arena 0.25** |" in page.read_text() and page.with_suffix(".png").stat().st_size
 
 
@@ -132,7 +134,7 @@ def test_training_with_a_save_every_few_steps_end_to_end(tmp_path, monkeypatch):
     job = Job(TINY, torch.device("cpu"), tmp_path)
     checkpoint_stall.keep_open(job)
     monkeypatch.setattr(checkpoint_every.TorchSave, "load", lambda method: {})
-    ways = ("undertow disk (fsync)", "undertow host", "torch.save")
+    ways = ("undertow disk, 0.4 parked", "undertow host, 0.4 parked", "torch.save")
     began = job.step
     cells = checkpoint_every.run(job, [1, 50], 2, 1, ways=ways)
     found = {(cell.arm, cell.every): cell for cell in cells}
@@ -141,12 +143,12 @@ def test_training_with_a_save_every_few_steps_end_to_end(tmp_path, monkeypatch):
             assert cell.note.startswith("failed: KeyError") and not cell.ratios
         else:
             assert len(cell.ratios) == 2 and min(cell.ratios) > 0
-    assert found["undertow disk (fsync)", 1].intervals == [6, 6] and found["undertow host", 50].saves == [1, 1]
+    assert found[ways[0], 1].intervals == [6, 6] and found[ways[1], 50].saves == [1, 1]
     # a check of each way; then in two rounds, for two ways, the plain steps before a cell and one interval more in it
     plain = checkpoint_every.BEFORE + checkpoint_every.STEPS_OF_PLAIN
     assert job.step - began == len(ways) + 2 * 2 * (2 * plain + 7 * 1 + 2 * 50)
     page = checkpoint_every.write(tmp_path, cells, {"facts": {"hardware": "a", "date": "b"}, "step_ms": {"tiny": 1.0}})
-    assert "| tiny | **undertow host** |" in page.read_text()
+    assert "| tiny | **undertow host, 0.4 parked** |" in page.read_text()
 
 
 def test_a_long_sample_ends_after_its_first_timed_interval(tmp_path, monkeypatch):

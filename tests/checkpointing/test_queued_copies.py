@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from ckpt_job import HeldOps
 
-from undertow.checkpointing import Checkpointer, host_tier, live
+from undertow.checkpointing import Checkpointer, explain, host_tier, live
 from undertow.checkpointing.copies import HostCopier
 from undertow.checkpointing.folder import read_manifest
 from undertow.checkpointing.reader import Reader
@@ -214,3 +214,18 @@ def test_the_parking_goes_with_the_plan_and_with_close(tmp_path, queue):
         assert memory() is None
         memory = weakref.ref(ckpt._budget.park._memory)
     assert memory() is None
+
+
+@pytest.mark.parametrize("parked", [0, 3 * 2**20])
+def test_explain_names_the_device_where_saves_hold_steps_up(tmp_path, queue, monkeypatch, parked):
+    model, optimizer = make()
+    train(model, optimizer)
+    options = PARKED | {"device_bytes": parked}
+    with Checkpointer(tmp_path, model=model, optimizer=optimizer, chunk_bytes=2**20, **options) as ckpt:
+        ckpt.save(0)
+        assert ckpt.wait()[-1].ok
+        for late_s in (1e9, 0.0):
+            monkeypatch.setattr(explain, "LATE_S", late_s)
+            text = ckpt.explain()
+            assert ("held up steps" in text) == (not parked and not late_s)
+            assert ("are parked there" in text) == bool(parked)

@@ -284,8 +284,8 @@ def _gain(cell: Cell, arm: str) -> str:
 
 
 def ship(files: Sequence[Path], keep: bool = False) -> None:
-    """Write csrc/policy/FLAVOUR.txt from samples: rows for each major version on each kind of processor, of several runs
-    the least gains.
+    """Write csrc/policy/FLAVOUR.txt from samples: rows for each version and kind of processor, of several runs the
+    least gains.
 
     With `keep` the table that is there counts as a run: other versions stay, and no gain grows. Cells that judge a
     table fitted on the others are rows here: a later run judges this table.

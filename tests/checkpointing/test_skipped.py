@@ -67,6 +67,8 @@ def skips(rank: int, world: int, root: str, memory: str, tier: str) -> tuple[lis
                 go.set()
                 ckpt.wait()
             elif step == 0 or (step == 1 and tier == "host"):  # else it stays busy
+                while isinstance(ckpt.host, host_tier.HostTier) and ckpt.host.turns._committing():
+                    time.sleep(0.001)  # until the copies are handed over there is nothing to drain
                 ckpt._tiers._committers[tier].drain()
             together()
         ckpt.wait()

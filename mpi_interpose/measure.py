@@ -185,7 +185,7 @@ def predictions(mpi: Mpi, plan: str, count: int, leaf: int = 0) -> list[str]:
     cls, size, block, step = match[1], int(match[2]) * count, int(match[3]), int(match[4])
     path = model_file(library(mpi))
     table = policy.Policy(path.read_text() if path.exists() else builtin_model(mpi.flavour), mpi.version)
-    lines = [f"model      {path if path.exists() else 'built-in table'} for {mpi.version[:40]}"]
+    lines = [f"model      {path if path.exists() else 'built-in table'} for {' '.join(mpi.version.split())[:40]}"]
     for use in ("pack", "unpack", *(f"{side}_{link}" for link in policy.LINKS for side in ("send", "recv"))):
         side, _, link = use.partition("_")
         title = f"{side} {link}".strip()

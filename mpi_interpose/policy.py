@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 
 from . import core
@@ -105,10 +105,19 @@ def rows(cells: Iterable[Cell], least: float = OWN, peer: str | None = None, *, 
 
 
 def least_gains(tables: Sequence[list[Row]]) -> list[Row]:
-    """One table for several MPIs or machines: of each point the row with the least gain; points that one lacks go."""
+    """One table for several runs or machines: of each point the row with the least gain; points that one lacks go."""
     keyed = [_by_point(table) for table in tables]
     shared = [key for key in keyed[0] if all(key in table for table in keyed)]
-    return [min((table[key] for table in keyed), key=lambda row: row.ratio) for key in shared]
+    return [_least([table[key] for table in keyed]) for key in shared]
+
+
+def _least(rows_: Sequence[Row]) -> Row:
+    """The row with the least gain. None is left where one run takes a side of a message alone and another both: one side
+    may lose where both win (csrc/core/policy.hh has the same rule)."""
+    least = min(rows_, key=lambda row: row.ratio)
+    if len({row.share for row in rows_}) > 1:
+        return replace(least, with_ns=max(least.with_ns, least.without_ns))
+    return least
 
 
 def _by_point(table: list[Row]) -> dict[tuple, Row]:

@@ -121,6 +121,19 @@ def test_of_sections_that_fit_alike_each_point_has_the_least_gain() -> None:
         assert table.rows == 1 and table.ask(*at, 4096)[0] == pytest.approx(gain, rel=0.01), version
 
 
+def test_where_runs_take_other_sides_of_a_message_none_is_taken() -> None:
+    """Send alone wins in one run, both sides in the other, where send alone loses: what a merge must not choose."""
+    alone = policy.rows([cell("message", send=5e4, recv=9.9e4, both=9e4)])
+    both = policy.rows([cell("message", send=1.5e5, recv=1.5e5, both=3e4)])
+    assert [row.ratio > 1.5 for row in alone] == [True, False] and all(row.ratio > 1.5 for row in both)
+    for merged in (policy.least_gains([alone, both]), policy.least_gains([both, alone])):
+        assert all(row.ratio <= 1 for row in merged)
+    parts = policy.sections({"5 on a": alone, "5 on b": both}, [])
+    for kind, way in (("a", "send"), ("b", "both"), ("c", "library")):
+        assert policy.Policy(parts, "MPICH 5.0", kind).way(cell("message")) == way
+    assert policy.least_gains([both, both]) == both
+
+
 def test_the_processor_has_a_name_and_is_the_default() -> None:
     kind = core.processor()
     assert kind in {f"{maker}{width}" for maker in ("intel", "amd") for width in ("-avx512", "-avx2", "")} | {"other"}

@@ -138,6 +138,13 @@ class Policy {
     return words < 2 || !std::strcmp(kind, processor) ? 2 : 1;
   }
 
+  // The row with the less gain; none is left where one takes a side of a message alone and the other both.
+  static Row least(const Row& a, const Row& b) {
+    Row row = a.gain() <= b.gain() ? a : b;
+    if (a.share != b.share) row.with = std::max(row.with, row.without);
+    return row;
+  }
+
   // Adds the `nth` section that counts.
   void merge(const Rows& section, int nth) {
     for (size_t k = 0; k < rows_.size(); ++k) {
@@ -148,7 +155,7 @@ class Policy {
       std::vector<Row> both;
       for (const Row& mine : rows_[k])
         for (const Row& other : section[k])
-          if (mine.same_point(other)) both.push_back(mine.gain() <= other.gain() ? mine : other);
+          if (mine.same_point(other)) both.push_back(least(mine, other));
       rows_[k] = std::move(both);
     }
   }

@@ -112,8 +112,8 @@ def least_gains(tables: Sequence[list[Row]]) -> list[Row]:
 
 
 def _least(rows_: Sequence[Row]) -> Row:
-    """The row with the least gain. None is left where one run takes a side of a message alone and another both: one side
-    may lose where both win (csrc/core/policy.hh has the same rule)."""
+    """The row with the least gain. None is left where one run takes a side of a message alone and another both: one
+    side may lose where both win (csrc/core/policy.hh has the same rule)."""
     least = min(rows_, key=lambda row: row.ratio)
     if len({row.share for row in rows_}) > 1:
         return replace(least, with_ns=max(least.with_ns, least.without_ns))

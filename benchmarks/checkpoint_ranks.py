@@ -1,14 +1,14 @@
 """Checkpoints of FSDP2 training on the GPUs of one host: what they cost the slowest rank, at every step or every k-th.
 
 Each arm trains the same model for a few steps, with its saves, and all ranks wait for the slowest. A case is one model
-and one place: host memory that outlives the processes, at every step; the same with a copy in the next rank's memory,
-at every step at which the last copy has arrived (on one host, by TCP on the loopback: a machine's network is another);
-or the disk, at every 8th step, ours with fsync, checksums and a commit that all ranks agree on, beside torch's own
-`dcp.async_save` without these. `saves` is how many of a sample were committed, `call_ms` and `fence_ms` what a save
-took of the training thread, on the rank where it took most; on rank 0, `gpu_copy_ms` is how long the device copied,
-`gpu_wait_ms` how long training waited for it there, and `lead_ms` how far the processor was ahead then. Before anything
-is timed, what each arm saved is read back (by stock `dcp.load`, from partners by our own) and compared bit by bit, on
-every rank.
+and one place. Host memory that outlives the processes: at every step, and on GPUs once more with a share of the state
+parked there (`device_bytes`). The same with a copy in the next rank's memory, at every step at which the last copy has
+arrived (on one host, by TCP on the loopback: a machine's network is another). The disk: at every 8th step, ours with
+fsync, checksums and a commit that all ranks agree on, beside torch's own `dcp.async_save` without these. `saves` is how
+many of a sample were committed, `call_ms` and `fence_ms` what a save took of the training thread, on the rank where it
+took most; on rank 0, `gpu_copy_ms` is how long the device copied, `gpu_wait_ms` how long training waited for it there,
+and `lead_ms` how far the processor was ahead then. Before anything is timed, what each arm saved is read back (by stock
+`dcp.load`, from partners by our own) and compared bit by bit, on every rank.
 
 Every rank has its own cores, and AdamW is fused, as trainers of FSDP2 have it, so that the GPU and not the processor
 sets the pace; `twice the batch` sees to it. `AdamW not fused` is torch's default, which is the processor's pace: there
@@ -40,7 +40,7 @@ import torch.distributed.checkpoint as dcp
 from undertow.benchmarks.case import Arm, Benchmark, Case, Context, Measured, Trial
 from undertow.benchmarks.checkpoint_job import LARGE, MEDIUM, Size
 from undertow.benchmarks.checkpoint_phases import TINY, GpuClock
-from undertow.benchmarks.checkpoint_sharded import Sharded, bind_cores
+from undertow.benchmarks.checkpoint_sharded import Sharded, bind_cores, local
 from undertow.checkpointing import Checkpointer, Partner
 from undertow.checkpointing.cost import Prediction, predict
 from undertow.dist.errors import UserError
@@ -52,15 +52,16 @@ STEPS = {"host": 6, "partner": 16, "disk": 8}
 
 
 class Ours:
-    """`Checkpointer` on the host tier, on that with partners, or on the disk."""
+    """`Checkpointer` on the host tier, on that with partners, or on the disk; `parked`: a share of the rank's state."""
 
-    def __init__(self, job: Sharded, place: str) -> None:
+    def __init__(self, job: Sharded, place: str, *, parked: float = 0.0) -> None:
         self.host, self.partner = place != "disk", place == "partner"
         options: dict[str, Any] = {"keep": 1, "host_every": int(self.host)}
+        options["device_bytes"] = int(parked * job.state_bytes)
         if self.partner:  # nothing is flushed to a disk: two generations do
             options |= {"partner": Partner(across_hosts=False), "host_generations": 2}
         self.ckpt = job.closing.enter_context(
-            Checkpointer(job.folder / place, model=job.model, optimizer=job.optimizer, **options)
+            Checkpointer(job.folder / f"{place}-{parked}", model=job.model, optimizer=job.optimizer, **options)
         )
         self.job, self.gpu = job, GpuClock(job.device)
 
@@ -157,7 +158,7 @@ def wrong(job: Sharded, way: Any) -> int:
     way.drain()
     found = {name: torch.zeros_like(value) for name, value in kept.items()}
     way.read(found)
-    differ = sum(not torch.equal(_local(found[name]), _local(value)) for name, value in kept.items())
+    differ = sum(not torch.equal(local(found[name]), local(value)) for name, value in kept.items())
     cell = torch.tensor([differ], device=job.device)
     dist.all_reduce(cell)
     return int(cell)
@@ -166,10 +167,6 @@ def wrong(job: Sharded, way: Any) -> int:
 def _named(job: Sharded) -> dict[str, torch.Tensor]:
     """The sharded tensors by the names that all arms' files hold."""
     return {f"model.{name}": value for name, value in job.state()["model"].items()}
-
-
-def _local(value: Any) -> torch.Tensor:
-    return value.to_local() if hasattr(value, "to_local") else value
 
 
 def sample(job: Sharded, way: Any, host: bool, steps: int) -> Measured:
@@ -195,6 +192,7 @@ def sample(job: Sharded, way: Any, host: bool, steps: int) -> Measured:
     return Measured(0, seconds, extras)
 
 
+PARKED = 0.4  # of a rank's state
 OURS = {
     "host": "undertow host, every step",
     "partner": "undertow host and partner, as often as copies arrive",
@@ -214,10 +212,14 @@ def trial(size: Size, place: str, device: torch.device, machine: Machine | None 
     host, steps = place != "disk", STEPS[place]
     ours = Ours(job, place)
     ways: dict[str, Any] = {"no checkpoints": None, OURS[place]: ours}
+    if place == "host" and device.type == "cuda":
+        ways[f"{OURS[place]}, {PARKED} parked"] = Ours(job, place, parked=PARKED)
     if not host:
         ways[f"dcp.async_save, every {steps}"] = Dcp(job, "dcp")
     checks = {name: wrong(job, way) if way is not None else 0 for name, way in ways.items()}
-    ours.watch()
+    for way in ways.values():
+        if isinstance(way, Ours):
+            way.watch()
     predicted_s, facts = None, {}
     if machine is not None:
         window_s, step_s = job.pace()

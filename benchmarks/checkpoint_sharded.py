@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from undertow.benchmarks.checkpoint_job import Loop, Size
 from undertow.dist.launch import detect
@@ -41,6 +42,13 @@ class Sharded(Loop):
         self.tokens = torch.randint(0, 256, (size.batch, size.length + 1), device=device)
         self.closing = contextlib.ExitStack()
         self.train()
+
+    @property
+    def state_bytes(self) -> int:
+        """Of this rank: its shards of the parameters and of the optimizer's state."""
+        found = [parameter.data for parameter in self.model.parameters()]
+        found += [value for state in self.optimizer.state.values() for value in state.values()]
+        return sum(local(value).nbytes for value in found if isinstance(value, torch.Tensor))
 
     def state(self) -> dict[str, Any]:
         """As dcp keeps it: sharded, by names."""
@@ -67,6 +75,11 @@ class Sharded(Loop):
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+def local(value: torch.Tensor) -> torch.Tensor:
+    """What of it this rank has."""
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def _between_s(begin: Any, end: Any) -> float:

@@ -81,9 +81,12 @@ class _Rank:
     messenger: PinnedMessenger
     sizes: tuple[int, ...]
 
+    def plan(self, arm: overlap_gate.Arm) -> ChunkPlan:
+        return self.engine.plan(self.sizes, arm.subchunks, self.b.shape[1] if arm.columns else 0, whole=arm.whole)
+
     def scatter(self, arm: overlap_gate.Arm, *, check: bool = False) -> torch.Tensor:
         """This rank's rows of the sum. `check`: compare what the peers got with the product, bit by bit."""
-        plan = self.engine.plan(self.sizes, arm.subchunks, self.b.shape[1] if arm.columns else 0)
+        plan = self.plan(arm)
         if arm.replayed and not check:
             queue = partial(self._queue, plan, arm)
             return self.engine.recorder.run(plan, (self.a, self.b), self.b.shape[1], queue)
@@ -110,15 +113,17 @@ class _Rank:
     def _expect(self, y: torch.Tensor, arm: overlap_gate.Arm) -> None:
         """The peers got what was made."""
         torch.cuda.synchronize()
-        rows = y[self.sizes[0] :]  # of all others, by rows or by pieces of columns
-        sent = self.messenger.sent(rows).to(rows.device)  # where they are compared fastest
-        if not torch.equal(sent.view(torch.int16), rows.view(-1).view(torch.int16)):
-            raise AssertionError(f"the other ranks got other bytes than were made: {arm.name}")
+        place, plan = Placement(self.plan(arm), y), self.plan(arm)
+        for piece in (piece for owner in range(1, WORLD) for piece in plan.chunk(owner)):
+            made = place.made(piece)
+            sent = self.messenger.sent(made).to(made.device)  # where they are compared fastest
+            if not torch.equal(sent.view(torch.int16), made.reshape(-1).view(torch.int16)):
+                raise AssertionError(f"the other ranks got other bytes than were made: {arm.name}, {piece}")
 
     def wanted(self, arm: overlap_gate.Arm, own: torch.Tensor) -> torch.Tensor:
         """The right answer: `own`, this rank's rows of its product, plus what its peers hold; pieces of columns take
         that as it lies, piece after piece."""
-        plan = self.engine.plan(self.sizes, arm.subchunks, self.b.shape[1] if arm.columns else 0)
+        plan = self.plan(arm)
         theirs, place = self.partials.to(own.device).to(own.dtype).sum(0), Placement(plan, own)
         total = own.clone()
         for piece in plan.chunk(0):

@@ -7,14 +7,15 @@ ask for one link at once, and next to nothing is hidden. The plan is pure: it kn
 
 A chunk is cut into rows or into columns. A product of some rows reads the whole second operand, one of some columns the
 whole first, so pieces read again what they do not cut: `reads` counts that, and the smaller operand should be the one
-that is read often. A product of columns has a piece for every owner, so columns need fewer products than rows do; the
-own rows are one product, made last as ever.
+that is read often. A product of columns has a piece for every owner, so columns need fewer products than rows do. The
+own rows are one product, made last as ever, which hides what leaves last; or, where the rows are so few that to read
+the second operand is what a product takes, they are among those of each piece (`whole`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
@@ -26,6 +27,7 @@ from .builders.reduce_scatter import chunk_order
 from .schedule import Schedule
 
 GROWTH = 0.95  # of the growth of pieces of columns with which a link that takes as long as the product waits least
+TILE = 128, 256  # rows and columns of a product that a GPU's processor makes at a time
 
 
 @lru_cache(maxsize=1024)  # asked for at every call of a layer
@@ -45,9 +47,31 @@ def panels(columns: int, parts: int, world: int) -> tuple[tuple[int, int], ...]:
     multiples of the 256 columns of a kernel's tile where the pieces are that wide, of 8 (16 bytes of half precision, as
     kernels want rows to begin) where they are at least that.
     """
-    unit = next(unit for unit in (256, 8, 1) if columns >= unit * parts or unit == 1)
     ratio = max(1.0, GROWTH * world / max(1, world - 1))
-    weights = list(accumulate(ratio**part for part in range(parts)))
+    return _cut(columns, list(accumulate(ratio**part for part in range(parts))))
+
+
+@lru_cache(maxsize=1024)
+def waves(columns: int, parts: int, rows: int, processors: int) -> tuple[tuple[int, int], ...]:
+    """`columns` in some `parts` pieces of `rows` rows, each made in whole rounds of the GPU's `processors`.
+
+    A round of which many processors have no tile takes as long as a full one, so pieces that all end with such a round
+    take longer than the product in one. Hence all pieces but the last, which is what is left, have about as many tiles
+    as some rounds have, and pieces may be more or fewer than `parts`. Products of less than two rounds, for which a
+    BLAS takes smaller tiles, and those of which not one column of tiles fits into a round are cut evenly.
+    """
+    tall, wide = -(-rows // TILE[0]), -(-columns // TILE[1])
+    width = 0
+    if tall * wide >= 2 * processors > 0:
+        width = max(1, round(tall * wide / (processors * parts))) * processors // tall * TILE[1]
+    if not width or width >= columns:
+        return _cut(columns, range(1, parts + 1))
+    return tuple(pairwise((*range(0, columns, width), columns)))
+
+
+def _cut(columns: int, weights: Sequence[float]) -> tuple[tuple[int, int], ...]:
+    """`columns` where the rising `weights` are of the last one, to whole units."""
+    unit = next(unit for unit in (256, 8, 1) if columns >= unit * len(weights) or unit == 1)
     ends = {min(columns, round(columns / unit * weight / weights[-1]) * unit) for weight in weights[:-1]} | {0, columns}
     return tuple(pairwise(sorted(ends)))
 
@@ -101,7 +125,8 @@ class ChunkPlan:
     `sizes`: rows of each rank's chunk. `subchunks`: pieces of a chunk (empty ones are left out). `tile_rows`: rows that
     one tile of the kernel covers; a piece has `tiles(piece)` of them, and the tracker counts that many. `algorithm`:
     'direct' (each piece straight to its owner) or 'ring'; the engines run 'direct', `schedule` gives either. `columns`:
-    of the product, where chunks are cut into pieces of columns; 0: of rows.
+    of the product, where chunks are cut into pieces of columns; 0: of rows. `whole`: pieces of columns have the own
+    rows too, and are cut for a GPU of so many `processors` (`waves`) where that is not 0.
     """
 
     rank: int
@@ -110,6 +135,8 @@ class ChunkPlan:
     algorithm: str = "direct"
     tile_rows: int = 0
     columns: int = 0
+    whole: bool = False
+    processors: int = 0
 
     def __post_init__(self) -> None:
         if not self.sizes or min(self.sizes) < 0 or not 0 <= self.rank < len(self.sizes):
@@ -133,7 +160,7 @@ class ChunkPlan:
     @cached_property
     def _hash(self) -> int:
         """A plan is looked up at every call. Of numbers only: a copy in another process keeps it."""
-        return hash((self.rank, self.sizes, self.subchunks, self.tile_rows, self.columns))
+        return hash((self.rank, self.sizes, self.subchunks, self.tile_rows, self.columns, self.whole))
 
     @property
     def world(self) -> int:
@@ -155,9 +182,8 @@ class ChunkPlan:
     @cached_property
     def _chunks(self) -> list[tuple[Piece, ...]]:
         if self.columns:
-            cut = panels(self.columns, self.subchunks, self.world)
             return [
-                tuple(Piece(owner, part, low, high, *ends) for part, ends in enumerate(cut) if low < high)
+                tuple(Piece(owner, part, low, high, *ends) for part, ends in enumerate(self._cut) if low < high)
                 for owner, (low, high) in enumerate(bounds(self.sizes))
             ]
         return [
@@ -175,10 +201,15 @@ class ChunkPlan:
         return tuple(p for owner in order for p in self.chunk(owner))
 
     @cached_property
+    def _cut(self) -> tuple[tuple[int, int], ...]:
+        if self.processors and self.whole:
+            return waves(self.columns, self.subchunks, self.rows, self.processors)
+        return panels(self.columns, self.subchunks, self.world)
+
+    @cached_property
     def edges(self) -> tuple[int, ...]:
         """Where the pieces of columns begin and end; none for pieces of rows."""
-        cut = panels(self.columns, self.subchunks, self.world) if self.columns else ()
-        return (0, *(right for _, right in cut)) if cut else ()
+        return (0, *(right for _, right in self._cut)) if self.columns else ()
 
     @cached_property
     def parts(self) -> int:
@@ -204,9 +235,12 @@ class ChunkPlan:
         return Hop(part, blocks, sends, receives)
 
     def _around(self, part: int) -> tuple[Block, ...]:
-        """The products of a piece of columns: the rows below the own ones, then those above."""
+        """The products of a piece of columns: all rows, or those below the own ones, then those above."""
         low, high = self.own
-        left, right = panels(self.columns, self.subchunks, self.world)[part]
+        left, right = self._cut[part]
+        if self.whole:
+            ready = tuple(piece for owner in range(self.world) for piece in self.chunk(owner)[part:][:1])
+            return (Block(0, self.rows, left, right, ready),) if ready else ()
         found = []
         for first, last, owners in ((high, self.rows, range(self.rank + 1, self.world)), (0, low, range(self.rank))):
             if first < last:
@@ -220,12 +254,17 @@ class ChunkPlan:
         return {}
 
     @cached_property
+    def among(self) -> ChunkPlan:
+        """The same with the own rows among those of each piece of columns."""
+        return self if self.whole else replace(self, whole=True)
+
+    @cached_property
     def kept(self) -> tuple[Block, ...]:
         """The products of the own rows, after all hops."""
         own = self.chunk(self.rank)
         if not self.columns:
             return tuple(_of_rows(piece) for piece in own)
-        return (Block(*self.own, 0, self.columns, own),) if own else ()
+        return (Block(*self.own, 0, self.columns, own),) if own and not self.whole else ()
 
     def expect(self, rank: int, world: int, *, rows: bool = False) -> None:
         """`UserError` where an engine of `rank` cannot run this plan; `rows`: a pattern of pieces of rows only."""

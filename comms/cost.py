@@ -105,13 +105,17 @@ def overlapped_scatter_seconds(world: int, gemm_s: float, scatter_s: float, subc
     return max(gemm_s, gemm_s / (world * subchunks) + scatter_s)
 
 
-def overlapped_columns_seconds(world: int, gemm_s: float, scatter_s: float, shares: Sequence[float]) -> float:
-    """The same by pieces of columns, of these shares, each with the rows of every other rank; the own rows at last.
+def overlapped_columns_seconds(
+    world: int, gemm_s: float, scatter_s: float, shares: Sequence[float], *, whole: bool = False
+) -> float:
+    """The same by pieces of columns, of these shares, each with the rows of every other rank; the own rows at last, or
+    (`whole`) among those of each piece.
 
-    A piece leaves when it is computed and those before it have left; only the own rows hide the sends of the last one.
+    A piece leaves when it is computed and those before it have left; only own rows at last hide the sends of the last
+    piece.
     """
     ready_s = left_s = 0.0
     for share in shares:
-        ready_s += share * gemm_s * (world - 1) / world
+        ready_s += share * gemm_s * (1.0 if whole else (world - 1) / world)
         left_s = max(ready_s, left_s) + share * scatter_s
     return max(gemm_s, left_s)

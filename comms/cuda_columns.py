@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 def all_reduce_columns(
     engine: CudaOverlapEngine, run: Run, plan: ChunkPlan, panel: Panel | None, y_MN: torch.Tensor
 ) -> torch.Tensor:
-    """The sum of what `panel` makes, [rows, columns]. `y`: contiguous memory of the product."""
+    """The sum of what `panel` makes, [rows, columns]. `plan`: a `whole` one; `y`: contiguous memory of the product."""
     columns, own, current = y_MN.shape[1], plan.chunk(plan.rank), run.current
-    place = Placement(plan, y_MN, apart=False)
-    whole = Placement(plan, torch.empty_like(y_MN), apart=False)
-    fill, table = place.fill(None, panel), messages(plan, columns, apart=False)
+    place = Placement(plan, y_MN, alike=True)
+    whole = Placement(plan, torch.empty_like(y_MN))
+    fill, table = place.fill(None, panel), messages(plan, columns)
     landings = engine.messenger.landings(y_MN[slice(*plan.own)])
     y, sums, landed = Memory(y_MN), Memory(whole.y), [Memory(landing) for landing in landings]
     start = run.call.event(current)

@@ -68,15 +68,18 @@ class CudaOverlapEngine:
             enter=cuda_driver.let_capture if device.type == "cuda" else lambda: None,
         )
         self._events = Events(torch.cuda.Event)
-        self._plans: dict[tuple[tuple[int, ...], int, int], ChunkPlan] = {}
+        self._plans: dict[tuple[tuple[int, ...], int, int, bool], ChunkPlan] = {}
+        self.processors = 0 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
         self._counts, self.add = Counts(device), add
         self.recorder = Recorder(self)
 
-    def plan(self, sizes: tuple[int, ...], subchunks: int = 1, columns: int = 0) -> ChunkPlan:
-        key = sizes, subchunks, columns
+    def plan(self, sizes: tuple[int, ...], subchunks: int = 1, columns: int = 0, *, whole: bool = False) -> ChunkPlan:
+        """`whole`: as `ChunkPlan` has it, for these `processors`, of which all ranks must have as many."""
+        key = sizes, subchunks, columns, whole
         found = self._plans.get(key)
         if found is None:
-            found = self._plans[key] = ChunkPlan(self.rank, sizes, subchunks, columns=columns)
+            more = {"columns": columns, "whole": whole, "processors": self.processors if whole else 0}
+            found = self._plans[key] = ChunkPlan(self.rank, sizes, subchunks, **more)
             if len(self._plans) > _KEPT:
                 del self._plans[next(iter(self._plans))]
         return found
@@ -123,7 +126,7 @@ class CudaOverlapEngine:
             return y_MN
         run = self._begin()
         if plan.columns:
-            whole = all_reduce_columns(self, run, plan, panel, y_MN)
+            whole = all_reduce_columns(self, run, plan.among, panel, y_MN)
             self._end(run)
             return whole
         whole, place = torch.empty_like(y_MN), Placement(plan, y_MN)

@@ -68,8 +68,8 @@ class OverlapEngine:
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
         self._broken: list[Any] = []  # of the failed call: tensors must outlive messages on their way
 
-    def plan(self, sizes: tuple[int, ...], subchunks: int = 1, columns: int = 0) -> ChunkPlan:
-        return ChunkPlan(self.rank, sizes, subchunks, columns=columns)
+    def plan(self, sizes: tuple[int, ...], subchunks: int = 1, columns: int = 0, *, whole: bool = False) -> ChunkPlan:
+        return ChunkPlan(self.rank, sizes, subchunks, columns=columns, whole=whole)
 
     def reduce_scatter(
         self,

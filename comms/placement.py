@@ -2,8 +2,9 @@
 
 A message is one piece of memory. Rows of a matrix are, and lie where they belong. Columns are not, so a product of
 columns is stored by pieces: first the rows that the rank keeps, [own rows, columns], then for each piece of columns the
-other ranks' rows, [rows, width]. What a peer sends is stored likewise, [own rows, width] for each piece, and the sum,
-which reads every part anyway, writes each number to its place in the matrix: no copy is made of either.
+other ranks' rows, [rows, width]; of a `whole` plan only the pieces, with all rows. What a peer sends is stored likewise,
+[own rows, width] for each piece, and the sum, which reads every part anyway, writes each number to its place in the
+matrix: no copy is made of either.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ class Messages(NamedTuple):
     receives: tuple[tuple[int, int, int, int], ...]
 
 
-def messages(plan: ChunkPlan, columns: int, *, apart: bool = True) -> tuple[Messages, ...]:
+def messages(plan: ChunkPlan, columns: int) -> tuple[Messages, ...]:
     """All hops of a product of so many columns; made once for each of them."""
-    found = plan.tables.get((columns, apart))
+    found = plan.tables.get(columns)
     if found is None:
         empty = torch.empty(plan.rows, columns, device="meta")
-        place, landing, table = Placement(plan, empty, apart=apart), torch.empty_like(empty[slice(*plan.own)]), []
+        place, landing, table = Placement(plan, empty), torch.empty_like(empty[slice(*plan.own)]), []
         for hop in plan.hops:
             made = [(place.made(piece), piece.owner) for piece in hop.sends]
             landed = [(place.landed(landing, piece), source) for source, piece in hop.receives]
@@ -49,19 +50,19 @@ def messages(plan: ChunkPlan, columns: int, *, apart: bool = True) -> tuple[Mess
                     ),
                 )
             )
-        found = plan.tables[columns, apart] = tuple(table)
+        found = plan.tables[columns] = tuple(table)
     return found
 
 
 class Placement:
     """Of one plan, in `y`, contiguous [rows, columns]: what a rank makes, by pieces where the plan cuts columns.
 
-    `apart`: the own rows are one product and stand before the pieces; else they are among the rows of each piece, and
-    what is summed lies as what is made.
+    `apart`: the own rows are one product and stand before the pieces; else they are among the rows of each piece.
+    `alike`: sums are of all ranks' rows, and lie as what is made.
     """
 
-    def __init__(self, plan: ChunkPlan, y_MN: torch.Tensor, *, apart: bool = True) -> None:
-        self.plan, self.y, self.apart = plan, y_MN, apart
+    def __init__(self, plan: ChunkPlan, y_MN: torch.Tensor, *, alike: bool = False) -> None:
+        self.plan, self.y, self.apart, self.alike = plan, y_MN, not plan.whole, alike
         self._low, self._high = plan.own
         self._kept = self._high - self._low
 
@@ -82,7 +83,7 @@ class Placement:
 
     @property
     def own(self) -> torch.Tensor:
-        """What the rank keeps, [own rows, columns]."""
+        """What the rank keeps, [own rows, columns]; of pieces of columns where the own rows are apart."""
         return self.y.narrow(0, 0 if self.plan.columns else self._low, self._kept)
 
     def made(self, piece: Piece) -> torch.Tensor:
@@ -102,11 +103,11 @@ class Placement:
         return landing.as_strided((self._kept, width), (width, 1), start)
 
     def summed(self, out: torch.Tensor, piece: Piece) -> torch.Tensor:
-        """An own piece in the sum, [own rows, columns], or that of all rows where the own ones are not apart."""
+        """An own piece in the sum, [own rows, columns], or [rows, columns] of sums that lie `alike`."""
         if not piece.right:
             return out.narrow(0, piece.low - self._low, piece.high - piece.low)
-        if not self.apart:
-            return Placement(self.plan, out, apart=False).made(piece)
+        if self.alike:
+            return Placement(self.plan, out).made(piece)
         return out.narrow(1, piece.left, piece.right - piece.left)
 
     def _panel(self, low: int, high: int, left: int, right: int) -> torch.Tensor:

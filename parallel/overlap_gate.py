@@ -41,8 +41,9 @@ class Arm:
     """A way to run a product. `subchunks`: pieces of a rank's chunk; `overlap` False is the sequential way.
 
     `tracked`: one kernel that counts its tiles (`kernels.tracked_matmul`), instead of a product for each piece.
-    `columns`: the pieces are columns, each with rows for every rank, instead of rows (`chunk_plan`). `replayed`: as a
-    CUDA graph where the operands lie where they did before (`cuda_recorder`), else piece by piece.
+    `columns`: the pieces are columns, each with rows for every other rank, instead of rows (`chunk_plan`); `whole`: and
+    the own rows. `replayed`: as a CUDA graph where the operands lie where they did before (`cuda_recorder`), else piece
+    by piece.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Arm:
     tracked: bool = False
     columns: bool = False
     replayed: bool = False
+    whole: bool = False
 
 
 SEQUENTIAL = Arm("sequential", 1, False)
@@ -62,27 +64,29 @@ REPLAYED_ARMS = (
     Arm("replayed, 1 piece", 1, True, replayed=True),
     Arm("replayed, 2 pieces", 2, True, replayed=True),
     Arm("replayed columns, 4 pieces", 4, True, columns=True, replayed=True),
+    *(Arm(f"replayed panels, {n} pieces", n, True, columns=True, replayed=True, whole=True) for n in (2, 4, 8)),
 )
-CUDA_ARMS = (SEQUENTIAL, *ROW_ARMS, *COLUMN_ARMS, *TRACKED_ARMS, *REPLAYED_ARMS)
+PANEL_ARMS = (Arm("panels, 4 pieces", 4, True, columns=True, whole=True),)
+CUDA_ARMS = (SEQUENTIAL, *ROW_ARMS, *COLUMN_ARMS, *PANEL_ARMS, *TRACKED_ARMS, *REPLAYED_ARMS)
 
 
 def cut(arm: Arm, rank: int, sizes: tuple[int, ...], n: int) -> ChunkPlan:
     """The plan of an arm for a product of `n` columns."""
-    return ChunkPlan(rank, sizes, arm.subchunks, columns=n if arm.columns else 0)
+    return ChunkPlan(rank, sizes, arm.subchunks, columns=n if arm.columns else 0, whole=arm.whole)
 
 
 def fewer_reads(arm: Arm, sizes: tuple[int, ...], k: int, n: int, itemsize: int) -> bool:
     """Whether pieces of columns read less of their operands than rows that begin to leave as early would, and memory
     may be what a piece of rows waits for: it has fewer than `HUNGRY` operations for each byte of the second operand.
 
-    The first of T equal pieces of columns is made after (W - 1) / (W T) of the product, the first of t pieces of rows
-    after 1 / (W t), so T columns stand beside T / (W - 1) rows. The rank in the middle, whose products are the most,
-    counts for all, so that all choose alike.
+    The first of T equal pieces of columns is made after (W - 1) / (W T) of the product, or 1 / T of it with the own
+    rows, the first of t pieces of rows after 1 / (W t), so T columns stand beside T / (W - 1) or T / W rows. The rank
+    in the middle, whose products are the most, counts for all, so that all choose alike.
     """
     world = len(sizes)
     if world < 2:
         return False
-    pieces = max(1, round(arm.subchunks / (world - 1)))
+    pieces = max(1, round(arm.subchunks / (world if arm.whole else world - 1)))
     if 2 * max(sizes) >= pieces * itemsize * HUNGRY:
         return False
     rows = ChunkPlan(world // 2, sizes, pieces)
@@ -131,6 +135,8 @@ def hidden_seconds(arm: Arm, world: int, gemm_s: float, link_s: float) -> float:
     """A product and its collective as an arm overlaps them, without what pieces cost."""
     if not arm.columns:
         return overlapped_scatter_seconds(world, gemm_s, link_s, arm.subchunks)
+    if arm.whole:
+        return overlapped_columns_seconds(world, gemm_s, link_s, [1 / arm.subchunks] * arm.subchunks, whole=True)
     many = 1 << 20  # of so many columns, as if they could be cut anywhere
     shares = [(right - left) / many for left, right in panels(many, arm.subchunks, world)]
     return overlapped_columns_seconds(world, gemm_s, link_s, shares)

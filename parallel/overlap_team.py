@@ -78,6 +78,8 @@ class Team:
         else:
             raise UserError("an emulated link around NCCL", expected="device='cpu': the emulation holds host threads")
         self.rank, self.world, self.link = self.engine.rank, self.engine.world, link
+        if isinstance(self.engine, CudaOverlapEngine):  # pieces must be alike on all ranks
+            self.engine.processors = int(min(self._gather(torch.tensor(self.engine.processors))))
         self.machine = self._agreed(machine)
         fixed, why = modes[overlap], "as asked for"
         if self.world == 1:
@@ -143,6 +145,8 @@ class Team:
         def can(arm: Arm) -> bool:
             if arm.replayed and (kind != SCATTER or not self._records):
                 return False
+            if arm.whole and kind == SUM:  # it has them in all pieces of columns
+                return False
             if arm.columns:  # in an all-reduce they alone hide that sums are handed out
                 thin = self.device.type == "cuda" and narrow(arm, n)
                 fewer = not thin and fewer_reads(arm, sizes, a.shape[1], n, b.element_size())
@@ -173,7 +177,8 @@ class Team:
 
         chosen = self.gate.choose(key, None if rates is None else predict, can)
         arm: Arm = self.gate.arms[chosen]
-        plan = self.engine.plan(sizes, arm.subchunks, n if arm.columns and kind in self._in_columns else 0)
+        columns = n if arm.columns and kind in self._in_columns else 0
+        plan = self.engine.plan(sizes, arm.subchunks, columns, whole=arm.whole and columns > 0)
         way = self._making.of(kind, plan, arm, dtype)
         if kind != GATHER:
             plain = None if self.gate.measuring(key) else self._making.plain(plan, arm, dtype)

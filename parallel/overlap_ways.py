@@ -64,7 +64,8 @@ class Ways:
         """Drop what a reduce-scatter's other arms have recorded while they were measured: it holds memory."""
         for arm in arms:
             if self.recorder is not None and arm.replayed and arm != chosen:
-                self.recorder.drop(self.engine.plan(sizes, arm.subchunks, n if arm.columns else 0), n, dtype)
+                plan = self.engine.plan(sizes, arm.subchunks, n if arm.columns else 0, whole=arm.whole)
+                self.recorder.drop(plan, n, dtype)
 
     def _gathered(self, plan: ChunkPlan, arm: Arm, a: Tensor, bs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         whole = a.new_empty(plan.rows, a.shape[1])

@@ -48,7 +48,7 @@ def ordered_sum(place: Placement, landings: Sequence[Tensor], pieces: Sequence[P
     aligned = gap % 8 == 0 and not any(edge % 8 for edge in edges)
     _sum_kernel[(high - low, (len(cuts) - 1) * blocks)](  # pyright: ignore[reportIndexIssue]
         place.own if place.apart else place.y, landings[0], out, on_device, low, first, rows, columns,
-        blocks, gap, base, place.plan.rows, place.plan.rank, world, compact, place.apart, aligned, BLOCK,
+        blocks, gap, base, place.plan.rows, place.plan.rank, world, compact, place.apart, place.alike, aligned, BLOCK,
     )  # fmt: skip
 
 
@@ -84,8 +84,8 @@ if triton is not None:
     @triton.jit
     def _sum_kernel(
         own, landing, out, edges, low, piece, rows, columns, blocks, gap, base, all_rows,
-        RANK: tl.constexpr, WORLD: tl.constexpr, COMPACT: tl.constexpr, APART: tl.constexpr, ALIGNED: tl.constexpr,
-        BLOCK: tl.constexpr,
+        RANK: tl.constexpr, WORLD: tl.constexpr, COMPACT: tl.constexpr, APART: tl.constexpr, ALIKE: tl.constexpr,
+        ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = low + tl.program_id(0).to(tl.int64)
         here = edges + piece + tl.program_id(1) // blocks
@@ -98,9 +98,13 @@ if triton is not None:
             there = row * columns + first
         else:
             there = first * all_rows + (base + row) * wide
+        summed = row * columns + first
+        if ALIKE:
+            summed = there
         if ALIGNED:
             come = tl.multiple_of(come, 8)
             there = tl.multiple_of(there, 8)
+            summed = tl.multiple_of(summed, 8)
         total = tl.zeros((BLOCK,), tl.float32)
         for source in tl.static_range(WORLD):
             if source == RANK:
@@ -114,4 +118,4 @@ if triton is not None:
                 total = part.to(tl.float32)
             else:
                 total += part.to(tl.float32)
-        tl.store(out + there + local, total.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + summed + local, total.to(out.dtype.element_ty), mask=inside)

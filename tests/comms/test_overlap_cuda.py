@@ -146,13 +146,15 @@ def right(engine: CudaOverlapEngine, device: torch.device, rows: int, seed: int)
                 out = pattern(plan, product, y, overlap=overlap, tracked=tracked(y, everyone[rank]))
                 ok &= torch.equal(out, everyone.sum(0)[where])
         y, by_columns = torch.full((rows, 5), torch.nan, device=device), engine.plan(plan.sizes, subchunks, 5)
+        panels = engine.plan(plan.sizes, subchunks, 5, whole=True)
 
         def panel(low: int, high: int, left: int, right: int, into: torch.Tensor, all: Any = everyone[rank]) -> None:
             into.copy_(all[low:high, left:right])
 
-        out = engine.reduce_scatter(by_columns, lambda *_: None, y, panel=panel)
-        ok &= torch.equal(out, everyone.sum(0)[slice(*plan.own)])
-        y.fill_(torch.nan)
+        for each in (by_columns, panels):
+            out = engine.reduce_scatter(each, lambda *_: None, y, panel=panel)
+            ok &= torch.equal(out, everyone.sum(0)[slice(*plan.own)])
+            y.fill_(torch.nan)
         ok &= torch.equal(engine.all_reduce(by_columns, lambda *_: None, y, panel=panel), everyone.sum(0))
         whole, seen = torch.full((rows, 5), torch.nan, device=device), torch.zeros(rows, 5, device=device)
 
@@ -320,9 +322,9 @@ def _set_counts(steps: Any, counts: Any) -> None:
         steps[count.node][4] = value
 
 
-@pytest.mark.parametrize("columns", [0, 5])
+@pytest.mark.parametrize(("columns", "whole"), [(0, False), (5, False), (5, True)])
 @pytest.mark.parametrize("world", [2, 3])
-def test_counts_of_a_recording_go_on_where_others_left_them(monkeypatch, seed, world, columns):
+def test_counts_of_a_recording_go_on_where_others_left_them(monkeypatch, seed, world, columns, whole):
     """Ranks are threads, of which one never finds its operands where they were; calls of another pattern in between."""
     _stand_in(monkeypatch)
     monkeypatch.setattr("undertow.comms.cuda_graph_counts.counts_of", _counts_of)
@@ -343,7 +345,8 @@ def test_counts_of_a_recording_go_on_where_others_left_them(monkeypatch, seed, w
             add = partial(_Log.do, add_pieces)
             engine = CudaOverlapEngine(device=cpu, messenger=messenger, timeout_s=1e6, add=add)
             engine.recorder._record = _Log(messenger).record
-            plan, mine = engine.plan(chunk_rows(rows, world), 2, columns), torch.empty(rows, 5)
+            plan = engine.plan(chunk_rows(rows, world), 2, columns, whole=whole)
+            mine = torch.empty(rows, 5)
             for turn, everyone in enumerate(turns):
                 mine = mine.clone() if rank == 0 else mine
                 mine.copy_(everyone[rank])
@@ -601,7 +604,7 @@ def test_several_copies_carry_what_was_made_before_them(seed, queue):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("way", ["rows", "counts", "columns"])
+@pytest.mark.parametrize("way", ["rows", "counts", "columns", "panels"])
 def test_a_late_product_reaches_the_host_whole(seed, way):
     """Each piece sleeps on the device before it is made: a wait that is missing would copy what was there before."""
     device = torch.device("cuda", 0)
@@ -621,7 +624,8 @@ def test_a_late_product_reaches_the_host_whole(seed, way):
             torch.cuda._sleep(1_000_000)
             into.copy_(mine[low:high, left:right])
 
-        plan = engine.plan((8, 8, 8), 1 + call % 3, 256 if way == "columns" else 0)
+        columns = 256 if way in ("columns", "panels") else 0
+        plan = engine.plan((8, 8, 8), 1 + call % 3, columns, whole=way == "panels")
         late = tracked(y, mine, 1_000_000) if way == "counts" else None
         out = engine.reduce_scatter(plan, product, y, tracked=late, panel=panel).cpu()
         torch.cuda.synchronize()  # the messenger's memory is read by the host

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from undertow.comms.actions import Compute, Send
-from undertow.comms.chunk_plan import ChunkPlan, chunk_rows, panels
+from undertow.comms.chunk_plan import ChunkPlan, chunk_rows, panels, waves
 from undertow.comms.cost import overlapped_columns_seconds, overlapped_scatter_seconds
 from undertow.comms.link import Bucket, LinkModel
 from undertow.comms.output_map import OutputMap
@@ -43,11 +43,12 @@ def test_every_plan_makes_every_row_once_and_its_own_last(world):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_pieces_of_columns_make_every_number_once_in_memory_of_their_own(world):
+@pytest.mark.parametrize("whole", [False, True])
+def test_pieces_of_columns_make_every_number_once_in_memory_of_their_own(world, whole):
     """What one rank sends in a hop is what the other receives in it, and no two pieces share memory."""
     for rows, columns in ((0, 5), (1, 5), (7, 300), (24, 1030)):
         sizes = chunk_rows(rows, world)
-        plans = [ChunkPlan(rank, sizes, 3, columns=columns) for rank in range(world)]
+        plans = [ChunkPlan(rank, sizes, 3, columns=columns, whole=whole, processors=2) for rank in range(world)]
         for rank, plan in enumerate(plans):
             y = torch.full((rows, columns), -1.0)
             place, made = Placement(plan, y), torch.zeros(rows, columns)
@@ -61,6 +62,8 @@ def test_pieces_of_columns_make_every_number_once_in_memory_of_their_own(world):
                 assert bool((mine == -1).all())
                 mine.fill_(number)
             assert bool((y != -1).all())
+            assert len(plan.kept) == (not whole and plan.own[0] < plan.own[1])
+            assert all(len(hop.blocks) <= 1 for hop in plan.hops) or not whole
             sent = [(part, p.owner, p.left, p.right) for part, hop in enumerate(plan.hops) for p in hop.sends]
             for owner, other in enumerate(plans):
                 came = [(part, owner, p.left, p.right) for part, h in enumerate(other.hops) for s, p in h.receives
@@ -73,6 +76,24 @@ def test_pieces_of_columns_make_every_number_once_in_memory_of_their_own(world):
     assert panels(0, 4, 2) == () and panels(300, 1, 2) == ((0, 300),)
     with pytest.raises(UserError, match="pieces of columns"):
         plans[0].schedule(4, 6)
+
+
+def test_pieces_with_the_own_rows_end_with_full_rounds_of_the_processors():
+    """132 processors, tiles of 128×256: 33 columns of 4 tiles are one round, 16 of 8 nearly one, 33 of 8 two."""
+    widths = {parts: [(right - left) // 256 for left, right in waves(28672, parts, 512, 132)] for parts in (2, 4, 8)}
+    assert widths == {2: [66, 46], 4: [33, 33, 33, 13], 8: [33, 33, 33, 13]}
+    assert [(right - left) // 256 for left, right in waves(28672, 8, 1000, 132)] == [16] * 7
+    assert [(right - left) // 256 for left, right in waves(28672, 4, 1024, 132)] == [33, 33, 33, 13]
+    assert [right // 256 for _, right in waves(8192, 4, 2048, 132)] == [8, 16, 24, 32]
+    even = [(0, 2048), (2048, 4096), (4096, 6144), (6144, 8192)]
+    assert [list(waves(8192, 4, rows, 132)) for rows in (512, 0)] == [even] * 2
+    assert [right for _, right in waves(512, 4, 132 * 128, 132)] == [256, 512]
+    assert [right for _, right in waves(512, 4, 133 * 128, 132)] == [128, 256, 384, 512]
+    assert waves(100, 4, 4096, 132) == ((0, 24), (24, 48), (48, 72), (72, 100)) and waves(0, 4, 4096, 132) == ()
+    plans = [ChunkPlan(rank, (128,) * 4, 4, columns=28672, whole=True, processors=132) for rank in range(4)]
+    assert [plan.edges for plan in plans] == [(0, 8448, 16896, 25344, 28672)] * 4
+    assert plans[1].reads(10, 28672) == 4 * 512 * 10 + 10 * 28672  # the second operand once
+    assert plans[0].among is plans[0] and ChunkPlan(1, (4, 4), 2, columns=6).among.whole
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -111,7 +132,7 @@ def _storm(rank: int, world: int, seed: int, iterations: int, rows: int) -> None
     engine = OverlapEngine()
     delays, numbers = random.Random(seed + rank), torch.Generator().manual_seed(seed)
     plan = engine.plan(chunk_rows(rows, world), 3)
-    by_columns = engine.plan(plan.sizes, 3, 5)
+    by_columns = [engine.plan(plan.sizes, 3, 5, whole=whole) for whole in (False, True)]
     low, high = plan.own
     y, whole = torch.empty(rows, 5), torch.empty(rows, 5)
     for _ in range(iterations):
@@ -135,7 +156,9 @@ def _storm(rank: int, world: int, seed: int, iterations: int, rows: int) -> None
                 time.sleep(delays.random() * 1e-3)
             into.copy_(mine[first:last, left:right])
 
-        assert torch.equal(engine.reduce_scatter(by_columns, product, y, panel=panel), out)
+        for each in by_columns:
+            y.fill_(torch.nan)
+            assert torch.equal(engine.reduce_scatter(each, product, y, panel=panel), out)
         seen = torch.zeros(rows, 5)
 
         def use(first: int, last: int, seen: torch.Tensor = seen) -> None:
@@ -206,10 +229,11 @@ class _Virtual:
 def test_the_engine_takes_the_closed_form_on_a_virtual_clock(world, subchunks, ratio):
     """The real engine, all ranks as threads: max(g, g / (W T) + s) by rows, exactly; g + s when it does not overlap. By
     columns the slowest rank takes its form: ranks in the middle make a piece by two products, and begin to send early.
+    With the own rows in each piece all take it.
     """
     width, each = 120, 12
     nbytes, gemm_s = (world - 1) * each * width * 4, 1.0
-    times: dict[str, list[float]] = {way: [0.0] * world for way in ("rows", "columns", "sequential")}
+    times: dict[str, list[float]] = {way: [0.0] * world for way in ("rows", "columns", "panels", "sequential")}
     for way in times:
         ranks = range(world)  # all queues are made before: two threads that asked at once would get one each
         mail = {(src, to, tag): queue.Queue[Any]() for src in ranks for to in ranks for tag in range(subchunks)}
@@ -217,7 +241,8 @@ def test_the_engine_takes_the_closed_form_on_a_virtual_clock(world, subchunks, r
         def one(rank: int, way: str = way, mail: Any = mail) -> None:
             clock = _Virtual(rank, world, mail, nbytes / (ratio * gemm_s))
             engine = OverlapEngine(messenger=clock, timeout_s=240)
-            plan = engine.plan((each,) * world, subchunks, width if way == "columns" else 0)
+            columns = width if way in ("columns", "panels") else 0
+            plan = engine.plan((each,) * world, subchunks, columns, whole=way == "panels")
             y = torch.ones(each * world, width)
 
             def takes(numbers: int, start: int) -> None:
@@ -245,6 +270,8 @@ def test_the_engine_takes_the_closed_form_on_a_virtual_clock(world, subchunks, r
     by_columns = overlapped_columns_seconds(world, gemm_s, ratio, shares)
     assert times["rows"] == pytest.approx([by_rows] * world, rel=1e-9)
     assert max(times["columns"]) == pytest.approx(by_columns, rel=1e-9)
+    by_panels = overlapped_columns_seconds(world, gemm_s, ratio, shares, whole=True)
+    assert times["panels"] == pytest.approx([by_panels] * world, rel=1e-9)
     assert times["sequential"] == pytest.approx([gemm_s + ratio] * world, rel=1e-9)
 
 

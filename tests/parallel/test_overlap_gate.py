@@ -16,6 +16,7 @@ from undertow.parallel.overlap_gate import (
     ARMS,
     COLUMN_ARMS,
     CUDA_ARMS,
+    PANEL_ARMS,
     ROUNDS,
     ROW_ARMS,
     SEQUENTIAL,
@@ -214,6 +215,9 @@ def test_columns_are_tried_where_the_first_operand_is_the_smaller():
     assert fewer_reads(eight, (511,) * 8, k, n, 2) and not fewer_reads(eight, (512,) * 8, k, n, 2)  # operations enough
     assert [narrow(arm, 2048) for arm in (*ROW_ARMS, *COLUMN_ARMS)] == [False] * 5 + [True]
     assert not any(fewer_reads(arm, (255,), k, n, 2) for arm in COLUMN_ARMS)  # one rank sends nothing
+    whole = PANEL_ARMS[0]
+    assert cut(whole, 4, sizes, n).reads(k, n) == 4 * 2040 * k + k * n and fewer_reads(whole, sizes, k, n, 2)
+    assert Rates(1e15, 1e11, 0.0).seconds(whole, 8, 1e12, 1e8) == pytest.approx(1e-3 * (1 + 1 / 4))
     rates, slow = Rates(1e15, 1e11, 0.0), Rates(1e15, 1e11, 0.0, 1e12)
     seconds = {
         arm: [each.seconds(arm, 8, 1e12, 1e8, 2.0 * cut(arm, 4, sizes, n).reads(k, n)) for each in (rates, slow)]

@@ -361,12 +361,12 @@ def test_a_product_that_has_settled_keeps_the_recordings_of_its_own_arm_alone():
             self.dropped.append(case)
 
     class Engine(_Untouched):
-        def plan(self, sizes: tuple[int, ...], subchunks: int = 1, columns: int = 0) -> ChunkPlan:
-            return ChunkPlan(0, sizes, subchunks, columns=columns)
+        def plan(self, sizes: tuple[int, ...], subchunks: int, columns: int, *, whole: bool) -> ChunkPlan:
+            return ChunkPlan(0, sizes, subchunks, columns=columns, whole=whole)
 
     arms, sizes = [arm for arm in CUDA_ARMS if arm.replayed], (8, 8)
     cases = [(cut(arm, 0, sizes, 64), 64, torch.bfloat16) for arm in arms]
-    for chosen, dropped in ((arms[1], [cases[0], cases[2]]), (SEQUENTIAL, cases)):
+    for chosen, dropped in ((arms[1], [cases[0], *cases[2:]]), (SEQUENTIAL, cases)):
         recorder: Any = Recorder()
         Ways(Engine(), None, recorder).settle(CUDA_ARMS, chosen, sizes, 64, torch.bfloat16)  # type: ignore[arg-type]
         assert recorder.dropped == dropped

@@ -4,12 +4,12 @@ One rank of a world of eight makes its bf16 product; what a peer should get goes
 would send comes from there, as many bytes as a real rank moves each way. Sequential is one cuBLAS call and all copies
 behind it, in the same engine; beside it stands what a script would have, one `mm` and one copy each way. `pieces` is
 what the gate chose (0: sequential; negative: that many, by the Triton kernel that counts its tiles; with `columns` 1
-they are columns for all ranks, else rows of each), `ideal` the speed-up of a perfect overlap, (product + copies) /
+they are columns of all rows, else rows of each rank), `ideal` the speed-up of a perfect overlap, (product + copies) /
 max(product, copies), `copy/gemm` their ratio, and `triton/cublas` the whole product's time by that kernel, from times
 measured just before. Every answer is compared with the float32 sum, and every byte in the peers' memory with the
 product. Each row of `auto` keeps what the gate says of its choice.
-`--filter table`, `wide` and `sweep` run a part; with `--minutes` the most telling cases come first, and the JSON is
-written after each.
+`--filter table`, `wide`, `sweep` and `few rows` run a part; with `--minutes` the most telling cases come first, and the
+JSON is written after each.
 """
 
 from __future__ import annotations
@@ -47,13 +47,14 @@ WIDE = [(4096, 12288, 49152), (4096, 49152, 12288)]
 # longest are last.
 SWEEP = [(m, n, k) for m in (4096, 1024, 16384, 256, 2048, 8192, 512, 128, 32768)
          for n, k in ((8192, 28672), (28672, 8192), (28672, 28672), (8192, 8192))]  # fmt: skip
+FEW = 2048  # rows up to which a case of the sweep is named `few rows`
 PLAIN = "mm, then one copy each way"
 
 
 def cases(context: Context) -> list[Case]:
     """M, N, K: rows of all ranks, columns, and this rank's inner dimension."""
     named = [("table", shape) for shape in TABLE] + [("wide", shape) for shape in WIDE]
-    named += [("sweep", shape) for shape in SWEEP if shape not in TABLE]
+    named += [("few rows" if shape[0] <= FEW else "sweep", shape) for shape in SWEEP if shape not in TABLE]
     named = named[:2] if context.quick else named
     return [
         Case(
@@ -62,7 +63,7 @@ def cases(context: Context) -> list[Case]:
             plain="sequential",
             ours="auto",
             nbytes=m * n * 2 * (WORLD - 1) // WORLD,
-            group=group if group != "sweep" else f"N {n}, K {k}",
+            group=f"N {n}, K {k}" if group in ("sweep", "few rows") else group,
             x=m,
             wrong=_too_far,
         )
@@ -192,8 +193,7 @@ def _decided(rank: _Rank, arms: list[overlap_gate.Arm]) -> overlap_gate.Gate:
     gate, (k, n) = overlap_gate.Gate(arms, lambda mine: [mine], short_s=short_s, again_s=again_s), rank.b.shape
 
     def can(arm: overlap_gate.Arm) -> bool:
-        fewer = overlap_gate.fewer_reads(arm, rank.sizes, k, n, rank.b.element_size())
-        return not arm.columns or (fewer and not overlap_gate.narrow(arm, n))
+        return not arm.columns or overlap_gate.in_columns(arm, rank.sizes, k, n, rank.b.element_size(), gpu=True)
 
     while gate.chosen() is None:
         at = gate.choose("product", can=can)

@@ -58,7 +58,7 @@ class Ranks:
         self.b = (torch.randn(inner, outer, device=device, generator=generator) / k**0.5).to(dtype)
         self.names = [arm.name for arm in (CUDA_ARMS if device.type == "cuda" else ARMS)]
         if pattern != SCATTER:
-            self.names = [name for name in self.names if not name.startswith("replayed")]
+            self.names = [name for name in self.names if not name.startswith(("replayed", "panels"))]
         if pattern == GATHER:
             self.names = [name for name in self.names if not name.startswith(("tracked", "columns"))]
         self.teams = {name: _team(name, device) for name in (*self.names, "auto")}

@@ -2,9 +2,9 @@
 
 A message is one piece of memory. Rows of a matrix are, and lie where they belong. Columns are not, so a product of
 columns is stored by pieces: first the rows that the rank keeps, [own rows, columns], then for each piece of columns the
-other ranks' rows, [rows, width]; of a `whole` plan only the pieces, with all rows. What a peer sends is stored likewise,
-[own rows, width] for each piece, and the sum, which reads every part anyway, writes each number to its place in the
-matrix: no copy is made of either.
+other ranks' rows, [rows, width]; a `whole` plan has only the pieces, with all rows. What a peer sends is stored
+likewise, [own rows, width] for each piece, and the sum, which reads every part anyway, writes each number to its place
+in the matrix: no copy is made of either.
 """
 
 from __future__ import annotations

@@ -63,10 +63,9 @@ TRACKED_ARMS = tuple(Arm(f"tracked, {n} pieces", n, True, True) for n in (2, 4, 
 REPLAYED_ARMS = (
     Arm("replayed, 1 piece", 1, True, replayed=True),
     Arm("replayed, 2 pieces", 2, True, replayed=True),
-    Arm("replayed columns, 4 pieces", 4, True, columns=True, replayed=True),
     *(Arm(f"replayed panels, {n} pieces", n, True, columns=True, replayed=True, whole=True) for n in (2, 4, 8)),
 )
-PANEL_ARMS = (Arm("panels, 4 pieces", 4, True, columns=True, whole=True),)
+PANEL_ARMS = tuple(Arm(f"panels, {n} pieces", n, True, columns=True, whole=True) for n in (2, 4))
 CUDA_ARMS = (SEQUENTIAL, *ROW_ARMS, *COLUMN_ARMS, *PANEL_ARMS, *TRACKED_ARMS, *REPLAYED_ARMS)
 
 
@@ -96,6 +95,16 @@ def fewer_reads(arm: Arm, sizes: tuple[int, ...], k: int, n: int, itemsize: int)
 def narrow(arm: Arm, n: int) -> bool:
     """Whether a product of `n` columns gives an arm pieces of columns that are too narrow for a GPU, in the mean."""
     return arm.columns and n < NARROW * arm.subchunks
+
+
+def in_columns(
+    arm: Arm, sizes: tuple[int, ...], k: int, n: int, itemsize: int, *, gpu: bool, summed: bool = False
+) -> bool:
+    """Whether an arm's pieces of columns may pay in a reduce-scatter, or (`summed`) in an all-reduce, where they alone
+    hide that sums are handed out. On a GPU those of a reduce-scatter have the own rows too."""
+    if arm.whole != (gpu and not summed):
+        return False
+    return summed or (fewer_reads(arm, sizes, k, n, itemsize) and not (gpu and narrow(arm, n)))
 
 
 @dataclass(frozen=True)

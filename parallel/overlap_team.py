@@ -28,7 +28,7 @@ from ..dist.machine import Machine
 from ..dist.trace import Trace
 from .kernels.ordered_sum import ordered_sum
 from .kernels.tracked_matmul import unusable
-from .overlap_gate import AGAIN_S, ARMS, CUDA_ARMS, ROW_ARMS, SHORT_S, Arm, Gate, Rates, cut, fewer_reads, narrow
+from .overlap_gate import AGAIN_S, ARMS, CUDA_ARMS, ROW_ARMS, SHORT_S, Arm, Gate, Rates, cut, in_columns
 from .overlap_queueing import Queueing, measure
 from .overlap_transport import gpu_messenger, may_replay
 from .overlap_ways import GATHER, SCATTER, SUM, Guesses, Way, Ways, keys_of
@@ -145,12 +145,10 @@ class Team:
         def can(arm: Arm) -> bool:
             if arm.replayed and (kind != SCATTER or not self._records):
                 return False
-            if arm.whole and kind == SUM:  # it has them in all pieces of columns
-                return False
-            if arm.columns:  # in an all-reduce they alone hide that sums are handed out
-                thin = self.device.type == "cuda" and narrow(arm, n)
-                fewer = not thin and fewer_reads(arm, sizes, a.shape[1], n, b.element_size())
-                return kind in self._in_columns and (kind == SUM or fewer)
+            if arm.columns:
+                gpu, size = self.device.type == "cuda", b.element_size()
+                fit = in_columns(arm, sizes, a.shape[1], n, size, gpu=gpu, summed=kind == SUM)
+                return kind in self._in_columns and fit
             return not arm.tracked or not unusable(a, b)
 
         return self._run(case, (a, b), a.shape[1], n, row_numbers, sizes, can)

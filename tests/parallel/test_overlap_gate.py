@@ -24,6 +24,7 @@ from undertow.parallel.overlap_gate import (
     Rates,
     cut,
     fewer_reads,
+    in_columns,
     narrow,
     surely,
     trial_calls,
@@ -215,9 +216,15 @@ def test_columns_are_tried_where_the_first_operand_is_the_smaller():
     assert fewer_reads(eight, (511,) * 8, k, n, 2) and not fewer_reads(eight, (512,) * 8, k, n, 2)  # operations enough
     assert [narrow(arm, 2048) for arm in (*ROW_ARMS, *COLUMN_ARMS)] == [False] * 5 + [True]
     assert not any(fewer_reads(arm, (255,), k, n, 2) for arm in COLUMN_ARMS)  # one rank sends nothing
-    whole = PANEL_ARMS[0]
+    whole = PANEL_ARMS[1]
     assert cut(whole, 4, sizes, n).reads(k, n) == 4 * 2040 * k + k * n and fewer_reads(whole, sizes, k, n, 2)
     assert Rates(1e15, 1e11, 0.0).seconds(whole, 8, 1e12, 1e8) == pytest.approx(1e-3 * (1 + 1 / 4))
+    for gpu, summed, wanted in ((False, False, eight), (True, False, whole), (True, True, eight), (False, True, eight)):
+        more = {"gpu": gpu, "summed": summed}
+        assert [arm for arm in (eight, whole) if in_columns(arm, sizes, k, n, 2, **more)] == [wanted]
+        assert in_columns(wanted, sizes, k, 2048, 2, **more) == (gpu or summed)  # eight read more than rows then
+        assert in_columns(wanted, sizes, k, 2047, 2, **more) == summed  # four of 511 columns are narrow for a GPU
+        assert in_columns(wanted, (512,) * 8, k, n, 2, **more) == summed
     rates, slow = Rates(1e15, 1e11, 0.0), Rates(1e15, 1e11, 0.0, 1e12)
     seconds = {
         arm: [each.seconds(arm, 8, 1e12, 1e8, 2.0 * cut(arm, 4, sizes, n).reads(k, n)) for each in (rates, slow)]

@@ -37,6 +37,8 @@ def draw(report: Report, path: Path) -> Path:
     )
     for column, group in enumerate(groups):
         here = [row for row in rows if row.group == group]
+        if _ordered(here):  # a line goes from left to right, in whatever order cases were run
+            here.sort(key=lambda row: row.x or 0.0)
         above, below = axes[0][column], axes[1][column]
         places = _places(here)
         _draw_rates(above, here, places, colours)
@@ -144,7 +146,7 @@ def _dress_cases(axis: Any, rows: list[Row], x_label: str) -> None:
     places = _places(rows)
     xs = list(places.values())
     sized = xs == [row.nbytes for row in {row.case: row for row in rows}.values()]
-    if min(xs, default=0) > 0 and max(xs) / min(xs) > 20:
+    if min(xs, default=0) > 0 and max(xs) / min(xs) > 8:
         axis.set_xscale("log", base=2)
     labels = [format_bytes(x).replace(".0 ", " ") for x in xs] if sized else list(places)
     slanted = max(map(len, labels), default=0) > 8

@@ -38,6 +38,7 @@ from undertow.benchmarks.facts import facts, slug
 from undertow.mpi_interpose import build, core, measure, policy, toolchain
 from undertow.mpi_interpose.samples import Cell, parse, text
 from undertow.mpi_interpose.toolchain import Mpi
+from undertow.mpi_interpose.ways import Message
 
 ROUNDS, QUICK_ROUNDS = 31, 9
 KIB = 1024
@@ -290,7 +291,7 @@ def ship(files: Sequence[Path], keep: bool = False) -> None:
     With `keep` the table that is there counts as a run: other versions stay, and no gain grows. Cells that judge a
     table fitted on the others are rows here: a later run judges this table.
     """
-    tables: dict[str, dict[str, list[list[policy.Row]]]] = {}
+    tables: dict[str, dict[str, list[list[policy.Row | Message]]]] = {}
     about: dict[str, list[str]] = {}
     for file in files:
         with gzip.open(file, "rt") as opened:
@@ -301,12 +302,12 @@ def ship(files: Sequence[Path], keep: bool = False) -> None:
             raise SystemExit(f"{file}: no version in '{version}'")
         about.setdefault(flavour, []).append(f"{found[0]} on {hardware}")
         runs = tables.setdefault(flavour, {}).setdefault(f"{found[1]} on {processor}", [])
-        runs.append(policy.rows(parse(lines), policy.SHIPPED, held=True))
+        runs.append(policy.known(parse(lines), policy.SHIPPED, held=True))
     for flavour, runs_for in tables.items():
         file = build.POLICY / f"{flavour}.txt"
         kept, facts_kept = policy.read_sections(file.read_text()) if keep else ({}, [])
         for whom, rows in kept.items():
-            runs_for.setdefault(whom, []).append(rows)
+            runs_for.setdefault(whom, []).append(list(rows))
         merged = {whom: policy.least_gains(runs) for whom, runs in sorted(runs_for.items())}
         said = f"Shipped with every build: gains that are not clearly above {policy.SHIPPED} are written as 1."
         file.write_text(

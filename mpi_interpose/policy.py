@@ -1,166 +1,99 @@
 """From measured cells to the table that the preload decides by, and how good that table's choices are.
 
-A row says what a call took without us and with us at one point (see csrc/core/policy.hh, which also answers between
-the points; Python asks that same code). Pass-through is the default: a row shows a gain only where the lower end of
-its 95 % interval does. For a message there are four ways (neither side, the send, the receive, both); the fastest
-becomes the choice, fewer sides where the difference is small, and its rows say so for either side.
+A row (table.py) says what a call took without us and with us at one point; csrc/core/policy.hh answers between the
+points, and Python asks that same code. Pass-through is the default: a row shows a gain only where it is clear at 95 %.
+For a message there are four ways (ways.py), and the rows of its two sides make one of them the choice.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import mean
 
-from . import core
+from . import core, ways
 from .samples import Cell
+from .table import CLASSES, LINKS, USES, Row, read_sections, sections, text
+from .ways import WAYS, Message, Point
 
-GAIN = 1.08  # kGain of csrc/abi/model.hh
-OWN, SHIPPED = 1.04, 1.08  # least lower bound of a gain: in a table for this machine, in one for every machine
-FEWER_SIDES = 1.03
-USES = ("pack", "unpack", "send_local", "recv_local", "send_remote", "recv_remote", "send_socket", "recv_socket")
-LINKS = {"socket": "the same socket", "local": "the same host", "remote": "another host"}  # places of a peer
-CLASSES = ("contiguous", "strided", "crossed", "table", "mixed", "records")
-WAYS = {"library": (False, False), "send": (True, False), "recv": (False, True), "both": (True, True)}
+__all__ = ["CLASSES", "LINKS", "USES", "WAYS", "Row", "read_sections", "sections", "text"]
 
-
-@dataclass(frozen=True)
-class Row:
-    """One point of the table; times in ns, `share` of the saving that this side of a message calls its own.
-
-    `leaf`: bytes of a basic element, 0 where that is not known.
-    """
-
-    use: str
-    cls: str
-    block: int
-    step: int
-    size: int
-    without_ns: float
-    with_ns: float
-    share: float = 1.0
-    leaf: int = 0
-
-    @property
-    def ratio(self) -> float:
-        return self.without_ns / self.with_ns
-
-    def text(self) -> str:
-        times = f"{self.without_ns:.0f} {self.with_ns:.0f} {self.share:g}"
-        return f"{self.use} {self.cls} {self.block} {self.step} {self.size} {times}" + (
-            f" {self.leaf}" if self.leaf else ""
-        )
+GAIN = 1.04  # kGain of csrc/abi/model.hh
+OWN, SHIPPED = 1.04, 1.08  # least clear gain: in a table for this machine, in one for every machine
 
 
-def _row(cell: Cell, use: str, without: str, with_: str, least: float, share: float = 1.0) -> Row:
-    """The row of `use`; its gain is cut to 1 where it is not clear."""
-    gain = min(cell.ratio(with_, without).low, cell.ratio(with_, "again").low if without == "library" else 1e9)
-    before = cell.library_ns() if without == "library" else cell.median_ns(without)
-    after = cell.median_ns(with_)
-    if gain < least:
+def _row(cell: Cell, least: float) -> Row:
+    """The row of a pack or unpack; its gain is cut to 1 where it is not clear."""
+    before, after = cell.library_ns(), cell.median_ns("forced")
+    if cell.clear_gain("forced") < least:
         after = max(after, before)
-    return Row(use, cell.cls, cell.block, cell.step, cell.size, max(1.0, before), max(1.0, after), share, cell.leaf)
+    return Row(cell.use, cell.cls, cell.block, cell.step, cell.size, max(1.0, before), max(1.0, after), leaf=cell.leaf)
 
 
-def best_way(cell: Cell, least: float) -> str:
-    """The way of a message that a table should choose: the fastest of those clearly faster, else 'library'."""
-    gains = {way: min(cell.ratio(way).low, cell.ratio(way, "again").low) for way in WAYS if way != "library"}
-    clear = [way for way, gain in gains.items() if gain >= least]
-    if not clear:
-        return "library"
-    fastest = min(cell.median_ns(way) for way in clear)
-    return min(
-        (way for way in clear if cell.median_ns(way) <= FEWER_SIDES * fastest),
-        key=lambda way: (sum(WAYS[way]), cell.median_ns(way)),
-    )
+def known(
+    cells: Iterable[Cell], least: float = OWN, peer: str | None = None, *, held: bool = False
+) -> list[Row | Message]:
+    """What the cells that are to be fitted say, and with `held` those kept from it, too.
 
-
-def rows(cells: Iterable[Cell], least: float = OWN, peer: str | None = None, *, held: bool = False) -> list[Row]:
-    """The table's rows of the cells that are to be fitted, and with `held` of those kept from it, too.
-
-    `peer`: another of LINKS than the cells' own.
+    `peer`: another of LINKS than the cells' own. Messages of one dense block are the library's: nothing is to be packed.
     """
-    found = []
-    for cell in cells:
-        if (cell.held and not held) or cell.use.startswith("call"):
-            continue
-        if cell.use != "message":
-            found.append(_row(cell, cell.use, "library", "forced", least))
-            continue
-        if cell.cls == "contiguous":
-            continue  # nothing to pack: messages of one dense block are the library's
-        way = best_way(cell, least)
-        sides = WAYS[way]
-        link = peer or cell.link
-        for k, use in enumerate((f"send_{link}", f"recv_{link}")):
-            if sides[k]:
-                found.append(_row(cell, use, "library", way, least, 1 / sum(sides)))
-                continue
-            other = tuple(side or i == k for i, side in enumerate(sides))
-            without, with_ = cell.median_ns(way), cell.median_ns(next(w for w, s in WAYS.items() if s == other))
-            place = (cell.cls, cell.block, cell.step, cell.size)
-            found.append(Row(use, *place, max(1.0, without), max(1.0, without, with_), leaf=cell.leaf))
-    return found
+    return [
+        ways.measured(cell, least, peer or cell.link) if cell.use == "message" else _row(cell, least)
+        for cell in cells
+        if (held or not cell.held)
+        and not cell.use.startswith("call")
+        and not (cell.use == "message" and cell.cls == "contiguous")
+    ]
 
 
-def least_gains(tables: Sequence[list[Row]]) -> list[Row]:
-    """One table for several runs or machines: of each point the row with the least gain; points that one lacks go."""
-    keyed = [_by_point(table) for table in tables]
-    shared = [key for key in keyed[0] if all(key in table for table in keyed)]
-    return [_least([table[key] for table in keyed]) for key in shared]
+def rows(cells: Iterable[Cell], least: float = OWN, peer: str | None = None) -> list[Row]:
+    """The table's rows of the cells that are to be fitted."""
+    found = known(cells, least, peer)
+    return [row for item in found for row in (ways.merged([item]) if isinstance(item, Message) else [item])]
 
 
-def _least(rows_: Sequence[Row]) -> Row:
-    """The row with the least gain. None is left where one run takes a side of a message alone and another both: one
-    side may lose where both win (csrc/core/policy.hh has the same rule)."""
-    least = min(rows_, key=lambda row: row.ratio)
-    if len({row.share for row in rows_}) > 1:
-        return replace(least, with_ns=max(least.with_ns, least.without_ns))
-    return least
+def least_gains(runs: Sequence[Sequence[Row | Message]]) -> list[Row]:
+    """One table for several runs, tables or machines: of each point the row with the least gain, of each message the way
+    that all know to gain; points that one lacks go."""
+    local = [_by_point(run) for run in runs]
+    shared = [key for key in local[0] if all(key in table for table in local)]
+    return [min((table[key] for table in local), key=lambda row: row.ratio) for key in shared] + _messages(runs)
 
 
-def _by_point(table: list[Row]) -> dict[tuple, Row]:
-    """The rows by their points; where two datatypes are the same point, the row with the less gain."""
+def _by_point(run: Sequence[Row | Message]) -> dict[tuple, Row]:
+    """The rows of packs and unpacks by their points; where two datatypes are the same point, the row with the less gain."""
     found: dict[tuple, Row] = {}
-    for row in table:
+    for row in run:
+        if not isinstance(row, Row) or row.use not in ("pack", "unpack"):
+            continue
         point = (row.use, row.cls, row.block, row.step, row.size, row.leaf)
         if point not in found or row.ratio < found[point].ratio:
             found[point] = row
     return found
 
 
-def text(rows_: Iterable[Row], facts: Sequence[str]) -> str:
-    """The table's file: facts as comments, then rows."""
-    head = [f"# {line}" for line in (*facts, "use class block step bytes without_ns with_ns share leaf; see policy.hh")]
-    return "\n".join([*head, *(row.text() for row in sorted(rows_, key=_order))]) + "\n"
+def _messages(runs: Sequence[Sequence[Row | Message]]) -> list[Row]:
+    """The rows of the messages at all points that each run has."""
+    found = [_messages_by_point(run) for run in runs]
+    shared = [point for point in found[0] if all(point in run for run in found)]
+    return [row for point in shared for row in ways.merged([message for run in found for message in run[point]])]
 
 
-def sections(tables: dict[str, list[Row]], facts: Sequence[str]) -> str:
-    """One file of several tables, each for a library's major version and perhaps a kind of processor, '4 on amd-avx512'
-    (see csrc/core/policy.hh, which says what counts where none fits)."""
-    parts = [f"for {whom}\n" + text(found, []).partition("\n")[2] for whom, found in tables.items()]
-    return text([], facts) + "".join(parts)
-
-
-def read_sections(text_: str) -> tuple[dict[str, list[Row]], list[str]]:
-    """(rows by whom they are for, facts) of what `sections` wrote."""
-    tables: dict[str, list[Row]] = {}
-    facts = [line[2:] for line in text_.splitlines() if line.startswith("# ") and not line.startswith("# use ")]
-    for line in text_.splitlines():
-        words = line.split()
-        if line.startswith("for "):
-            tables[line.removeprefix("for ").strip()] = []
-        elif words and not line.startswith("#"):
-            block, step, size = map(int, words[2:5])
-            without, with_, share, *leaf = map(float, words[5:])
-            row = Row(words[0], words[1], block, step, size, without, with_, share, int(*leaf))
-            tables[list(tables)[-1]].append(row)
-    return tables, facts
-
-
-def _order(row: Row) -> tuple:
-    return USES.index(row.use), row.cls, row.block, row.step, row.size, row.leaf
+def _messages_by_point(run: Sequence[Row | Message]) -> dict[Point, list[Message]]:
+    found: dict[Point, list[Message]] = {}
+    sends: dict[Point, Row] = {}
+    for item in run:
+        if isinstance(item, Message):
+            found.setdefault(item.point, []).append(item)
+            continue
+        side, _, link = item.use.partition("_")
+        point = (link, item.cls, item.block, item.step, item.size, item.leaf)
+        if side == "send":
+            sends[point] = item
+        elif side == "recv" and point in sends:
+            found.setdefault(point, []).append(ways.written(sends.pop(point), item))
+    return found
 
 
 class Policy:

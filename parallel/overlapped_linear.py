@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..comms.chunk_plan import chunk_rows
 from ..dist.errors import UserError
-from .overlap_team import Team, team_of
+from .overlap_team import Team, team_for
 from .overlap_ways import GATHER, SCATTER, SUM
 
 Group = Team | dist.ProcessGroup | str | None
@@ -37,14 +37,14 @@ def matmul_reduce_scatter(
     `reduce_op`: 'sum' or 'avg'. Differentiable.
     """
     if scatter_dim == 0 and reduce_op == "sum" and _as_it_is(A, B):
-        team = group if type(group) is Team else team_of(group, A.device)
+        team = team_for(group, A)
         y = _made_first(A, B, team)
         way = team.ways.get((SCATTER, A.shape, B.shape, A.dtype, B.dtype))
         if way is not None:
             return way(A, B) if y is None else way(A, B, y)
     A, B = _cast(A, B)
     _fits(A, B)
-    team, dim, average = team_of(group, A.device), _dim(scatter_dim, A.ndim), _average(reduce_op)
+    team, dim, average = team_for(group, A), _dim(scatter_dim, A.ndim), _average(reduce_op)
     if dim == 0 and A.ndim == 2:  # a view costs the host as much as a short product
         out = _scattered(A, B, team, chunk_rows(A.shape[0], team.world))
         return out / team.world if average else out
@@ -77,7 +77,7 @@ def all_gather_matmul(
     it. Differentiable, except through the gathered A.
     """
     if gather_dim == 0 and total is None and len(Bs) == 1 and _as_it_is(A_shard, Bs[0]) and A_shard.is_contiguous():
-        team = group if type(group) is Team else team_of(group, A_shard.device)
+        team = team_for(group, A_shard)
         way = team.ways.get((GATHER, A_shard.shape, Bs[0].shape, A_shard.dtype, Bs[0].dtype))
         if way is not None:
             found = way(A_shard, Bs)
@@ -85,7 +85,7 @@ def all_gather_matmul(
     A_shard, *Bs = _cast(A_shard, *Bs)
     for B in Bs:
         _fits(A_shard, B)
-    team, dim = team_of(group, A_shard.device), _dim(gather_dim, A_shard.ndim)
+    team, dim = team_for(group, A_shard), _dim(gather_dim, A_shard.ndim)
     if dim == A_shard.ndim - 1:
         raise UserError(f"gather_dim {gather_dim} of {A_shard.ndim} dimensions", expected="not the last: it is summed")
     if A_shard.ndim == 2:
@@ -108,14 +108,14 @@ def matmul_all_reduce(A: Tensor, B: Tensor, reduce_op: str = "sum", group: Group
     over them (Megatron's g).
     """
     if reduce_op == "sum" and _as_it_is(A, B):
-        team = group if type(group) is Team else team_of(group, A.device)
+        team = team_for(group, A)
         y = _made_first(A, B, team)
         way = team.ways.get((SUM, A.shape, B.shape, A.dtype, B.dtype))
         if way is not None:
             return way(A, B) if y is None else way(A, B, y)
     A, B = _cast(A, B)
     _fits(A, B)
-    team, average = team_of(group, A.device), _average(reduce_op)
+    team, average = team_for(group, A), _average(reduce_op)
     rows = A.reshape(A.shape[:-1].numel(), A.shape[-1])
     out = _summed(rows, B, team).reshape(*A.shape[:-1], B.shape[1])
     return out / team.world if average else out

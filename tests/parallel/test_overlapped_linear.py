@@ -20,7 +20,7 @@ from undertow.dist.machine import Link, Machine
 from undertow.parallel import all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter, overlap_plain, overlap_team
 from undertow.parallel.overlap_gate import ARMS, CUDA_ARMS, SEQUENTIAL, cut
 from undertow.parallel.overlap_queueing import Queueing
-from undertow.parallel.overlap_team import Team, close_teams, team_of
+from undertow.parallel.overlap_team import Team, close_teams, team_for, team_of
 from undertow.parallel.overlap_ways import GATHER, SCATTER, SUM, Guesses, Ways
 from undertow.parallel.tensor_parallel import RowParallelLinear, token_share
 
@@ -147,6 +147,28 @@ def _disabled(rank: int, world: int) -> str:
 def test_the_switch_turns_overlap_off_and_says_so(ranks):
     assert set(ranks(2, _disabled)) == {"matmul_reduce_scatter M=4 N=2 K=2 float32: sequential (UNDERTOW_DISABLE)"}
     assert ARMS[0].overlap is False
+
+
+def _groups_come_and_go(rank: int, world: int) -> None:
+    a = torch.ones(2, 2)
+    first = team_for(None, a)
+    assert team_for(None, a) is first is team_of(None) and team_for(first, a) is first
+    other = dist.new_group([0])
+    assert team_for(other, a) is team_for(other, a) is not first and team_for(None, a) is first
+    close_teams()
+    assert team_for(None, a) is not first
+    close_teams()
+    store = dist.HashStore()
+    dist.destroy_process_group()
+    with pytest.raises(UserError, match="no process group"):
+        team_for(None, a)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    assert team_for(None, a).group is dist.group.WORLD
+    close_teams()
+
+
+def test_a_team_is_found_again_while_its_group_is_there(ranks):
+    ranks(1, _groups_come_and_go)
 
 
 def _in_columns(rank: int, world: int, seed: int) -> None:

@@ -85,7 +85,7 @@ struct Blocks {
     if (!r || !(device || wanted(r, use, total, Peer(), kCollectiveGain))) return;
     const MPI_Datatype twin = twin_of(r, device);
     if (handle_key(twin) == handle_key(constants.type_null)) return;
-    slab = slab_get(total * r->plan.size, device ? user_bytes(*r, first(n, *r)) : nullptr);
+    slab = slab_get(total * r->plan.size, device ? user_bytes(*r, first(n, *r)) : nullptr, use);
     if (!slab) return;
     record = r;
     if (use == kSendUse) each(n, [&](char* at, char* packed, int64_t k) { pack_slab(*r, k, at, packed); });
@@ -163,7 +163,7 @@ struct TypedBlocks {
       total += bytes;
     }
     if (!take || !(device || small_enough(total))) return;
-    slab = slab_get(total, device);
+    slab = slab_get(total, device, use);
     if (!slab) return;
     if (use == kSendUse) each([&](Record& r, char* at, char* packed, int64_t k) { pack_slab(r, k, at, packed); });
     buf = slab;

@@ -10,7 +10,7 @@
 
 namespace undertow {
 
-constexpr double kGain = 1.08;            // to take a path
+constexpr double kGain = 1.04;            // to take a path
 constexpr double kCollectiveGain = 1.5;   // the table is measured on two ranks
 constexpr int64_t kLargestCopy = 1 << 30; // a message's slab; larger ones would double the program's memory
 

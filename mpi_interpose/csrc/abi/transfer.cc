@@ -16,7 +16,9 @@ constexpr int kClasses = 48, kHeader = 64;
 constexpr int64_t kKeepBytes = 256ll << 20;  // slabs beyond this many idle bytes go back to the system
 
 std::mutex g_lock;
-std::vector<char*> g_idle[kClasses];
+// Those of receives apart: a transport that reads a sender's slab where it is leaves copies of its cache lines with the
+// peer, and to write these anew costs as much as some packing. What was received into stays this process's own.
+std::vector<char*> g_idle[2][kClasses];
 int64_t g_idle_bytes = 0;
 
 // A transport that copies from process to process looks up every page of a slab: few large ones are quicker. Slabs of 64
@@ -29,6 +31,7 @@ int64_t g_chunk_left = 0, g_carved = 0;
 
 struct Header {
   int size_class;  // -1: pinned memory of the device side
+  bool incoming;   // kept for receives
   bool carved;     // never freed by itself
   int64_t bytes;
 };
@@ -67,21 +70,23 @@ int class_of(int64_t bytes) {
 
 }  // namespace
 
-char* slab_get(int64_t bytes, const void* device) {
+char* slab_get(int64_t bytes, const void* device, Use use) {
   if (device)
     if (char* block = device_slab_get(kHeader + bytes, device)) {
-      const Header header{-1, false, bytes};
+      const Header header{-1, false, false, bytes};
       std::memcpy(block, &header, sizeof header);
       return block + kHeader;
     }
   const int c = class_of(bytes);
   const int64_t whole = kHeader + (1ll << c);
+  const bool incoming = use == kRecvUse;
   char* block = nullptr;
   {
     MaybeLock guard(g_lock);
-    if (!g_idle[c].empty()) {
-      char* slab = g_idle[c].back();
-      g_idle[c].pop_back();
+    std::vector<char*>& idle = g_idle[incoming][c];
+    if (!idle.empty()) {
+      char* slab = idle.back();
+      idle.pop_back();
       g_idle_bytes -= 1ll << c;
       return slab;
     }
@@ -99,7 +104,7 @@ char* slab_get(int64_t bytes, const void* device) {
     report_refused("no memory for a copy of the message");
     return nullptr;
   }
-  const Header header{c, carved, bytes};
+  const Header header{c, incoming, carved, bytes};
   std::memcpy(block, &header, sizeof header);
   return block + kHeader;
 }
@@ -113,7 +118,7 @@ void slab_put(char* slab) {
   {
     MaybeLock guard(g_lock);
     if (header.carved || g_idle_bytes + (1ll << c) <= kKeepBytes) {
-      g_idle[c].push_back(slab);
+      g_idle[header.incoming][c].push_back(slab);
       g_idle_bytes += 1ll << c;
       return;
     }
@@ -124,11 +129,12 @@ void slab_put(char* slab) {
 void slab_release_all() {
   device_stop();
   std::lock_guard<std::mutex> guard(g_lock);
-  for (auto& list : g_idle) {
-    for (char* slab : list)
-      if (!is_carved(slab)) std::free(slab - kHeader);
-    list.clear();
-  }
+  for (auto& lists : g_idle)
+    for (auto& list : lists) {
+      for (char* slab : list)
+        if (!is_carved(slab)) std::free(slab - kHeader);
+      list.clear();
+    }
   g_idle_bytes = 0;
 }
 

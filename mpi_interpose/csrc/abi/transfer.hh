@@ -14,7 +14,7 @@ namespace undertow {
 // Slabs are kept for reuse by powers of two, so that large messages do not pay page faults each time.
 // For a message from or to device memory (`device` not null) the slab is pinned. NULL when memory is short: the caller
 // then leaves the message to the library, except where the bytes are a device's and the program has to stop.
-char* slab_get(int64_t bytes, const void* device = nullptr);
+char* slab_get(int64_t bytes, const void* device = nullptr, Use use = kSendUse);
 void slab_put(char* slab);
 void slab_release_all();
 
@@ -98,7 +98,7 @@ struct RecvSide {
     if (!r) return;
     const MPI_Datatype twin = twin_of(r, device);
     if (handle_key(twin) == handle_key(constants.type_null)) return;
-    slab = slab_get(n * r->plan.size, device ? user_bytes(*r, target) : nullptr);
+    slab = slab_get(n * r->plan.size, device ? user_bytes(*r, target) : nullptr, kRecvUse);
     if (!slab) return;
     record = r;
     buf = slab;

@@ -87,7 +87,8 @@ class Policy {
       share += w * near[k]->share;
     }
     if (weight == 0) return {};
-    const double ratio = std::exp(log_ratio / weight), without = std::exp(log_without / weight);
+    const double doubt = kDoubt * std::min(1.0, far[0] / kDoubted);
+    const double ratio = std::exp(log_ratio / weight - doubt), without = std::exp(log_without / weight);
     return {ratio, without * (1 - 1 / ratio) * share / weight};
   }
 
@@ -113,6 +114,9 @@ class Policy {
  private:
   static constexpr int kClasses = 6, kNear = 3;
   static constexpr double kReach = 3, kSpread = 2;
+  // A gain that was measured here is a clear one; read from rows that are farther off it is worth less, by 4 % from half an
+  // octave on.
+  static constexpr double kDoubt = 0.04, kDoubted = 0.5;
   // A gain measured with other elements is worth less by the square root of 2 for each octave that their sizes differ: a
   // library may be that much quicker with larger ones.
   static constexpr double kOtherElements = 0.35;

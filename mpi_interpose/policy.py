@@ -36,7 +36,7 @@ def known(
 ) -> list[Row | Message]:
     """What the cells that are to be fitted say, and with `held` those kept from it, too.
 
-    `peer`: another of LINKS than the cells' own. Messages of one dense block are the library's: nothing is to be packed.
+    `peer`: another of LINKS than the cells' own. Messages of one dense block are the library's.
     """
     return [
         ways.measured(cell, least, peer or cell.link) if cell.use == "message" else _row(cell, least)
@@ -54,15 +54,15 @@ def rows(cells: Iterable[Cell], least: float = OWN, peer: str | None = None) -> 
 
 
 def least_gains(runs: Sequence[Sequence[Row | Message]]) -> list[Row]:
-    """One table for several runs, tables or machines: of each point the row with the least gain, of each message the way
-    that all know to gain; points that one lacks go."""
+    """One table for several runs, tables or machines: of each point the row with the least gain, of each message the
+    way that all know to gain; points that one lacks go."""
     local = [_by_point(run) for run in runs]
     shared = [key for key in local[0] if all(key in table for table in local)]
     return [min((table[key] for table in local), key=lambda row: row.ratio) for key in shared] + _messages(runs)
 
 
 def _by_point(run: Sequence[Row | Message]) -> dict[tuple, Row]:
-    """The rows of packs and unpacks by their points; where two datatypes are the same point, the row with the less gain."""
+    """Packs and unpacks by their points; where two datatypes are the same point, the row with the less gain."""
     found: dict[tuple, Row] = {}
     for row in run:
         if not isinstance(row, Row) or row.use not in ("pack", "unpack"):

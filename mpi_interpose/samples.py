@@ -52,7 +52,7 @@ def mean_low(samples: Sequence[float]) -> float:
     if n < 6:
         return min(samples)
     z, free = 1.96, n - 1
-    t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)  # to 0.1 % from 5 free on
+    t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)  # to 1 % from 5 on
     return mean(samples) - t * stdev(samples) / math.sqrt(n)
 
 

@@ -213,6 +213,11 @@ def judge(cells: Sequence[Cell], mpi: Mpi) -> list[str]:
         found = cell.ratio("auto")
         more = (cell.median_ns("auto") - cell.library_ns()) / 1e3
         lines.append(f"  {cell.title}: {found.median:.2f} [{found.low:.2f}, {found.high:.2f}], {more:.1f} us more")
+    for target in TARGETS:
+        gains = [cell.ratio("auto").median for cell in cells if target.flavour == mpi.flavour and target.of(cell)]
+        if gains:
+            reach = sum(gain >= target.gain for gain in gains)
+            lines.append(f"the table at hand, mode auto, {target.text}: {target.gain:g}x in {reach} of {len(gains)}")
     lines += [f"fitted on half the rounds, judged by the others, {use}: {policy.summary(some)}"
               for use, some in _by_use(halves(cells))]  # fmt: skip
     shipped = policy.Policy(build.builtin_model(mpi.flavour), mpi.version)

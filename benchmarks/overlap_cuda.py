@@ -5,8 +5,9 @@ would send comes from there, as many bytes as a real rank moves each way. Sequen
 behind it, in the same engine; beside it stands what a script would have, one `mm` and one copy each way. `pieces` is
 what the gate chose (0: sequential; negative: that many, by the Triton kernel that counts its tiles; with `columns` 1
 they are columns of all rows, else rows of each rank), `ideal` the speed-up of a perfect overlap, (product + copies) /
-max(product, copies), `copy/gemm` their ratio, and `triton/cublas` the whole product's time by that kernel, from times
-measured just before. Every answer is compared with the float32 sum, and every byte in the peers' memory with the
+max(product, copies), `copy/gemm` their ratio, `pieces/whole` how much longer the chosen way's products take by
+themselves than the whole one, and `triton/cublas` the whole product's time by that kernel, from times measured just
+before. Every answer is compared with the float32 sum, and every byte in the peers' memory with the
 product. Each row of `auto` keeps what the gate says of its choice.
 `--filter table`, `wide`, `sweep` and `few rows` run a part; with `--minutes` the most telling cases come first, and the
 JSON is written after each.
@@ -49,6 +50,7 @@ SWEEP = [(m, n, k) for m in (4096, 1024, 16384, 256, 2048, 8192, 512, 128, 32768
          for n, k in ((8192, 28672), (28672, 8192), (28672, 28672), (8192, 8192))]  # fmt: skip
 FEW = 2048  # rows up to which a case of the sweep is named `few rows`
 PLAIN = "mm, then one copy each way"
+SLEEP_CYCLES = 20_000_000  # 10 ms and more, in which a call is queued
 
 
 def cases(context: Context) -> list[Case]:
@@ -111,6 +113,13 @@ class _Rank:
         product, panel = rows_of(self.a, self.b, y), panel_of(self.a, self.b)
         return self.engine.reduce_scatter(plan, product, y, overlap=arm.overlap, tracked=tracked, panel=panel, out=out)
 
+    def products(self, arm: overlap_gate.Arm) -> None:
+        """Those of an arm that makes pieces one after the other, without messages and the sum."""
+        plan, y = self.plan(arm), self.a.new_empty(self.a.shape[0], self.b.shape[1])
+        fill = Placement(plan, y).fill(rows_of(self.a, self.b, y), panel_of(self.a, self.b))
+        for block in (*(block for hop in plan.hops for block in hop.blocks), *plan.kept):
+            fill(block)
+
     def _expect(self, y: torch.Tensor, arm: overlap_gate.Arm) -> None:
         """The peers got what was made."""
         torch.cuda.synchronize()
@@ -170,6 +179,8 @@ def trial(m: int, n: int, k: int, seed: int) -> Trial:
         "columns": float(chosen.columns),
         **known(WORLD, 2.0 * m * n * k, m * n * 2 * (WORLD - 1) / WORLD, product_s, copies_s),
     }
+    if chosen.overlap and not chosen.tracked:
+        facts["pieces/whole"] = _seconds(partial(rank.products, chosen), ahead=True) / product_s
     if not why_not:
         facts["triton/cublas"] = _seconds(partial(_counted, a, b)) / product_s
 
@@ -241,12 +252,14 @@ def _plain(rank: _Rank) -> Callable[[], torch.Tensor]:
     return run
 
 
-def _seconds(call: Callable[[], Any], repeats: int = 5) -> float:
-    """The median time of a call on the device."""
+def _seconds(call: Callable[[], Any], repeats: int = 5, *, ahead: bool = False) -> float:
+    """The median time of a call on the device; `ahead`: which sleeps until the host has queued all of it."""
     times = []
     for _ in range(repeats + (repeats > 1)):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()  # nothing earlier may run into the sample
+        if ahead:
+            torch.cuda._sleep(SLEEP_CYCLES)
         start.record()
         call()
         stop.record()

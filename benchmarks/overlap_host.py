@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from undertow.benchmarks.overlap_cuda import WORLD, copies, rank_of
+from undertow.benchmarks.overlap_cuda import SLEEP_CYCLES, WORLD, copies, rank_of
 from undertow.comms import cuda_driver
 from undertow.comms.chunk_plan import ChunkPlan
 from undertow.comms.overlap_engine import add_pieces
@@ -34,7 +34,6 @@ from undertow.parallel.overlap_gate import CUDA_ARMS
 
 REPEATS = 20  # of a single kind of call between two waits for the device
 ROUNDS = 15
-SLEEP_CYCLES = 20_000_000  # 10 ms and more, in which a call is queued
 SHAPES = ((2048, 8192, 16384), (4096, 8192, 16384))
 
 

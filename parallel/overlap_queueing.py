@@ -39,7 +39,8 @@ class Queueing:
         each, although they need more calls; 0 where one launch queues all."""
         if not arm.overlap or arm.replayed:
             return 0.0
-        return self.call_s + (arm.subchunks + 1 if arm.columns else world * arm.subchunks) * self.piece_s
+        pieces = arm.subchunks + (not arm.whole) if arm.columns else world * arm.subchunks
+        return self.call_s + pieces * self.piece_s
 
     @classmethod
     def of(cls, few_s: float, many_s: float, world: int) -> Queueing:

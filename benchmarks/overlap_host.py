@@ -161,7 +161,7 @@ def main(argv: Sequence[str]) -> int:
     rank = rank_of(256, 512, 512, 0)
     print("\n| way | pieces | host, us | for each piece |\n|---|---:|---:|---:|")
     for arm in CUDA_ARMS:
-        pieces = arm.subchunks + 1 if arm.columns else WORLD * arm.subchunks
+        pieces = arm.subchunks + (not arm.whole) if arm.columns else WORLD * arm.subchunks
         took = microseconds(lambda arm=arm: rank.scatter(arm), repeats=1)
         print(f"| {arm.name} | {pieces} | {took:.0f} | {took / pieces:.1f} |", flush=True)
     for shape in SHAPES:

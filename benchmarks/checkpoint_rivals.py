@@ -209,7 +209,7 @@ def rivals(job: Job, *, few: bool) -> dict[str, Callable[[], Method] | str]:
     """Name → how to make it, or why it cannot run here. `few`: without those that differ from another in a detail."""
 
     def installed(package: str) -> str:
-        return "" if importlib.util.find_spec(package) else "not installed"
+        return "" if importlib.util.find_spec(package) else "not installed (pip install undertow[rivals])"
 
     cuda = job.device.type == "cuda"
     found: dict[str, Callable[[], Method] | str] = {

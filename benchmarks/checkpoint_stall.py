@@ -42,7 +42,7 @@ from undertow.benchmarks.checkpoint_ours import Undertow
 from undertow.benchmarks.checkpoint_rivals import DcpAsync, TorchSave, rivals
 from undertow.dist.launch import detect, init_process_group
 
-ASYNC = ("dcp.async_save, reused stager (fsync)", "torch_checkpointing", "NVRx async")  # the rivals of `stall`
+ASYNC = ("dcp.async_save, reused stager (fsync)", "torchsnapshot async", "torch_checkpointing", "NVRx async")
 ENDS = (1, 5, 10, 50)  # steps between checkpoints in the cases `end to end`
 
 

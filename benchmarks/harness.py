@@ -167,13 +167,13 @@ class _Timing:
 
 
 def _calibrate(arm: Arm, timer: Timer, least_sample_s: float, warm_ups: int) -> int:
-    """Warm the arm up; return the runs per sample. An arm that is prepared, or times itself, runs once."""
+    """Warm the arm up; return the runs per sample. An arm that is prepared, queued ahead, or times itself, runs once."""
     if warm_ups == 0:
         return 1
     for _ in range(warm_ups - 1):
         timer.sample(arm, 1)
     sample = timer.sample(arm, 1)
-    if arm.prepare is not None or sample.times_itself or sample.seconds >= least_sample_s:
+    if arm.prepare is not None or arm.ahead or sample.times_itself or sample.seconds >= least_sample_s:
         return 1
     return min(MAX_INNER, int(least_sample_s / max(sample.seconds, 1e-9)) + 1)
 

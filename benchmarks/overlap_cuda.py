@@ -9,8 +9,10 @@ max(product, copies), `copy/gemm` their ratio, `pieces/whole` how much longer th
 themselves than the whole one, and `triton/cublas` the whole product's time by that kernel, from times measured just
 before. Every answer is compared with the float32 sum, and every byte in the peers' memory with the
 product. Each row of `auto` keeps what the gate says of its choice.
-`--filter table`, `wide`, `sweep` and `few rows` run a part; with `--minutes` the most telling cases come first, and the
-JSON is written after each.
+`--filter table`, `wide`, `sweep`, `few rows` and `ahead` run a part; with `--minutes` the most telling cases come first,
+and the JSON is written after each. Calls of the group `ahead` are queued before the device begins them, as in a model that
+keeps its GPU busy, so what the host takes for the many copies of a short product is in no arm's time; the gate's own calls
+there, too.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -48,7 +50,7 @@ WIDE = [(4096, 12288, 49152), (4096, 49152, 12288)]
 # longest are last.
 SWEEP = [(m, n, k) for m in (4096, 1024, 16384, 256, 2048, 8192, 512, 128, 32768)
          for n, k in ((8192, 28672), (28672, 8192), (28672, 28672), (8192, 8192))]  # fmt: skip
-FEW = 2048  # rows up to which a case of the sweep is named `few rows`
+FEW = 2048  # rows up to which a case of the sweep is named `few rows`, and timed once more, queued ahead
 PLAIN = "mm, then one copy each way"
 SLEEP_CYCLES = 20_000_000  # 10 ms and more, in which a call is queued
 
@@ -57,15 +59,16 @@ def cases(context: Context) -> list[Case]:
     """M, N, K: rows of all ranks, columns, and this rank's inner dimension."""
     named = [("table", shape) for shape in TABLE] + [("wide", shape) for shape in WIDE]
     named += [("few rows" if shape[0] <= FEW else "sweep", shape) for shape in SWEEP if shape not in TABLE]
+    named += [("ahead", shape) for shape in (*SWEEP, TABLE[4]) if shape[0] <= FEW]
     named = named[:2] if context.quick else named
     return [
         Case(
             name=f"{group} {m}×{n}×{k}",
-            build=partial(trial, m, n, k, context.seed),
+            build=partial(trial, m, n, k, context.seed, ahead=group == "ahead"),
             plain="sequential",
             ours="auto",
             nbytes=m * n * 2 * (WORLD - 1) // WORLD,
-            group=f"N {n}, K {k}" if group in ("sweep", "few rows") else group,
+            group=f"N {n}, K {k}" if group not in ("table", "wide") else group,
             x=m,
             wrong=_too_far,
         )
@@ -159,8 +162,8 @@ def rank_of(m: int, n: int, k: int, seed: int, copies: Any = cuda_driver.copies)
     return _Rank(a, b, partials, engine, messenger, sizes)
 
 
-def trial(m: int, n: int, k: int, seed: int) -> Trial:
-    """Buffers on the GPU and in pinned memory, and the arms over them."""
+def trial(m: int, n: int, k: int, seed: int, *, ahead: bool = False) -> Trial:
+    """Buffers on the GPU and in pinned memory, and the arms over them; `ahead`: each call queued before it begins."""
     rank = rank_of(m, n, k, seed)
     a, b = rank.a, rank.b
     own = a[: rank.sizes[0]].float() @ b.float()
@@ -168,8 +171,9 @@ def trial(m: int, n: int, k: int, seed: int) -> Trial:
     usable = [arm for arm in CUDA_ARMS if not (arm.tracked and why_not)]
     for arm in usable:
         rank.scatter(arm, check=True)
-    copies_s, product_s = _seconds(partial(copies, rank)), _seconds(partial(torch.mm, a, b))
-    gate = _decided(rank, usable)
+    seconds = partial(_seconds, ahead=ahead)
+    copies_s, product_s = seconds(partial(copies, rank)), seconds(partial(torch.mm, a, b))
+    gate = _decided(rank, usable, seconds)
     chosen = gate.chosen()
     assert chosen is not None
     facts = {
@@ -185,20 +189,18 @@ def trial(m: int, n: int, k: int, seed: int) -> Trial:
         facts["triton/cublas"] = _seconds(partial(_counted, a, b)) / product_s
 
     arms = [
-        Arm(arm.name, partial(rank.scatter, arm), device="cuda", reference=partial(rank.wanted, arm, own))
+        Arm(arm.name, partial(rank.scatter, arm), device="cuda", ahead=ahead, reference=partial(rank.wanted, arm, own))
         if arm in usable
         else Arm.missing(arm.name, why_not)
         for arm in CUDA_ARMS
     ]
     right = partial(rank.wanted, chosen, own)
-    arms += [
-        Arm("auto", partial(rank.scatter, chosen), device="cuda", reference=right, said=gate.explain(), facts=facts),
-        Arm(PLAIN, _plain(rank), device="cuda"),
-    ]
+    auto = Arm("auto", partial(rank.scatter, chosen), device="cuda", reference=right, said=gate.explain(), facts=facts)
+    arms += [replace(auto, ahead=ahead), Arm(PLAIN, _plain(rank), device="cuda", ahead=ahead)]
     return Trial(arms, reference=partial(rank.wanted, CUDA_ARMS[0], own))
 
 
-def _decided(rank: _Rank, arms: list[overlap_gate.Arm]) -> overlap_gate.Gate:
+def _decided(rank: _Rank, arms: list[overlap_gate.Arm], seconds: Callable[..., float]) -> overlap_gate.Gate:
     """The gate that has chosen for this product, from calls of its own."""
     short_s, again_s = overlap_gate.SHORT_S, overlap_gate.AGAIN_S
     gate, (k, n) = overlap_gate.Gate(arms, lambda mine: [mine], short_s=short_s, again_s=again_s), rank.b.shape
@@ -209,7 +211,7 @@ def _decided(rank: _Rank, arms: list[overlap_gate.Arm]) -> overlap_gate.Gate:
     while gate.chosen() is None:
         at = gate.choose("product", can=can)
         if gate.measuring("product"):
-            gate.took("product", at, _seconds(partial(rank.scatter, gate.arms[at]), repeats=1))
+            gate.took("product", at, seconds(partial(rank.scatter, gate.arms[at]), repeats=1))
     return gate
 
 

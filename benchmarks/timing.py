@@ -73,13 +73,19 @@ class HostTimer:
 
 
 class CudaTimer:
-    """Times an arm by events on the current stream. `cuda` is torch.cuda, or a stand-in in tests."""
+    """Times an arm by events on the current stream. `cuda` is torch.cuda, or a stand-in in tests.
+
+    Before an arm that is to be queued ahead, the stream sleeps until the host is done, twice as long where it was not.
+    """
+
+    SLEEP_CYCLES, LONGEST = 20_000_000, 1_000_000_000  # some 10 ms and half a second
 
     def __init__(self, cuda: Any = None, clock: Callable[[], float] = time.perf_counter) -> None:
         if cuda is None:
             from torch import cuda
         self._cuda, self._clock = cuda, clock
         self._left = 0  # samples in a row that left work behind
+        self._cycles = self.SLEEP_CYCLES
 
     def sample(self, arm: Arm, inner: int) -> Sample:
         if arm.prepare is not None:
@@ -88,11 +94,19 @@ class CudaTimer:
         start, stop = self._cuda.Event(enable_timing=True), self._cuda.Event(enable_timing=True)
         self._cuda.synchronize()  # the work of the arm before must not run into this arm's time
         with no_collection():
+            if arm.ahead:
+                self._cuda._sleep(self._cycles)
             start.record()
             for _ in range(inner):
                 answer = arm.run()
             stop.record()
+            late = arm.ahead and start.query()
             stop.synchronize()
+        if late:
+            if self._cycles > self.LONGEST:
+                raise RuntimeError(f"arm '{arm.name}' waits for the device while it is queued, so it cannot be ahead of it")
+            self._cycles *= 2
+            return self.sample(arm, inner)
         seconds = start.elapsed_time(stop) / 1e3
         before = self._clock()
         self._cuda.synchronize()  # finds work on other streams that the events did not see

@@ -76,6 +76,10 @@ class Cuda:
         assert enable_timing
         return _Event(self)
 
+    def _sleep(self, cycles):
+        self.log.append(cycles)
+        self.current += cycles * 1e-9
+
     def synchronize(self):
         self.log.append("synchronize")
         self.clock.pass_s(max(self.current, self.side))
@@ -89,6 +93,9 @@ class _Event:
     def record(self):
         self.cuda.log.append("record")
         self.at = self.cuda.clock.now + self.cuda.current
+
+    def query(self):
+        return self.cuda.clock.now >= self.at
 
     def synchronize(self):
         waited, self.cuda.current = self.cuda.current, 0.0
@@ -119,3 +126,24 @@ def test_cuda_timer_refuses_work_that_its_events_cannot_see():
         timer.sample(arm, inner=1)
     with pytest.raises(RuntimeError, match="arm 'a' left 3000.00 ms of work on other streams"):
         timer.sample(arm, inner=1)
+
+
+@pytest.mark.parametrize(("host_s", "sleeps"), [(0.01, 1), (0.07, 3)])
+def test_cuda_timer_lets_the_device_sleep_until_all_is_queued(host_s, sleeps):
+    cuda = Cuda(Clock())
+
+    def run():
+        cuda.clock.pass_s(host_s)  # of the host, while the device goes on
+        cuda.current = max(0.0, cuda.current - host_s)
+        queue(cuda, "current", 0.5)
+
+    sample = CudaTimer(cuda, cuda.clock).sample(Arm("a", run, ahead=True), inner=1)
+    assert sample.seconds == pytest.approx(0.5)
+    slept = [entry for entry in cuda.log if isinstance(entry, int)]
+    assert slept == [CudaTimer.SLEEP_CYCLES * 2**k for k in range(sleeps)]
+
+
+def test_cuda_timer_refuses_an_arm_that_waits_for_the_device_while_it_is_queued():
+    cuda = Cuda(Clock())
+    with pytest.raises(RuntimeError, match="arm 'a' waits for the device while it is queued"):
+        CudaTimer(cuda, cuda.clock).sample(Arm("a", cuda.synchronize, ahead=True), inner=1)

@@ -49,10 +49,10 @@ class Arm:
     `run` does the work once and returns its answer (a `Measured` when it has more to tell). It is called many times, so
     it must not change its inputs, or `prepare` must restore them; `prepare` runs before each timed sample, outside the
     time. On device 'cuda' the time is taken between events on the current stream: work that `run` puts on other
-    streams must be joined to it; with `ahead` the stream sleeps until the host has queued the run, as on a device that is
-    kept busy. `predicted_s` is a model's time for one run, computed before anything is timed. A
-    non-empty `unavailable` says why this arm cannot run here; it is then listed as not compared. `reference` replaces
-    the trial's for this arm, where arms compute different things. `said`: a line of text that its row keeps, such as
+    streams must be joined to it; with `ahead` the stream sleeps until the host has queued the run, as on a busy device.
+    `predicted_s` is a model's time for one run, computed before anything is timed. A non-empty `unavailable` says why
+    this arm cannot run here; it is then listed as not compared. `reference` replaces the trial's for this arm, where
+    arms compute different things. `said`: a line of text that its row keeps, such as
     why an automatic arm chose as it did; `facts`: numbers that it keeps, beside the extras that were measured.
     """
 

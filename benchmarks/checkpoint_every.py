@@ -32,7 +32,7 @@ import typer
 
 from undertow.benchmarks.checkpoint_job import Job, Method
 from undertow.benchmarks.checkpoint_ours import Undertow
-from undertow.benchmarks.checkpoint_rivals import DcpAsync, TorchCheckpointing, TorchSave
+from undertow.benchmarks.checkpoint_rivals import DcpAsync, Nvrx, TorchCheckpointing, TorchSave, TorchSnapshot
 from undertow.benchmarks.checkpoint_steps import BEFORE, SIZES, Arm, Stopwatch, check
 from undertow.benchmarks.facts import facts, slug
 from undertow.benchmarks.intervals import LEAST_SAMPLES, median_interval
@@ -44,6 +44,7 @@ from undertow.dist.launch import detect, init_process_group
 INTERVALS = {1: 6, 5: 3, 10: 2}  # steps between saves → timed intervals; one, where they are longer
 LONG_S = 15.0  # of a sample: then the interval at hand is its last, if one has been timed
 STEPS_OF_PLAIN = 16
+PACKAGES = ("torch-checkpointing", "nvidia-resiliency-ext", "torchsnapshot", "xxhash")
 WAYS: dict[str, Callable[[Job], Method]] = {
     "undertow disk (fsync)": lambda job: Undertow(job, "disk"),
     "undertow host": lambda job: Undertow(job, "host", host=True),
@@ -51,6 +52,8 @@ WAYS: dict[str, Callable[[Job], Method]] = {
     "undertow host, 0.4 parked": lambda job: Undertow(job, "host-parked", host=True, device=0.4),
     "dcp.async_save, reused stager (fsync)": lambda job: DcpAsync(job, "dcp-stager", reused=True),
     "torch_checkpointing": lambda job: TorchCheckpointing(job, "manager"),
+    "NVRx async": lambda job: Nvrx(job, "nvrx"),
+    "torchsnapshot async": lambda job: TorchSnapshot(job, "snapshot"),
     "torch.save": lambda job: TorchSave(job, "torch"),
 }
 
@@ -212,7 +215,7 @@ def main(
             job.close()
             shutil.rmtree(job.folder, ignore_errors=True)
         if result is not None:  # what is known already, should a later size fail
-            text = {"facts": facts(("torch-checkpointing", "xxhash")), "step_ms": plain, "rounds": rounds}
+            text = {"facts": facts(PACKAGES), "step_ms": plain, "rounds": rounds}
             typer.echo(f"written: {write(result, cells, text).name}")
     typer.echo("\n".join(table(cells)))
 

@@ -287,7 +287,7 @@ def main(
         shutil.rmtree(job.folder, ignore_errors=True)
     typer.echo("\n".join(table(found)))
     if result is not None:
-        packages = ("torch-checkpointing", "nvidia-resiliency-ext", "xxhash")
+        packages = ("torch-checkpointing", "nvidia-resiliency-ext", "torchsnapshot", "xxhash")
         text = {"facts": facts(packages), "steps": steps, "seed": seed, "state_bytes": job.state_bytes}
         typer.echo(f"written: {write(result, size, text, found, kinds).name}")
 

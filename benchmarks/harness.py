@@ -167,7 +167,7 @@ class _Timing:
 
 
 def _calibrate(arm: Arm, timer: Timer, least_sample_s: float, warm_ups: int) -> int:
-    """Warm the arm up; return the runs per sample. An arm that is prepared, queued ahead, or times itself, runs once."""
+    """Warm the arm up; return the runs per sample: one if the arm is prepared, queued ahead, or times itself."""
     if warm_ups == 0:
         return 1
     for _ in range(warm_ups - 1):

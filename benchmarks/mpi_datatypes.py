@@ -305,18 +305,19 @@ def ship(files: Sequence[Path], keep: bool = False) -> None:
         found = re.search(r"(\d+)\.\d+\.\d+", version)
         if not found:
             raise SystemExit(f"{file}: no version in '{version}'")
-        about.setdefault(flavour, []).append(f"{found[0]} on {hardware}")
+        about.setdefault(flavour, []).append(f"{found[0]} on {hardware}, {processor}")
         runs = tables.setdefault(flavour, {}).setdefault(f"{found[1]} on {processor}", [])
-        runs.append(policy.known(parse(lines), policy.SHIPPED, held=True))
+        runs.append(policy.known(parse(lines), policy.shipped, held=True))
     for flavour, runs_for in tables.items():
         file = build.POLICY / f"{flavour}.txt"
         kept, facts_kept = policy.read_sections(file.read_text()) if keep else ({}, [])
         for whom, rows in kept.items():
-            runs_for.setdefault(whom, []).append(list(rows))
+            runs_for.setdefault(whom, []).append(policy.at_least(rows, policy.shipped))
         merged = {whom: policy.least_gains(runs) for whom, runs in sorted(runs_for.items())}
-        said = f"Shipped with every build: gains that are not clearly above {policy.SHIPPED} are written as 1."
+        said = "Shipped with every build: gains that are not clearly above "
+        said += f"{policy.SHIPPED}, or {policy.SHIPPED_LARGE} from 1 MiB on, are written as 1."
         file.write_text(
-            policy.sections(merged, [said, *(fact for fact in facts_kept if fact != said), *about[flavour]])
+            policy.sections(merged, [said, *(fact for fact in facts_kept if fact[:12] != said[:12]), *about[flavour]])
         )
         for whom, rows in merged.items():
             taken = sum(row.ratio >= policy.GAIN for row in rows)

@@ -25,7 +25,8 @@ from undertow.benchmarks.crew import Crew
 from undertow.benchmarks.overlap_choice import known
 from undertow.comms.cuda_collectives import reduce_scatter_single
 from undertow.comms.link import LinkModel
-from undertow.parallel.overlap_gate import ARMS, hidden_seconds
+from undertow.parallel.overlap_arms import ARMS
+from undertow.parallel.overlap_gate import hidden_seconds
 from undertow.parallel.overlap_team import Team
 
 # Ranks, and M×N×K of one rank's product; four ranks share this project's two cores. The first two are the goal's cells,

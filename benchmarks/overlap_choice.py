@@ -28,7 +28,8 @@ from statistics import mean, median
 from undertow.benchmarks.choice import RIGHT
 from undertow.benchmarks.intervals import LEAST_SAMPLES, ratio_interval
 from undertow.dist.errors import UserError
-from undertow.parallel.overlap_gate import CUDA_ARMS, ROUNDS, ROW_ARMS, SEQUENTIAL, WIN, Arm, Gate, Rates
+from undertow.parallel.overlap_arms import CUDA_ARMS, ROW_ARMS, SEQUENTIAL, Arm
+from undertow.parallel.overlap_gate import ROUNDS, WIN, Gate, Rates
 from undertow.parallel.overlap_queueing import Queueing
 
 SHARE, REGRET = 0.95, 0.02  # wanted: cells in which the choice is right at least, mean regret at most

@@ -9,10 +9,10 @@ max(product, copies), `copy/gemm` their ratio, `pieces/whole` how much longer th
 themselves than the whole one, and `triton/cublas` the whole product's time by that kernel, from times measured just
 before. Every answer is compared with the float32 sum, and every byte in the peers' memory with the
 product. Each row of `auto` keeps what the gate says of its choice.
-`--filter table`, `wide`, `sweep`, `few rows` and `ahead` run a part; with `--minutes` the most telling cases come first,
-and the JSON is written after each. Calls of the group `ahead` are queued before the device begins them, as in a model that
-keeps its GPU busy, so what the host takes for the many copies of a short product is in no arm's time; the gate's own calls
-there, too.
+`--filter table`, `wide`, `sweep`, `few rows` and `ahead` run a part; with `--minutes` the most telling cases come
+first, and the JSON is written after each. Calls of the group `ahead` are queued before the device begins them, as in a
+model that keeps its GPU busy: what the host takes for the many copies of a short product is in no arm's time there. The
+gate's calls are queued so, too.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from undertow.dist.errors import UserError
 from undertow.parallel import overlap_gate
 from undertow.parallel.kernels.ordered_sum import ordered_sum
 from undertow.parallel.kernels.tracked_matmul import tracked_matmul, tracked_product, unusable
-from undertow.parallel.overlap_gate import CUDA_ARMS
+from undertow.parallel.overlap_arms import CUDA_ARMS, in_columns
+from undertow.parallel.overlap_arms import Arm as Way
 from undertow.parallel.overlap_products import panel_of, rows_of
 
 WORLD = 8
@@ -87,10 +88,10 @@ class _Rank:
     messenger: PinnedMessenger
     sizes: tuple[int, ...]
 
-    def plan(self, arm: overlap_gate.Arm) -> ChunkPlan:
+    def plan(self, arm: Way) -> ChunkPlan:
         return self.engine.plan(self.sizes, arm.subchunks, self.b.shape[1] if arm.columns else 0, whole=arm.whole)
 
-    def scatter(self, arm: overlap_gate.Arm, *, check: bool = False) -> torch.Tensor:
+    def scatter(self, arm: Way, *, check: bool = False) -> torch.Tensor:
         """This rank's rows of the sum. `check`: compare what the peers got with the product, bit by bit."""
         plan = self.plan(arm)
         if arm.replayed and not check:
@@ -109,21 +110,19 @@ class _Rank:
                     raise AssertionError(f"the sum is another one by a replay: {arm.name}")
         return out
 
-    def _queue(
-        self, plan: ChunkPlan, arm: overlap_gate.Arm, y: torch.Tensor, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _queue(self, plan: ChunkPlan, arm: Way, y: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         tracked = tracked_product(self.a, self.b, y) if arm.tracked else None
         product, panel = rows_of(self.a, self.b, y), panel_of(self.a, self.b)
         return self.engine.reduce_scatter(plan, product, y, overlap=arm.overlap, tracked=tracked, panel=panel, out=out)
 
-    def products(self, arm: overlap_gate.Arm) -> None:
+    def products(self, arm: Way) -> None:
         """Those of an arm that makes pieces one after the other, without messages and the sum."""
         plan, y = self.plan(arm), self.a.new_empty(self.a.shape[0], self.b.shape[1])
         fill = Placement(plan, y).fill(rows_of(self.a, self.b, y), panel_of(self.a, self.b))
         for block in (*(block for hop in plan.hops for block in hop.blocks), *plan.kept):
             fill(block)
 
-    def _expect(self, y: torch.Tensor, arm: overlap_gate.Arm) -> None:
+    def _expect(self, y: torch.Tensor, arm: Way) -> None:
         """The peers got what was made."""
         torch.cuda.synchronize()
         place, plan = Placement(self.plan(arm), y), self.plan(arm)
@@ -133,7 +132,7 @@ class _Rank:
             if not torch.equal(sent.view(torch.int16), made.reshape(-1).view(torch.int16)):
                 raise AssertionError(f"the other ranks got other bytes than were made: {arm.name}, {piece}")
 
-    def wanted(self, arm: overlap_gate.Arm, own: torch.Tensor) -> torch.Tensor:
+    def wanted(self, arm: Way, own: torch.Tensor) -> torch.Tensor:
         """The right answer: `own`, this rank's rows of its product, plus what its peers hold; pieces of columns take
         that as it lies, piece after piece."""
         plan = self.plan(arm)
@@ -200,13 +199,13 @@ def trial(m: int, n: int, k: int, seed: int, *, ahead: bool = False) -> Trial:
     return Trial(arms, reference=partial(rank.wanted, CUDA_ARMS[0], own))
 
 
-def _decided(rank: _Rank, arms: list[overlap_gate.Arm], seconds: Callable[..., float]) -> overlap_gate.Gate:
+def _decided(rank: _Rank, arms: list[Way], seconds: Callable[..., float]) -> overlap_gate.Gate:
     """The gate that has chosen for this product, from calls of its own."""
     short_s, again_s = overlap_gate.SHORT_S, overlap_gate.AGAIN_S
     gate, (k, n) = overlap_gate.Gate(arms, lambda mine: [mine], short_s=short_s, again_s=again_s), rank.b.shape
 
-    def can(arm: overlap_gate.Arm) -> bool:
-        return not arm.columns or overlap_gate.in_columns(arm, rank.sizes, k, n, rank.b.element_size(), gpu=True)
+    def can(arm: Way) -> bool:
+        return not arm.columns or in_columns(arm, rank.sizes, k, n, rank.b.element_size(), gpu=True)
 
     while gate.chosen() is None:
         at = gate.choose("product", can=can)

@@ -30,7 +30,8 @@ from undertow.comms.cost import overlapped_scatter_seconds
 from undertow.comms.cuda_collectives import all_gather_single, reduce_scatter_single
 from undertow.comms.overlap_cuda import CudaOverlapEngine
 from undertow.dist.errors import UserError
-from undertow.parallel.overlap_gate import ARMS, CUDA_ARMS, ROW_ARMS, SEQUENTIAL, trial_calls
+from undertow.parallel.overlap_arms import ARMS, CUDA_ARMS, ROW_ARMS, SEQUENTIAL
+from undertow.parallel.overlap_gate import trial_calls
 from undertow.parallel.overlap_queueing import Queueing
 from undertow.parallel.overlap_team import Team
 

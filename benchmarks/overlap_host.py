@@ -30,7 +30,7 @@ from undertow.comms.spans import Memory, Span
 from undertow.dist.errors import UserError
 from undertow.parallel.kernels.ordered_sum import ordered_sum
 from undertow.parallel.kernels.tracked_matmul import unusable
-from undertow.parallel.overlap_gate import CUDA_ARMS
+from undertow.parallel.overlap_arms import CUDA_ARMS
 
 REPEATS = 20  # of a single kind of call between two waits for the device
 ROUNDS = 15

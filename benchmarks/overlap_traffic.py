@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from undertow.comms.chunk_plan import chunk_rows
 from undertow.comms.t3_paper.closed_form import traffic_bytes
 from undertow.dist.errors import UserError
-from undertow.parallel.overlap_gate import CUDA_ARMS, cut
+from undertow.parallel.overlap_arms import CUDA_ARMS, cut
 
 READ, WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"
 PIECES = ("overlap, 1 piece", "overlap, 2 pieces", "columns, 4 pieces", "columns, 8 pieces")

@@ -104,7 +104,7 @@ class CudaTimer:
             stop.synchronize()
         if late:
             if self._cycles > self.LONGEST:
-                raise RuntimeError(f"arm '{arm.name}' waits for the device while it is queued, so it cannot be ahead of it")
+                raise RuntimeError(f"arm '{arm.name}' waits for the device while it is queued: it is never ahead of it")
             self._cycles *= 2
             return self.sample(arm, inner)
         seconds = start.elapsed_time(stop) / 1e3

@@ -19,7 +19,7 @@ from ..comms.gradients import GradientAverage
 from ..dist.errors import UserError
 from ..dist.mesh import Mesh, MeshShape
 from ..parallel.context_parallel import ContextParallel
-from ..parallel.overlap_gate import ARMS, CUDA_ARMS
+from ..parallel.overlap_arms import ARMS, CUDA_ARMS
 from ..parallel.overlap_team import MODES, Team
 from ..parallel.stream import enable
 from ..parallel.stream.protocol import Attend, causal_attention

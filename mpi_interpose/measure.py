@@ -114,12 +114,10 @@ def cpu() -> str:
     return names[0] if names else platform.machine()
 
 
-def write(
-    cells: list[Cell], mpi: Mpi, target: Path, least: float = policy.OWN, peer: str | None = None
-) -> list[policy.Row]:
+def write(cells: list[Cell], mpi: Mpi, target: Path, peer: str | None = None) -> list[policy.Row]:
     """Write the table of `cells` to `target`; rows for peers elsewhere in an older table there stay."""
     peer = peer or next((cell.link for cell in cells), "local")
-    found = policy.rows(cells, least, peer)
+    found = policy.rows(cells, peer=peer)
     target.parent.mkdir(parents=True, exist_ok=True)
     kept = [line for line in _lines(target) if _other_peer(line, peer)] if target.exists() else []
     scratch = target.with_name(f"{target.name}.{os.getpid()}.tmp")

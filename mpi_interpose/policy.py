@@ -8,8 +8,8 @@ For a message there are four ways (ways.py), and the rows of its two sides make 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from statistics import mean
 
 from . import core, ways
@@ -20,26 +20,38 @@ from .ways import WAYS, Message, Point
 __all__ = ["CLASSES", "LINKS", "USES", "WAYS", "Row", "read_sections", "sections", "text"]
 
 GAIN = 1.04  # kGain of csrc/abi/model.hh
-OWN, SHIPPED = 1.04, 1.08  # least clear gain: in a table for this machine, in one for every machine
+OWN, SHIPPED, SHIPPED_LARGE = 1.04, 1.08, 1.25  # least clear gains
+LARGE = 1 << 20  # bytes; from here on it is a machine's memory that sets the pace
+Least = Callable[[int], float]  # of so many bytes
 
 
-def _row(cell: Cell, least: float) -> Row:
+def own(_nbytes: int) -> float:
+    """The least clear gain that counts in a table for this machine."""
+    return OWN
+
+
+def shipped(nbytes: int) -> float:
+    """The one in a table for every machine of a kind."""
+    return SHIPPED_LARGE if nbytes >= 0.95 * LARGE else SHIPPED
+
+
+def _row(cell: Cell, least: Least) -> Row:
     """The row of a pack or unpack; its gain is cut to 1 where it is not clear."""
     before, after = cell.library_ns(), cell.median_ns("forced")
-    if cell.clear_gain("forced") < least:
+    if cell.clear_gain("forced") < least(cell.size):
         after = max(after, before)
     return Row(cell.use, cell.cls, cell.block, cell.step, cell.size, max(1.0, before), max(1.0, after), leaf=cell.leaf)
 
 
 def known(
-    cells: Iterable[Cell], least: float = OWN, peer: str | None = None, *, held: bool = False
+    cells: Iterable[Cell], least: Least = own, peer: str | None = None, *, held: bool = False
 ) -> list[Row | Message]:
     """What the cells that are to be fitted say, and with `held` those kept from it, too.
 
     `peer`: another of LINKS than the cells' own. Messages of one dense block are the library's.
     """
     return [
-        ways.measured(cell, least, peer or cell.link) if cell.use == "message" else _row(cell, least)
+        (_row(cell, least) if cell.use != "message" else ways.measured(cell, least(cell.size), peer or cell.link))
         for cell in cells
         if (held or not cell.held)
         and not cell.use.startswith("call")
@@ -47,10 +59,17 @@ def known(
     ]
 
 
-def rows(cells: Iterable[Cell], least: float = OWN, peer: str | None = None) -> list[Row]:
+def rows(cells: Iterable[Cell], least: Least = own, peer: str | None = None) -> list[Row]:
     """The table's rows of the cells that are to be fitted."""
     found = known(cells, least, peer)
     return [row for item in found for row in (ways.merged([item]) if isinstance(item, Message) else [item])]
+
+
+def at_least(table: Iterable[Row], least: Least) -> list[Row]:
+    """A table's rows without the gains that are less; of a message neither side is taken then."""
+    return [
+        row if row.ratio >= least(row.size) else replace(row, with_ns=max(row.with_ns, row.without_ns)) for row in table
+    ]
 
 
 def least_gains(runs: Sequence[Sequence[Row | Message]]) -> list[Row]:

@@ -48,8 +48,8 @@ def text(rows_: Iterable[Row], facts: Sequence[str]) -> str:
 
 
 def sections(tables: dict[str, list[Row]], facts: Sequence[str]) -> str:
-    """One file of several tables, each for a library's major version and perhaps a kind of processor, '4 on amd-avx512'
-    (see csrc/core/policy.hh, which says what counts where none fits)."""
+    """One file of several tables, each for a library's major version and perhaps a kind of processor, such as
+    '4 on amd-26-avx512' (see csrc/core/policy.hh, which says what counts where none fits)."""
     parts = [f"for {whom}\n" + text(found, []).partition("\n")[2] for whom, found in tables.items()]
     return text([], facts) + "".join(parts)
 

@@ -2,7 +2,8 @@
 
 from .context_parallel import ContextParallel, enable_context_parallel
 from .overlap_loss import vocab_parallel_cross_entropy
-from .overlap_team import Team, close_teams
+from .overlap_team import Team
+from .overlap_teams import close_teams
 from .overlapped_linear import all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter
 from .partition import shard_sequence, unshard_sequence
 from .tensor_parallel import (

@@ -6,9 +6,11 @@ hide is never tried. The others take turns with the sequential one on the first 
 round by round, decide alike on all ranks. An arm must win by 3 % and in all rounds but one, so that noise does not
 switch it on. On a GPU, where there are many arms, the best ones are measured again unless a product is long: new calls
 decide, because the best of many was lucky in the old ones. Of short products, whose times the host's noise moves by
-more than 3 %, one is taken only where its win is sure. Without a measured Machine all arms are tried. All arms add in
-the same order, but a BLAS may round a product otherwise when it gets fewer rows at a time: where a resumed run must
-repeat every bit, fix the arm.
+more than 3 %, one is taken only where its win is sure. What was chosen so is measured beside the sequential way once
+more after 200 calls, after 1,600 more, and so on, because calls that follow one another have the host's state in
+common: where it does not win then, the product is sequential for good. Without a measured Machine all arms are tried.
+All arms add in the same order, but a BLAS may round a product otherwise when it gets fewer rows at a time: where a
+resumed run must repeat every bit, fix the arm.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..comms.chunk_plan import ChunkPlan, panels
+from ..comms.chunk_plan import panels
 from ..comms.cost import overlapped_columns_seconds, overlapped_scatter_seconds
 from ..dist.machine import Machine
+from .overlap_arms import Arm
 from .overlap_queueing import Queueing
 
 ROUNDS = 5  # timed calls of each arm; one more before them warms it up
@@ -31,80 +34,11 @@ SHORT_S = 4e-3  # on a GPU; a product that takes less has noisy calls
 AGAIN_S = 20e-3  # on a GPU; one that takes less is measured again, because its calls are cheap
 AGAIN, FINALISTS = 20, 2  # timed calls of each, and how many arms beside the sequential one
 SURE = 1.01  # least lower end of the 95 % interval of that median
-HUNGRY = 512  # operations for a byte; an H200 does 150 of bf16 while its memory, which copies use too, reads one
-NARROW = 512  # columns; with fewer, 1792 rows of a product reach less than 0.7 of an H200's rate
+CHECK, RARER = (
+    200,
+    8,
+)  # calls before an arm that was measured again is checked, and how many times more before each next
 HOPE = 1.02  # least predicted speed-up with which an arm is tried
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A way to run a product. `subchunks`: pieces of a rank's chunk; `overlap` False is the sequential way.
-
-    `tracked`: one kernel that counts its tiles (`kernels.tracked_matmul`), instead of a product for each piece.
-    `columns`: the pieces are columns, each with rows for every other rank, instead of rows (`chunk_plan`); `whole`: and
-    the own rows. `replayed`: as a CUDA graph where the operands lie where they did before (`cuda_recorder`), else piece
-    by piece.
-    """
-
-    name: str
-    subchunks: int
-    overlap: bool
-    tracked: bool = False
-    columns: bool = False
-    replayed: bool = False
-    whole: bool = False
-
-
-SEQUENTIAL = Arm("sequential", 1, False)
-ROW_ARMS = tuple(Arm(f"overlap, {n} piece{'s' if n > 1 else ''}", n, True) for n in (1, 2, 4))
-COLUMN_ARMS = tuple(Arm(f"columns, {n} pieces", n, True, columns=True) for n in (2, 4, 8))
-ARMS = (SEQUENTIAL, *ROW_ARMS, *COLUMN_ARMS[:2])
-TRACKED_ARMS = tuple(Arm(f"tracked, {n} pieces", n, True, True) for n in (2, 4, 8))
-REPLAYED_ARMS = (
-    Arm("replayed, 1 piece", 1, True, replayed=True),
-    Arm("replayed, 2 pieces", 2, True, replayed=True),
-    *(Arm(f"replayed panels, {n} pieces", n, True, columns=True, replayed=True, whole=True) for n in (2, 4, 8)),
-)
-PANEL_ARMS = tuple(Arm(f"panels, {n} pieces", n, True, columns=True, whole=True) for n in (2, 4))
-CUDA_ARMS = (SEQUENTIAL, *ROW_ARMS, *COLUMN_ARMS, *PANEL_ARMS, *TRACKED_ARMS, *REPLAYED_ARMS)
-
-
-def cut(arm: Arm, rank: int, sizes: tuple[int, ...], n: int) -> ChunkPlan:
-    """The plan of an arm for a product of `n` columns."""
-    return ChunkPlan(rank, sizes, arm.subchunks, columns=n if arm.columns else 0, whole=arm.whole)
-
-
-def fewer_reads(arm: Arm, sizes: tuple[int, ...], k: int, n: int, itemsize: int) -> bool:
-    """Whether pieces of columns read less of their operands than rows that begin to leave as early would, and memory
-    may be what a piece of rows waits for: it has fewer than `HUNGRY` operations for each byte of the second operand.
-
-    The first of T equal pieces of columns is made after (W - 1) / (W T) of the product, or 1 / T of it with the own
-    rows, the first of t pieces of rows after 1 / (W t), so T columns stand beside T / (W - 1) or T / W rows. The rank
-    in the middle, whose products are the most, counts for all, so that all choose alike.
-    """
-    world = len(sizes)
-    if world < 2:
-        return False
-    pieces = max(1, round(arm.subchunks / (world if arm.whole else world - 1)))
-    if 2 * max(sizes) >= pieces * itemsize * HUNGRY:
-        return False
-    rows = ChunkPlan(world // 2, sizes, pieces)
-    return cut(arm, world // 2, sizes, n).reads(k, n) < rows.reads(k, n)
-
-
-def narrow(arm: Arm, n: int) -> bool:
-    """Whether a product of `n` columns gives an arm pieces of columns that are too narrow for a GPU, in the mean."""
-    return arm.columns and n < NARROW * arm.subchunks
-
-
-def in_columns(
-    arm: Arm, sizes: tuple[int, ...], k: int, n: int, itemsize: int, *, gpu: bool, summed: bool = False
-) -> bool:
-    """Whether an arm's pieces of columns may pay in a reduce-scatter, or (`summed`) in an all-reduce, where they alone
-    hide that sums are handed out. On a GPU those of a reduce-scatter have the own rows too."""
-    if arm.whole != (gpu and not summed):
-        return False
-    return summed or (fewer_reads(arm, sizes, k, n, itemsize) and not (gpu and narrow(arm, n)))
 
 
 @dataclass(frozen=True)
@@ -178,6 +112,8 @@ class _Trial:
     least: dict[int, float] = field(default_factory=dict)  # what the ratios of those measured again surely exceed
     began: int = 0  # calls before those whose samples count
     again: bool = False
+    held: int | None = None  # what was chosen, while it is checked
+    checks: int = 0
     why: str = ""
 
     @property
@@ -241,6 +177,12 @@ class Gate:
         best_first = sorted(rounds, key=lambda arm: -trial.ratios[arm])
         if trial.again:
             trial.least = {arm: surely(ratios) for arm, ratios in rounds.items()}
+        if trial.held is not None:
+            kept = trial.ratios[trial.held] > 1
+            trial.chosen, trial.held = trial.held if kept else 0, None
+            trial.why = f"measured, and {'again' if kept else 'no gain'} in a later check"
+            return
+        if trial.again:
             sure = SURE if slowest[0].median() < self._short_s else 0.0
             winners = [arm for arm in best_first if trial.ratios[arm] >= WIN and trial.least[arm] >= sure]
         elif slowest[0].median() >= self._again_s:
@@ -249,10 +191,31 @@ class Gate:
         else:
             winners = []
             if finalists := [arm for arm in best_first if trial.ratios[arm] > 1][:FINALISTS]:
-                trial.arms, trial.began, trial.again = [0, *finalists], trial.calls, True
-                trial.seconds = [[] for _ in trial.arms]
+                self._anew(trial, finalists)
                 return
         trial.chosen, trial.why = winners[0] if winners else 0, "measured"
+
+    def _anew(self, trial: _Trial, arms: list[int]) -> None:
+        """Measure these arms beside the sequential one in new calls."""
+        trial.arms, trial.began, trial.again = [0, *arms], trial.calls, True
+        trial.seconds = [[] for _ in trial.arms]
+
+    def lasts(self, key: Hashable) -> int | None:
+        """For how many calls a choice holds before `check`; None: for good."""
+        trial = self._trials[key]
+        return CHECK * RARER**trial.checks if trial.again and trial.chosen else None
+
+    def check(self, key: Hashable) -> None:
+        """The next calls measure what was chosen beside the sequential way, if it is another one."""
+        trial = self._trials[key]
+        if trial.chosen:
+            self._anew(trial, [trial.chosen])
+            trial.held, trial.chosen, trial.checks = trial.chosen, None, trial.checks + 1
+
+    def standing(self, key: Hashable) -> int:
+        """The arm of a call that cannot be measured: what is or was chosen or fixed, else the sequential one."""
+        trial = self._trials.get(key)
+        return (self._fixed if trial is None else trial.chosen or trial.held) or 0
 
     def chosen(self) -> Arm | None:
         """What was chosen for the only product so far; None while it is measured, or with several products."""
@@ -286,6 +249,7 @@ class Gate:
         for arm, ratio in trial.ratios.items():
             least = f" (surely {trial.least[arm]:.2f}×)" if arm in trial.least else ""
             parts.append(f"{self.arms[arm].name}: measured {ratio:.2f}×{least}")
-        tail = f" ({'; '.join([trial.why, *parts])})" if trial.chosen is not None else ""
-        head = f"still measuring, {trial.calls} calls so far" if trial.chosen is None else self.arms[trial.chosen].name
-        return head + tail
+        if trial.chosen is None and trial.held is None:
+            return f"still measuring, {trial.calls} calls so far"
+        head = self.arms[trial.chosen or trial.held or 0].name + (", being checked" if trial.chosen is None else "")
+        return f"{head} ({'; '.join([trial.why, *parts])})"

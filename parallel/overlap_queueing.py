@@ -21,7 +21,7 @@ from .overlap_products import rows_of
 
 if TYPE_CHECKING:
     from ..comms.overlap_cuda import CudaOverlapEngine
-    from .overlap_gate import Arm
+    from .overlap_arms import Arm
 
 FEW, MANY, CALLS = 1, 4, 8  # pieces of a chunk; calls of each, of which the first warms up
 SIDE = 64  # columns, and rows of the smallest piece

@@ -1,7 +1,6 @@
 """The ranks that multiply together: one engine and one gate for a process group, and how a product is run on them.
 
-A `Team` owns threads and a communicator, so a group keeps one (`team_of`), made when the group is first used. All of
-the layers and functions of this room take either.
+A `Team` owns threads and a communicator, so a group keeps one (`overlap_teams`).
 
 Shapes: M rows over all ranks, K and N this rank's inner and outer dimensions, W ranks.
 """
@@ -11,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,10 +28,11 @@ from ..dist.machine import Machine
 from ..dist.trace import Trace
 from .kernels.ordered_sum import ordered_sum
 from .kernels.tracked_matmul import unusable
-from .overlap_gate import AGAIN_S, ARMS, CUDA_ARMS, ROW_ARMS, SHORT_S, Arm, Gate, Rates, cut, in_columns
+from .overlap_arms import ARMS, CUDA_ARMS, ROW_ARMS, Arm, cut, in_columns
+from .overlap_gate import AGAIN_S, SHORT_S, Gate, Rates
 from .overlap_queueing import Queueing, measure
 from .overlap_transport import gpu_messenger, may_replay
-from .overlap_ways import GATHER, SCATTER, SUM, Guesses, Way, Ways, keys_of
+from .overlap_ways import GATHER, SCATTER, SUM, Guesses, Lasting, Way, Ways, keys_of
 
 log = get_logger(__name__)
 MODES = {"auto": None, "off": 0, "on": len(ROW_ARMS)}
@@ -41,7 +42,7 @@ class Team:
     """The ranks of `group` (None: all) that multiply together. Create, use and `close` on every rank alike.
 
     `overlap`: 'auto' measures each product's arms and keeps the fastest (see `overlap_gate`), 'on' takes the finest
-    pieces of rows, 'off' none, and the name of one of `overlap_gate.CUDA_ARMS` that one (of rows where it wants columns
+    pieces of rows, 'off' none, and the name of one of `overlap_arms.CUDA_ARMS` that one (of rows where it wants columns
     in an all-gather, or in an all-reduce on CPU); UNDERTOW_DISABLE=1 is 'off'. All but 'auto' repeat every bit from run
     to run. `device`: CPU (gloo) or CUDA. `transport` between GPUs: 'symmetric' (copy engines into the peers' mapped
     memory, as much as the largest product, on one host), 'nccl', or 'auto': the first where all ranks can.
@@ -164,7 +165,8 @@ class Team:
         kind, dtype = case[0], case[-1]
         name = str(dtype).removeprefix("torch.")
         key = f"{kind} M={sum(sizes)} N={n} K={k} {name}"
-        rates = self._rates(name)
+        capturing = self._capturing()
+        rates = None if capturing else self._rates(name)
         nbytes = sum(sizes) * row_numbers * dtype.itemsize * (self.world - 1) / self.world
         flops = 2.0 * sum(sizes) * n * k
 
@@ -173,16 +175,24 @@ class Team:
             reads = 0 if arm.tracked or not arm.overlap else cut(arm, self.world // 2, sizes, n).reads(k, n)
             return rates.seconds(arm, self.world, flops, nbytes, reads * dtype.itemsize)
 
-        chosen = self.gate.choose(key, None if rates is None else predict, can)
+        if capturing:  # the caller's graph, in which nothing can be measured or agreed on
+            chosen = self.gate.standing(key)
+        else:
+            chosen = self.gate.choose(key, None if rates is None else predict, can)
         arm: Arm = self.gate.arms[chosen]
         columns = n if arm.columns and kind in self._in_columns else 0
         plan = self.engine.plan(sizes, arm.subchunks, columns, whole=arm.whole and columns > 0)
         way = self._making.of(kind, plan, arm, dtype)
+        if capturing:
+            return way(*operands)
         if kind != GATHER:
             plain = None if self.gate.measuring(key) else self._making.plain(plan, arm, dtype)
-            self._guesses.settle(operands[0].numel(), plain)
+            self._guesses.settle(case, operands[0].numel(), plain)
         if not self.gate.measuring(key):
-            self.ways |= dict.fromkeys(keys_of(case, *operands), way)
+            keys = keys_of(case, *operands)
+            if (calls := self.gate.lasts(key)) is not None:
+                way = Lasting(way, calls, partial(self._check, key, keys), self._capturing)
+            self.ways |= dict.fromkeys(keys, way)
             if kind == SCATTER:
                 self._making.settle(self.gate.arms, arm, sizes, n, dtype)
             if self._chooses:  # a fall-back must not be silent
@@ -194,6 +204,15 @@ class Team:
         found = way(*operands)
         self.gate.took(key, chosen, self._now() - began_s)
         return found
+
+    def _capturing(self) -> bool:
+        return isinstance(self.engine, CudaOverlapEngine) and self.engine.capturing()
+
+    def _check(self, key: str, keys: Sequence[Hashable]) -> None:
+        """The next call of the product that is found by `keys` begins a check of its choice."""
+        for each in keys:
+            self.ways.pop(each, None)
+        self.gate.check(key)
 
     def _start(self) -> float:
         """When all ranks begin a measured call: else it would wait for what made another rank late before, and an arm
@@ -250,50 +269,3 @@ class Team:
         self.ways.clear()  # they would go on with what is closed
         self.firsts.clear()
         self.engine.close()
-
-
-_teams: dict[tuple[str, str], Team] = {}
-_last: list[tuple[Any, bool, Any, Team]] = []  # what `team_for` was asked for last: group, on a GPU, all ranks' group
-
-
-def team_of(group: Team | dist.ProcessGroup | str | None, device: torch.device | str = "cpu") -> Team:
-    """The team of a process group, of its name, or of all ranks (None); collective when it is first asked for.
-
-    It is kept until `close_teams`. A Team is returned as it is.
-    """
-    if isinstance(group, Team):
-        return group
-    if not dist.is_initialized():
-        raise UserError(
-            "there is no process group",
-            expected="torchrun --nproc-per-node N program.py, and dist.init_process_group() in the program",
-            remedy="on one process a plain matrix product does all of it",
-        )
-    real = dist.distributed_c10d._resolve_process_group(group) if isinstance(group, str) else group or dist.group.WORLD  # type: ignore[arg-type]
-    kind = (torch.device(device) if isinstance(device, str) else device).type
-    for team in _teams.values():  # few, and found sooner than by the group's name
-        if team.group is real and team.device.type == kind:
-            return team
-    assert real is not None
-    found = _teams[real.group_name, kind] = Team(real, device=device)
-    return found
-
-
-def team_for(group: Team | dist.ProcessGroup | str | None, a: Tensor) -> Team:
-    """`team_of` the device of `a`; in a tenth of its time where the last call asked for the same, because a GPU waits
-    for a short product's host."""
-    if type(group) is Team:
-        return group
-    for asked, on_gpu, everyone, team in _last:
-        if asked is group and on_gpu is a.is_cuda and everyone is dist.distributed_c10d.GroupMember.WORLD:
-            return team
-    team = team_of(group, a.device)
-    _last[:] = [(group, a.is_cuda, dist.distributed_c10d.GroupMember.WORLD, team)]
-    return team
-
-
-def close_teams() -> None:
-    """Close what `team_of` keeps; collective. Call it before the process groups are destroyed."""
-    _last.clear()
-    while _teams:
-        _teams.pop(next(iter(_teams))).close()

@@ -21,7 +21,7 @@ from ..comms.overlap_cuda import CudaOverlapEngine
 from ..comms.overlap_engine import OverlapEngine
 from . import overlap_plain
 from .kernels.tracked_matmul import tracked_product
-from .overlap_gate import Arm
+from .overlap_arms import Arm
 from .overlap_products import panel_of, rows_of
 
 SCATTER, SUM, GATHER = "matmul_reduce_scatter", "matmul_all_reduce", "all_gather_matmul"
@@ -96,18 +96,33 @@ class Ways:
         return pattern(plan, rows_of(a, b, y), y, **more)
 
 
+class Lasting:
+    """A way that is taken for so many calls; the last of them calls `over`, unless a CUDA graph is being captured, in
+    which nothing can be measured: then a later one does."""
+
+    def __init__(self, way: Way, calls: int, over: Callable[[], None], capturing: Callable[[], bool]) -> None:
+        self._way, self._left, self._over, self._capturing = way, calls, over, capturing
+
+    def __call__(self, *operands: Any) -> Any:
+        self._left -= 1
+        if self._left <= 0 and not self._capturing():
+            self._over()
+        return self._way(*operands)
+
+
 class Guesses:
     """Of which reductions the way may be guessed to be plain, by how many numbers the first matrix has: `plain`."""
 
     def __init__(self) -> None:
-        self.plain, self._other = set[int](), set[int]()
+        self.plain = set[int]()
+        self._settled: dict[int, dict[Hashable, bool | None]] = {}
 
-    def settle(self, numbers: int, plain: bool | None) -> None:
+    def settle(self, case: Hashable, numbers: int, plain: bool | None) -> None:
         """One of so many numbers has settled on a plain way or another, and all must have settled on plain ones; None:
         it has not yet, and each guess would cost it a product."""
-        if plain is False:
-            self._other.add(numbers)
-        if plain and numbers not in self._other:
+        of_as_many = self._settled.setdefault(numbers, {})
+        of_as_many[case] = plain
+        if all(of_as_many.values()):
             self.plain.add(numbers)
         else:
             self.plain.discard(numbers)

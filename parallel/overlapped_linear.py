@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ..comms.chunk_plan import chunk_rows
 from ..dist.errors import UserError
-from .overlap_team import Team, team_for
+from .overlap_team import Team
+from .overlap_teams import team_for
 from .overlap_ways import GATHER, SCATTER, SUM
 
 Group = Team | dist.ProcessGroup | str | None

@@ -24,7 +24,8 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from ..comms.chunk_plan import chunk_rows
 from ..dist.errors import UserError
-from .overlap_team import Team, team_of
+from .overlap_team import Team
+from .overlap_teams import team_of
 from .overlapped_linear import Group, all_gather_matmul, matmul_reduce_scatter
 
 

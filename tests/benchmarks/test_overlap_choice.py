@@ -21,7 +21,7 @@ from undertow.benchmarks.overlap_choice import (
     replay_all,
     told,
 )
-from undertow.parallel.overlap_gate import ARMS, CUDA_ARMS, SEQUENTIAL
+from undertow.parallel.overlap_arms import ARMS, CUDA_ARMS, SEQUENTIAL
 from undertow.parallel.overlap_queueing import Queueing
 
 UNSEEN = 9

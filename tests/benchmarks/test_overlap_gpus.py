@@ -6,7 +6,7 @@ import pytest
 
 from undertow.benchmarks.overlap_choice import known
 from undertow.benchmarks.overlap_gpus import GATHER, PLAIN, SCATTER, SUM, predicted
-from undertow.parallel.overlap_gate import ROW_ARMS
+from undertow.parallel.overlap_arms import ROW_ARMS
 from undertow.parallel.overlap_queueing import Queueing
 
 NONE = Queueing()

@@ -13,7 +13,7 @@ from undertow.comms import cuda_replays
 from undertow.comms.cuda_recorder import Recorder, settings
 from undertow.comms.cuda_replays import PATIENCE, PAUSE, WASTED, WORTH, Replays
 from undertow.comms.spans import Memory
-from undertow.parallel.overlap_gate import REPLAYED_ARMS
+from undertow.parallel.overlap_arms import REPLAYED_ARMS
 
 
 def call(replays: Replays[str], key: Any, case: Any = "case", nbytes: int = 1, memory: Any = None) -> str:

@@ -30,7 +30,8 @@ from undertow.comms.stream_wait import Counted, can_wait
 from undertow.comms.symmetric_messenger import Mapped, Seat, SymmetricMessenger, _refusal, apart, why_not
 from undertow.comms.trigger import GlooMessenger
 from undertow.dist.errors import PeerLost
-from undertow.parallel.overlap_gate import CUDA_ARMS, REPLAYED_ARMS, Gate
+from undertow.parallel.overlap_arms import CUDA_ARMS, REPLAYED_ARMS
+from undertow.parallel.overlap_gate import Gate
 from undertow.parallel.overlap_queueing import measure
 from undertow.parallel.overlap_team import Team
 from undertow.parallel.overlap_ways import Ways

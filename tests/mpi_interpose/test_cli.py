@@ -70,9 +70,10 @@ def test_doctor_names_the_mpi(mpich: Install, capsys: pytest.CaptureFixture) -> 
 
 def test_doctor_says_whose_table_decides(mpich: Install) -> None:
     mpi = toolchain.probe(mpich.mpicc)
-    assert measure.shipped_table(mpi, "amd-avx512").startswith("built-in table, of amd-avx512; `undertow mpi measure`")
-    said = measure.shipped_table(mpi, "amd-avx2")
-    assert "the least gains of amd-avx512, intel-avx512 (this is amd-avx2)" in said
+    said = measure.shipped_table(mpi, "amd-25-avx512")
+    assert said.startswith("built-in table, of amd-25-avx512; `undertow mpi measure`")
+    said = measure.shipped_table(mpi, "amd-23-avx2")
+    assert "the least gains of amd-25-avx512, amd-26-avx512, intel-6-avx512 (this is amd-23-avx2)" in said
 
 
 @pytest.mark.parametrize(

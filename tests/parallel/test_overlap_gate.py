@@ -11,24 +11,19 @@ from undertow.benchmarks.intervals import interval_rank
 from undertow.comms.chunk_plan import ChunkPlan
 from undertow.dist.machine import Link, Machine
 from undertow.parallel import overlap_queueing
-from undertow.parallel.overlap_gate import (
-    AGAIN,
+from undertow.parallel.overlap_arms import (
     ARMS,
     COLUMN_ARMS,
     CUDA_ARMS,
     PANEL_ARMS,
-    ROUNDS,
     ROW_ARMS,
     SEQUENTIAL,
-    Gate,
-    Rates,
     cut,
     fewer_reads,
     in_columns,
     narrow,
-    surely,
-    trial_calls,
 )
+from undertow.parallel.overlap_gate import AGAIN, ROUNDS, Gate, Rates, surely, trial_calls
 from undertow.parallel.overlap_queueing import Queueing
 
 MACHINE = Machine("made up", links={"gloo": Link(1e-4, 1e9)}, flops={"gemm/float32": 1e11})

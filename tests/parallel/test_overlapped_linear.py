@@ -18,10 +18,12 @@ from undertow.comms.overlap_cuda import CudaOverlapEngine
 from undertow.dist.errors import UserError
 from undertow.dist.machine import Link, Machine
 from undertow.parallel import all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter, overlap_plain, overlap_team
-from undertow.parallel.overlap_gate import ARMS, CUDA_ARMS, SEQUENTIAL, cut
+from undertow.parallel.overlap_arms import ARMS, CUDA_ARMS, SEQUENTIAL, cut
+from undertow.parallel.overlap_gate import AGAIN, CHECK, RARER, ROUNDS, Gate
 from undertow.parallel.overlap_queueing import Queueing
-from undertow.parallel.overlap_team import Team, close_teams, team_for, team_of
-from undertow.parallel.overlap_ways import GATHER, SCATTER, SUM, Guesses, Ways
+from undertow.parallel.overlap_team import Team
+from undertow.parallel.overlap_teams import close_teams, team_for, team_of
+from undertow.parallel.overlap_ways import GATHER, SCATTER, SUM, Guesses, Lasting, Ways
 from undertow.parallel.tensor_parallel import RowParallelLinear, token_share
 
 SHAPES = [((12,), 5, 3), ((12, 6), 7, 6), ((6, 12, 6), 1, 6), ((12, 6), 0, 12)]  # leading dims, K, N
@@ -330,11 +332,78 @@ def test_a_product_that_is_guessed_to_stay_plain_is_made_before_it_is_looked_up(
 
 def test_only_where_every_product_of_so_many_numbers_stays_plain_is_that_guessed():
     guesses = Guesses()
-    for plain, guessed in ((True, True), (None, False), (True, True), (False, False), (True, False), (None, False)):
-        guesses.settle(12, plain)  # one that overlaps is never handed a product
+    for case, plain, guessed in (
+        ("one", True, True),
+        ("two", None, False),
+        ("two", True, True),
+        ("three", False, False),  # one that overlaps is never handed a product
+        ("one", True, False),
+        ("three", None, False),
+        ("three", True, True),  # it overlaps no longer
+    ):
+        guesses.settle(case, 12, plain)
         assert (12 in guesses.plain) == guessed
-    guesses.settle(13, True)
-    assert guesses.plain == {13}
+    guesses.settle("four", 13, True)
+    assert guesses.plain == {12, 13}
+
+
+def test_a_way_lasts_for_so_many_calls_but_not_into_a_graph_of_the_callers():
+    capturing, over = [False], list[int]()
+    way = Lasting(lambda a: a + 1, 3, lambda: over.append(1), lambda: capturing[0])
+    assert [way(k) for k in range(2)] == [1, 2] and over == []
+    capturing[0] = True
+    assert way(5) == 6 and over == []
+    capturing[0] = False
+    assert way(6) == 7 and over == [1]
+
+
+def _checked(rank: int, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock says what a way takes: one piece half of the sequential way, later twice as much on rank 1."""
+    a, b = torch.ones(6, 5), torch.ones(5, 3)
+    wanted = torch.full((6 // world, 3), 5.0 * world)
+    slow, now_s, taken = [1.0], [0.0], list[str]()
+    with contextlib.closing(Team()) as team:
+        team.gate = Gate(ARMS[:2], team._gather, short_s=1e9)
+        made = team._making
+
+        class Timed:
+            def of(self, kind: str, plan: ChunkPlan, arm: Any, dtype: torch.dtype) -> Any:
+                def way(*operands: Any) -> Any:
+                    taken.append(arm.name)
+                    now_s[0] += 2.0 if arm == SEQUENTIAL else slow[0]
+                    return made.of(kind, plan, arm, dtype)(*operands)
+
+                return way
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(made, name)
+
+        team._making = Timed()  # type: ignore[assignment]
+        monkeypatch.setattr(team, "_now", lambda: now_s[0])
+
+        def call(times: int) -> list[str]:
+            taken.clear()
+            for _ in range(times):
+                assert torch.equal(matmul_reduce_scatter(a, b, "sum", 0, team), wanted)
+            return list(taken)
+
+        trial, one = 2 * (ROUNDS + 1) + 2 * (AGAIN + 1), ARMS[1].name
+        call(trial)
+        assert call(CHECK) == [one] * CHECK  # the first of them settles it
+        assert sorted(call(2 * (AGAIN + 1))) == [one] * (AGAIN + 1) + ["sequential"] * (AGAIN + 1)
+        assert set(call(1)) == {one} and f"{one} (measured, and again in a later check; " in team.explain()
+        assert set(call(RARER * CHECK - 1)) == {one} and f"{one}, being checked (measured" in team.explain()
+        if rank == 1:
+            slow[0] = 4.0
+        assert sorted(call(2 * (AGAIN + 1))) == [one] * (AGAIN + 1) + ["sequential"] * (AGAIN + 1)
+        assert set(call(RARER * RARER * CHECK // 40)) == {"sequential"} and "no gain in a later check" in team.explain()
+        monkeypatch.setattr(team, "_capturing", lambda: True)  # another product, first met while a graph is captured
+        assert torch.equal(matmul_reduce_scatter(a.double(), b.double(), "sum", 0, team), wanted.double())
+        assert taken[-1] == "sequential" and len(team.gate._trials) == 1
+
+
+def test_what_overlaps_is_checked_later_and_given_up_where_it_gains_nothing(ranks, monkeypatch):
+    ranks(2, _checked, monkeypatch)
 
 
 def _engine_of_cpus(rank: int, world: int) -> None:

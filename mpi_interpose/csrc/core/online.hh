@@ -3,8 +3,9 @@
 // One call in mask + 1 of either path is timed, now ours first, now the library's. A few times of each make a pair (the
 // least of them, because an interrupted call, or one that waited for its peer, says nothing of the path), and pairs are
 // evidence (evidence.hh): our path is begun where they show a gain, and given up where they speak against it. In between
-// the table is followed. While pairs agree with what is done, sampling becomes rarer. No clock and no MPI in here. Threads
-// that time calls at once may spoil a pair for each other, which is noise like any other.
+// the table is followed. While pairs agree with what is done, sampling becomes rarer. It begins often where the table
+// takes the call, whose gain another machine may not have, so that a loss is seen soon. No clock and no MPI in here.
+// Threads that time calls at once may spoil a pair for each other, which is noise like any other.
 #pragma once
 
 #include <algorithm>
@@ -65,11 +66,13 @@ class Online : public Samples {
   // `gain`: what the table says (time without us / with us; negative or 0: unknown); `table`: whether that is enough.
   Choice choose(const OnlineRule& rule, double gain, bool table) {
     if (!rule.explores && !table) return {false, false};
-    const uint32_t mask = mask_.load(relaxed), call = calls_.fetch_add(1, relaxed), phase = call & mask;
+    uint32_t mask = mask_.load(relaxed);
+    if (!mask) mask_.store(mask = table ? kSoon : kOften, relaxed);
+    const uint32_t call = calls_.fetch_add(1, relaxed), phase = call & mask, eighth = (mask + 1) / 8;
     const bool ours = takes(table);
-    if (phase != kFirst && phase != kSecond) return {ours, false};
+    if (phase != eighth && phase != 5 * eighth) return {ours, false};
     const bool backwards = call & (mask + 1);
-    if ((phase == kFirst) == backwards) return {false, true};
+    if ((phase == eighth) == backwards) return {false, true};
     return {ours || decision() || gain > 0.5 || gain <= 0, true};
   }
   void observe(const OnlineRule& rule, bool ours, int64_t bytes, int64_t ns, bool table) {
@@ -83,12 +86,14 @@ class Online : public Samples {
     times_[0].store(0, relaxed);
     times_[1].store(0, relaxed);
     const bool agrees = pair(least_[0].load(relaxed), least_[1].load(relaxed), table);
-    mask_.store(agrees ? std::min(kRarest, 2 * mask_.load(relaxed) + 1) : kOften, relaxed);
+    const uint32_t mask = mask_.load(relaxed);
+    const uint32_t next = agrees ? std::min(kRarest, 2 * mask + 1) : std::min(kOften, mask);
+    mask_.store(decision() == kLibrary ? std::max(kOften, next) : next, relaxed);
   }
 
  private:
-  static constexpr uint32_t kOften = 63, kRarest = 4095, kFirst = 8, kSecond = 40;
-  std::atomic<uint32_t> calls_{0}, mask_{kOften};
+  static constexpr uint32_t kSoon = 15, kOften = 63, kRarest = 4095;
+  std::atomic<uint32_t> calls_{0}, mask_{0};  // no mask yet: 0
   std::atomic<float> least_[2]{};    // of the pair that is being timed, ns per byte
   std::atomic<uint32_t> times_[2]{};
   std::atomic<Gain> gain_{Gain()};

@@ -9,7 +9,7 @@
 // of (without - with) that this side of a message may call its own in the report. Between rows the logarithm of the gain
 // is interpolated by distance in octaves; far from every row nothing is known, and the call passes through.
 //
-// A line "for 4 on amd-avx512" begins rows of the library's major version 4 on that kind of processor (processor.hh), "for 4"
+// A line "for 4 on amd-26-avx512" begins rows of the library's major version 4 on that kind of processor (processor.hh), "for 4"
 // those of any. Where no section is of both, those of the version count, and else all; of several that count, each point
 // has the row with the least gain, and points that one of them lacks go.
 #pragma once

@@ -1,16 +1,35 @@
-// What kind of processor this is, as measured tables name it: the maker, and how wide its vectors are.
+// What kind of processor this is, as measured tables name it: the maker, the family, and how wide its vectors are.
 #pragma once
+
+#include <cstdio>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace undertow {
 
-// "intel-avx512", "amd-avx2", …; "other" for what nothing has been measured on.
+// The family that cpuid tells (25 are AMD's Zen 3 and 4, 26 is Zen 5; all of Intel's Xeons are 6).
+inline unsigned family_of(unsigned eax) {
+  const unsigned base = eax >> 8 & 15;
+  return base == 15 ? base + (eax >> 20 & 255) : base;
+}
+
+// "intel-6-avx512", "amd-26-avx512", …; "other" for what nothing has been measured on. Generations differ by more than
+// makers: what gains with one may lose with the next.
 inline const char* processor() {
 #if defined(__x86_64__)
+  static char name[24];
+  if (*name) return name;
   __builtin_cpu_init();
-  const bool avx512 = __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
-  const bool avx2 = __builtin_cpu_supports("avx2");
-  if (__builtin_cpu_is("intel")) return avx512 ? "intel-avx512" : avx2 ? "intel-avx2" : "intel";
-  if (__builtin_cpu_is("amd")) return avx512 ? "amd-avx512" : avx2 ? "amd-avx2" : "amd";
+  const char* maker = __builtin_cpu_is("intel") ? "intel" : __builtin_cpu_is("amd") ? "amd" : nullptr;
+  unsigned eax = 0, ebx, ecx, edx;
+  if (maker && __get_cpuid(1, &eax, &ebx, &ecx, &edx)) {
+    const bool avx512 = __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+    const char* vectors = avx512 ? "avx512" : __builtin_cpu_supports("avx2") ? "avx2" : "sse";
+    std::snprintf(name, sizeof name, "%s-%u-%s", maker, family_of(eax), vectors);
+    return name;
+  }
 #endif
   return "other";
 }

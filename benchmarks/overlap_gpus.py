@@ -31,7 +31,7 @@ from undertow.comms.cuda_collectives import all_gather_single, reduce_scatter_si
 from undertow.comms.overlap_cuda import CudaOverlapEngine
 from undertow.dist.errors import UserError
 from undertow.parallel.overlap_arms import ARMS, CUDA_ARMS, ROW_ARMS, SEQUENTIAL
-from undertow.parallel.overlap_gate import trial_calls
+from undertow.parallel.overlap_gate import checked_calls
 from undertow.parallel.overlap_queueing import Queueing
 from undertow.parallel.overlap_team import Team
 
@@ -69,7 +69,7 @@ class Ranks:
             self.teams[self.names[-1]] = _team(halves, device, "nccl")
         for team in self.teams.values():
             _forget(team)
-        for _ in range(trial_calls(len(CUDA_ARMS))):
+        for _ in range(checked_calls(len(CUDA_ARMS))):
             self.ours("auto")
         self.wanted = self._exact()
 

@@ -90,6 +90,11 @@ def trial_calls(arms: int) -> int:
     return (ROUNDS + 1) * arms + (AGAIN + 1) * (FINALISTS + 1) + 1
 
 
+def checked_calls(arms: int) -> int:
+    """After so many it has been checked once."""
+    return trial_calls(arms) + CHECK + 2 * (AGAIN + 1)
+
+
 def surely(ratios: Sequence[float]) -> float:
     """What the median exceeds with 95 %, from at least 5 samples: by order statistics, whatever their distribution."""
     below, rank = 2.0 ** -len(ratios), 0  # P(at most `rank` samples lie below the median)

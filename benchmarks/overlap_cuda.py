@@ -210,7 +210,11 @@ def _decided(rank: _Rank, arms: list[Way], seconds: Callable[..., float]) -> ove
     while gate.chosen() is None:
         at = gate.choose("product", can=can)
         if gate.measuring("product"):
-            gate.took("product", at, seconds(partial(rank.scatter, gate.arms[at]), repeats=1))
+            call, row = partial(rank.scatter, gate.arms[at]), gate.row("product")
+            taken_s, each_s = seconds(call, repeats=1), 0.0
+            if row:
+                each_s = seconds(lambda call=call, row=row: [call() for _ in range(row)], repeats=1) / row
+            gate.took("product", at, taken_s, each_s)
     return gate
 
 

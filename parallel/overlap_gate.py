@@ -6,9 +6,12 @@ hide is never tried. The others take turns with the sequential one on the first 
 round by round, decide alike on all ranks. An arm must win by 3 % and in all rounds but one, so that noise does not
 switch it on. On a GPU, where there are many arms, the best ones are measured again unless a product is long: new calls
 decide, because the best of many was lucky in the old ones. Of short products, whose times the host's noise moves by
-more than 3 %, one is taken only where its win is sure. What was chosen so is measured beside the sequential way once
-more after 200 calls, after 1,600 more, and so on, because calls that follow one another have the host's state in
-common: where it does not win then, the product is sequential for good. Without a measured Machine all arms are tried.
+more than 3 %, one is taken only where its win is sure, of single calls and of some in a row: one after the other a call
+waits for what the host queues, in a row perhaps for the call before it. What was chosen so is measured beside the
+sequential way once more after 200 calls, after 1,600 more, and so on, because calls that follow one another have the
+host's state in common: where it does not win then, the product is sequential for good. Without a measured Machine all
+arms are tried.
+
 All arms add in the same order, but a BLAS may round a product otherwise when it gets fewer rows at a time: where a
 resumed run must repeat every bit, fix the arm.
 """
@@ -33,6 +36,7 @@ WIN = 1.03  # least median of sequential / arm, over the rounds
 SHORT_S = 4e-3  # on a GPU; a product that takes less has noisy calls
 AGAIN_S = 20e-3  # on a GPU; one that takes less is measured again, because its calls are cheap
 AGAIN, FINALISTS = 20, 2  # timed calls of each, and how many arms beside the sequential one
+ROW, ROW_S = 8, 2e-3  # of a short product's calls in a row: how many at most, and about how long
 SURE = 1.01  # least lower end of the 95 % interval of that median
 CHECK, RARER = (
     200,
@@ -117,6 +121,8 @@ class _Trial:
     least: dict[int, float] = field(default_factory=dict)  # what the ratios of those measured again surely exceed
     began: int = 0  # calls before those whose samples count
     again: bool = False
+    row: int = 0  # calls in a row that are timed beside each single one
+    rows: list[list[float]] = field(default_factory=list)  # seconds for each of them
     held: int | None = None  # what was chosen, while it is checked
     checks: int = 0
     why: str = ""
@@ -175,27 +181,31 @@ class Gate:
         return _Trial(everyone, predicted, [[] for _ in everyone])
 
     def _decide(self, trial: _Trial) -> None:
-        mine = torch.tensor([seconds[1:] for seconds in trial.seconds], dtype=torch.float64)
-        slowest = torch.stack(self._gather(mine)).max(0).values  # [arms, rounds]
-        rounds = {arm: (slowest[0] / slowest[at]).tolist() for at, arm in enumerate(trial.arms) if at}
-        trial.ratios |= {arm: statistics.median(ratios) for arm, ratios in rounds.items()}
+        timings = [trial.seconds, trial.rows] if trial.row else [trial.seconds]
+        mine = torch.tensor(timings, dtype=torch.float64)[:, :, 1:]
+        slowest = torch.stack(self._gather(mine)).max(0).values  # [single calls, in a row; arms; rounds]
+        plain_s = float(slowest[0, 0].median())
+        rounds = {arm: (slowest[:, 0] / slowest[:, at]).tolist() for at, arm in enumerate(trial.arms) if at}
+        trial.ratios |= {arm: min(map(statistics.median, ratios)) for arm, ratios in rounds.items()}
         best_first = sorted(rounds, key=lambda arm: -trial.ratios[arm])
         if trial.again:
-            trial.least = {arm: surely(ratios) for arm, ratios in rounds.items()}
+            trial.least = {arm: min(map(surely, ratios)) for arm, ratios in rounds.items()}
         if trial.held is not None:
             kept = trial.ratios[trial.held] > 1
             trial.chosen, trial.held = trial.held if kept else 0, None
             trial.why = f"measured, and {'again' if kept else 'no gain'} in a later check"
             return
         if trial.again:
-            sure = SURE if slowest[0].median() < self._short_s else 0.0
+            sure = SURE if plain_s < self._short_s else 0.0
             winners = [arm for arm in best_first if trial.ratios[arm] >= WIN and trial.least[arm] >= sure]
-        elif slowest[0].median() >= self._again_s:
-            often = [arm for arm in best_first if sum(ratio > 1 for ratio in rounds[arm]) >= ROUNDS - 1]
+        elif plain_s >= self._again_s:
+            often = [arm for arm in best_first if sum(ratio > 1 for ratio in rounds[arm][0]) >= ROUNDS - 1]
             winners = [arm for arm in often if trial.ratios[arm] >= WIN]
         else:
             winners = []
             if finalists := [arm for arm in best_first if trial.ratios[arm] > 1][:FINALISTS]:
+                row = min(ROW, int(ROW_S / max(plain_s, 1e-9))) if plain_s < self._short_s else 0
+                trial.row = row if row > 1 else 0
                 self._anew(trial, finalists)
                 return
         trial.chosen, trial.why = winners[0] if winners else 0, "measured"
@@ -203,7 +213,7 @@ class Gate:
     def _anew(self, trial: _Trial, arms: list[int]) -> None:
         """Measure these arms beside the sequential one in new calls."""
         trial.arms, trial.began, trial.again = [0, *arms], trial.calls, True
-        trial.seconds = [[] for _ in trial.arms]
+        trial.seconds, trial.rows = ([[] for _ in trial.arms] for _ in range(2))
 
     def lasts(self, key: Hashable) -> int | None:
         """For how many calls a choice holds before `check`; None: for good."""
@@ -235,10 +245,17 @@ class Gate:
         """Whether the arms that may be chosen are measured again."""
         return self._trials[key].again
 
-    def took(self, key: Hashable, arm: int, seconds: float) -> None:
+    def row(self, key: Hashable) -> int:
+        """How many calls in a row are to be timed beside each single one that is measured now; 0: none."""
+        return self._trials[key].row
+
+    def took(self, key: Hashable, arm: int, seconds: float, in_a_row: float = 0.0) -> None:
+        """`in_a_row`: seconds for each of `row` calls."""
         trial = self._trials[key]
         trial.calls += 1
         trial.seconds[trial.arms.index(arm)].append(seconds)
+        if trial.row:
+            trial.rows[trial.arms.index(arm)].append(in_a_row)
 
     def explain(self, key: Hashable = None) -> str:
         """A line for each product, or for one: what was chosen and why, with predicted and measured speed-ups over

@@ -202,7 +202,13 @@ class Team:
             self._making.prepare(plan, arm, *operands)
         began_s = self._start()
         found = way(*operands)
-        self.gate.took(key, chosen, self._now() - began_s)
+        taken_s, row, each_s = self._now() - began_s, self.gate.row(key), 0.0
+        if row:
+            began_s = self._start()
+            for _ in range(row):
+                way(*operands)
+            each_s = (self._now() - began_s) / row
+        self.gate.took(key, chosen, taken_s, each_s)
         return found
 
     def _capturing(self) -> bool:

@@ -23,7 +23,7 @@ from undertow.parallel.overlap_arms import (
     in_columns,
     narrow,
 )
-from undertow.parallel.overlap_gate import AGAIN, ROUNDS, Gate, Rates, surely, trial_calls
+from undertow.parallel.overlap_gate import AGAIN, ROUNDS, ROW, Gate, Rates, surely, trial_calls
 from undertow.parallel.overlap_queueing import Queueing
 
 MACHINE = Machine("made up", links={"gloo": Link(1e-4, 1e9)}, flops={"gemm/float32": 1e11})
@@ -80,8 +80,8 @@ def test_sequential_stays_where_overlap_wins_little_or_only_sometimes():
 
 def test_the_slowest_rank_decides(seed):
     """Each rank would choose another arm; together they choose the one whose slowest rank is fastest."""
-    slow = torch.ones(3, ROUNDS, dtype=torch.float64)
-    slow[2] = 4.0  # another rank, for which the last arm is slow
+    slow = torch.ones(1, 3, ROUNDS, dtype=torch.float64)
+    slow[:, 2] = 4.0  # another rank, for which the last arm is slow
 
     gate = Gate(ARMS[:3], lambda mine: [mine, slow * 0.6])
     play(gate, lambda arm: [1.0, 0.7, 0.2][arm])
@@ -124,6 +124,22 @@ def test_a_short_product_is_measured_again_and_taken_only_for_sure(later, chosen
     play(gate, seconds, calls=trial_calls(4))
     assert gate.chosen() == chosen and calls == [ROUNDS + AGAIN + 2] * 3 + [ROUNDS + 1]
     assert "surely" in gate.explain() and "overlap, 4 pieces: measured 1.11×" in gate.explain()
+
+
+@pytest.mark.parametrize("in_a_row, chosen", [(1.0, SEQUENTIAL), (1.3, SEQUENTIAL), (0.7, ARMS[1])])
+def test_a_short_product_must_gain_in_a_row_too(in_a_row, chosen):
+    gate, rows = Gate(ARMS[:2], alone, short_s=1.0), set()
+    for _ in range(trial_calls(2)):
+        arm = gate.choose("p")
+        if gate.measuring("p"):
+            rows.add(gate.row("p"))
+            gate.took("p", arm, (1e-4, 7e-5)[arm], (1e-4, 1e-4 * in_a_row)[arm] if gate.row("p") else 0.0)
+    assert gate.chosen() == chosen and rows == {0, ROW}
+    slow, rows = Gate(ARMS[:2], alone, short_s=4e-3, again_s=1.0), set()
+    for seconds, row in ((7e-4, 2), (1.5e-3, 0), (5e-3, 0)):
+        for _ in range(2 * (ROUNDS + 1) + 1):
+            slow.took(seconds, slow.choose(seconds), seconds if slow.choose(seconds) == 0 else seconds / 2)
+        assert slow.again(seconds) and slow.row(seconds) == row
 
 
 @pytest.mark.parametrize("sure, chosen", [(False, ARMS[1]), (True, SEQUENTIAL)])

@@ -74,9 +74,9 @@ def at_least(table: Iterable[Row], least: Least) -> list[Row]:
 
 def least_gains(runs: Sequence[Sequence[Row | Message]]) -> list[Row]:
     """One table for several runs, tables or machines: of each point the row with the least gain, of each message the
-    way that all know to gain; points that one lacks go."""
-    local = [_by_point(run) for run in runs]
-    shared = [key for key in local[0] if all(key in table for table in local)]
+    way that all know to gain; points that one lacks go, but for a run of messages alone, or of packs and unpacks."""
+    local = [found for found in map(_by_point, runs) if found]
+    shared = [key for key in local[0] if all(key in table for table in local)] if local else []
     return [min((table[key] for table in local), key=lambda row: row.ratio) for key in shared] + _messages(runs)
 
 
@@ -94,8 +94,8 @@ def _by_point(run: Sequence[Row | Message]) -> dict[tuple, Row]:
 
 def _messages(runs: Sequence[Sequence[Row | Message]]) -> list[Row]:
     """The rows of the messages at all points that each run has."""
-    found = [_messages_by_point(run) for run in runs]
-    shared = [point for point in found[0] if all(point in run for run in found)]
+    found = [messages for messages in map(_messages_by_point, runs) if messages]
+    shared = [point for point in found[0] if all(point in run for run in found)] if found else []
     return [row for point in shared for row in ways.merged([message for run in found for message in run[point]])]
 
 

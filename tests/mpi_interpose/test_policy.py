@@ -145,6 +145,8 @@ def test_where_runs_take_other_sides_of_a_message_none_is_taken() -> None:
     for kind, way in (("a", "send"), ("b", "both"), ("c", "library")):
         assert policy.Policy(parts, "MPICH 5.0", kind).way(cell("message")) == way
     assert policy.least_gains([both, both]) == both
+    packs = policy.rows([cell(forced=5e4)])
+    assert policy.least_gains([packs + both, both]) == packs + both == policy.least_gains([both, packs + both])
 
 
 def test_the_processor_has_a_name_and_is_the_default() -> None:

@@ -35,7 +35,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from undertow.benchmarks.case import Benchmark
 from undertow.benchmarks.facts import facts, slug
@@ -119,15 +118,7 @@ def run(quick: bool, rounds: int | None, only: str, output: Path) -> int:
 
 def apart(output: Path, rounds: int = ROUNDS) -> int:
     """Measure the messages of every MPI at hand, those of each datatype by processes that have sent nothing else."""
-    return max([_run_one(mpi, False, rounds, "message", output, alone=True) for mpi in installed()], default=2)
-
-
-def _measured(mpi: Mpi, library: Path, only: str, alone: bool, **how: Any) -> list[Cell]:
-    if not alone:
-        return measure.measure(mpi, library, only=only, **how)
-    names = dict.fromkeys(cell.name for cell in measure.measure(mpi, library, only=only, **how | {"rounds": 1}))
-    found = (measure.measure(mpi, library, only=f"{only} {name}", **how) for name in names)
-    return [cell for name, cells in zip(names, found, strict=True) for cell in cells if cell.name == name]
+    return max([_run_one(mpi, False, rounds, "", output, alone=True) for mpi in installed()], default=2)
 
 
 def _run_one(mpi: Mpi, quick: bool, rounds: int | None, only: str, output: Path, *, alone: bool = False) -> int:
@@ -139,7 +130,10 @@ def _run_one(mpi: Mpi, quick: bool, rounds: int | None, only: str, output: Path,
         if sys.stderr.isatty():
             sys.stderr.write(f"\r\x1b[K{label(mpi)}: {done} cells, {time.monotonic() - began:.0f} s, {title}")
 
-    cells = _measured(mpi, library, only, alone, rounds=samples, quick=quick, progress=progress)
+    if alone:
+        cells = measure.apart(mpi, library, rounds=samples, quick=quick, progress=progress)
+    else:
+        cells = measure.measure(mpi, library, rounds=samples, quick=quick, only=only, progress=progress)
     sys.stderr.write("\n")
     about = {"mpi": mpi.version, "rounds": str(samples), "seconds": f"{time.monotonic() - began:.0f}", **facts()}
     verdicts = judge(cells, mpi)

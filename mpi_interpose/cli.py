@@ -191,22 +191,26 @@ def measure_(
     console.print(f"measuring {choice}", highlight=False)
     start = start or measure.launcher(mpi, choice.launcher)
     with console.status(f"timing {mpi.version[:40].strip()}") as status:
-        cells = measure.measure(
-            mpi, library, start, rounds=wanted, quick=quick,
-            progress=lambda done, title: status.update(f"timing {mpi.version[:40].strip()}: {done} cells, {title}"),
-        )  # fmt: skip
+
+        def progress(done: int, title: str) -> None:
+            status.update(f"timing {mpi.version[:40].strip()}: {done} cells, {title}")
+
+        cells = measure.measure(mpi, library, start, rounds=wanted, quick=quick, progress=progress)
+        fresh = [] if quick else measure.apart(mpi, library, start, rounds=wanted, progress=progress)
     target = output or measure.model_file(library)
     links = {cell.link for cell in cells}
     if remote and links != {"remote"}:
         raise InterposeError(
             f"--remote, but the two ranks are on {policy.LINKS[links.pop()]}; expected a --mpirun that uses two hosts"
         )
-    found = measure.write(cells, mpi, target)
+    found = measure.write(cells, mpi, target, fresh=fresh)
     measure.write_machine(found, mpi, machine or measure.machine_file())
     table = policy.Policy(target.read_text())
     if cells:
-        held = [cell for cell in cells if cell.held]
-        console.print(f"choices of the table on cells it has not seen: {policy.summary(policy.judge(held, table))}")
+        for run, where in ((cells, ""), (fresh, ", sent by fresh programs")):
+            if held := [cell for cell in run if cell.held]:
+                said = policy.summary(policy.judge(held, table))
+                console.print(f"choices of the table on cells it has not seen{where}: {said}")
     sys.stdout.write(f"{target}\n")
 
 

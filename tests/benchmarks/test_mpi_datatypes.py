@@ -136,16 +136,3 @@ def test_the_modelled_halo_is_the_ranks_work_or_the_wire() -> None:
     slow = halo3d.Cluster(3072, 4, 1e9, 0.0)
     assert slow.exchange_s(found) == pytest.approx(96 * 65536 / 1e9)  # 16 faces of 6 sides through 1 GB/s
     assert halo3d.Cluster(64, 4, 1e9, 0.0).exchange_s(found) == pytest.approx(6e-4)  # one node: no wire
-
-
-def test_apart_each_datatype_is_measured_by_programs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    cells, asked = [cell("message", name, size, 16, send=9e4) for name in ("a-b1", "a-b16") for size in (64, 128)], []
-
-    def measure(mpi: object, library: object, *, only: str, rounds: int, **how: object) -> list[Cell]:
-        asked.append((only, rounds))
-        return [each for each in cells if f"message {each.name}".startswith(only)]
-
-    monkeypatch.setattr(mpi_datatypes.measure, "measure", measure)
-    found = mpi_datatypes._measured(OPENMPI, Path(), "message", True, rounds=31)  # type: ignore[arg-type]
-    assert found == cells and asked == [("message", 1), ("message a-b1", 31), ("message a-b16", 31)]
-    assert mpi_datatypes._measured(OPENMPI, Path(), "message a-b16", False, rounds=9) == cells[2:]  # type: ignore[arg-type]

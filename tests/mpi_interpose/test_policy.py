@@ -213,3 +213,28 @@ def test_elements_of_another_size_are_another_point() -> None:
     assert older.ask(*at, 4)[0] == older.ask(*at, 1)[0] == pytest.approx(10)
     alone = policy.Policy("pack strided 4 8 65536 1000 100 1 1\n")  # of MPI_CHAR only: two octaves away half of it
     assert alone.ask(*at, 1)[0] == pytest.approx(10) and alone.ask(*at, 4)[0] == pytest.approx(5 / 1.04, rel=0.02)
+
+
+def test_apart_each_datatype_is_measured_by_programs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    cells, asked = (
+        [replace(cell("message", size=s, send=9e4), name=n) for n in ("a-b1", "a-b16") for s in (64, 128)],
+        [],
+    )
+
+    def found(mpi: object, library: object, mpirun: object, *, only: str, rounds: int, quick: bool) -> list[Cell]:
+        asked.append((only, rounds))
+        return [each for each in cells if f"message {each.name}".startswith(only)]
+
+    monkeypatch.setattr(measure, "measure", found)
+    assert measure.apart(None, Path(), rounds=31) == cells  # type: ignore[arg-type]
+    assert asked == [("message", 1), ("message a-b1", 31), ("message a-b16", 31)]
+
+
+def test_a_table_takes_the_messages_that_gain_in_fresh_programs_too(tmp_path: Path) -> None:
+    mpi, target = SimpleNamespace(version="MPICH 4.0", key="x"), tmp_path / "model.txt"
+    pack, sent = cell(forced=5e4), cell("message", send=3e4, recv=9.9e4, both=9e4)
+    for fresh, way in ((4e4, "send"), (1.2e5, "library")):
+        again = cell("message", send=fresh, recv=1.3e5, both=1.3e5)
+        measure.write([pack, sent], mpi, target, fresh=[again])  # type: ignore[arg-type]
+        table = policy.Policy(target.read_text())
+        assert table.way(sent) == way and table.way(pack) == "forced"

@@ -40,7 +40,7 @@ def messages(install: Install, how: str, patience_ms: int, folder: Path) -> tupl
 @pytest.mark.parametrize("how", ["waitall", "wait", "late"])
 def test_a_short_program_is_left_alone_and_a_longer_one_is_not(pympi: Install, how: str, tmp_path: Path) -> None:
     assert messages(pympi, how, 100_000, tmp_path) == (0, 2 * CALLS)
-    taken, passed = messages(pympi, how, 20, tmp_path)
+    taken, passed = messages(pympi, how, 5, tmp_path)  # some 20 ms on the fastest machine so far
     assert taken > 0 and taken + passed == 2 * CALLS
 
 

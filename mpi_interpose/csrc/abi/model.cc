@@ -157,6 +157,10 @@ Verdict wins(Record& r, Use use, int64_t bytes, const Peer& peer, double gain, T
   if (!g_messages) return Verdict::PassAlways;
   const LinkSet links = links_of(peer);
   if (!links || links & kNobody) return Verdict::PassAlways;
+  if (timed == Timed::Round && waiting() && !reaches_far(r)) {  // to ask takes longer than a small program's round
+    if (this_round.habit) return Verdict::PassAlways;
+    if (this_round.strangers < kUnasked) return ++this_round.strangers, Verdict::Pass;
+  }
   int last = 0;
   double ratio = 1e9;  // the least of all links that it may be
   for (int link = 0; link < kLinks; ++link) {

@@ -16,7 +16,7 @@ struct Step {
   int64_t reach, wait_ns;  // bytes from a type's first to its last; what the program must have run for
 };
 // A comparison is some per cent of that time at most: on two cores of an AMD EPYC 30 µs, 0.2 ms and 5 to 16 ms for a type.
-constexpr Step kSteps[] = {{1 << 18, 100 * kMs}, {1 << 22, 1000 * kMs}, {INT64_MAX, 10000 * kMs}};
+constexpr Step kSteps[] = {{kNear, 100 * kMs}, {1 << 22, 1000 * kMs}, {INT64_MAX, 10000 * kMs}};
 
 int64_t g_start_ns = 0;
 int64_t g_fixed_ns = -1;

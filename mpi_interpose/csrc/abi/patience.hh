@@ -22,6 +22,10 @@ inline std::atomic<int64_t> served_reach{INT64_MAX};  // other calls wait still 
 }
 inline bool waiting() { return patience::rounds_wait.load(std::memory_order_relaxed); }
 
+// Of types that reach no further rounds wait the least time, whatever the table says of them: it is not asked until then.
+constexpr int64_t kNear = 1 << 18;
+inline bool reaches_far(const Record& r) { return r.plan.ir->hi - r.plan.ir->lo > kNear; }
+
 void wait_for(const Record& wanted);  // this type is to be used when the time of rounds has come
 bool waits_on();                      // looks at the clock; false from when the time of rounds has come
 

@@ -17,6 +17,7 @@
 namespace undertow {
 
 constexpr double kTry = 0.6;  // the table's worst gain for a message that a trial may take
+constexpr unsigned kUnasked = 64;  // messages of no known round that pass without a question while we wait
 
 // What a thread knows of rounds that begin with one message.
 struct Habit {
@@ -55,7 +56,7 @@ struct Round {
   bool clocked = false;  // its time counts; of a timed round that is the first of a row it does not
   Way way = kTableWay;
   int parts = 0;
-  unsigned strangers = 0;  // messages of no known round that the table takes, while we wait
+  unsigned strangers = 0;  // messages of no known round while we wait; after the first ones, those that the table takes
   uintptr_t first = 0;  // the request of the first message that was started under the clock
   bool has_first = false;
   int64_t bytes = 0, ns = 0, mark_ns = 0;

@@ -323,7 +323,7 @@ def ship(files: Sequence[Path], keep: bool = False) -> None:
         file = build.POLICY / f"{flavour}.txt"
         kept, facts_kept = policy.read_sections(file.read_text()) if keep else ({}, [])
         for whom, rows in kept.items():
-            runs_for.setdefault(whom, []).append(policy.at_least(rows, policy.shipped))
+            runs_for.setdefault(whom, []).append([*policy.at_least(rows, policy.shipped)])
         merged = {whom: policy.least_gains(runs) for whom, runs in sorted(runs_for.items())}
         said = "Shipped with every build: gains that are not clearly above "
         said += f"{policy.SHIPPED}, or {policy.SHIPPED_LARGE} from 1 MiB on, are written as 1."

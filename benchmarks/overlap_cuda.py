@@ -53,7 +53,7 @@ SWEEP = [(m, n, k) for m in (4096, 1024, 16384, 256, 2048, 8192, 512, 128, 32768
          for n, k in ((8192, 28672), (28672, 8192), (28672, 28672), (8192, 8192))]  # fmt: skip
 FEW = 2048  # rows up to which a case of the sweep is named `few rows`, and timed once more, queued ahead
 PLAIN = "mm, then one copy each way"
-SLEEP_CYCLES = 20_000_000  # 10 ms and more, in which a call is queued
+SLEEP_CYCLES, LONGEST = 20_000_000, 1_000_000_000  # 10 ms and more, in which a call is queued; at most
 
 
 def cases(context: Context) -> list[Case]:
@@ -259,17 +259,21 @@ def _plain(rank: _Rank) -> Callable[[], torch.Tensor]:
 
 def _seconds(call: Callable[[], Any], repeats: int = 5, *, ahead: bool = False) -> float:
     """The median time of a call on the device; `ahead`: which sleeps until the host has queued all of it."""
-    times = []
-    for _ in range(repeats + (repeats > 1)):
+    times, cycles = list[float](), SLEEP_CYCLES
+    while len(times) < repeats + (repeats > 1):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()  # nothing earlier may run into the sample
         if ahead:
-            torch.cuda._sleep(SLEEP_CYCLES)
+            torch.cuda._sleep(cycles)
         start.record()
         call()
         stop.record()
+        late = ahead and start.query() and cycles < LONGEST
         stop.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3)
+        if late:
+            cycles *= 2
+        else:
+            times.append(start.elapsed_time(stop) / 1e3)
     return statistics.median(times[-repeats:])
 
 

@@ -196,13 +196,14 @@ def measure_(
             status.update(f"timing {mpi.version[:40].strip()}: {done} cells, {title}")
 
         cells = measure.measure(mpi, library, start, rounds=wanted, quick=quick, progress=progress)
+        links = {cell.link for cell in cells}
+        if remote and links != {"remote"}:
+            raise InterposeError(
+                f"--remote, but the two ranks are on {policy.LINKS[links.pop()]}; expected a --mpirun that uses two "
+                "hosts"
+            )
         fresh = [] if quick else measure.apart(mpi, library, start, rounds=wanted, progress=progress)
     target = output or measure.model_file(library)
-    links = {cell.link for cell in cells}
-    if remote and links != {"remote"}:
-        raise InterposeError(
-            f"--remote, but the two ranks are on {policy.LINKS[links.pop()]}; expected a --mpirun that uses two hosts"
-        )
     found = measure.write(cells, mpi, target, fresh=fresh)
     measure.write_machine(found, mpi, machine or measure.machine_file())
     table = policy.Policy(target.read_text())

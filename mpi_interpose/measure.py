@@ -69,8 +69,9 @@ def measure(
 ) -> list[Cell]:
     """All cells; some minutes (`quick`: fewer sizes). InterposeError when the program fails or a byte is wrong.
 
-    `only`: cells whose "use name" contains it. `table`: the policy behind the arm `auto`, default the preload's own.
-    `mpirun`: the launcher with its options. `progress(cells so far, title)` is called after each.
+    `only`: cells whose "use name" contains it, or is it where a $ stands behind. `table`: the policy behind the arm
+    `auto`, default the preload's own. `mpirun`: the launcher with its options. `progress(cells so far, title)` is
+    called after each.
     """
     values = {**clean_environment(), **environment(library, "auto", None)}
     preload = values.pop("LD_PRELOAD")
@@ -112,14 +113,13 @@ def apart(
 ) -> list[Cell]:
     """The cells of messages, those of each datatype by processes that have sent nothing else.
 
-    What a library takes depends on that: after all other cells Open MPI took 77 us for 256 KiB that take 13 in a fresh
-    program.
+    Messages have two speeds: among all other cells Open MPI took 77 us for 256 KiB in some runs and 13 in others, in
+    programs like these always 13.
     """
     names = dict.fromkeys(cell.name for cell in measure(mpi, library, mpirun, rounds=1, quick=quick, only="message"))
     found: list[Cell] = []
     for name in names:
-        cells = measure(mpi, library, mpirun, rounds=rounds, quick=quick, only=f"message {name}")
-        found += [cell for cell in cells if cell.name == name]
+        found += measure(mpi, library, mpirun, rounds=rounds, quick=quick, only=f"message {name}$")
         progress(len(found), f"message {name}, apart")
     return found
 

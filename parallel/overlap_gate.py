@@ -167,7 +167,10 @@ class Gate:
         trial = self._trials.get(key) or self._trials.setdefault(key, self._trial(predict, can))
         if trial.chosen is None and trial.complete:
             self._decide(trial)
-        return trial.arms[(trial.calls - trial.began) % len(trial.arms)] if trial.chosen is None else trial.chosen
+        if trial.chosen is not None:
+            return trial.chosen
+        turn, at = divmod(trial.calls - trial.began, len(trial.arms))  # back and forth, for callers that take turns
+        return trial.arms[len(trial.arms) - 1 - at if turn % 2 else at]
 
     def _trial(self, predict: Callable[[Arm], float] | None, can: Callable[[Arm], bool]) -> _Trial:
         everyone = [at for at, arm in enumerate(self.arms) if at == 0 or can(arm)]

@@ -96,8 +96,10 @@ class Team:
         self.gate, self._chooses = Gate(arms, self._gather, fixed=fixed, why=why, **more), fixed is None
         self._making = Ways(self.engine, self.group, self._recorder)
         self.ways: dict[Hashable, Way] = {}  # of products that have settled, by `keys_of`
+        self._lasting: dict[str, set[Hashable]] = {}  # what products whose choice will be checked are found by
         self._guesses = Guesses()
         self.firsts = self._guesses.plain  # how many numbers a first matrix has, the product of which needs no look-up
+        self._captured = set[str]()  # products that were met there
         self._mesh: DeviceMesh | None = None
         self._queueing: Queueing | None = None
 
@@ -184,6 +186,9 @@ class Team:
         plan = self.engine.plan(sizes, arm.subchunks, columns, whole=arm.whole and columns > 0)
         way = self._making.of(kind, plan, arm, dtype)
         if capturing:
+            if key not in self._captured:
+                self._captured.add(key)
+                log.info("overlap: %s: %s in a CUDA graph that is captured, not measured there", key, arm.name)
             return way(*operands)
         if kind != GATHER:
             plain = None if self.gate.measuring(key) else self._making.plain(plan, arm, dtype)
@@ -191,7 +196,8 @@ class Team:
         if not self.gate.measuring(key):
             keys = keys_of(case, *operands)
             if (calls := self.gate.lasts(key)) is not None:
-                way = Lasting(way, calls, partial(self._check, key, keys), self._capturing)
+                way = Lasting(way, calls, partial(self._check, key), self._capturing)
+                self._lasting.setdefault(key, set()).update(keys)
             self.ways |= dict.fromkeys(keys, way)
             if kind == SCATTER:
                 self._making.settle(self.gate.arms, arm, sizes, n, dtype)
@@ -214,10 +220,10 @@ class Team:
     def _capturing(self) -> bool:
         return isinstance(self.engine, CudaOverlapEngine) and self.engine.capturing()
 
-    def _check(self, key: str, keys: Sequence[Hashable]) -> None:
-        """The next call of the product that is found by `keys` begins a check of its choice."""
-        for each in keys:
-            self.ways.pop(each, None)
+    def _check(self, key: str) -> None:
+        """The next call of this product, by whichever of its cases, begins a check of its choice."""
+        for found_by in self._lasting.pop(key, ()):
+            self.ways.pop(found_by, None)
         self.gate.check(key)
 
     def _start(self) -> float:

@@ -126,6 +126,18 @@ def test_a_short_product_is_measured_again_and_taken_only_for_sure(later, chosen
     assert "surely" in gate.explain() and "overlap, 4 pieces: measured 1.11×" in gate.explain()
 
 
+def test_two_callers_that_take_turns_meet_both_arms_alike():
+    """One of them takes twice as long as the other, by either arm: no reason to choose one."""
+    gate, calls = Gate(ARMS[:2], alone, short_s=10.0), [0]
+
+    def seconds(_arm: int) -> float:
+        calls[0] += 1
+        return 2.0 if calls[0] % 2 else 1.0
+
+    play(gate, seconds, calls=trial_calls(2))
+    assert gate.chosen() == SEQUENTIAL
+
+
 @pytest.mark.parametrize("in_a_row, chosen", [(1.0, SEQUENTIAL), (1.3, SEQUENTIAL), (0.7, ARMS[1])])
 def test_a_short_product_must_gain_in_a_row_too(in_a_row, chosen):
     gate, rows = Gate(ARMS[:2], alone, short_s=1.0), set()

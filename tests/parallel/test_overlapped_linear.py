@@ -19,7 +19,7 @@ from undertow.dist.errors import UserError
 from undertow.dist.machine import Link, Machine
 from undertow.parallel import all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter, overlap_plain, overlap_team
 from undertow.parallel.overlap_arms import ARMS, CUDA_ARMS, SEQUENTIAL, cut
-from undertow.parallel.overlap_gate import AGAIN, CHECK, RARER, ROUNDS, Gate
+from undertow.parallel.overlap_gate import AGAIN, CHECK, RARER, ROUNDS, ROW, Gate
 from undertow.parallel.overlap_queueing import Queueing
 from undertow.parallel.overlap_team import Team
 from undertow.parallel.overlap_teams import close_teams, team_for, team_of
@@ -361,7 +361,7 @@ def _checked(rank: int, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock says what a way takes: one piece half of the sequential way, later twice as much on rank 1."""
     a, b = torch.ones(6, 5), torch.ones(5, 3)
     wanted = torch.full((6 // world, 3), 5.0 * world)
-    slow, now_s, taken = [1.0], [0.0], list[str]()
+    slow, now_s, taken = [1e-4], [0.0], list[str]()
     with contextlib.closing(Team()) as team:
         team.gate = Gate(ARMS[:2], team._gather, short_s=1e9)
         made = team._making
@@ -370,7 +370,7 @@ def _checked(rank: int, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
             def of(self, kind: str, plan: ChunkPlan, arm: Any, dtype: torch.dtype) -> Any:
                 def way(*operands: Any) -> Any:
                     taken.append(arm.name)
-                    now_s[0] += 2.0 if arm == SEQUENTIAL else slow[0]
+                    now_s[0] += 2e-4 if arm == SEQUENTIAL else slow[0]
                     return made.of(kind, plan, arm, dtype)(*operands)
 
                 return way
@@ -387,15 +387,17 @@ def _checked(rank: int, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
                 assert torch.equal(matmul_reduce_scatter(a, b, "sum", 0, team), wanted)
             return list(taken)
 
-        trial, one = 2 * (ROUNDS + 1) + 2 * (AGAIN + 1), ARMS[1].name
-        call(trial)
+        one, again = ARMS[1].name, (1 + ROW) * (AGAIN + 1)  # each call of a second trial, and a row of them
+        assert sorted(call(2 * (ROUNDS + 1))) == [one] * (ROUNDS + 1) + ["sequential"] * (ROUNDS + 1)
+        assert sorted(call(2 * (AGAIN + 1))) == [one] * again + ["sequential"] * again
         assert call(CHECK) == [one] * CHECK  # the first of them settles it
-        assert sorted(call(2 * (AGAIN + 1))) == [one] * (AGAIN + 1) + ["sequential"] * (AGAIN + 1)
+        assert f"{one}: measured 2.00× (surely 2.00×)" in team.explain()
+        assert sorted(call(2 * (AGAIN + 1))) == [one] * again + ["sequential"] * again
         assert set(call(1)) == {one} and f"{one} (measured, and again in a later check; " in team.explain()
         assert set(call(RARER * CHECK - 1)) == {one} and f"{one}, being checked (measured" in team.explain()
         if rank == 1:
-            slow[0] = 4.0
-        assert sorted(call(2 * (AGAIN + 1))) == [one] * (AGAIN + 1) + ["sequential"] * (AGAIN + 1)
+            slow[0] = 4e-4
+        assert sorted(call(2 * (AGAIN + 1))) == [one] * again + ["sequential"] * again
         assert set(call(RARER * RARER * CHECK // 40)) == {"sequential"} and "no gain in a later check" in team.explain()
         monkeypatch.setattr(team, "_capturing", lambda: True)  # another product, first met while a graph is captured
         assert torch.equal(matmul_reduce_scatter(a.double(), b.double(), "sum", 0, team), wanted.double())

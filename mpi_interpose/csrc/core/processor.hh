@@ -18,20 +18,21 @@ inline unsigned family_of(unsigned eax) {
 // "intel-6-avx512", "amd-26-avx512", …; "other" for what nothing has been measured on. Generations differ by more than
 // makers: what gains with one may lose with the next.
 inline const char* processor() {
+  static const struct Name {
+    char text[24] = "other";
+    Name() {
 #if defined(__x86_64__)
-  static char name[24];
-  if (*name) return name;
-  __builtin_cpu_init();
-  const char* maker = __builtin_cpu_is("intel") ? "intel" : __builtin_cpu_is("amd") ? "amd" : nullptr;
-  unsigned eax = 0, ebx, ecx, edx;
-  if (maker && __get_cpuid(1, &eax, &ebx, &ecx, &edx)) {
-    const bool avx512 = __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
-    const char* vectors = avx512 ? "avx512" : __builtin_cpu_supports("avx2") ? "avx2" : "sse";
-    std::snprintf(name, sizeof name, "%s-%u-%s", maker, family_of(eax), vectors);
-    return name;
-  }
+      __builtin_cpu_init();
+      const char* maker = __builtin_cpu_is("intel") ? "intel" : __builtin_cpu_is("amd") ? "amd" : nullptr;
+      unsigned eax = 0, ebx, ecx, edx;
+      if (!maker || !__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return;
+      const bool avx512 = __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+      const char* vectors = avx512 ? "avx512" : __builtin_cpu_supports("avx2") ? "avx2" : "sse";
+      std::snprintf(text, sizeof text, "%s-%u-%s", maker, family_of(eax), vectors);
 #endif
-  return "other";
+    }
+  } name;
+  return name.text;
 }
 
 }  // namespace undertow

@@ -2,7 +2,7 @@
    MPI_Pack and MPI_Unpack on rank 0 (rank 1 sleeps), a ping-pong between the two, and the cost of calls that pass
    through. Every answer is compared, bytes outside the datatype too, before anything is timed.
 
-   usage: mpirun -n 2 measure ROUNDS QUICK ONLY     (ONLY: part of "use name", or "" for all)
+   usage: mpirun -n 2 measure ROUNDS QUICK ONLY     (ONLY: part of "use name", the whole of it with a $ behind, or "" for all)
 
    One `cell` line per use and datatype: use, class, name, block, step, bytes, held, wrong bytes, calls per sample, bytes of
    its basic elements; then one `arm` line for each way: its name and ROUNDS samples in ns per call (per message). Arms: library; again (the
@@ -76,6 +76,8 @@ static void draw_order(int round, int arms, int* order) {
 static int chosen(const char* use, const char* name) {
   char both[160];
   snprintf(both, sizeof both, "%s %s", use, name);
+  const size_t n = strlen(only);
+  if (n && only[n - 1] == '$') return strlen(both) == n - 1 && !strncmp(both, only, n - 1);
   return strstr(both, only) != NULL;
 }
 

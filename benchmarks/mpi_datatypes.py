@@ -326,7 +326,7 @@ def ship(files: Sequence[Path], keep: bool = False) -> None:
             runs_for.setdefault(whom, []).append([*policy.at_least(rows, policy.shipped)])
         merged = {whom: policy.least_gains(runs) for whom, runs in sorted(runs_for.items())}
         said = "Shipped with every build: gains that are not clearly above "
-        said += f"{policy.SHIPPED}, or {policy.SHIPPED_LARGE} from 1 MiB on, are written as 1."
+        said += f"{policy.SHIPPED}, or {policy.SHIPPED_LARGE} from 256 KiB on, are written as 1."
         file.write_text(
             policy.sections(merged, [said, *(fact for fact in facts_kept if fact[:12] != said[:12]), *about[flavour]])
         )

@@ -21,7 +21,7 @@ __all__ = ["CLASSES", "LINKS", "USES", "WAYS", "Row", "read_sections", "sections
 
 GAIN = 1.04  # kGain of csrc/abi/model.hh
 OWN, SHIPPED, SHIPPED_LARGE = 1.04, 1.08, 1.25  # least clear gains
-LARGE = 1 << 20  # bytes; from here on it is a machine's memory that sets the pace
+LARGE = 1 << 18  # bytes; from here on a machine's memory and the way between its cores set the pace
 Least = Callable[[int], float]  # of so many bytes
 
 

@@ -67,10 +67,10 @@ def test_only_a_clear_gain_enters_the_table() -> None:
 
 
 @pytest.mark.parametrize("use", ["pack", "message"])
-def test_what_ships_of_a_mib_must_gain_more(use: str) -> None:
+def test_what_ships_of_256_kib_must_gain_more(use: str) -> None:
     for gain, taken in ((1.2, (True, False)), (1.3, (True, True))):
         ours = 1e5 / gain
-        for size, ships in zip((65536, 1_048_560), taken, strict=True):
+        for size, ships in zip((65536, 262_128), taken, strict=True):
             one = cell(use, size=size, forced=ours, send=ours, recv=9.9e4, both=9.9e4)
             for least, wanted in ((policy.shipped, ships), (policy.own, True)):
                 assert (policy.rows([one], least)[0].ratio > 1) == wanted, (gain, size, least)

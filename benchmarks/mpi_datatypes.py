@@ -116,9 +116,9 @@ def run(quick: bool, rounds: int | None, only: str, output: Path) -> int:
     return status
 
 
-def apart(output: Path, rounds: int = ROUNDS) -> int:
+def apart(output: Path) -> int:
     """Measure the messages of every MPI at hand, those of each datatype by processes that have sent nothing else."""
-    return max([_run_one(mpi, False, rounds, "", output, alone=True) for mpi in installed()], default=2)
+    return max([_run_one(mpi, False, ROUNDS, "", output, alone=True) for mpi in installed()], default=2)
 
 
 def _run_one(mpi: Mpi, quick: bool, rounds: int | None, only: str, output: Path, *, alone: bool = False) -> int:
@@ -131,7 +131,7 @@ def _run_one(mpi: Mpi, quick: bool, rounds: int | None, only: str, output: Path,
             sys.stderr.write(f"\r\x1b[K{label(mpi)}: {done} cells, {time.monotonic() - began:.0f} s, {title}")
 
     if alone:
-        cells = measure.apart(mpi, library, rounds=samples, quick=quick, progress=progress)
+        cells = measure.apart(mpi, library, rounds=samples, progress=progress)
     else:
         cells = measure.measure(mpi, library, rounds=samples, quick=quick, only=only, progress=progress)
     sys.stderr.write("\n")

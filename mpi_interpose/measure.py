@@ -107,8 +107,7 @@ def apart(
     library: Path,
     mpirun: Sequence[str] = (),
     *,
-    rounds: int = ROUNDS,
-    quick: bool = False,
+    rounds: int,
     progress: Callable[[int, str], None] = lambda done, cell: None,
 ) -> list[Cell]:
     """The cells of messages, those of each datatype by processes that have sent nothing else.
@@ -116,10 +115,10 @@ def apart(
     Messages have two speeds: among all other cells Open MPI took 77 us for 256 KiB in some runs and 13 in others, in
     programs like these always 13.
     """
-    names = dict.fromkeys(cell.name for cell in measure(mpi, library, mpirun, rounds=1, quick=quick, only="message"))
+    names = dict.fromkeys(cell.name for cell in measure(mpi, library, mpirun, rounds=1, only="message"))
     found: list[Cell] = []
     for name in names:
-        found += measure(mpi, library, mpirun, rounds=rounds, quick=quick, only=f"message {name}$")
+        found += measure(mpi, library, mpirun, rounds=rounds, only=f"message {name}$")
         progress(len(found), f"message {name}, apart")
     return found
 

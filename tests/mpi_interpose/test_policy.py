@@ -221,7 +221,7 @@ def test_apart_each_datatype_is_measured_by_programs_of_its_own(monkeypatch: pyt
         [],
     )
 
-    def found(mpi: object, library: object, mpirun: object, *, only: str, rounds: int, quick: bool) -> list[Cell]:
+    def found(mpi: object, library: object, mpirun: object, *, only: str, rounds: int) -> list[Cell]:
         asked.append((only, rounds))
         return [each for each in cells if only in ("message", f"message {each.name}$")]
 

@@ -37,12 +37,8 @@ def matmul_reduce_scatter(
 
     `reduce_op`: 'sum' or 'avg'. Differentiable.
     """
-    if scatter_dim == 0 and reduce_op == "sum" and _as_it_is(A, B):
-        team = team_for(group, A)
-        y = _made_first(A, B, team)
-        way = team.ways.get((SCATTER, A.shape, B.shape, A.dtype, B.dtype))
-        if way is not None:
-            return way(A, B) if y is None else way(A, B, y)
+    if scatter_dim == 0 and reduce_op == "sum" and (found := _settled(SCATTER, A, B, group)) is not None:
+        return found
     A, B = _cast(A, B)
     _fits(A, B)
     team, dim, average = team_for(group, A), _dim(scatter_dim, A.ndim), _average(reduce_op)
@@ -108,12 +104,8 @@ def matmul_all_reduce(A: Tensor, B: Tensor, reduce_op: str = "sum", group: Group
     Differentiable where all ranks go on alike: the gradient of the result must be equal on all ranks, and is not summed
     over them (Megatron's g).
     """
-    if reduce_op == "sum" and _as_it_is(A, B):
-        team = team_for(group, A)
-        y = _made_first(A, B, team)
-        way = team.ways.get((SUM, A.shape, B.shape, A.dtype, B.dtype))
-        if way is not None:
-            return way(A, B) if y is None else way(A, B, y)
+    if reduce_op == "sum" and (found := _settled(SUM, A, B, group)) is not None:
+        return found
     A, B = _cast(A, B)
     _fits(A, B)
     team, average = team_for(group, A), _average(reduce_op)
@@ -122,14 +114,24 @@ def matmul_all_reduce(A: Tensor, B: Tensor, reduce_op: str = "sum", group: Group
     return out / team.world if average else out
 
 
-def _made_first(A: Tensor, B: Tensor, team: Team) -> Tensor | None:
-    """A @ B where its way may be guessed to be plain (`Team.firsts`), so that the look-up comes behind it."""
-    if A.numel() not in team.firsts or A.dim() != 2:
+def _settled(kind: str, A: Tensor, B: Tensor, group: Group) -> Tensor | None:
+    """A reduction of a product that has settled and has nothing to cast and no gradient, else None.
+
+    A GPU may wait for what the host does before the product, so no more than this is asked, in one frame, and where the
+    way may be guessed to be plain (`Team.firsts`), its look-up comes behind the product. Shapes and types were checked
+    before it settled.
+    """
+    if _casts() or ((A.requires_grad or B.requires_grad) and torch.is_grad_enabled()):
         return None
+    team = group if type(group) is Team else team_for(group, A)
     try:
-        return A @ B
+        y = A @ B if A.numel() in team.firsts and A.dim() == 2 else None
     except RuntimeError:  # what does not fit has not settled either, and is named by the caller
         return None
+    way = team.ways.get((kind, A.shape, B.shape, A.dtype, B.dtype))
+    if way is None:
+        return None
+    return way(A, B) if y is None else way(A, B, y)
 
 
 def _scattered(a: Tensor, b: Tensor, team: Team, sizes: tuple[int, ...]) -> Tensor:

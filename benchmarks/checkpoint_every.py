@@ -114,9 +114,11 @@ def sample(job: Job, method: Method, every: int, intervals: int) -> tuple[float,
 
 
 def run(
-    job: Job, every: Sequence[int], rounds: int, rival_rounds: int, *, ways: Sequence[str] = tuple(WAYS), seed: int = 0
-) -> list[Cell]:
-    """All cells of one size. A failure takes a way out of the rest, and the others go on."""
+    job: Job, every: Sequence[int], rounds: int, rival_rounds: int, *, ways: Sequence[str] = tuple(WAYS), seed: int = 0,
+    keep: Callable[[list[Cell]], None] = lambda cells: None,
+) -> list[Cell]:  # fmt: skip
+    """All cells of one size. A failure takes a way out of the rest, and the others go on. `keep` is called with all of
+    them whenever one has been timed: a way may hang, and a machine be taken away."""
     arms = [Arm(name) for name in ways]
     cells = [Cell(job.size.name, k, arm.name) for k in every for arm in arms]
     for arm in arms:
@@ -145,6 +147,7 @@ def run(
                 cell.ratios.append(plain / with_saves)
                 cell.saves.append(saves)
                 cell.intervals.append(timed)
+                keep(cells)
                 at_s = time.monotonic() - began_s
                 typer.echo(
                     f"{at_s:4.0f} s, round {turn + 1}: every {cell.every}, {cell.arm}: {cell.ratios[-1]:.3f}", err=True
@@ -205,18 +208,24 @@ def main(
         )
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     init_process_group(detect({}), device=device)
-    cells, plain = [], {}
+    cells: list[Cell] = []
+    plain: dict[str, float] = {}
+    about = facts(PACKAGES)
+
+    def keep(more: list[Cell]) -> Path | None:
+        text = {"facts": about, "step_ms": plain, "rounds": rounds}
+        return None if result is None else write(result, cells + more, text)
+
     for name in names:
         job = Job(SIZES[name], device, Path(tempfile.mkdtemp(prefix="undertow-bench-", dir=folder)))
         try:
             plain[name] = step_ms(job)
-            cells += run(job, intervals, rounds, rival_rounds, ways=wanted)
+            cells += run(job, intervals, rounds, rival_rounds, ways=wanted, keep=keep)
         finally:
             job.close()
             shutil.rmtree(job.folder, ignore_errors=True)
-        if result is not None:  # what is known already, should a later size fail
-            text = {"facts": facts(PACKAGES), "step_ms": plain, "rounds": rounds}
-            typer.echo(f"written: {write(result, cells, text).name}")
+        if page := keep([]):
+            typer.echo(f"written: {page.name}")
     typer.echo("\n".join(table(cells)))
 
 

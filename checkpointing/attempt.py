@@ -2,7 +2,8 @@
 
 What ranks tell each other about a save bears its number, so that a rank that gives one up (its user's `state_dict()`
 raised, or its memory is full) is in step with the others at the next. It leaves word wherever they may wait for it: at
-the meetings that make a plan and its memory, at the claim of a generation, and at the votes (`Tiers.refuse`).
+the meetings that make a plan and its memory, at the claim of a generation, and at the votes (`Tiers.refuse`). One whose
+state has kept its shape does not come to the meeting of one whose state has not, and says so (`kept`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from ..dist.errors import PeerLost
 
 MEETINGS = ("plan", "staging", "host", "arena")  # where all ranks do something together, or none
+ANEW = "all ranks plan anew at the next save"
 CLAIMS = ("claim", "again")  # where rank 0 says which generation of memory a save gets; again, if not before the state
 
 
@@ -49,6 +51,11 @@ class SaveLost(RuntimeError):
 def reason_of(error: BaseException) -> str:
     """Why a save is lost, for its report: an error's type and text, or what other ranks have put in words."""
     return str(error) if isinstance(error, (SaveLost, PeerLost)) else f"{type(error).__name__}: {error}"
+
+
+def kept(rank: int) -> str:
+    """Why that rank will not come to make a plan."""
+    return f"the state on rank {rank} has kept its shape, so it saves by the plan that it has; {ANEW}"
 
 
 @contextmanager

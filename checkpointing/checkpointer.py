@@ -142,7 +142,7 @@ class Checkpointer:
         self._pipeline = Pipeline(self._tiers.committers, writers=writers, trace=self._trace)
         self._live = LiveState(self.state, self._coordinator, chunk_bytes=chunk_bytes, timeout_s=timeout_s)
         self._clock = StepClock()
-        self._reports = Reports(observers, self._clock, lambda: self._budget.peak_bytes)
+        self._reports = Reports([*observers, self._live.heard], self._clock, lambda: self._budget.peak_bytes)
         self._fences = Fences(self._live, self._trace)
         parts = (self._live, self._tiers, self._budget, self._pipeline, self._fences, self._clock, self._reports)
         self._saver = Saver(*parts, timeout_s, Readable(allow_types))
@@ -178,11 +178,12 @@ class Checkpointer:
     ) -> bool:
         """Begin to save the state as it is now under the number `step`, on disk and, where there is such a tier, in
         host memory; False when nothing was begun: checkpoints are switched off, all generations are in use, or a rank
-        did not come to plan it or has no memory for it, which is reported as a failure. What a user's `state_dict()`
+        did not come to plan it, has no memory for it or alone has a state of another shape, which is reported as a failure. What a user's `state_dict()`
         raises is raised here, on its rank alone; the save has then failed on all, and the next one works."""
         step, numbers = self._number(step), metrics_of(metrics)
         if self._off:
             return False
+        self._reports.take(self._pipeline.reports())
         attempt, raised = self._tiers.attempt(step, disk=disk, host=host, metrics=numbers), None
         with self._trace.span("snapshot", step=step):
             self.fence()

@@ -23,7 +23,7 @@ import torch
 from ..dist.log import get_logger
 from ..dist.trace import Trace
 from ..dist.version import __version__
-from .attempt import SaveLost, reason_of
+from .attempt import SaveLost, kept, reason_of
 from .coordinate import Coordinator
 from .dcp_metadata import DcpMetadata
 from .files import together
@@ -176,9 +176,12 @@ class Committer:
 
     def _commit(self, part: Part, name: str) -> float:
         """Durable, vote, publish; the seconds from the call to durable files. Raises when the save is lost."""
-        save = part.save
+        save, planning = part.save, f"{part.save.attempt.at('plan')}/verdict"
+        keeps = not save.planned and self.coordinator.world > 1 and self.tier == save.attempt.tiers[0]
         word: dict[str, Any] = {"reason": "", "step": save.step}
         try:
+            if keeps:
+                self.coordinator.decide(planning, kept(self.coordinator.rank))
             word |= self._make_durable(part)
         except BaseException as error:
             word["reason"] = f"rank {self.coordinator.rank}: {reason_of(error)}"
@@ -186,6 +189,8 @@ class Committer:
         self._say(f"{name}/vote", word)
         if self.coordinator.rank == 0:
             verdict = self._publish(part, name)
+            if keeps:  # all have voted, or given up
+                self.coordinator.forget(planning)
             self._say(f"{name}/verdict", (verdict, None if verdict else part.ahead()))
         else:
             deadline_s = time.monotonic() + 2 * self._timeout_s

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from ..dist.errors import PeerLost, UserError
 from ..dist.trace import Trace
 from .arena import Arena
-from .attempt import MEETINGS, Attempt
+from .attempt import ANEW, MEETINGS, Attempt
 from .committer import Committer, Part
 from .coordinate import Coordinator
 from .copies import HostCopier, copier_for
@@ -95,6 +95,7 @@ class _Engine:
         self.committer = Committer("async", self.folders, self.coordinator, keep=None, timeout_s=TIMEOUT_S, trace=trace)
         self.pipeline = Pipeline([self.committer], writers=2, trace=trace)
         self._key: tuple | None = None
+        self._anew = False  # another rank waits for a plan of all
         self._tried: list[str] = []  # the plans whose words are in the store
         self._count = 0
         self._arena: Arena | None = None
@@ -124,13 +125,13 @@ class _Engine:
         _refuse(folder.path)
         leaves = _leaves(state_dict)
         refuse_odd(leaves)
-        self._fit(attempt, leaves)
+        planned = self._fit(attempt, leaves)
         assert self._arena is not None
         plan, arena = self.plan, self._arena
         values = {leaf.key: leaf.value for leaf in leaves}
         folder._make_root()
         self.folders.by_number[self._count] = folder
-        save = Save(attempt, plan, {i.fqn: values[i.fqn] for i in plan.objects}, {})
+        save = Save(attempt, plan, {i.fqn: values[i.fqn] for i in plan.objects}, {}, planned=planned)
         self._staging.fill([local_tensor(values[index.fqn]) for index in plan.eager])
         sources = [local_tensor(values[index.fqn]) for index in plan.lazy]
         file = ShardFile(folder.ops, folder.scratch(0, self._token) / plan.shard_name, plan.image)
@@ -150,14 +151,16 @@ class _Engine:
         if ok:
             future.set_result(folder.path)
         else:
+            self._anew = self._anew or ANEW in str(save.snapshot.error)
             future.set_exception(RuntimeError(f"{folder.path} was not saved: {save.snapshot.error}"))
 
-    def _fit(self, attempt: Attempt, leaves: list[Leaf]) -> None:
+    def _fit(self, attempt: Attempt, leaves: list[Leaf]) -> bool:
+        """Whether all ranks have made a plan for `leaves` now; else it is the last one."""
         key = signature(leaves)
-        if key == self._key:
-            return
+        if key == self._key and not self._anew:
+            return False
         self.pipeline.drain()
-        self._key = None  # until all ranks have the new plan and its memory
+        self._key, self._anew = None, False  # until all ranks have the new plan and its memory
         talk = self.coordinator
         self._tried.append(attempt.at("plan"))
         self.copier = copier_for([local_tensor(leaf.value) for leaf in leaves if isinstance(leaf.value, torch.Tensor)])
@@ -166,6 +169,7 @@ class _Engine:
         while len(self._tried) > 1:
             forget_words(self._tried.pop(0), talk)
         self._key = key
+        return True
 
     def _make_memory(self) -> None:
         self._staging = Staging(self.plan, self.copier.device)

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .attempt import one_save
+from ..dist.errors import PeerLost
+from .attempt import ANEW, one_save
 from .coordinate import Coordinator
 from .copies import copier_for
 from .plan import SavePlan, forget_words, make_plan, signature
 from .sample import Sampler
+from .save import SaveReport
 from .seal import Seal
 from .spread import own_part
 from .staging import Staging
@@ -40,6 +42,8 @@ class LiveState:
         self.state, self._coordinator = state, coordinator
         self._chunk_bytes, self._timeout_s = chunk_bytes, timeout_s
         self._plan_key: tuple | None = None
+        self._planned_key: tuple = ()  # of the last plan that all ranks had
+        self.planned_now = False  # whether the last `values` made the plan
         self._tried: list[str] = []  # the plans whose words are in the store
         self._fresh_key: tuple = ()
         self._names: dict[int, str] = {}
@@ -53,7 +57,9 @@ class LiveState:
     def values(self, name: str, before_planning: Callable[[], None]) -> Mapping[str, Any]:
         """Every value to save by key, tensors as this rank's part. Collective when the shape has changed, in meetings
         under `name`; then `before_planning` is called before the old plan goes. `PeerLost` on all ranks when one is
-        late or has no memory: the next call plans again. Whatever a user's `state_dict()` raises comes through."""
+        late, has no memory, or has a state of the shape it had: the next call plans again. Whatever a user's
+        `state_dict()` raises comes through."""
+        self.planned_now = False
         if self._watch is not None and self._watch.unchanged():
             fresh = self.state.fresh_leaves(self._names)
             if signature(fresh) == self._fresh_key:
@@ -70,8 +76,12 @@ class LiveState:
         if key != self._plan_key:
             before_planning()
             self._plan_key = None  # until all ranks have the new plan
-            self._replan(name, leaves)
-            self._plan_key = key
+            try:
+                self._replan(name, leaves)
+            except PeerLost as error:
+                raise PeerLost(f"{error}{news(self._planned_key, key, self._coordinator.rank)}") from error
+            self._plan_key = self._planned_key = key
+            self.planned_now = True
         self._fresh_key = signature(fresh)
         found = {leaf.key: local(leaf.value) for leaf in leaves}
         watch = Watch(self.state, leaves)
@@ -108,6 +118,11 @@ class LiveState:
         while len(self._tried) > 1:  # as large as the plans: a state that often grows would fill the store
             forget_words(self._tried.pop(0), talk)
 
+    def heard(self, report: SaveReport, _: int) -> None:
+        """Of a save that has ended: whether another rank waits for a plan of all."""
+        if ANEW in report.reason:
+            self._plan_key = self._watch = None
+
     @property
     def planned(self) -> bool:
         """Whether all ranks have a plan, of the state at the last save."""
@@ -142,6 +157,18 @@ class LiveState:
         known = self._ends.get(id(optimizer), [])
         end = max(known[slice(group, None if group is None else group + 1)], default=None)
         return next((part.chunk for part in self._watched[:-1] if end is not None and end <= part.chunk), None)
+
+
+def news(before: tuple, now: tuple, rank: int) -> str:
+    """What a plan's key says of the state on `rank` that the one `before` did not; '' where there was none."""
+    if not before:
+        return ""
+    old, new = set(before[1:]), set(now[1:])
+    names = dict.fromkeys(".".join(map(str, row[0])) for row in (*now[1:], *before[1:]) if (row in old) != (row in new))
+    if not names:
+        return ""
+    first = ", ".join(f"'{name}'" for name in list(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"; on rank {rank} {first} came, went or has another shape (what differs by rank belongs in per_rank)"
 
 
 class Watched(NamedTuple):

@@ -54,13 +54,15 @@ class SaveReport:
 @dataclass
 class Save:
     """One save on its way into one or two tiers. `objects` are the values to pickle, taken when the save began;
-    `known` is what the saves before have pickled: key → (value, repr, bytes) of those that can be compared."""
+    `known` is what the saves before have pickled: key → (value, repr, bytes) of those that can be compared. `planned`:
+    the plan was made for it, with all ranks; else it is that of the save before."""
 
     attempt: Attempt
     plan: SavePlan
     objects: Mapping[str, Any]
     known: dict[str, tuple[Any, str, bytes]]
     readable: Readable | None = None  # looks at the bytes of each object once
+    planned: bool = True
     call_s: float = 0.0
     fence_s: float = 0.0
     snapshot: Snapshot = field(init=False)

@@ -140,7 +140,7 @@ class Saver:
     def _start(self, attempt: Attempt, values: Mapping[str, Any], claimed: Claim | None) -> None:
         live, arena = self._live, partial(self._arena, attempt)
         objects = {index.fqn: values[index.fqn] for index in live.plan.objects}
-        save = Save(attempt, live.plan, objects, self._pickles, self._readable)
+        save = Save(attempt, live.plan, objects, self._pickles, self._readable, live.planned_now)
         live.staging.fill(live.eager)
         sources, seals = live.sources, live.seals()
         memory, parts, on_chunks = self._tiers.route(save, claimed, arena, self._pipeline, live.copier)

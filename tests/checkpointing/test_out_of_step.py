@@ -84,6 +84,40 @@ def test_a_state_dict_that_raises_on_one_rank_costs_one_save_on_all(ranks, tmp_p
     assert not list(tmp_path.glob("root*/.step-*"))  # what the others wrote of refused saves is cleared away
 
 
+def one_grows(rank: int, world: int, root: str, memory: str, guilty: int, host: bool) -> tuple[list, int]:
+    """The state of one rank has another shape in steps 2 to 4, and in 7 again."""
+    host_tier.SHARED_MEMORY = Path(memory)
+    job, moody = Job(layers=1), Moody()
+    with job.checkpointer(Path(root), moody=moody, host_every=int(host), keep=None) as ckpt:
+        for step in range(8):
+            moody.value, moody.size = step, int(rank == guilty and step in (2, 3, 4, 7))
+            ckpt.save(step, host=host)
+            job.advance(step)
+            ckpt.wait()
+        moody.value = -1
+        assert ckpt.restore() == 6
+        reports = sorted((report.step, report.tier, report.reason) for report in ckpt.reports)
+        return reports, moody.value
+
+
+@pytest.mark.parametrize("host", [False, True])
+@pytest.mark.parametrize("guilty", [0, 1])
+def test_a_state_that_changes_on_one_rank_costs_one_save_each_time(ranks, tmp_path, guilty, host):
+    """Nobody waits for a rank that has nothing to plan (for 300 s, were it so), and the next save has a plan of all."""
+    memory, began_s = tmp_path / "shm", time.monotonic()
+    memory.mkdir()
+    first, second = ranks(2, one_grows, str(tmp_path / "root"), str(memory), guilty, host)
+    assert time.monotonic() - began_s < 200
+    assert first == second
+    reports, value = first
+    assert value == 6
+    lost = {step: reason for step, _, reason in reports if reason}
+    assert lost.keys() == {2, 5, 7}
+    for step, reason in lost.items():
+        assert f"the state on rank {1 - guilty} has kept its shape" in reason and "anew at the next save" in reason
+        assert f"on rank {guilty} 'moody" in reason and "'moody.more0'" in reason and "in per_rank" in reason
+
+
 def state_outgrows_memory(rank: int, world: int, root: str, memory: str) -> list[tuple]:
     """Shared memory is too small in steps 2 to 4, of which rank 1 has no room for an arena in 3; in 5, where there is
     enough again, a generation of rank 1 fails."""
@@ -163,6 +197,26 @@ def test_async_save_where_one_rank_raises(ranks, tmp_path, guilty):
         assert [end == "ok" for end in ends] == [False, True, False, True]
         assert all("the loader has no position now" in end for end in (ends[0], ends[2]))
     assert open_checkpoint(tmp_path / "3")["w"].tolist() == [3, 3, 3, 3]
+
+
+def one_grows_in_async_save(rank: int, world: int, root: str, guilty: int) -> list[str]:
+    ends = []
+    for number in range(4):
+        state = {"w": torch.full((4,), number)} | ({"v": torch.ones(2)} if rank == guilty and number else {})
+        try:
+            async_save(state, checkpoint_id=f"{root}/{number}").result()
+            ends.append("")
+        except Exception as error:
+            ends.append(str(error))
+    return ends
+
+
+@pytest.mark.parametrize("guilty", [0, 1])
+def test_async_save_where_the_state_changes_on_one_rank(ranks, tmp_path, guilty):
+    for ends in ranks(2, one_grows_in_async_save, str(tmp_path), guilty):
+        assert [not end for end in ends] == [True, False, True, True]
+        assert f"the state on rank {1 - guilty} has kept its shape" in ends[1]
+    assert open_checkpoint(tmp_path / "3")["v"].tolist() == [1, 1]
 
 
 def one_closes(rank: int, world: int, root: str, memory: str, grows: bool) -> list[str]:

@@ -223,7 +223,8 @@ def judge(cells: Sequence[Cell], mpi: Mpi) -> list[str]:
     for cell in losers(cells):
         found = cell.ratio("auto")
         more = (cell.median_ns("auto") - cell.library_ns()) / 1e3
-        lines.append(f"  {cell.title}: {found.median:.2f} [{found.low:.2f}, {found.high:.2f}], {more:.1f} us more")
+        took = f"{cell.taken:.0%} of its calls were taken" if cell.taken else "every call was the library's"
+        lines.append(f"  {cell.title}: {found.median:.2f} [{found.low:.2f}, {found.high:.2f}], {more:.1f} us more; {took}")
     for target in TARGETS:
         gains = [cell.ratio("auto").median for cell in cells if target.flavour == mpi.flavour and target.of(cell)]
         if gains:

@@ -63,7 +63,8 @@ class Cell:
     `use`: pack, unpack, message, or call-… (the cost of passing through); `cls`, `block`, `step`, `size` (bytes): what
     the model sees; `held`: kept from fitting; `wrong`: bytes that differ from the library's; `arms`: ns per call;
     `link`: where the two ranks were to each other (socket, local or remote); `leaf`: bytes of a basic element, 1 where
-    they are mixed, 0 in samples that do not say it.
+    they are mixed, 0 in samples that do not say it; `taken`: the share of auto's calls that the preload took, of both
+    sides of a message, -1 in samples that do not say it.
     """
 
     use: str
@@ -78,6 +79,7 @@ class Cell:
     arms: dict[str, tuple[float, ...]] = field(default_factory=dict)
     link: str = "local"
     leaf: int = 0
+    taken: float = -1
 
     @property
     def title(self) -> str:
@@ -128,7 +130,7 @@ def text(cells: Iterable[Cell]) -> str:
         if c.link != link:
             link = c.link
             lines.append(f"link {link}")
-        numbers = (c.block, c.step, c.size, int(c.held), c.wrong, c.inner, c.leaf)
+        numbers = (c.block, c.step, c.size, int(c.held), c.wrong, c.inner, c.leaf, f"{c.taken:.4g}")
         lines.append(" ".join(map(str, ("cell", c.use, c.cls, c.name, *numbers))))
         lines += [" ".join(["arm", arm, *(f"{ns:.1f}" for ns in samples)]) for arm, samples in c.arms.items()]
     return "\n".join([*lines, "complete", ""])
@@ -142,8 +144,10 @@ def parse(lines: Iterable[str]) -> list[Cell]:
         word, _, rest = line.strip().partition(" ")
         if word == "cell":
             use, cls, name, *numbers = rest.split()
-            block, step, size, held, wrong, inner, leaf = map(int, [*numbers, 0][:7])
-            cells.append(Cell(use, cls, name, block, step, size, bool(held), wrong, inner, link=link, leaf=leaf))
+            numbers += ["0", "-1"][len(numbers) - 6 :]  # which older programs do not say
+            block, step, size, held, wrong, inner, leaf = map(int, numbers[:7])
+            known = Cell(use, cls, name, block, step, size, bool(held), wrong, inner, link=link, leaf=leaf)
+            cells.append(replace(known, taken=float(numbers[7])))
         elif word == "arm" and cells:
             name, *samples = rest.split()
             cells[-1].arms[name] = tuple(map(float, samples))

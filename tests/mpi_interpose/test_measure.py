@@ -30,4 +30,5 @@ def test_the_program_measures_packs_and_messages(mpi: Install, tmp_path: Path) -
         ways = ["send", "recv", "both", "dense"] if cell.use == "message" else ["forced"]
         assert list(cell.arms) == ["library", "again", *ways, "auto"]
         assert all(len(samples) == 6 and min(samples) > 0 for samples in cell.arms.values())
+        assert (0.5 < cell.taken <= 1) if cell.use == "message" else (0 <= cell.taken <= 1)  # a few calls compare
     assert len(policy.rows(cells)) == 8  # pack, unpack, and two sides of messages, at two sizes

@@ -252,6 +252,11 @@ extern "C" __attribute__((visibility("default"))) long undertow_measure_leaf(MPI
   const undertow::Record* r = undertow::record_of(type);
   return r ? r->leaf_size : 0;
 }
+// How many calls of `use` (as in Use: 0 pack to 3 receive) with that type went our way.
+extern "C" __attribute__((visibility("default"))) long undertow_measure_taken(MPI_Datatype type, int use) {
+  const undertow::Record* r = undertow::record_of(type);
+  return r && use >= 0 && use < undertow::kUses ? r->tally[use].taken.load() : 0;
+}
 extern "C" __attribute__((visibility("default"))) void undertow_measure_mode(int mode) {
   undertow::patience_end();
   undertow::mode = mode ? undertow::Mode::Force : undertow::Mode::Auto;

@@ -5,7 +5,7 @@
    usage: mpirun -n 2 measure ROUNDS QUICK ONLY     (ONLY: part of "use name", the whole of it with a $ behind, or "" for all)
 
    One `cell` line per use and datatype: use, class, name, block, step, bytes, held, wrong bytes, calls per sample, bytes of
-   its basic elements; then one `arm` line for each way: its name and ROUNDS samples in ns per call (per message). Arms: library; again (the
+   its basic elements, the share of auto's calls that the preload took (of both sides of messages); then one `arm` line for each way: its name and ROUNDS samples in ns per call (per message). Arms: library; again (the
    library once more: what two equal things differ by); forced (our kernels); for messages send, recv and both (which
    side we take), and dense (the packed bytes alone, from one buffer to another: what packing for nothing would give);
    auto (what the preload does by its table). The arms of one round stand beside each other in time. */
@@ -21,8 +21,9 @@
 #define MAX_ROUNDS 201
 #define ARMS 7
 enum { AUTO = 0, FORCE = 1 };
+enum { PACK, UNPACK, SEND, RECV };
 static int (*type_of)(MPI_Datatype, long, const char**, long*, long*, long*);
-static long (*leaf_of)(MPI_Datatype);
+static long (*leaf_of)(MPI_Datatype), (*taken_of)(MPI_Datatype, int);
 static void (*set_mode)(int);
 static char *source, *target, *packed, *expected, *dense_source, *dense_target;
 static const long room = 40L << 20, packed_room = 4L << 20;
@@ -50,10 +51,16 @@ static long differences(const char* a, const char* b, long n) {
   return wrong;
 }
 
-static void print_cell(const char* use, const Cell* c, long wrong, int inner, const char* const* names, int arms,
-                       double samples[ARMS][MAX_ROUNDS]) {
-  printf("cell %s %s %s %ld %ld %ld %d %ld %d %ld\n", use, c->cls, c->name, c->block, c->step, c->bytes, c->held, wrong,
-         inner, leaf_of(c->type));
+static long taken_by_us(const Cell* c, int from, int to) { /* calls of the uses `from` to `to` */
+  long n = 0;
+  for (int use = from; use <= to; ++use) n += taken_of(c->type, use);
+  return n;
+}
+
+static void print_cell(const char* use, const Cell* c, long wrong, int inner, double taken, const char* const* names,
+                       int arms, double samples[ARMS][MAX_ROUNDS]) {
+  printf("cell %s %s %s %ld %ld %ld %d %ld %d %ld %.4g\n", use, c->cls, c->name, c->block, c->step, c->bytes, c->held,
+         wrong, inner, leaf_of(c->type), taken);
   for (int k = 0; k < arms; ++k) {
     printf("arm %s", names[k]);
     for (int r = 0; r < rounds; ++r) printf(" %.1f", samples[k][r]);
@@ -107,19 +114,22 @@ static void time_local(const char* use, const Cell* c, local_fn call, long wrong
     set_mode(k == 2 ? FORCE : AUTO);
     for (int i = 0; i < (k == 2 ? 2 : 8); ++i) call(c, 1, packed);
   }
+  long taken = 0;
   for (int r = 0; r < rounds; ++r) {
     int order[ARMS];
     draw_order(r, 4, order);
     for (int k = 0; k < 4; ++k) {
       const int v = order[k];
       set_mode(v == 2 ? FORCE : AUTO);
+      if (v == 3) taken -= taken_by_us(c, PACK, UNPACK);
       const double start = now();
       for (int i = 0; i < inner; ++i) call(c, v >= 2, packed);
       samples[v][r] = (now() - start) / inner;
+      if (v == 3) taken += taken_by_us(c, PACK, UNPACK);
     }
   }
   set_mode(AUTO);
-  print_cell(use, c, wrong, inner, names, 4, samples);
+  print_cell(use, c, wrong, inner, (double)taken / rounds / inner, names, 4, samples);
 }
 
 static void local_cells(const Cell* c) {
@@ -224,19 +234,23 @@ static void message_cell(const Cell* c) {
   for (int i = 0; i < 4; ++i) ping(c, 3);
   int inner = (int)(150000 / (once + 100)) + 1;
   PMPI_Bcast(&inner, 1, MPI_INT, 0, MPI_COMM_WORLD);
+  long taken = 0, of_both = 0;
   for (int r = 0; r < rounds; ++r) {
     int order[ARMS];
     draw_order(r, ARMS, order);
     for (int k = 0; k < ARMS; ++k) {
-      const int v = order[k];
-      set_mode(v == ARMS - 1 ? AUTO : FORCE);
+      const int v = order[k], is_auto = v == ARMS - 1;
+      set_mode(is_auto ? AUTO : FORCE);
+      if (is_auto) taken -= taken_by_us(c, SEND, RECV);
       double took = 0;
       for (int i = 0; i < inner; ++i) took += timed_ping(c, sides[v]);
       samples[v][r] = took / inner / 2;
+      if (is_auto) taken += taken_by_us(c, SEND, RECV);
     }
   }
   set_mode(AUTO);
-  if (rank == 0) print_cell("message", c, all, inner, names, ARMS, samples);
+  PMPI_Reduce(&taken, &of_both, 1, MPI_LONG, MPI_SUM, 0, MPI_COMM_WORLD);
+  if (rank == 0) print_cell("message", c, all, inner, of_both / 4.0 / rounds / inner, names, ARMS, samples);
 }
 
 /* ---- what a call costs that is passed through: predefined types, one element ---- */
@@ -320,7 +334,8 @@ int main(int argc, char** argv) {
   type_of = (int (*)(MPI_Datatype, long, const char**, long*, long*, long*))dlsym(RTLD_DEFAULT, "undertow_measure_type");
   set_mode = (void (*)(int))dlsym(RTLD_DEFAULT, "undertow_measure_mode");
   leaf_of = (long (*)(MPI_Datatype))dlsym(RTLD_DEFAULT, "undertow_measure_leaf");
-  if (!type_of || !set_mode || !leaf_of || size != 2 || rounds < 1 || rounds > MAX_ROUNDS) {
+  taken_of = (long (*)(MPI_Datatype, int))dlsym(RTLD_DEFAULT, "undertow_measure_taken");
+  if (!type_of || !set_mode || !leaf_of || !taken_of || size != 2 || rounds < 1 || rounds > MAX_ROUNDS) {
     fprintf(stderr, "measure: needs the preload, 2 ranks and 1 to %d rounds (preload %s, %d ranks, %d rounds)\n",
             MAX_ROUNDS, type_of ? "there" : "missing", size, rounds);
     MPI_Abort(MPI_COMM_WORLD, 3);

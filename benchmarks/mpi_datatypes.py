@@ -15,10 +15,10 @@ more than 2 us), the gains promised, the cost of passing through, and the choice
 the rounds and judged by the others; then the choices for datatypes that it has never seen. The arm auto goes by the
 table at hand, and without `undertow mpi measure` that one has no messages: gains of messages are those of the way that
 the half-fitted table chooses, by the other rounds. Between two messages both ranks read what they got and write what
-they send, as a program does. Messages have two speeds: 256 KiB took Open MPI 77 us in some runs and 13 in others, in
-programs that send nothing else, which `--apart` measures, always 13; what ships gains at both. What of a message is out
-of reach is told beside its goal: the arm dense sends the packed bytes alone, so library / dense is what packing in no
-time would gain. The exit status is 1 when a cell loses.
+they send, as a program does. Messages have two speeds where a virtual machine's processors are now near each other, now
+far (256 KiB took Open MPI 13 us or 77), also in programs that send nothing else (`--apart`); what ships gains at both.
+What of a message is out of reach is told beside its goal: the arm dense sends the packed bytes alone, so library / dense
+is what packing in no time would gain. The exit status is 1 when a cell loses.
 """
 
 from __future__ import annotations

@@ -112,8 +112,7 @@ def apart(
 ) -> list[Cell]:
     """The cells of messages, those of each datatype by processes that have sent nothing else.
 
-    Messages have two speeds: among all other cells Open MPI took 77 us for 256 KiB in some runs and 13 in others, in
-    programs like these always 13.
+    What a program has sent before changes what its caches and its library hold, and most programs send few datatypes.
     """
     names = dict.fromkeys(cell.name for cell in measure(mpi, library, mpirun, rounds=1, only="message"))
     found: list[Cell] = []

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from ..dist.errors import PeerLost
 
 MEETINGS = ("plan", "staging", "host", "arena")  # where all ranks do something together, or none
-ANEW = "all ranks plan anew at the next save"
 CLAIMS = ("claim", "again")  # where rank 0 says which generation of memory a save gets; again, if not before the state
+ANEW = "all ranks plan anew at the next save"
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ class LiveState:
         self._plan_key: tuple | None = None
         self._planned_key: tuple = ()  # of the last plan that all ranks had
         self.planned_now = False  # whether the last `values` made the plan
+        self._anew_for = -1  # the step whose save was the last to ask for a plan of all
         self._tried: list[str] = []  # the plans whose words are in the store
         self._fresh_key: tuple = ()
         self._names: dict[int, str] = {}
@@ -119,9 +120,10 @@ class LiveState:
             forget_words(self._tried.pop(0), talk)
 
     def heard(self, report: SaveReport, _: int) -> None:
-        """Of a save that has ended: whether another rank waits for a plan of all."""
-        if ANEW in report.reason:
-            self._plan_key = self._watch = None
+        """Of a save that has ended: whether another rank waits for a plan of all. Each tier says so, some of them when
+        there is one already."""
+        if ANEW in report.reason and report.step != self._anew_for:
+            self._plan_key, self._watch, self._anew_for = None, None, report.step
 
     @property
     def planned(self) -> bool:

@@ -135,7 +135,8 @@ class Tiers:
         self._attempts += 1
         asked = {"disk": disk}
         for tier, copy in (("mirror", self._mirror), ("bucket", self._bucket)):
-            asked[tier] = copy is not None and disk and step // copy.every > self._sent[tier] // copy.every
+            sent = self._sent[tier]  # a later one where training was rolled back: what follows is another branch
+            asked[tier] = copy is not None and disk and (step == sent or step // copy.every != sent // copy.every)
             if asked[tier]:
                 self._sent[tier] = step
         if self.host is not None:
@@ -183,9 +184,9 @@ class Tiers:
                 part = Part(save, kept, disposable=False, follows=True, **ways)
             parts.append((self._committers[self.host.tier], part))
         if "disk" in save.attempt.tiers:
-            path, far = self.folder.scratch(save.step, self.coordinator.token) / name, None
+            path, far = self.folder.scratch(save.step, self._token("disk", save.attempt)) / name, None
             if self._mirror_folder is not None and "mirror" in save.attempt.tiers:
-                far = self._mirror_folder.scratch(save.step, self.coordinator.token) / name
+                far = self._mirror_folder.scratch(save.step, self._token("mirror", save.attempt)) / name
             sent = self._bucket_folder is not None and "bucket" in save.attempt.tiers
             followers = (far is not None) + sent
             file = ShardFile(self.folder.ops, path, save.plan.image, followers=followers, pool=self.folder.pool)
@@ -204,8 +205,10 @@ class Tiers:
         return memory, parts, on_chunks
 
     def _token(self, tier: str, attempt: Attempt) -> str:
-        """Distinguishes what this job writes from what others have; in a bucket one try from another, too."""
-        return f"{self.coordinator.token}-{attempt.number:x}" if tier == "bucket" else self.coordinator.token
+        """Distinguishes what this job writes from what others have, and one try from another: in a bucket all of them,
+        elsewhere those of a step that may be on its way already."""
+        one_try = tier == "bucket" or not attempt.rising
+        return f"{self.coordinator.token}-{attempt.number:x}" if one_try else self.coordinator.token
 
     def _bucket_file(self, save: Save, file: ShardFile) -> BucketFile:
         assert self._bucket is not None and self._bucket_folder is not None

@@ -6,6 +6,7 @@ import pickle
 import sys
 import time
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from ckpt_job import Job, same
 
 from undertow.checkpointing import Mirror, async_save, host_tier, open_checkpoint
+from undertow.checkpointing.attempt import ANEW
 from undertow.checkpointing.coordinate import Coordinator
 from undertow.checkpointing.lifeline import Lifeline
 from undertow.dist.errors import PeerLost, UserError
@@ -116,6 +118,17 @@ def test_a_state_that_changes_on_one_rank_costs_one_save_each_time(ranks, tmp_pa
     for step, reason in lost.items():
         assert f"the state on rank {1 - guilty} has kept its shape" in reason and "anew at the next save" in reason
         assert f"on rank {guilty} 'moody" in reason and "'moody.more0'" in reason and "in per_rank" in reason
+
+
+def test_each_tier_asks_for_a_plan_of_all_and_one_is_made(tmp_path):
+    with Job(layers=1).checkpointer(tmp_path / "c") as ckpt:
+        ckpt.save(1)
+        (report,) = ckpt.wait()
+        for planned in (False, True):  # the report of a slower tier comes after the new plan
+            ckpt._live.heard(replace(report, step=2, ok=False, reason=f"lost; {ANEW}"), 0)
+            assert ckpt._live.planned == planned
+            ckpt.save(3)
+            assert ckpt.wait()[-1].ok
 
 
 def state_outgrows_memory(rank: int, world: int, root: str, memory: str) -> list[tuple]:

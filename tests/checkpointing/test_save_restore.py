@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from ckpt_job import CHUNK_BYTES, HeldOps, Job, same, snapshot_of
 
-from undertow.checkpointing import Checkpointer
+from undertow.checkpointing import Checkpointer, Mirror
 from undertow.checkpointing.files import FileOps
 from undertow.checkpointing.manifest import metrics_of
 from undertow.checkpointing.options import FREE, RULES
@@ -39,6 +39,25 @@ def test_each_step_comes_back_as_it_was(tmp_path):
         with other.checkpointer(tmp_path) as ckpt:
             assert ckpt.restore(step) == step
         assert same(other.state(), states[step]), step
+
+
+def test_a_step_that_is_saved_again_while_it_is_on_its_way_is_saved_twice(tmp_path):
+    """The last step of a loop that is due, and once more at its end: the later state counts, everywhere."""
+    job, far = Job(), tmp_path / "far"
+    with job.checkpointer(tmp_path / "c", mirror=Mirror(far)) as ckpt:
+        for _ in range(3):
+            ckpt.save(7)
+            job.advance(7)
+        ckpt.save(7)
+        state = job.state()
+        reports = ckpt.wait()
+    assert [(report.step, report.ok) for report in reports] == [(7, True)] * 8, reports
+    for root in (tmp_path / "c", far):
+        assert sorted(path.name for path in root.glob("*step*")) == ["step-000000007"]
+        other = Job(seed=99)
+        with other.checkpointer(root) as ckpt:
+            assert ckpt.restore() == 7
+        assert same(other.state(), state), root
 
 
 @pytest.mark.parametrize("share", [1.0, 0.25, 0.0])
@@ -177,6 +196,26 @@ def test_rolling_back_leaves_the_newer_ones_aside(tmp_path):
     with other.checkpointer(tmp_path) as ckpt:
         assert ckpt.restore() == 2
     assert same(other.state(), expected)
+
+
+def test_a_mirror_follows_a_rollback(tmp_path):
+    """The steps between were sent before, of another branch."""
+    job, far = Job(), tmp_path / "far"
+    with job.checkpointer(tmp_path / "c", mirror=Mirror(far, every=2), keep=None) as ckpt:
+        for step in range(5):
+            ckpt.save(step)
+            job.advance(step)
+        assert ckpt.restore(1) == 1
+        for step in (2, 3, 4):
+            job.advance(step + 100)
+            ckpt.save(step)
+            state = job.state()
+        reports = ckpt.wait()
+    assert [report.step for report in reports if report.tier == "mirror"] == [0, 2, 4, 2, 4]
+    other = Job(seed=99)
+    with other.checkpointer(far) as ckpt:
+        assert ckpt.restore() == 4
+    assert same(other.state(), state)
 
 
 def test_what_is_switched_off_does_nothing(tmp_path, monkeypatch):

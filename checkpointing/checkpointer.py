@@ -142,7 +142,7 @@ class Checkpointer:
         self._pipeline = Pipeline(self._tiers.committers, writers=writers, trace=self._trace)
         self._live = LiveState(self.state, self._coordinator, chunk_bytes=chunk_bytes, timeout_s=timeout_s)
         self._clock = StepClock()
-        self._reports = Reports([*observers, self._live.heard], self._clock, lambda: self._budget.peak_bytes)
+        self._reports = Reports([*observers, self._live.heard, self._tiers.heard], self._clock, lambda: self._budget.peak_bytes)
         self._fences = Fences(self._live, self._trace)
         parts = (self._live, self._tiers, self._budget, self._pipeline, self._fences, self._clock, self._reports)
         self._saver = Saver(*parts, timeout_s, Readable(allow_types))

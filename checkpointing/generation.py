@@ -19,6 +19,17 @@ from .manifest import FileRecord
 from .plan import SavePlan
 
 
+REMOVED = "was removed while it was written; systemd's RemoveIPC=yes does that at its user's logout"
+
+
+def still_there(path: Path) -> None:
+    """`OSError` where the file is gone: a checkpoint without it would be none."""
+    try:
+        os.stat(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} {REMOVED}") from error
+
+
 class Generation:
     """One rank's shard file of one generation, mapped: the `Memory` of a snapshot, with a slot for every chunk."""
 
@@ -89,13 +100,7 @@ class HostFile:
             self._copier.wait(mark)
 
     def finish(self) -> FileRecord:
-        """`OSError` where the file is gone: a checkpoint without it would be none."""
-        try:
-            os.stat(self.path)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"{self.path} was removed while it was written; systemd's RemoveIPC=yes does that at its user's logout"
-            ) from error
+        still_there(self.path)
         return FileRecord(self._generation.nbytes, ())
 
     def abandon(self) -> None:

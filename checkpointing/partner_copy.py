@@ -20,7 +20,7 @@ from ..dist.trace import Trace
 from .copies import HostCopier
 from .files import FileOps
 from .folder import Folder
-from .generation import Generation
+from .generation import Generation, still_there
 from .layout import Image
 from .manifest import COMMIT, MANIFEST, METADATA, FileRecord, Manifest, checksum, commit_bytes
 from .partner_memory import seal
@@ -175,6 +175,7 @@ class PartnerFile:
         """Nothing to wait for: `begin` sends."""
 
     def finish(self) -> FileRecord:
+        still_there(self.path)
         return FileRecord(self._image.size, tuple(self._sums))
 
     def abandon(self) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..dist.units import format_bytes
+from .generation import REMOVED, still_there
 from .manifest import COMMIT, MANIFEST, SAFE_NAME, checksum
 from .partner_memory import OPS, Held, PartnerMemory, invalidate, seal
 from .partner_wire import Head, Wire
@@ -80,7 +81,7 @@ class Holder:
         copy = self._copies.get(rank)
         if copy is not None and not copy.problem:
             what = (str(copy.head["save"]), int(copy.head["step"]), int(copy.head["number"]))
-            self._act(copy, lambda: seal(copy.held.path, *what))
+            self._act(copy, lambda: (still_there(copy.held.file), seal(copy.held.path, *what)))
         self._sync(rank, wire, head)
 
     def _sync(self, rank: int, wire: Wire, head: Head) -> None:
@@ -92,6 +93,8 @@ class Holder:
     def _act(copy: _Copy, act: Any) -> None:
         try:
             act()
+        except FileNotFoundError:  # its folder, or the shard in it
+            copy.problem = f"{copy.held.file} {REMOVED}"
         except OSError as error:
             copy.problem = f"{type(error).__name__}: {error}"
 

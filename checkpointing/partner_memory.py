@@ -135,10 +135,10 @@ class Held:
     """Room for one save of another rank's shard file: mapped, so that bytes are received into it."""
 
     def __init__(self, path: Path, shard_name: str, nbytes: int) -> None:
-        self.path, self.nbytes = path, nbytes
+        self.path, self.file, self.nbytes = path, path / shard_name, nbytes
         OPS.mkdir(path)
         rounded = max(1, -(-nbytes // mmap.PAGESIZE)) * mmap.PAGESIZE
-        handle = os.open(path / shard_name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        handle = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(handle, 0, rounded)
             self._map = mmap.mmap(handle, rounded)

@@ -19,7 +19,7 @@ from .attempt import Attempt
 from .choices import Choices, StateFirst
 from .coordinate import Coordinator
 from .copies import HostCopier
-from .generation import Generation
+from .generation import REMOVED, Generation
 from .host_tier import WAIT_S, free_stale
 from .partner import Partner
 from .partner_copy import Errand, PartnerFile, PartnerFolder, PartnerOps
@@ -28,7 +28,7 @@ from .partner_holder import Holder
 from .partner_memory import Held, PartnerMemory, invalidate
 from .partner_wire import Link
 from .plan import SavePlan
-from .save import Save
+from .save import Save, SaveReport
 from .turns import Claim, Slot, next_free
 
 HELD = 2  # one committed, one on its way
@@ -64,6 +64,7 @@ class PartnerTier:
         self._plans = self._last = 0
         self._plan: SavePlan | None = None
         self._proven = False
+        self._lost, self._since = False, -1  # memory that somebody has removed; the step from which it was had anew
         self._choices = Choices(coordinator)
         self.skipped = 0
 
@@ -165,11 +166,14 @@ class PartnerTier:
             self.forget_after(step)
         self._last, mine = step, None
         if self.coordinator.rank == 0:
-            mine = self._choose(flush) if ready else StateFirst()
+            mine = StateFirst(anew=self._lost) if self._lost or not ready else self._choose(flush)
+            self._lost, self._since = False, step if self._lost else self._since
         name, patience_s = attempt.at("again" if again else "claim"), None if ready else WAIT_S
         chosen = self._choices.tell(name, mine, undo=lambda one: self.release(one[0]), patience_s=patience_s)
         if chosen is None:
             self.skipped += 1
+        if isinstance(chosen, StateFirst) and chosen.anew:
+            self._plan = None  # on all ranks, so that `prepare` makes it anew
         if chosen is None or isinstance(chosen, StateFirst):
             return chosen
         own, there = chosen
@@ -186,6 +190,12 @@ class PartnerTier:
         self._there[there] = Slot(None, {"host"})
         self._chosen[own] = there
         return own, there
+
+    def heard(self, report: SaveReport) -> None:
+        """Of a save that has ended: whether a machine's memory was removed meanwhile. All that were on their way then
+        say so; `claim` waits for them."""
+        if report.tier == self.tier and REMOVED in report.reason and report.step >= self._since:
+            self._lost = True
 
     def generation(self, index: int) -> Generation:
         return self._mine[index]
@@ -247,7 +257,7 @@ class PartnerTier:
         """All ranks: checkpoints in memory after `step` are of a branch that was rolled back."""
         for slot in (*self._slots, *self._there):
             slot.step = None if slot.step is not None and slot.step > step else slot.step
-        self._committed = [found for found in self._committed if found <= step]
+        self._committed, self._since = [found for found in self._committed if found <= step], min(self._since, step)
         for entry in self.memory.entries():
             if entry.step > step and (entry.name in self._made or self.crew.leads):
                 invalidate(self.memory.root / entry.name)

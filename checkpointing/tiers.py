@@ -39,7 +39,7 @@ from .pipeline import Pipeline
 from .pruning import Home
 from .recycle import Pool, choose
 from .retention import Retention
-from .save import Save
+from .save import Save, SaveReport
 from .snapshot import OnChunks, Snapshot
 from .turns import Claim
 
@@ -144,6 +144,11 @@ class Tiers:
         tiers = tuple(tier for tier, wanted in asked.items() if wanted)
         rising, self._highest = step > self._highest, max(step, self._highest)
         return Attempt(self._attempts, step, tiers, time.monotonic(), metrics or {}, rising)
+
+    def heard(self, report: SaveReport, _: int) -> None:
+        """Of a save that has ended."""
+        if isinstance(self.host, PartnerTier):
+            self.host.heard(report)
 
     def refuse(self, attempt: Attempt, claimed: Claim | None, reason: str) -> None:
         """This rank gives `attempt` up: the others are told wherever they wait for it now, or will."""

@@ -306,6 +306,34 @@ def test_a_bad_partner_costs_saves_and_not_the_training(ranks, tmp_path):
         assert "generations" in outgrown and "on host-0" in outgrown
 
 
+def somebody_cleans_up(rank: int, world: int, root: str, what: str) -> tuple[list, bool]:
+    """A machine's memory is removed after step 3 (as logind does with RemoveIPC), or the shards in it."""
+    run = Run(root, rank, world, sharded=False)
+    for step in range(1, 9):
+        if step == 4 and rank == 1:
+            for path in memory_of(root, 1).glob("*" if what == "all" else f"*/*-{what}-*/__*.distcp"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        dist.barrier()
+        run.ckpt.step(step)
+        run.advance(step)
+        run.ckpt.wait()
+    found = run.ckpt.restore()
+    return [(r.step, r.reason) for r in run.ckpt.reports if not r.ok], (found, run.right(8)) == (8, True)
+
+
+@pytest.mark.parametrize("what", ["all", "own", "held"])
+def test_memory_that_somebody_has_removed_is_had_anew(ranks, tmp_path, what):
+    """It costs the saves that were on their way there, said why, and after them all machines have copies again."""
+    for lost, right in ranks(2, somebody_cleans_up, str(tmp_path), what):
+        assert [step for step, _ in lost] == [4] and "RemoveIPC" in lost[0][1] and right
+    kind = {"sharded": False}
+    for host in (0, 1):  # each machine's memory is enough
+        kept = memory_of(str(tmp_path), host).rename(tmp_path / "kept")
+        assert {found[:2] for found in ranks(2, restart, str(tmp_path), kind)} == {(8, True)}
+        shutil.rmtree(memory_of(str(tmp_path), host), ignore_errors=True)
+        kept.rename(memory_of(str(tmp_path), host))
+
+
 def beside_disk(rank: int, world: int, root: str) -> tuple[list, list[str]]:
     """Saves to partners at every step and to disk at every second; roll back, go on, close. What was found when."""
     run, found = Run(root, rank, world, sharded=False, every=2, keep=None), []

@@ -17,8 +17,8 @@ table at hand, and without `undertow mpi measure` that one has no messages: gain
 the half-fitted table chooses, by the other rounds. Between two messages both ranks read what they got and write what
 they send, as a program does. Messages have two speeds where a virtual machine's processors are now near each other, now
 far (256 KiB took Open MPI 13 us or 77), also in programs that send nothing else (`--apart`); what ships gains at both.
-What of a message is out of reach is told beside its goal: the arm dense sends the packed bytes alone, so library / dense
-is what packing in no time would gain. The exit status is 1 when a cell loses.
+What of a message is out of reach is told beside its goal: the arm dense sends the packed bytes alone, so library /
+dense is what packing in no time would gain. The exit status is 1 when a cell loses.
 """
 
 from __future__ import annotations
@@ -221,10 +221,9 @@ def judge(cells: Sequence[Cell], mpi: Mpi) -> list[str]:
     lines = [f"{'goal':<{widths[0]}}  {'measured':<{widths[1]}}  met"]
     lines += [f"{row.text:<{widths[0]}}  {row.measured:<{widths[1]}}  {'yes' if row.met else 'NO'}" for row in rows]
     for cell in losers(cells):
-        found = cell.ratio("auto")
         more = (cell.median_ns("auto") - cell.library_ns()) / 1e3
         took = f"{cell.taken:.0%} of its calls were taken" if cell.taken else "every call was the library's"
-        lines.append(f"  {cell.title}: {found.median:.2f} [{found.low:.2f}, {found.high:.2f}], {more:.1f} us more; {took}")
+        lines.append(f"  {cell.title}: {_gain(cell, 'auto')}, {more:.1f} us more; {took}")
     for target in TARGETS:
         gains = [cell.ratio("auto").median for cell in cells if target.flavour == mpi.flavour and target.of(cell)]
         if gains:

@@ -18,7 +18,6 @@ from .copies import HostCopier
 from .manifest import FileRecord
 from .plan import SavePlan
 
-
 REMOVED = "was removed while it was written; systemd's RemoveIPC=yes does that at its user's logout"
 
 

@@ -166,11 +166,12 @@ def news(before: tuple, now: tuple, rank: int) -> str:
     if not before:
         return ""
     old, new = set(before[1:]), set(now[1:])
-    names = dict.fromkeys(".".join(map(str, row[0])) for row in (*now[1:], *before[1:]) if (row in old) != (row in new))
+    rows = [row for row in (*now[1:], *before[1:]) if (row in old) != (row in new)]
+    names = list(dict.fromkeys(".".join(map(str, row[0])) for row in rows))
     if not names:
         return ""
-    first = ", ".join(f"'{name}'" for name in list(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"; on rank {rank} {first} came, went or has another shape (what differs by rank belongs in per_rank)"
+    some = ", ".join(f"'{name}'" for name in names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+    return f"; on rank {rank} {some} came, went or has another shape (what differs by rank belongs in per_rank)"
 
 
 class Watched(NamedTuple):

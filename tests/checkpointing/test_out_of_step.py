@@ -115,7 +115,7 @@ def test_a_state_that_changes_on_one_rank_costs_one_save_each_time(ranks, tmp_pa
     assert value == 6
     lost = {step: reason for step, _, reason in reports if reason}
     assert lost.keys() == {2, 5, 7}
-    for step, reason in lost.items():
+    for reason in lost.values():
         assert f"the state on rank {1 - guilty} has kept its shape" in reason and "anew at the next save" in reason
         assert f"on rank {guilty} 'moody" in reason and "'moody.more0'" in reason and "in per_rank" in reason
 

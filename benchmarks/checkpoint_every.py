@@ -115,7 +115,7 @@ def sample(job: Job, method: Method, every: int, intervals: int) -> tuple[float,
 
 def run(
     job: Job, every: Sequence[int], rounds: int, rival_rounds: int, *, ways: Sequence[str] = tuple(WAYS), seed: int = 0,
-    keep: Callable[[list[Cell]], None] = lambda cells: None,
+    keep: Callable[[list[Cell]], object] = lambda cells: None,
 ) -> list[Cell]:  # fmt: skip
     """All cells of one size. A failure takes a way out of the rest, and the others go on. `keep` is called with all of
     them whenever one has been timed: a way may hang, and a machine be taken away."""

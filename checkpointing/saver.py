@@ -13,7 +13,7 @@ from typing import Any
 
 from ..dist.errors import PeerLost
 from .arena import Memory
-from .attempt import Attempt, one_save
+from .attempt import Attempt, kept, one_save
 from .budget import Budget
 from .choices import StateFirst
 from .fences import Fences
@@ -119,6 +119,7 @@ class Saver:
         """The same once the state is known, and memory made for its plan."""
         host = self._tiers.host
         assert host is not None
+        self._comes_not_to_plan(attempt)
         try:
             host.prepare(attempt.at("host"), self._live.plan, pinned=self._live.pinned)
         except PeerLost as error:  # on all ranks
@@ -126,11 +127,18 @@ class Saver:
             return attempt.without(host.tier), None
         return self._claim(attempt, again=True)
 
+    def _comes_not_to_plan(self, attempt: Attempt) -> None:
+        """Said before this rank goes to another meeting: one that waits for it where the plan is made hears it, and
+        will not come there. (What needs no meeting says it later, see `Committer`.)"""
+        if self._coordinator.world > 1 and not self._live.planned_now:
+            self._coordinator.decide(f"{attempt.at('plan')}/verdict", kept(self._coordinator.rank))
+
     def _arena(self, attempt: Attempt) -> Memory:
         """The arena, made on all ranks or none."""
         make = partial(self._budget.arena, self._live.plan.image, pinned=self._live.pinned)
         if self._budget.made:
             return make()
+        self._comes_not_to_plan(attempt)
         try:
             return self._coordinator.together(attempt.at("arena"), make, timeout_s=self._timeout_s)
         except BaseException:

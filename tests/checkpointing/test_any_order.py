@@ -1,0 +1,89 @@
+"""Saves, restores and troubles in any order: nobody waits in vain, and what is restored is what was saved."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from ckpt_job import Job, same
+
+from undertow.checkpointing import Mirror, host_tier
+from undertow.dist.errors import UserError
+
+ACTS = [*["save"] * 6, "again", "one changes", "all change", "one raises", *["wait"] * 2, "newest", "back"]
+LATE_S = 30.0
+
+
+class Moody:
+    """An object whose `state_dict` raises when told to, and has `size` tensors beside its value."""
+
+    def __init__(self) -> None:
+        self.raises, self.value, self.size = False, 0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.raises:
+            raise RuntimeError("no position now")
+        return {"value": self.value} | {f"more{index}": torch.full((3,), self.value) for index in range(self.size)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value = state["value"]
+
+
+def any_order(rank: int, world: int, root: str, memory: str, seed: int, host: bool) -> tuple[list, list, float]:
+    """What was restored, right or not; the reasons of lost saves; the longest save in seconds."""
+    host_tier.SHARED_MEMORY, draw = Path(memory), random.Random(seed)
+    job, moody, step, longest = Job(layers=1), Moody(), 0, 0.0
+    saved, restored = dict[tuple[int, int], Any](), list[tuple[str, bool]]()
+    options = {"host_every": int(host), "mirror": Mirror(f"{root}.far", every=2), "keep": None, "timeout_s": LATE_S}
+    with job.checkpointer(Path(root), moody=moody, **options) as ckpt:
+        for turn in range(40):
+            act, who, size = draw.choice(ACTS), draw.randrange(world), draw.randrange(3)
+            if act in ("newest", "back", "wait"):
+                ckpt.wait()
+                dist.barrier()
+                whole = sorted({report.step for report in ckpt.reports if report.ok and report.tier == "disk"})
+                if act == "wait" or not whole:
+                    continue
+                wanted = None if act == "newest" else draw.choice(whole)
+                try:
+                    step = ckpt.restore(wanted) or 0
+                except UserError:  # it was of a branch that has been left
+                    continue
+                restored.append((act, wanted in (None, step) and same(job.state(), saved[step, moody.value])))
+                dist.barrier()
+            elif act in ("one changes", "all change"):
+                moody.size = size if act == "all change" or rank == who else moody.size
+            else:
+                step += act != "again"
+                moody.value, moody.raises = turn, act == "one raises" and rank == who
+                saved[step, turn] = job.state()
+                began_s = time.monotonic()
+                with suppress(RuntimeError):
+                    ckpt.save(step, host=host)
+                longest, moody.raises = max(longest, time.monotonic() - began_s), False
+                job.advance(turn)
+                dist.barrier()
+        reasons = [report.reason for report in ckpt.wait() if not report.ok]
+    return restored, reasons, longest
+
+
+@pytest.mark.parametrize(("seed", "host"), [(0, True), (2, True), (121, True), (4, False), (10, False)])
+def test_saves_and_restores_in_any_order(ranks, tmp_path, seed, host):
+    """A rank whose state alone has changed, or whose `state_dict` raises, costs that save and none its time-out."""
+    memory = tmp_path / "shm"
+    memory.mkdir()
+    for restored, reasons, longest in ranks(2, any_order, str(tmp_path / "c"), str(memory), seed, host):
+        assert all(right for _, right in restored), restored
+        for reason in reasons:
+            assert "no position now" in reason or "has kept its shape" in reason, reason
+        assert longest < LATE_S / 2

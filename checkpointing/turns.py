@@ -22,10 +22,12 @@ Claim = tuple[int, Path]  # a generation, and its folder
 
 @dataclass
 class Slot:
-    """What rank 0 knows of a generation: the step it holds (None: nothing valid), and its users."""
+    """What rank 0 knows of a generation: the step it holds (None: nothing valid), its users, and the step that is being
+    written into it."""
 
     step: int | None = None
     users: set[str] = field(default_factory=set)
+    coming: int | None = None
 
 
 @dataclass
@@ -36,8 +38,9 @@ class FolderSlot(Slot):
 
 
 def all_free(slots: Sequence[Slot], step: int | None = None) -> list[int]:
-    """What a save of `step` may overwrite: nothing in use, and not the newest valid one, unless it is of that step."""
-    same = [index for index, slot in enumerate(slots) if slot.step == step is not None]
+    """What a save of `step` may overwrite: nothing in use, and not the newest valid one, unless it is of that step; and
+    nothing else then, because a folder bears its step's name."""
+    same = [index for index, slot in enumerate(slots) if step is not None and step in (slot.step, slot.coming)]
     newest = max((slot.step for slot in slots if slot.step is not None), default=None)
     usable = same or [index for index, slot in enumerate(slots) if slot.step is None or slot.step != newest]
     return [index for index in usable if not slots[index].users]
@@ -86,7 +89,7 @@ class Turns:
             if index is None:
                 return None
             self._take(index, self.scratch(step))
-            self.slots[index].users = {"host", "flush"} if flush else {"host"}
+            self._use(index, {"host", "flush"} if flush else {"host"}, step)
             return index, self.slots[index].folder
 
     def _committing(self) -> bool:
@@ -116,12 +119,12 @@ class Turns:
             for index in vain:
                 self._use(index, set())
             if found is not None:
-                self._use(found[0], {"host", "flush"} if flush else {"host"})
+                self._use(found[0], {"host", "flush"} if flush else {"host"}, attempt.step)
         return found
 
-    def _use(self, index: int, users: set[str]) -> None:
+    def _use(self, index: int, users: set[str], coming: int | None = None) -> None:
         if self._leads:
-            self.slots[index].users = users
+            self.slots[index].users, self.slots[index].coming = users, coming
 
     def known(self, number: int) -> bool:
         """Whether there is a choice for that attempt."""
@@ -159,6 +162,7 @@ class Turns:
         with self._changed:
             slot = self.slots[index]
             slot.users.discard(user)
+            slot.coming = None if user == "host" else slot.coming
             if user == "host" and ok:
                 slot.step, slot.folder = step, self._folder.final(step)
                 for old in self.outside - {slot.step for slot in self.slots}:
@@ -172,7 +176,7 @@ class Turns:
     def release(self, index: int) -> None:
         """A generation that was claimed in vain."""
         with self._changed:
-            self.slots[index].users = set()
+            self.slots[index].users, self.slots[index].coming = set(), None
             self._changed.notify_all()
 
     def forget_after(self, step: int) -> None:
@@ -180,7 +184,10 @@ class Turns:
         with self._changed:
             for index, slot in enumerate(self.slots):
                 if slot.step is not None and slot.step > step:
-                    self._take(index, self.scratch(slot.step))
+                    try:
+                        self._take(index, self.scratch(slot.step))
+                    except OSError:  # somebody has removed it: the next claim finds that out
+                        slot.step, self.doubted = None, True
             for later in [found for found in self.outside if found > step]:
                 self._folder.remove(later)
                 self.outside.discard(later)

@@ -333,6 +333,30 @@ def test_memory_that_somebody_has_removed_is_had_anew(tmp_path, own_memory, rank
             assert lost and all("RemoveIPC" in reason for _, _, reason in lost)
 
 
+@pytest.mark.parametrize("removed", [False, True])
+def test_a_step_that_is_saved_again_and_again_can_be_rolled_back(tmp_path, own_memory, removed):
+    """A folder bears its step's name, so no two generations may hold the same one; or none, where all was removed."""
+    job = Job(layers=1)
+    with job.checkpointer(tmp_path / "c", host_every=1, keep=None) as ckpt:
+        ckpt.save(1, host=True)
+        state = job.state()
+        ckpt.wait()
+        for turn in range(4):
+            job.advance(turn)
+            ckpt.save(2, host=True)
+        ckpt.wait()
+        for path in own_memory.iterdir() if removed else ():
+            shutil.rmtree(path)
+        assert ckpt.restore(1) == 1 and same(job.state(), state)
+        for step in (2, 3):
+            job.advance(step)
+            ckpt.save(step, host=True)
+            state = job.state()
+            assert all(report.ok for report in ckpt.wait())
+        job.advance(9)
+        assert ckpt.restore() == 3 and same(job.state(), state)
+
+
 def test_metadata_that_is_there_is_not_written_again(tmp_path):
     """Once for each generation, as long as no object moves; every checkpoint has its own all the same."""
     job, written = Job(layers=1), []

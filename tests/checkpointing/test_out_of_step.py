@@ -105,11 +105,10 @@ def one_grows(rank: int, world: int, root: str, memory: str, guilty: int, host: 
 @pytest.mark.parametrize("host", [False, True])
 @pytest.mark.parametrize("guilty", [0, 1])
 def test_a_state_that_changes_on_one_rank_costs_one_save_each_time(ranks, tmp_path, guilty, host):
-    """Nobody waits for a rank that has nothing to plan (for 300 s, were it so), and the next save has a plan of all."""
-    memory, began_s = tmp_path / "shm", time.monotonic()
+    """Nobody waits for a rank that has nothing to plan (three times 240 s, longer than `ranks` waits), and the next save has a plan of all."""
+    memory = tmp_path / "shm"
     memory.mkdir()
     first, second = ranks(2, one_grows, str(tmp_path / "root"), str(memory), guilty, host)
-    assert time.monotonic() - began_s < 200
     assert first == second
     reports, value = first
     assert value == 6

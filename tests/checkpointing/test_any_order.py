@@ -20,7 +20,7 @@ from undertow.checkpointing import Mirror, host_tier
 from undertow.dist.errors import UserError
 
 ACTS = [*["save"] * 6, "again", "one changes", "all change", "one raises", *["wait"] * 2, "newest", "back"]
-LATE_S = 30.0
+LATE_S = 120.0
 
 
 class Moody:

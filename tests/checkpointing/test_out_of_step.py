@@ -105,7 +105,8 @@ def one_grows(rank: int, world: int, root: str, memory: str, guilty: int, host: 
 @pytest.mark.parametrize("host", [False, True])
 @pytest.mark.parametrize("guilty", [0, 1])
 def test_a_state_that_changes_on_one_rank_costs_one_save_each_time(ranks, tmp_path, guilty, host):
-    """Nobody waits for a rank that has nothing to plan (three times 240 s, longer than `ranks` waits), and the next save has a plan of all."""
+    """Nobody waits for a rank that has nothing to plan (240 s, three times: longer than `ranks` waits), and the next
+    save has a plan of all."""
     memory = tmp_path / "shm"
     memory.mkdir()
     first, second = ranks(2, one_grows, str(tmp_path / "root"), str(memory), guilty, host)

@@ -53,6 +53,21 @@ class Job:
         return snapshot_of(self.model, self.optimizer)
 
 
+class Moody:
+    """An object whose `state_dict` raises when told to; `size` tensors make another shape of the state."""
+
+    def __init__(self) -> None:
+        self.raises, self.value, self.size = False, 0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.raises:
+            raise RuntimeError("the loader has no position now")
+        return {"value": self.value, **{f"more{index}": torch.ones(3) for index in range(self.size)}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value = state["value"]
+
+
 def snapshot_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
     """Clones of everything: the independent answer that a restored checkpoint is compared with."""
     found: dict[str, Any] = {f"model.{k}": v.detach().clone() for k, v in model.state_dict().items()}

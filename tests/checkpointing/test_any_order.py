@@ -9,33 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from ckpt_job import Job, same
+from ckpt_job import Job, Moody, same
 
 from undertow.checkpointing import Mirror, host_tier
 from undertow.dist.errors import UserError
 
 ACTS = [*["save"] * 6, "again", "one changes", "all change", "one raises", *["wait"] * 2, "newest", "back"]
 LATE_S = 120.0
-
-
-class Moody:
-    """An object whose `state_dict` raises when told to, and has `size` tensors beside its value."""
-
-    def __init__(self) -> None:
-        self.raises, self.value, self.size = False, 0, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        if self.raises:
-            raise RuntimeError("no position now")
-        return {"value": self.value} | {f"more{index}": torch.full((3,), self.value) for index in range(self.size)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.value = state["value"]
 
 
 def any_order(rank: int, world: int, root: str, memory: str, seed: int, host: bool) -> tuple[list, list]:

@@ -17,7 +17,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from ckpt_job import Job, same
+from ckpt_job import Job, Moody, same
 
 from undertow.checkpointing import Mirror, async_save, host_tier, open_checkpoint
 from undertow.checkpointing.attempt import ANEW
@@ -26,21 +26,6 @@ from undertow.checkpointing.lifeline import Lifeline
 from undertow.dist.errors import PeerLost, UserError
 
 Usage = namedtuple("Usage", "total used free")
-
-
-class Moody:
-    """An object whose `state_dict` raises when told to; `size` tensors make another shape of the state."""
-
-    def __init__(self) -> None:
-        self.raises, self.value, self.size = False, 0, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        if self.raises:
-            raise RuntimeError("the loader has no position now")
-        return {"value": self.value, **{f"more{index}": torch.ones(3) for index in range(self.size)}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.value = state["value"]
 
 
 def one_raises(rank: int, world: int, root: str, memory: str, guilty: int, host: bool) -> tuple[list, int, bool]:

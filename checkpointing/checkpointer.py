@@ -285,7 +285,7 @@ class Checkpointer:
         if self._pipeline.closed:
             return
         with ExitStack() as after:  # the last one first, each whatever the others raise
-            ends = (self._coordinator.part, self._tiers.close, self._budget.drop, self._pipeline.close)
+            ends = (self._tiers.close, self._coordinator.part, self._budget.drop, self._pipeline.close)
             for end in (*ends, *(handle.remove for handle in self._handles)):
                 after.callback(end)
             if self._preempter is not None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from ckpt_job import Job, same
 
-from undertow.checkpointing import host_tier
+from undertow.checkpointing import host_tier, restore
 from undertow.checkpointing.files import FileOps
 from undertow.checkpointing.layout import CHUNK_BYTES
 from undertow.checkpointing.manifest import METADATA, checksums
@@ -331,6 +332,29 @@ def test_memory_that_somebody_has_removed_is_had_anew(tmp_path, own_memory, rank
         assert (found, alike) == (9, True)
         if what == "a shard":
             assert lost and all("RemoveIPC" in reason for _, _, reason in lost)
+
+
+def one_reads_slowly(rank: int, world: int, root: str, memory: str, slow: int) -> tuple[int | None, bool]:
+    """A restore is the last thing that the ranks do, and `slow` still reads when the other has closed."""
+    host_tier.SHARED_MEMORY = Path(memory)
+    job = Job(layers=1)
+    job.advance(0)
+    with job.checkpointer(Path(root), host_every=1, every=1) as ckpt:
+        ckpt.step(1)
+        state = job.state()
+        job.advance(1)
+        ckpt.wait()
+        if rank == slow:
+            read = restore.load_tensors
+            restore.load_tensors = lambda *args, **ways: (time.sleep(1.0), read(*args, **ways))
+        found = ckpt.restore()
+    return found, same(job.state(), state)
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_memory_is_not_given_back_while_another_rank_reads_it(tmp_path, own_memory, ranks, slow):
+    assert ranks(2, one_reads_slowly, str(tmp_path / "c"), str(own_memory), slow) == [(1, True)] * 2
+    assert not held(own_memory)  # it is afterwards, for the disk has it too
 
 
 @pytest.mark.parametrize("removed", [False, True])

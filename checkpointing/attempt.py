@@ -48,6 +48,10 @@ class SaveLost(RuntimeError):
     """A save that is lost for a reason already in words, the rank's and the error's type among them."""
 
 
+class Refused(SaveLost):
+    """On another rank, by the verdict of rank 0, which says the same there."""
+
+
 def reason_of(error: BaseException) -> str:
     """Why a save is lost, for its report: an error's type and text, or what other ranks have put in words."""
     return str(error) if isinstance(error, (SaveLost, PeerLost)) else f"{type(error).__name__}: {error}"

@@ -180,8 +180,9 @@ class Checkpointer:
         """Begin to save the state as it is now under the number `step`, on disk and, where there is such a tier, in
         host memory; False when nothing was begun: checkpoints are switched off, all generations are in use, or a rank
         did not come to plan it, has no memory for it or alone has a state of another shape, which is reported as a
-        failure. What a user's `state_dict()` raises is raised here, on its rank alone; the save has then failed on all,
-        and the next one works."""
+        failure. With host memory it first waits for a save of the same step that is under way. What a user's
+        `state_dict()` raises is raised here, on its rank alone; the save has then failed on all, and the next one
+        works."""
         step, numbers = self._number(step), metrics_of(metrics)
         if self._off:
             return False

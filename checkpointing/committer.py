@@ -23,7 +23,7 @@ import torch
 from ..dist.log import get_logger
 from ..dist.trace import Trace
 from ..dist.version import __version__
-from .attempt import SaveLost, kept, reason_of
+from .attempt import Refused, SaveLost, kept, reason_of
 from .coordinate import Coordinator
 from .dcp_metadata import DcpMetadata
 from .files import together
@@ -88,7 +88,7 @@ class Committer:
         self._timeout_s, self._trace = timeout_s, trace
         self._pruner = Pruner(tier, folder, keep)
         self._queue: queue.SimpleQueue[Part | None] = queue.SimpleQueue()
-        self._ended: queue.SimpleQueue[tuple[Save, str, float, float]] = queue.SimpleQueue()
+        self._ended: queue.SimpleQueue[tuple[Save, str, bool, float, float]] = queue.SimpleQueue()
         self._open = 0
         self._idle = threading.Condition()
         self._dcp: DcpMetadata | None = None  # of the last plan
@@ -121,10 +121,10 @@ class Committer:
         """Of the parts that have ended since the last call; for the training thread, which alone knows the fences."""
         found = []
         while not self._ended.empty():
-            save, reason, durable_s, ended_s = self._ended.get()
+            save, reason, heard, durable_s, ended_s = self._ended.get()
             nbytes = save.plan.image.size + sum(map(len, save.pickled().values()))
             times = (save.call_s, save.fence_s, durable_s, ended_s)
-            found.append(SaveReport(save.step, self.tier, not reason, reason, nbytes, *times))
+            found.append(SaveReport(save.step, self.tier, not reason, reason, nbytes, *times, heard=heard))
         return found
 
     def close(self) -> None:
@@ -148,12 +148,12 @@ class Committer:
 
     def _loop(self) -> None:
         while (part := self._queue.get()) is not None:
-            save, reason, durable_s = part.save, "", 0.0
+            save, reason, heard, durable_s = part.save, "", False, 0.0
             try:
                 with self._trace.span("commit", step=save.step):
                     durable_s = self._commit(part, f"{self.tier}/{save.attempt.number}")
             except BaseException as error:
-                reason = reason_of(error)
+                reason, heard = reason_of(error), isinstance(error, Refused)
                 if not part.follows:
                     save.snapshot.fail(error)
                 self._tidy(part.file.wait)
@@ -162,7 +162,7 @@ class Committer:
                 self.coordinator.forget(self._said.popleft())
             self._tidy(partial(part.after, not reason))
             ended_s = time.monotonic() - save.began_s
-            self._ended.put((save, reason, durable_s, ended_s))
+            self._ended.put((save, reason, heard, durable_s, ended_s))
             with self._idle:
                 self._open -= 1
                 self._idle.notify_all()
@@ -198,7 +198,7 @@ class Committer:
             if word is not None:
                 part.told(word)
         if verdict:
-            raise SaveLost(verdict)
+            raise (Refused if self.coordinator.rank else SaveLost)(verdict)
         return durable_s
 
     def _make_durable(self, part: Part) -> dict[str, Any]:

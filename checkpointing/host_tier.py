@@ -180,6 +180,11 @@ class HostTier:
         self.skipped += chosen is None
         return chosen
 
+    def forget_choices(self) -> None:
+        """All ranks, when the generations are lost and no save is in flight: a rank that gives this save up, and makes
+        no others, must not think that it knows a choice which the rest have forgotten."""
+        self.turns.forget_choices()
+
     def _choose(self, step: int, flush: bool, again: bool) -> Claim | StateFirst | None:
         try:
             if self.turns.doubted:
@@ -214,6 +219,11 @@ class HostTier:
     def forget_after(self, step: int) -> None:
         """Rank 0: checkpoints in memory after `step` are of a branch that was rolled back."""
         self.turns.forget_after(step)
+
+    def forget(self, step: int) -> None:
+        """All ranks: what memory has of `step` is not the last save of it."""
+        if self.coordinator.rank == 0:
+            self.turns.forget(step)
 
     def close_maps(self) -> None:
         for generation in self._mine:

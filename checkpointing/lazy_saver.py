@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..dist.log import get_logger
-from .attempt import SaveLost, reason_of
+from .attempt import Refused, SaveLost, reason_of
 from .coordinate import Coordinator
 from .lazy_file import HostBuffers, LazyFile
 
@@ -97,8 +97,6 @@ class LazySaver:
             reason = self._end(job, f"lazy/{sequence}")
             for file in job.files:
                 file.release()
-            if reason:
-                log.warning("the checkpoint %s failed and was dropped: %s", job.name, reason)
             self.reports.append((job.name, reason))
             with self._idle:
                 self._pending -= 1
@@ -111,7 +109,10 @@ class LazySaver:
         try:
             save.commit(save.files, phase)
         except Exception as error:
-            return reason_of(error)
+            reason = reason_of(error)
+            if not isinstance(error, Refused):
+                log.warning("the checkpoint %s is not saved: %s", save.name, reason)
+            return reason
         return ""
 
     def _together(self, name: str, act: Callable[[], None], word: Any) -> list[Any]:
@@ -129,7 +130,7 @@ class LazySaver:
         deadline_s = time.monotonic() + 2 * self.timeout_s
         verdict, words = coordinator.hear(f"{name}/verdict", 0, deadline_s=deadline_s)
         if verdict:
-            raise SaveLost(verdict)
+            raise (Refused if coordinator.rank else SaveLost)(verdict)
         return words
 
 

@@ -8,6 +8,7 @@ store and the connections of `partner_wire`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -182,6 +183,9 @@ class PartnerTier:
         invalidate(path)
         return own, path
 
+    def forget_choices(self) -> None:
+        """Nothing is chosen ahead here."""
+
     def _choose(self, flush: bool) -> tuple[int, int] | None:
         own, there = next_free(self._slots), next_free(self._there)
         if own is None or there is None:
@@ -226,6 +230,8 @@ class PartnerTier:
             if user == "host":
                 there = self._there[self._chosen[index]]
                 there.users.clear()
+                for older in (*self._slots, *self._there):  # of the same step, which would be the newest, too
+                    older.step = None if ok and older.step == step else older.step
                 slot.step = there.step = step if ok else None
         if user == "host" and ok:
             self._committed, self._known = [step], True
@@ -255,11 +261,19 @@ class PartnerTier:
 
     def forget_after(self, step: int) -> None:
         """All ranks: checkpoints in memory after `step` are of a branch that was rolled back."""
+        self._since = min(self._since, step)
+        self._forget(lambda found: found > step)
+
+    def forget(self, step: int) -> None:
+        """All ranks: what memory has of `step` is not the last save of it."""
+        self._forget(lambda found: found == step)
+
+    def _forget(self, which: Callable[[int], bool]) -> None:
         for slot in (*self._slots, *self._there):
-            slot.step = None if slot.step is not None and slot.step > step else slot.step
-        self._committed, self._since = [found for found in self._committed if found <= step], min(self._since, step)
+            slot.step = None if slot.step is not None and which(slot.step) else slot.step
+        self._committed = [found for found in self._committed if not which(found)]
         for entry in self.memory.entries():
-            if entry.step > step and (entry.name in self._made or self.crew.leads):
+            if which(entry.step) and (entry.name in self._made or self.crew.leads):
                 invalidate(self.memory.root / entry.name)
 
     # -- ending -------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from .save import SaveReport
 from .slowdown import StepClock
 
 log = get_logger(__name__)
+LOGGED = 1000  # characters of a reason, in which every rank of a large job may have its say; the report has all
 KEPT = 10_000  # reports at least, the newest: a run that saves every step would fill its memory with them
 
 
@@ -36,7 +37,8 @@ class Reports:
         self._observers, self._clock, self._peak_bytes = list(observers), clock, peak_bytes
 
     def take(self, ended: Iterable[SaveReport]) -> None:
-        """Add those that have ended since."""
+        """Add those that have ended since. Of one that failed its ranks hear once, if it failed alike in all tiers."""
+        lost: dict[tuple[int, str], list[str]] = {}
         for bare in ended:
             report = replace(bare, slowdown_s=self._clock.ended(bare.step))
             self.ended.append(report)
@@ -47,7 +49,11 @@ class Reports:
                 log.debug("%s", report)
             else:
                 self.failures += 1
-                log.warning("checkpoint of step %d failed and was dropped: %s", report.step, report.reason)
+                if not report.heard:
+                    lost.setdefault((report.step, report.reason), []).append(report.tier)
+        for (step, reason), tiers in lost.items():
+            text = reason if len(reason) <= LOGGED else f"{reason[:LOGGED]} …"
+            log.warning("step %d is not saved to %s: %s", step, " and ".join(tiers), text)
 
     def _tell(self, report: SaveReport) -> None:
         for observer in list(self._observers):

@@ -30,7 +30,7 @@ class SaveReport:
     """What one save cost in one tier and how it ended. Times in seconds: `call_s` and `fence_s` blocked training,
     `durable_s` and `commit_s` run from the call to durable files on this rank and to the commit on all; `slowdown_s` is
     how much longer the steps beside it took in all, call and fence included (None: no step without a save to compare
-    with)."""
+    with). `heard`: the `reason` is rank 0's verdict, which rank 0 logs."""
 
     step: int
     tier: str
@@ -42,6 +42,7 @@ class SaveReport:
     durable_s: float
     commit_s: float
     slowdown_s: float | None = None
+    heard: bool = False
 
     def __str__(self) -> str:
         times = f"call {format_seconds(self.call_s)}, fence {format_seconds(self.fence_s)}"

@@ -7,11 +7,13 @@ costs the save and not the training. In either case this rank first leaves word 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from ..dist.errors import PeerLost
+from ..dist.log import get_logger
 from .arena import Memory
 from .attempt import Attempt, kept, one_save
 from .budget import Budget
@@ -26,6 +28,9 @@ from .slowdown import StepClock
 from .snapshot import Snapshot
 from .tiers import Tiers
 from .turns import Claim
+
+log = get_logger(__name__)
+MISSED = 100  # saves in a row that find no generation free are no passing matter
 
 
 class Saver:
@@ -48,12 +53,15 @@ class Saver:
         self._coordinator, self._timeout_s = tiers.coordinator, timeout_s
         self._pickles: dict[str, tuple[Any, str, bytes]] = {}
         self._readable = readable
+        self._missed = 0  # saves in a row that found no generation
+        self._underway = deque[int](maxlen=256)  # the last steps, whose saves may not have ended
 
     def begin(self, attempt: Attempt) -> bool:
         """Whether a save has begun. Raises what a user's object raises, and `UserError` where the memory that was asked
         for cannot be had from the start; the attempt has then failed on all ranks, as it has when no error is raised
         and a report says why."""
         claimed = None
+        self._let_end(attempt.step)
         try:
             attempt, claimed = self._claim(attempt)
             if not attempt.tiers:  # known before any look at the state, which would be dear for nothing
@@ -72,6 +80,14 @@ class Saver:
                 return False
             raise
         return True
+
+    def _let_end(self, step: int) -> None:
+        """Wait for earlier saves of `step`: host memory has one place for each step, which must not keep the older."""
+        if not self._pipeline.busy:
+            self._underway.clear()
+        elif step in self._underway and self._tiers.host is not None:
+            self._pipeline.drain(far=False)
+        self._underway.append(step)
 
     def plan(self) -> None:
         """Have the plan of the state as it is now, without a save. Collective; raises what `begin` would."""
@@ -111,8 +127,16 @@ class Saver:
             found = host.claim(attempt, flush="disk" in attempt.tiers, ready=self._ready, again=again)
         if isinstance(found, StateFirst):
             if found.anew:
-                self._pipeline.drain(far=False)  # nobody may use what is given back
+                self._pipeline.drain(far=False)  # nobody may use what is given back, nor what was chosen of it
+                host.forget_choices()
             return attempt, None
+        self._missed = 0 if found is not None else self._missed + 1
+        if self._missed == MISSED and self._coordinator.rank == 0:
+            log.warning(
+                "the last %d saves for host memory found no place there, for all generations are in use: see explain() "
+                "for what takes so long, save more rarely, or pass more host_generations",
+                MISSED,
+            )
         return (attempt.without(host.tier) if found is None else attempt), found
 
     def _claim_again(self, attempt: Attempt) -> tuple[Attempt, Claim | None]:

@@ -229,6 +229,8 @@ class Tiers:
         def after(ok: bool) -> None:
             if self.host is not None and claimed is not None:
                 self.host.done(claimed[0], save.step, "flush", ok)
+            elif self.host is not None and ok:  # a restore looks into memory first
+                self.host.forget(save.step)
 
         return after
 

@@ -8,7 +8,7 @@ a generation is, is `host_tier`'s affair.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,6 +149,13 @@ class Turns:
             return later, *self._ahead[later]
         return None
 
+    def forget_choices(self) -> None:
+        """What has been chosen ahead is void, on all ranks."""
+        with self._changed:
+            for index, _ in self._ahead.values():
+                self._use(index, set())
+            self._ahead = {}
+
     def told(self, word: tuple[int, int, Path]) -> None:
         """Another rank, in the background: what rank 0 has chosen ahead."""
         later, index, folder = word
@@ -181,13 +188,20 @@ class Turns:
 
     def forget_after(self, step: int) -> None:
         """Rank 0: checkpoints in memory after `step` are of a branch that was rolled back."""
+        self._forget(lambda found: found > step)
+
+    def forget(self, step: int) -> None:
+        """Rank 0: what memory has of `step` is not the last save of it."""
+        self._forget(lambda found: found == step)
+
+    def _forget(self, which: Callable[[int], bool]) -> None:
         with self._changed:
             for index, slot in enumerate(self.slots):
-                if slot.step is not None and slot.step > step:
+                if slot.step is not None and which(slot.step):
                     try:
                         self._take(index, self.scratch(slot.step))
                     except OSError:  # somebody has removed it: the next claim finds that out
                         slot.step, self.doubted = None, True
-            for later in [found for found in self.outside if found > step]:
-                self._folder.remove(later)
-                self.outside.discard(later)
+            for found in filter(which, list(self.outside)):
+                self._folder.remove(found)
+                self.outside.discard(found)

@@ -381,6 +381,31 @@ def test_a_step_that_is_saved_again_and_again_can_be_rolled_back(tmp_path, own_m
         assert ckpt.restore() == 3 and same(job.state(), state)
 
 
+@pytest.mark.parametrize("ways", [(True, False), (True, True, True), (False, True, False, False)])
+@pytest.mark.parametrize("wait", [False, True])
+def test_of_saves_of_one_step_the_last_one_is_restored(tmp_path, own_memory, ways, wait):
+    """To memory and disk, or to disk alone, which memory must not be nearer than with an older one."""
+    job = Job(layers=1)
+    with job.checkpointer(tmp_path / "c", host_every=1) as ckpt:
+        for turn, host in enumerate(ways):
+            job.advance(turn)
+            assert ckpt.save(5, host=host)
+            state = job.state()
+            assert not wait or all(report.ok for report in ckpt.wait())
+        job.advance(9)
+        assert ckpt.restore() == 5 and same(job.state(), state)
+        assert ckpt.host.skipped == 0  # each has waited for the one before
+        ckpt.save(6, disk=False, host=True)
+    with job.checkpointer(tmp_path / "c", host_every=1) as ckpt:
+        assert ckpt.restore() == 6  # from the memory that the first one has left
+        job.advance(9)
+        state = job.state()
+        assert ckpt.save(6)
+        ckpt.wait()
+        job.advance(9)
+        assert ckpt.restore() == 6 and same(job.state(), state)
+
+
 def test_metadata_that_is_there_is_not_written_again(tmp_path):
     """Once for each generation, as long as no object moves; every checkpoint has its own all the same."""
     job, written = Job(layers=1), []

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import sys
 import time
 from collections import namedtuple
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,38 @@ def test_a_state_that_changes_on_one_rank_costs_one_save_each_time(ranks, tmp_pa
     for reason in lost.values():
         assert f"the state on rank {1 - guilty} has kept its shape" in reason and "anew at the next save" in reason
         assert f"on rank {guilty} 'moody" in reason and "'moody.more0'" in reason and "in per_rank" in reason
+
+
+def one_raises_when_memory_is_gone(rank: int, world: int, root: str, memory: str, guilty: int) -> tuple[list, int]:
+    """Somebody removes what is in memory, and the save that finds it out is one that a rank gives up."""
+    host_tier.SHARED_MEMORY = Path(memory)
+    job, moody = Job(layers=1), Moody()
+    job.advance(9)  # the state keeps its shape from here on
+    with job.checkpointer(Path(root), moody=moody, host_every=1, every=1, keep=None) as ckpt:
+        for step in range(7):
+            if step == 1:  # its place is asked for, and that of the next one is chosen
+                dist.barrier()
+                for path in Path(memory).iterdir() if rank == 0 else ():
+                    shutil.rmtree(path)
+                dist.barrier()
+            moody.value, moody.raises = step, step == 1 and rank == guilty
+            with pytest.raises(RuntimeError, match="no position now") if moody.raises else nullcontext():
+                ckpt.step(step)
+            job.advance(step)
+            ckpt.wait()
+        moody.value = -1
+        assert ckpt.restore() == 6
+        return [(report.step, report.tier, report.reason) for report in ckpt.reports if not report.ok], moody.value
+
+
+@pytest.mark.parametrize("guilty", [0, 1])
+def test_no_rank_knows_a_place_in_memory_that_the_others_have_forgotten(ranks, tmp_path, guilty):
+    """Chosen before the memory was lost, and kept by the rank that gave up the save in which others made it anew."""
+    memory = tmp_path / "shm"
+    memory.mkdir()
+    for lost, value in ranks(2, one_raises_when_memory_is_gone, str(tmp_path / "c"), str(memory), guilty):
+        assert value == 6 and {step for step, _, _ in lost} >= {1}
+        assert all("no position now" in why or step > 1 and "RemoveIPC" in why for step, _, why in lost), lost
 
 
 def test_each_tier_asks_for_a_plan_of_all_and_one_is_made(tmp_path):

@@ -96,6 +96,38 @@ def expected(step: int) -> dict[str, torch.Tensor]:
     return whole_state(model, optimizer)
 
 
+def saved_again(rank: int, world: int, root: str) -> tuple[int, bool]:
+    """To memory and disk, and with another state to the disk alone."""
+    run = Run(root, rank, world, sharded=True)
+    with run.ckpt as ckpt:
+        ckpt.save(5, host=True)
+        run.advance(1)
+        ckpt.save(5)
+        run.advance(2)
+        return ckpt.restore(), run.right(2)
+
+
+def test_partners_keep_no_older_save_of_a_step_than_the_disk(ranks, tmp_path):
+    assert ranks(2, saved_again, str(tmp_path)) == [(5, True)] * 2
+
+
+def saved_in_memory_again(rank: int, world: int, root: str) -> tuple[list[bool], int, bool]:
+    """One step as often as there are places for it, and further ones."""
+    run = Run(root, rank, world, sharded=True)
+    with run.ckpt as ckpt:
+        begun = []
+        for turn, step in enumerate((5, 5, 5, 5, 6, 7)):
+            begun.append(ckpt.save(step, disk=False, host=True))
+            run.advance(turn + 1)
+            ckpt.wait()
+        return begun, ckpt.restore(), run.right(6)
+
+
+def test_a_step_that_is_saved_again_does_not_take_all_places_of_partners(ranks, tmp_path):
+    """Of two places one that holds the newest step is kept, and both would."""
+    assert ranks(2, saved_in_memory_again, str(tmp_path)) == [([True] * 6, 7, True)] * 2
+
+
 def memory_of(root: str, host: int) -> Path:
     return Path(root) / f"memory-{host}"
 

@@ -298,6 +298,16 @@ def test_a_long_run_does_not_keep_every_report(monkeypatch):
     assert kept.failures == 25
 
 
+def test_a_lost_save_is_said_once_for_all_tiers_that_it_is_lost_to_and_by_rank_0(caplog):
+    kept = reports.Reports([], StepClock(), lambda: 0)
+    lost = [("host", "full", False), ("disk", "full", False), ("mirror", "slow", False), ("bucket", "far", True)]
+    lost.append(("disk", "rank 1: full; " * 1000, False))
+    kept.take([SaveReport(7, tier, False, why, 1, 0.0, 0.0, 0.0, 0.0, heard=heard) for tier, why, heard in lost])
+    said = [record.getMessage() for record in caplog.records]
+    assert said[:2] == ["step 7 is not saved to host and disk: full", "step 7 is not saved to mirror: slow"]
+    assert kept.failures == 5 and len(said[2:]) == 1 and len(said[2]) < 1100 and len(kept.ended[-1].reason) > 10_000
+
+
 def test_an_observer_that_fails_costs_no_save(tmp_path):
     calls = []
 

@@ -277,6 +277,7 @@ def one_rank_fails(rank: int, world: int, root: str, guilty: int) -> list[tuple[
             ckpt.wait()
         assert ckpt.folder.committed() == [0, 2, 3]
         assert ckpt.restore() == 3
+        assert [report.heard for report in ckpt.reports] == [False, rank > 0, False, False]  # rank 0 says it
         return [(report.ok, report.reason) for report in ckpt.reports]
 
 

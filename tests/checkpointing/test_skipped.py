@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from ckpt_job import HeldOps, Job, same
 
-from undertow.checkpointing import Checkpointer, Frequency, Partner, host_tier
+from undertow.checkpointing import Checkpointer, Frequency, Partner, host_tier, saver
 from undertow.checkpointing.partner_copy import PartnerFile
 
 
@@ -87,6 +87,24 @@ def test_a_save_without_a_generation_leaves_the_state_unread(ranks, tmp_path, ti
         assert begun == [True, True, False, False, True]
         assert unread == [False, True, True, False]
         assert (skipped, found, alike) == (2, 4, True)
+
+
+def test_memory_that_takes_nothing_for_long_is_said_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(saver, "MISSED", 3)
+    job, ops = Job(layers=1), HeldOps()
+    job.advance(9)
+    (tmp_path / "shm").mkdir()
+    with opened(job, str(tmp_path / "c"), str(tmp_path / "shm"), "host", ops=ops) as ckpt:
+        for step in range(8):
+            assert ckpt.save(step, disk=step == 0, host=True) == (step < 2)  # the first is held up on its way to disk
+            job.advance(step)
+            while ckpt.host.turns._committing():
+                time.sleep(0.001)
+            ckpt._tiers._committers["host"].drain()
+            assert caplog.text.count("found no place") == (step >= 4)
+        ops.let_go.set()
+        ckpt.wait()
+        assert ckpt.save(9, disk=False, host=True)
 
 
 def raises(rank: int, world: int, root: str, memory: str, tier: str, guilty: int) -> tuple[list, int, int, bool]:

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from ..dist.errors import PeerLost, UserError
 from ..dist.trace import Trace
 from .arena import Arena
-from .attempt import ANEW, MEETINGS, Attempt
+from .attempt import ANEW, MEETINGS, Attempt, reason_of
 from .committer import Committer, Part
 from .coordinate import Coordinator
 from .copies import HostCopier, copier_for
@@ -47,7 +47,8 @@ TIMEOUT_S = 300.0
 def async_save(state_dict: Mapping[str, Any], *, checkpoint_id: Path | str) -> Future[Path]:
     """Begin to save `state_dict` (nested; tensors, DTensors, objects with `state_dict`, plain values) as the folder
     `checkpoint_id`, replacing a checkpoint there only when the new one is whole. Call on all ranks alike. The future's
-    `result()` is the folder once every rank's bytes are durable and committed; it raises why the save was lost."""
+    `result()` is the folder once every rank's bytes are durable and committed; it raises why the save was lost. What an
+    object's `state_dict` raises is raised here, on its rank alone."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     return _engine(os.getpid(), world).save(state_dict, Path(checkpoint_id))
 
@@ -108,13 +109,18 @@ class _Engine:
         folder = _Folder(path.absolute(), self.folders.ops)
         try:
             return self._save(attempt, state_dict, folder)
-        except Exception as error:  # raised here; the other ranks hear of it, and the next save works
-            reason = f"rank {self.coordinator.rank}: {type(error).__name__}: {error}"
+        except Exception as error:  # the other ranks hear of it, and the next save works
+            lost, reason = isinstance(error, PeerLost), reason_of(error)
+            reason = reason if lost else f"rank {self.coordinator.rank}: {reason}"
             with suppress(PeerLost, RuntimeError, dist.DistError):  # rank 0 is gone: nobody is left to tell
                 for name in map(attempt.at, MEETINGS):
                     self.coordinator.decide(f"{name}/verdict", reason)
                 self.committer.refuse(attempt.number, attempt.step, reason, folder.scratch(0, self._token))
-            raise
+            if not lost:  # the caller's own error is raised here
+                raise
+            future: Future[Path] = Future()
+            _fail(future, folder, reason)
+            return future
 
     @property
     def _token(self) -> str:
@@ -152,7 +158,7 @@ class _Engine:
             future.set_result(folder.path)
         else:
             self._anew = self._anew or ANEW in str(save.snapshot.error)
-            future.set_exception(RuntimeError(f"{folder.path} was not saved: {save.snapshot.error}"))
+            _fail(future, folder, save.snapshot.error)
 
     def _fit(self, attempt: Attempt, leaves: list[Leaf]) -> bool:
         """Whether all ranks have made a plan for `leaves` now; else it is the last one."""
@@ -187,6 +193,10 @@ class _Engine:
         if self._arena is not None:
             self._arena.close()
         self.coordinator.part()
+
+
+def _fail(future: Future[Path], folder: _Folder, reason: object) -> None:
+    future.set_exception(RuntimeError(f"{folder.path} was not saved: {reason}"))
 
 
 @cache

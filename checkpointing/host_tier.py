@@ -37,6 +37,11 @@ WAIT_S = 300.0  # for ranks that make their generations
 ROOT_FILE = "ROOT.part"  # names the checkpoint folder that a memory folder belongs to
 
 
+def memory_name(root: Path) -> str:
+    """What the memory of the checkpoint folder `root` is called: this user's, wherever the path comes from."""
+    return f"undertow-{os.getuid()}-{xxhash.xxh3_64(str(root.resolve()).encode()).hexdigest()}"
+
+
 def free_stale(memory: Path, own: Path) -> None:
     """Free what checkpoint folders that no longer exist have left in `memory`; `own` stays."""
     for stale in memory.glob(f"undertow-{os.getuid()}-*"):
@@ -58,8 +63,7 @@ class HostTier:
                 f"host_generations is {generations}", expected="at least 2: one valid while the other is written"
             )
         self.coordinator, self._count, self._root = coordinator, generations, root.resolve()
-        name = f"undertow-{os.getuid()}-{xxhash.xxh3_64(str(self._root).encode()).hexdigest()}"
-        self.folder = MemoryFolder(SHARED_MEMORY / name, MemoryOps())
+        self.folder = MemoryFolder(SHARED_MEMORY / memory_name(root), MemoryOps())
         self.turns = Turns(self.folder, coordinator.token, leads=coordinator.rank == 0)
         self._mine: list[Generation] = []
         self._folders: list[Path] = []

@@ -23,9 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
-from .host_tier import ROOT_FILE
+from .host_tier import ROOT_FILE, memory_name
 from .manifest import COMMIT, MANIFEST, SAFE_NAME
 from .memory_ops import MemoryOps
 
@@ -56,8 +55,7 @@ class PartnerMemory:
 
     def __init__(self, memory: Path, root: Path) -> None:
         self._owner = root.resolve()
-        name = f"undertow-{os.getuid()}-{xxhash.xxh3_64(str(self._owner).encode()).hexdigest()}-partner"
-        self.memory, self.root = memory, memory / name
+        self.memory, self.root = memory, memory / f"{memory_name(root)}-partner"
 
     def make(self) -> None:
         """Create it. `OSError` where that fails, or where something that is not this user's bears its name."""

@@ -16,6 +16,7 @@ from .bucket_reader import BucketReader
 from .coordinate import Coordinator
 from .fit import Fit
 from .foreign import Names, open_on_all
+from .leftovers import later_in_memory
 from .partner_restore import MemoryRestore
 from .partner_tier import PartnerTier
 from .recover import choose
@@ -50,6 +51,11 @@ class Restorer:
             number = self._from_partners(step)
             if number is None:
                 number = self._from_folders(step)
+            if step is None and self._coordinator.rank == 0:
+                host = self._tiers.host
+                used = None if host is None else host.folder.root
+                if hint := later_in_memory(self._tiers.folder.root, used, number):
+                    log.warning("%s", hint)
             if number is None:
                 return None
             self._tiers.restored(number)

@@ -426,3 +426,23 @@ def test_metadata_that_is_there_is_not_written_again(tmp_path):
             data = (host.folder.final(newest) / METADATA).read_bytes()
             assert host.folder.manifest(newest).files[METADATA] == checksums(data, CHUNK_BYTES)
     assert written.count("manifest.json") == 8 and 3 <= written.count(METADATA) <= 6
+
+
+def test_a_later_step_in_memory_where_a_job_does_not_look_is_said(tmp_path, caplog):
+    job = Job(layers=1)
+
+    def run(last: int, **options: int) -> tuple[int | None, int]:
+        """What was restored, and how often it was said."""
+        caplog.clear()
+        with job.checkpointer(tmp_path / "c", **options) as ckpt:
+            found = ckpt.restore()
+            for step in range((found or 0) + 1, last + 1):
+                ckpt.step(step)
+                job.advance(step)
+                ckpt.wait()
+        return found, caplog.text.count("left step 3 of") and caplog.text.count("pass host_every=1 to go on from it")
+
+    assert run(3, every=2, host_every=1) == (None, 0)  # memory has 3, the disk 2
+    assert run(2, every=1) == (2, 1)
+    assert run(4, every=1) == (2, 1)
+    assert run(4, every=1) == (4, 0)

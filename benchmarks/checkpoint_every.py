@@ -227,7 +227,8 @@ def main(
         if page := keep([]):
             typer.echo(f"written: {page.name}")
     typer.echo("\n".join(table(cells)))
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

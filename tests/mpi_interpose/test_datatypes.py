@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,11 @@ def test_check_mode_finds_nothing_to_complain_about(pympi: Install, seed: int, t
     out = start(pympi, 1, program, "check", tmp_path / "report")
     assert "ok 300" in out and "differs" not in out
     assert json.loads((tmp_path / "report.0.json").read_text())["mismatches"] == 0
+
+
+def test_a_library_that_reads_outside_a_type_ends_no_program(pympi: Install, tmp_path: Path) -> None:
+    """With nothing mapped beside the memory in which types are compared with the library."""
+    guard = tmp_path / "guard_pages.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", guard, PROGRAMS / "guard_pages.c"], check=True)
+    program = ["env", f"LD_PRELOAD={guard} {pympi.preload}", str(pympi.python), str(PROGRAMS / "stray_reads.py")]
+    assert "the same" in start(pympi, 1, program, "check")

@@ -202,11 +202,12 @@ Bounds bounds_of(MPI_Datatype type) {
 std::vector<int64_t> library_order(MPI_Datatype type, const Bounds& b) {
   if (b.true_extent > kMaxPattern || b.size > kMaxPattern || b.size == 0) throw Unsupported("too large to compare");
   std::vector<int64_t> where(b.size, 0);
-  std::vector<unsigned char> buffer(b.true_extent), packed(b.size);
+  std::vector<unsigned char> buffer(b.true_extent + 2 * kStray), packed(b.size);
+  unsigned char* const first = buffer.data() + kStray;
   for (int shift = 0; shift < 24; shift += 8) {
-    for (int64_t i = 0; i < b.true_extent; ++i) buffer[i] = static_cast<unsigned char>(i >> shift);
+    for (int64_t i = 0; i < b.true_extent; ++i) first[i] = static_cast<unsigned char>(i >> shift);
     int position = 0;
-    must(own.Pack(shifted(buffer.data(), -b.true_lb), 1, type, packed.data(), static_cast<int>(b.size), &position,
+    must(own.Pack(shifted(first, -b.true_lb), 1, type, packed.data(), static_cast<int>(b.size), &position,
                   constants.self),
          "Pack");
     if (position != b.size) throw Unsupported("the library packs another number of bytes");

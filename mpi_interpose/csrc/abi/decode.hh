@@ -8,6 +8,7 @@
 namespace undertow {
 
 constexpr int64_t kMaxPattern = 1 << 18;  // bytes of the buffer in the pattern comparison
+constexpr size_t kStray = 4096;  // mapped bytes before and after what the library packs: Open MPI 5 reads 8 below some types
 
 void must(int rc, const char* what);  // throws Unsupported unless `rc` is MPI_SUCCESS
 

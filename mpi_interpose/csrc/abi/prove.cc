@@ -41,14 +41,17 @@ struct Kept {
 Kept g_small{1 << 19, MADV_NOHUGEPAGE}, g_large{64 << 20, MADV_HUGEPAGE};
 
 unsigned char* map(size_t bytes, int advice) {
-  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  const size_t all = bytes + 2 * kStray;
+  void* p = mmap(nullptr, all, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) throw Unsupported("too far apart to compare with the library");
-  madvise(p, bytes, advice);
-  return static_cast<unsigned char*>(p);
+  madvise(p, all, advice);
+  return static_cast<unsigned char*>(p) + kStray;
 }
 
-void unmap() {  // under g_lock
-  if (g_large.base) munmap(g_large.base, g_large.bytes);
+void unmap(unsigned char* base, size_t bytes) { munmap(base - kStray, bytes + 2 * kStray); }
+
+void unmap_large() {  // under g_lock
+  if (g_large.base) unmap(g_large.base, g_large.bytes);
   g_large.base = nullptr;
 }
 
@@ -67,7 +70,7 @@ struct Span {
     base = k.base;
   }
   ~Span() {
-    if (own_bytes) munmap(base, own_bytes);
+    if (own_bytes) unmap(base, own_bytes);
   }
   Span(const Span&) = delete;
   Span& operator=(const Span&) = delete;
@@ -196,13 +199,13 @@ bool prove(Record& r) {
     if (alike == 0) alike = state;
   }
   r.proof.store(state, std::memory_order_release);
-  if (!this_round.timed()) unmap();
+  if (!this_round.timed()) unmap_large();
   return state == 1;
 }
 
 void proofs_end() {
   std::lock_guard<std::mutex> guard(g_lock);
-  unmap();
+  unmap_large();
 }
 
 }  // namespace undertow

@@ -70,7 +70,7 @@ class Restorer:
         if found is None:
             return None
         folder, number, manifest = found
-        path = folder.final(number)
+        path = folder.final(number)  # in a bucket from its root on
         reader = folder.reader(number, manifest)
         if isinstance(reader, BucketReader):
             with closing(reader):  # the disk has its room back before training goes on
@@ -78,8 +78,9 @@ class Restorer:
         else:
             load_from(self._state, reader, self._allow, exchange=self._exchange)
         nbytes = sum(record.nbytes for record in manifest.files.values())
-        self.origins = [{str(path): nbytes}] * self._coordinator.world
-        log.info("restored step %d from %s", number, path)
+        place = f"{folder.root}/{path}" if isinstance(reader, BucketReader) else str(path)
+        self.origins = [{place: nbytes}] * self._coordinator.world
+        log.info("restored step %d from %s", number, place)
         return number
 
     def _from_partners(self, step: int | None) -> int | None:

@@ -89,6 +89,7 @@ def save_and_lose_the_disk(rank: int, world: int, root: str, url: str) -> dict[s
     other = Job(seed=1, width=WIDE)
     with other.checkpointer(path, **options) as ckpt:
         step = ckpt.restore()
+        assert [list(origin) for origin in ckpt.origins] == [[f"{store.url}/{there}"]] * world
         left = [name for name in os.listdir(path) if not name.startswith((".lock", "RESTARTS"))]
         back = same(other.state(), states[4])
         step_and_wait(ckpt, other, range(6, 7))
